@@ -1,0 +1,94 @@
+"""Where a model's files are: a local directory, a package's data, an `s3://` prefix or a hub id, and their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+_STAGING = "GEM_RAY_CACHE"
+
+
+def resolve(reference: str) -> Path:
+    """The local path of a model.
+
+    Args:
+        reference: a directory or file; `nano:NAME` for one of the embedded models; `package:MODULE/FOLDER` for data of
+            an installed package; an `s3://bucket/prefix`, fetched once per node; or a hub id, as `org/name`.
+
+    Raises:
+        FileNotFoundError: there is nothing at the reference; the message says what was tried.
+    """
+    if Path(reference).exists():
+        return Path(reference)
+    if reference.startswith("nano:"):
+        return _existing(Path(__file__).parent / "nano" / "weights" / reference.removeprefix("nano:"), reference)
+    if reference.startswith("package:"):
+        return _package_folder(reference)
+    if reference.startswith("s3://"):
+        return _staged_from_s3(reference)
+    return _from_hub(reference)
+
+
+def content_hash(path: Path) -> str:
+    """The first 12 hex digits of the SHA-256 over a file, or over names and contents of a directory's files."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            for chunk in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()[:12]
+
+
+def describe(reference: str) -> str:
+    """`reference@hash`: what goes into the output's `models` column."""
+    return f"{reference}@{content_hash(resolve(reference))}"
+
+
+def _existing(path: Path, reference: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no model at {reference!r} (looked in {path})")
+    return path
+
+
+def _package_folder(reference: str) -> Path:
+    module, _, folder = reference.removeprefix("package:").partition("/")
+    try:
+        root = resources.files(module)
+    except ModuleNotFoundError:
+        raise FileNotFoundError(f"{reference!r} needs the Python package {module!r}, which is not installed") from None
+    return _existing(Path(str(root.joinpath(folder))), reference)
+
+
+def _staged_from_s3(reference: str) -> Path:
+    import fcntl
+
+    from pyarrow import fs
+
+    root = Path(os.environ.get(_STAGING, Path(tempfile.gettempdir()) / "gem-ray-models"))
+    target = root / hashlib.sha256(reference.encode()).hexdigest()[:16]
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several actors of a node ask for the same model at once
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            fs.copy_files(reference, str(partial))
+            partial.rename(target)
+    return target
+
+
+def _from_hub(reference: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(reference))
+    except (HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"no model at {reference!r}: not a local path, and the hub did not give it: {reason}"
+        ) from None

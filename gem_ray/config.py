@@ -1,0 +1,276 @@
+"""Everything that can be set, as one tree of checked models; presets are YAML files of the same shape."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+DType = Literal["float32", "bfloat16", "float16"]
+
+DEFAULT_PRESET = "nano"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was expected and the nearest name."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class TextConfig(_Section):
+    """What a post's text may be."""
+
+    max_chars: PositiveInt = Field(10_000, description="longer texts are rejected")
+
+
+class ImageConfig(_Section):
+    """What a post's image may be, and where it may come from."""
+
+    max_bytes: PositiveInt = Field(32 * 2**20, description="encoded size over which an image is refused")
+    max_pixels: PositiveInt = Field(120_000_000, description="width × height over which an image is refused")
+    max_side: PositiveInt = Field(1024, description="decoded images are reduced to this longer side, in pixels")
+    root: Path | None = Field(None, description="folder to which relative `image_uri` paths refer, and are confined")
+    allow_http: bool = Field(False, description="fetch `https://` image URIs")
+    timeout_s: float = Field(10, gt=0, description="time for one fetch")
+
+
+class ExplainerConfig(_Section):
+    """Where auxiliary knowledge comes from (§3.2.1)."""
+
+    base_url: str | None = Field(None, description="OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1")
+    model: str = Field("gpt-3.5-turbo", description="model name sent to the endpoint")
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    concurrency: PositiveInt = 8
+    max_tokens: PositiveInt = 256
+    timeout_s: float = Field(60, gt=0)
+    retries: int = Field(4, ge=0)
+
+
+class KnowledgeConfig(_Section):
+    """Captions and auxiliary knowledge (§3.2.1). Columns that the data brings are always used first."""
+
+    captioner: str | None = Field(None, description="BLIP-2 checkpoint; none: posts without caption stay without")
+    captioner_batch_size: PositiveInt = 8
+    explainer: ExplainerConfig | None = Field(None, description="none: posts without knowledge stay without")
+    cache: Path | None = Field(None, description="folder that keeps answers, so that a second run asks nothing twice")
+
+
+class TaggerConfig(_Section):
+    """The dual-path CRF tagger (§3.2)."""
+
+    model: str = "nano:tagger"
+    batch_size: PositiveInt = Field(32, description="posts in one forward pass")
+    max_length: PositiveInt = Field(256, description="subwords of text and knowledge together")
+    dtype: DType = "float32"
+
+
+class FilterConfig(_Section):
+    """The uncertainty filter and the reranker's candidates (§3.3.1)."""
+
+    gamma: float = Field(0.2, ge=0, description="entropy in nats above which an entity is hard")
+    k: PositiveInt = Field(5, description="candidate categories")
+
+
+class RerankerConfig(_Section):
+    """The LLaVA reranker (§3.3.2)."""
+
+    enabled: bool = True
+    engine: Literal["transformers", "vllm"] = "transformers"
+    model: str = "nano:reranker"
+    adapter: str | None = Field("nano:reranker-lora", description="LoRA adapter; none: the model as it is")
+    mode: Literal["generate", "score"] = "score"
+    batch_size: PositiveInt = Field(16, description="entities in one forward pass (transformers engine)")
+    dtype: DType = "float32"
+    max_model_len: PositiveInt = Field(1024, description="vLLM: tokens of prompt and answer")
+    max_lora_rank: PositiveInt = Field(64, description="vLLM: the largest adapter rank")
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")
+
+
+class MatcherConfig(_Section):
+    """BLIP matching and its Grad-CAM trace (§3.4.1, §3.4.2)."""
+
+    model: str = "nano:matcher"
+    batch_size: PositiveInt = Field(32, description="entities in one pass through the text encoder")
+    image_batch_size: PositiveInt = Field(16, description="images in one pass through the image encoder")
+    threshold: Probability = Field(0.5, description="P_T above which an entity is grounded")
+    layer: int | None = Field(None, ge=0, description="cross-attention layer; none: the middle-upper one")
+    tokens: Literal["all", "inner"] = Field("all", description="text tokens that eq. 11 sums over")
+    target: Literal["probability", "logit"] = Field("probability", description="what eq. 11 differentiates")
+    save_heatmaps: bool = Field(False, description="keep the map with each grounded entity, 8 bits a patch")
+    dtype: DType = "float32"
+
+
+class TextSegmenterConfig(_Section):
+    """The text-prompted segmenter (§3.4.3)."""
+
+    kind: Literal["clipseg", "sam3", "grounding-dino", "owlv2"] = "clipseg"
+    model: str = "nano:text-segmenter"
+    threshold: Probability = 0.5
+    batch_size: PositiveInt = 16
+
+
+class SamConfig(_Section):
+    """SAM with the peak as a point prompt (§3.4.3)."""
+
+    model: str = Field("nano:sam", description="a model directory, or a published `sam_vit_*.pth`")
+
+
+class BoxConfig(_Section):
+    """From the peak to a box (§3.4.3)."""
+
+    sam: SamConfig | None = Field(default_factory=SamConfig)
+    text: TextSegmenterConfig | None = Field(default_factory=TextSegmenterConfig)
+    text_first: list[str] = Field(
+        default_factory=lambda: ["person"],
+        description="coarse or fine categories whose text-prompted instance wins over SAM's mask",
+    )
+
+
+class GrounderConfig(_Section):
+    """Matching, tracing and boxes (§3.4)."""
+
+    enabled: bool = True
+    matcher: MatcherConfig = Field(default_factory=MatcherConfig)
+    boxes: BoxConfig = Field(default_factory=BoxConfig)
+
+
+class StagePlacement(_Section):
+    """Where one stage of the pipeline runs."""
+
+    num_cpus: float = Field(1, gt=0, description="CPUs each actor reserves")
+    num_gpus: float = Field(0, ge=0, description="GPUs each actor reserves; fractions share a card")
+    min_actors: PositiveInt = 1
+    max_actors: PositiveInt = 1
+    batch_size: PositiveInt = Field(64, description="posts handed to an actor at a time")
+    threads: PositiveInt = Field(1, description="CPU threads of torch in each actor")
+
+
+class PipelineConfig(_Section):
+    """The Ray Data graph."""
+
+    rows_per_block: PositiveInt = Field(64, description="posts in a block: the grain of streaming and of resume")
+    prepare: StagePlacement = Field(default_factory=lambda: StagePlacement(num_cpus=0.5))
+    knowledge: StagePlacement = Field(default_factory=StagePlacement)
+    tag: StagePlacement = Field(default_factory=StagePlacement)
+    load_image: StagePlacement = Field(default_factory=lambda: StagePlacement(num_cpus=0.5))
+    rerank: StagePlacement = Field(default_factory=StagePlacement)
+    ground: StagePlacement = Field(default_factory=StagePlacement)
+
+
+class Config(_Section):
+    """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one leaf."""
+
+    labels: Literal["fmnerg", "gmner"] = "fmnerg"
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`")
+    text: TextConfig = Field(default_factory=TextConfig)
+    image: ImageConfig = Field(default_factory=ImageConfig)
+    knowledge: KnowledgeConfig = Field(default_factory=KnowledgeConfig)
+    tagger: TaggerConfig = Field(default_factory=TaggerConfig)
+    filter: FilterConfig = Field(default_factory=FilterConfig)
+    reranker: RerankerConfig = Field(default_factory=RerankerConfig)
+    grounder: GrounderConfig = Field(default_factory=GrounderConfig)
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    folder = resources.files("gem_ray") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(
+    preset: str = DEFAULT_PRESET, file: Path | None = None, overrides: Iterable[str] = (), **sections: Any
+) -> Config:
+    """A preset, then a YAML file over it, then `key.path=value` overrides, then keyword sections.
+
+    Raises:
+        ConfigError: an unknown preset, a file that is no mapping, an unknown key or a value of the wrong kind.
+    """
+    if preset not in preset_names():
+        raise ConfigError(f"unknown preset {preset!r}; {_nearest(preset, preset_names())}")
+    values = _read_mapping(resources.files("gem_ray") / "presets" / f"{preset}.yaml")
+    if file is not None:
+        if not file.is_file():
+            raise ConfigError(f"there is no config file {file}")
+        values = _merge(values, _read_mapping(file))
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    return parse_config(_merge(values, sections))
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Check a mapping against the tree.
+
+    Raises:
+        ConfigError: with a line for every key that is unknown or wrong.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(item)) for item in error.errors())) from None
+
+
+def _read_mapping(file: Any) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold a mapping, not {type(values).__name__}")
+    return values
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set takes key.path=value, not {override!r}")
+    nested: Any = yaml.safe_load(value)
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    return nested
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(error: dict[str, Any]) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such key; {_nearest(path[-1], _keys_at(path[:-1]))}"
+    return f"{key}: {error['msg']} (got {error['input']!r})"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in path:
+        if part in section.model_fields:
+            section = _section_type(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Posts in and out: shards, data sets, images, and the generated corpus."""

@@ -1,0 +1,1 @@
+"""Matching, tracing and boxes (§3.4)."""

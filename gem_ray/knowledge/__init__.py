@@ -1,0 +1,1 @@
+"""Captions and auxiliary knowledge (§3.2.1)."""

@@ -1,0 +1,1 @@
+"""The embedded default: small models, their recipe and their weights."""

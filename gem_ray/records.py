@@ -1,0 +1,317 @@
+"""A post on its way through the system, what goes wrong with it, and the Arrow schemas of both ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Status(StrEnum):
+    """How far a post came. A partition column of the output."""
+
+    OK = "ok"
+    DEGRADED = "degraded"  # the text was annotated; the image could not be used
+    REJECTED = "rejected"  # nothing could be done
+
+
+class ProblemKind(StrEnum):
+    """Why a post is degraded or rejected."""
+
+    BAD_RECORD = "bad_record"
+    TEXT_TOO_LONG = "text_too_long"
+    IMAGE_MISSING = "image_missing"
+    IMAGE_FORBIDDEN = "image_forbidden"
+    IMAGE_UNREADABLE = "image_unreadable"
+    IMAGE_TOO_LARGE = "image_too_large"
+    KNOWLEDGE_FAILED = "knowledge_failed"
+    STAGE_FAILED = "stage_failed"
+
+
+class StageName(StrEnum):
+    """The stages of `system.md`, in order."""
+
+    PREPARE = "prepare"
+    KNOWLEDGE = "knowledge"
+    TAG = "tag"
+    LOAD_IMAGE = "load_image"
+    RERANK = "rerank"
+    GROUND = "ground"
+
+
+# A failure in one of these leaves nothing to annotate.
+_TEXT_STAGES = (StageName.PREPARE, StageName.TAG)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a row is degraded or rejected: which stage said so, what kind, and a sentence for a person."""
+
+    stage: StageName
+    kind: ProblemKind
+    message: str
+
+    @property
+    def status(self) -> Status:
+        """The best status that a post with this problem can have."""
+        if self.kind is ProblemKind.KNOWLEDGE_FAILED or self.stage is StageName.KNOWLEDGE:
+            return Status.OK
+        return Status.REJECTED if self.stage in _TEXT_STAGES and not self.kind.startswith("image_") else Status.DEGRADED
+
+
+@dataclass(frozen=True)
+class Box:
+    """Pixels of the upright original image; `x2`, `y2` exclusive."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    @property
+    def area(self) -> float:
+        """In square pixels; 0 for an empty box."""
+        return max(0.0, self.x2 - self.x1) * max(0.0, self.y2 - self.y1)
+
+    def iou(self, other: Box) -> float:
+        """Intersection over union with another box; 0 when both are empty."""
+        width = min(self.x2, other.x2) - max(self.x1, other.x1)
+        height = min(self.y2, other.y2) - max(self.y1, other.y1)
+        shared = max(0.0, width) * max(0.0, height)
+        union = self.area + other.area - shared
+        return shared / union if union > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A pixel position in the upright original image."""
+
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fine category and its probability."""
+
+    fine: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The map of eq. 11 over image patches, scaled to 0…255: `data` holds `height × width` bytes, row by row."""
+
+    height: int
+    width: int
+    data: bytes
+
+
+@dataclass
+class Entity:
+    """One mention: where it is in the text, what it is, and where it is seen.
+
+    `text[start:end]` of the post is `text`; words are half-open intervals of the post's tokens.
+    `score` is the probability of `fine` that made the last decision about it; `entropy` is in nats (eq. 10).
+    """
+
+    text: str
+    start: int
+    end: int
+    word_start: int
+    word_end: int
+    coarse: str
+    fine: str
+    score: float
+    entropy: float = 0.0
+    reranked: bool = False
+    candidates: list[Candidate] = field(default_factory=list)
+    match_score: float | None = None  # P_T
+    point: Point | None = None
+    box: Box | None = None
+    box_source: str | None = None
+    box_score: float | None = None
+    heatmap: HeatMap | None = None
+    # (C_f,) mean fine logits over the words: from the tagger to the filter, never written.
+    logits: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values of `ENTITY_TYPE`."""
+        return asdict(replace(self, logits=None), dict_factory=_without_logits)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Entity:
+        """The inverse of `to_dict`."""
+        values = dict(values)
+        values["candidates"] = [Candidate(**candidate) for candidate in values.get("candidates") or ()]
+        for name, kind in (("point", Point), ("box", Box), ("heatmap", HeatMap)):
+            values[name] = kind(**values[name]) if values.get(name) else None
+        return cls(**values)
+
+
+def _without_logits(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if key != "logits"}
+
+
+@dataclass(frozen=True)
+class GoldEntity:
+    """A gold mention; `boxes` is empty when the entity is not seen."""
+
+    word_start: int
+    word_end: int
+    fine: str
+    boxes: tuple[Box, ...] = ()
+
+
+@dataclass
+class Post:
+    """A row. Stages fill its fields; what is carried between stages but never written comes last.
+
+    `image_bytes` is the encoded image; `image` is the decoded, upright RGB image as `(h, w, 3)` uint8, perhaps smaller
+    than the original, whose size is `image_width` × `image_height`.
+    """
+
+    post_id: str
+    text: str
+    tokens: list[str] = field(default_factory=list)
+    caption: str | None = None
+    knowledge: str | None = None
+    image_width: int | None = None
+    image_height: int | None = None
+    entities: list[Entity] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    image_bytes: bytes | None = None
+    image_uri: str | None = None
+    image: np.ndarray | None = None
+    gold: list[GoldEntity] | None = None
+
+    @property
+    def status(self) -> Status:
+        """The worst that the post's problems allow."""
+        statuses = {problem.status for problem in self.problems}
+        for status in (Status.REJECTED, Status.DEGRADED):
+            if status in statuses:
+                return status
+        return Status.OK
+
+    @property
+    def is_rejected(self) -> bool:
+        """True when later stages have nothing to do."""
+        return self.status is Status.REJECTED
+
+    def fail(self, stage: StageName, kind: ProblemKind, message: str) -> None:
+        """Record a problem."""
+        self.problems.append(Problem(stage, kind, message))
+
+    def annotation(self) -> dict[str, Any]:
+        """The output row, without `run_id` and `models`, as plain Python values of `ANNOTATION_SCHEMA`."""
+        return {
+            "post_id": self.post_id,
+            "text": self.text,
+            "tokens": self.tokens,
+            "image_width": self.image_width,
+            "image_height": self.image_height,
+            "caption": self.caption,
+            "knowledge": self.knowledge,
+            "entities": [entity.to_dict() for entity in self.entities],
+            "status": str(self.status),
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+    @classmethod
+    def from_annotation(cls, row: Mapping[str, Any]) -> Post:
+        """The inverse of `annotation`; accepts rows read back from the output."""
+        return cls(
+            post_id=row["post_id"],
+            text=row["text"],
+            tokens=list(row["tokens"] or ()),
+            caption=row.get("caption"),
+            knowledge=row.get("knowledge"),
+            image_width=row.get("image_width"),
+            image_height=row.get("image_height"),
+            entities=[Entity.from_dict(entity) for entity in row["entities"] or ()],
+            problems=[
+                Problem(StageName(p["stage"]), ProblemKind(p["kind"]), p["message"]) for p in row["problems"] or ()
+            ],
+        )
+
+
+def gold_from_rows(rows: Sequence[Mapping[str, Any]] | None) -> list[GoldEntity] | None:
+    """Gold mentions from the plain values of a `gold` column; None where the column is absent."""
+    if rows is None:
+        return None
+    return [
+        GoldEntity(row["word_start"], row["word_end"], row["fine"], tuple(Box(**box) for box in row["boxes"] or ()))
+        for row in rows
+    ]
+
+
+POINT_TYPE = pa.struct([("x", pa.float32()), ("y", pa.float32())])
+BOX_TYPE = pa.struct([(name, pa.float32()) for name in ("x1", "y1", "x2", "y2")])
+CANDIDATE_TYPE = pa.struct([("fine", pa.string()), ("probability", pa.float32())])
+HEATMAP_TYPE = pa.struct([("height", pa.int32()), ("width", pa.int32()), ("data", pa.binary())])
+ENTITY_TYPE = pa.struct(
+    [
+        ("text", pa.string()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("word_start", pa.int32()),
+        ("word_end", pa.int32()),
+        ("coarse", pa.string()),
+        ("fine", pa.string()),
+        ("score", pa.float32()),
+        ("entropy", pa.float32()),
+        ("reranked", pa.bool_()),
+        ("candidates", pa.list_(CANDIDATE_TYPE)),
+        ("match_score", pa.float32()),
+        ("point", POINT_TYPE),
+        ("box", BOX_TYPE),
+        ("box_source", pa.string()),
+        ("box_score", pa.float32()),
+        ("heatmap", HEATMAP_TYPE),
+    ]
+)
+PROBLEM_TYPE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
+GOLD_TYPE = pa.list_(
+    pa.struct(
+        [("word_start", pa.int32()), ("word_end", pa.int32()), ("fine", pa.string()), ("boxes", pa.list_(BOX_TYPE))]
+    )
+)
+
+# What `gem-ray shards` writes and `gem-ray annotate` reads; only `post_id` and `text` are required of a user's own.
+INPUT_SCHEMA = pa.schema(
+    [
+        ("post_id", pa.string()),
+        ("text", pa.string()),
+        ("tokens", pa.list_(pa.string())),
+        ("image", pa.binary()),
+        ("image_uri", pa.string()),
+        ("caption", pa.string()),
+        ("knowledge", pa.string()),
+        ("gold", GOLD_TYPE),
+    ]
+)
+
+# What `gem-ray annotate` writes, one row a post.
+ANNOTATION_SCHEMA = pa.schema(
+    [
+        ("post_id", pa.string()),
+        ("text", pa.string()),
+        ("tokens", pa.list_(pa.string())),
+        ("image_width", pa.int32()),
+        ("image_height", pa.int32()),
+        ("caption", pa.string()),
+        ("knowledge", pa.string()),
+        ("entities", pa.list_(ENTITY_TYPE)),
+        ("status", pa.string()),
+        ("problems", pa.list_(PROBLEM_TYPE)),
+        ("run_id", pa.string()),
+        ("models", pa.map_(pa.string(), pa.string())),
+    ]
+)

@@ -1,0 +1,1 @@
+"""The uncertainty filter and the LLaVA reranker (§3.3)."""

@@ -1,0 +1,1 @@
+"""The dual-path CRF tagger (§3.2)."""
