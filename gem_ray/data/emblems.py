@@ -1,8 +1,8 @@
 """The generated corpus's world: invented entities, and the emblem by which each is seen in an image.
 
 A coarse category has a frame colour, a fine category a silhouette, an entity a fill and a glyph; people are figures
-with a head and a body. Every fine category in use has two entities: one whose name is its own, and one that shares its name
-with an entity of another category, so that only the image tells which of the two a bare mention means.
+with a head and a body. Every fine category in use has two entities: one whose name is its own, and one that shares its
+name with an entity of another category, so that only the image tells which of the two a bare mention means.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def make_post(rng: np.random.Generator, post_id: str) -> Post:
 def make_scene(rng: np.random.Generator, emblems: Sequence[Emblem]) -> Scene:
     """A cluttered background, some distractors and the given emblems at random places and sizes, none over another.
 
-    About one emblem in six covers less than 1/50 of the image; of those shown first, one in ten covers more than half. An
-    emblem for which no place is found, even made smaller, is left out.
+    About one emblem in six covers less than 1/50 of the image; of those placed first, one in ten covers more than half.
+    An emblem for which no place is found, even made smaller, is left out.
     """
     width, height = _SIZES[rng.integers(len(_SIZES))]
     pixels = _background(rng, width, height)

