@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -47,20 +47,25 @@ class ImageConfig(_Section):
 class ExplainerConfig(_Section):
     """Where auxiliary knowledge comes from (§3.2.1)."""
 
-    base_url: str | None = Field(None, description="OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1")
+    # Required: posts go to no address that nobody wrote down.
+    base_url: str = Field(
+        pattern=r"^https?://", description="OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1"
+    )
     model: str = Field("gpt-3.5-turbo", description="model name sent to the endpoint")
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
-    concurrency: PositiveInt = 8
-    max_tokens: PositiveInt = 256
-    timeout_s: float = Field(60, gt=0)
-    retries: int = Field(4, ge=0)
+    concurrency: PositiveInt = Field(8, description="questions asked at once, by each actor")
+    max_tokens: PositiveInt = Field(256, description="length of an answer")
+    timeout_s: float = Field(60, gt=0, description="time for one try")
+    retries: int = Field(4, ge=0, description="further tries when the endpoint is busy, broken, slow or gone")
+    max_pause_s: float = Field(30, ge=0, description="longest pause before a retry, whatever the endpoint asks for")
 
 
 class KnowledgeConfig(_Section):
     """Captions and auxiliary knowledge (§3.2.1). Columns that the data brings are always used first."""
 
     captioner: str | None = Field(None, description="BLIP-2 checkpoint; none: posts without caption stay without")
-    captioner_batch_size: PositiveInt = 8
+    captioner_batch_size: PositiveInt = Field(8, description="images in one forward pass")
+    captioner_dtype: DType = "float32"
     explainer: ExplainerConfig | None = Field(None, description="none: posts without knowledge stay without")
     cache: Path | None = Field(None, description="folder that keeps answers, so that a second run asks nothing twice")
 
@@ -115,14 +120,17 @@ class TextSegmenterConfig(_Section):
 
     kind: Literal["clipseg", "sam3", "grounding-dino", "owlv2"] = "clipseg"
     model: str = "nano:text-segmenter"
-    threshold: Probability = 0.5
-    batch_size: PositiveInt = 16
+    threshold: Probability = Field(0.5, description="score above which a pixel (CLIPSeg) or an instance is kept")
+    batch_size: PositiveInt = Field(16, description="images, or pairs of image and prompt, in one forward pass")
+    dtype: DType = "float32"
 
 
 class SamConfig(_Section):
     """SAM with the peak as a point prompt (§3.4.3)."""
 
     model: str = Field("nano:sam", description="a model directory, or a published `sam_vit_*.pth`")
+    batch_size: PositiveInt = Field(8, description="images in one pass through the image encoder")
+    dtype: DType = Field("float32", description="of the image encoder")
 
 
 class BoxConfig(_Section):
@@ -144,8 +152,15 @@ class GrounderConfig(_Section):
     boxes: BoxConfig = Field(default_factory=BoxConfig)
 
 
+class TaskPlacement(_Section):
+    """Where a stage without a model runs: in tasks, wherever a CPU is free."""
+
+    num_cpus: float = Field(0.5, gt=0, description="CPUs each task takes while it runs")
+    batch_size: PositiveInt = Field(64, description="posts handed to a task at a time")
+
+
 class StagePlacement(_Section):
-    """Where one stage of the pipeline runs."""
+    """Where a stage with a model runs: in actors that keep it loaded."""
 
     num_cpus: float = Field(1, gt=0, description="CPUs each actor reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs each actor reserves; fractions share a card")
@@ -154,15 +169,21 @@ class StagePlacement(_Section):
     batch_size: PositiveInt = Field(64, description="posts handed to an actor at a time")
     threads: PositiveInt = Field(1, description="CPU threads of torch in each actor")
 
+    @model_validator(mode="after")
+    def _is_a_range(self) -> StagePlacement:
+        if self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors ({self.max_actors}) is below min_actors ({self.min_actors})")
+        return self
+
 
 class PipelineConfig(_Section):
     """The Ray Data graph."""
 
     rows_per_block: PositiveInt = Field(64, description="posts in a block: the grain of streaming and of resume")
-    prepare: StagePlacement = Field(default_factory=lambda: StagePlacement(num_cpus=0.5))
+    prepare: TaskPlacement = Field(default_factory=TaskPlacement)
     knowledge: StagePlacement = Field(default_factory=StagePlacement)
     tag: StagePlacement = Field(default_factory=StagePlacement)
-    load_image: StagePlacement = Field(default_factory=lambda: StagePlacement(num_cpus=0.5))
+    load_image: TaskPlacement = Field(default_factory=TaskPlacement)
     rerank: StagePlacement = Field(default_factory=StagePlacement)
     ground: StagePlacement = Field(default_factory=StagePlacement)
 
