@@ -1,0 +1,112 @@
+"""Tagger model directories: `config.json`, `model.safetensors`, tokenizer files; complete or on a base encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from gem_ray.checkpoints import resolve
+from gem_ray.tagger.features import load_tokenizer
+from gem_ray.tagger.model import DualPathTagger
+from gem_ray.taxonomy import LABEL_SETS
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+
+class TaggerFileConfig(BaseModel):
+    """What a tagger's `config.json` holds. Exactly one of `encoder` and `base_encoder` is set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["dual-path-tagger"] = "dual-path-tagger"
+    labels: Literal["fmnerg", "gmner"]
+    alpha: float
+    beta: float
+    dropout: float
+    encoder: dict[str, Any] | None = None  # the complete form: the encoder's own configuration
+    base_encoder: str | None = None  # the other: where the encoder and its tokenizer are
+    from_base: list[str] = []  # the weights that are not here because they are the base's
+
+
+def load_encoder(reference: str) -> PreTrainedModel:
+    """A pretrained encoder, in single precision."""
+    return AutoModel.from_pretrained(resolve(reference), dtype=torch.float32)
+
+
+def save_tagger(
+    model: DualPathTagger, tokenizer: PreTrainedTokenizerBase, out: Path, base_encoder: str | None = None
+) -> None:
+    """Write a model directory.
+
+    Args:
+        model: what to save.
+        tokenizer: its tokenizer.
+        out: the directory, made if need be.
+        base_encoder: a reference that `checkpoints.resolve` understands: only the weights that differ from it are
+            written, in half precision, and neither the tokenizer nor the encoder's configuration. None: everything is
+            written as it is, and the directory needs nothing else.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    config = TaggerFileConfig(
+        labels=model.labels.name, alpha=model.alpha, beta=model.beta, dropout=model.dropout.p, base_encoder=base_encoder
+    )
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if base_encoder is None:
+        config.encoder = model.encoder.config.to_dict()
+        tokenizer.save_pretrained(out)
+    else:
+        base = _encoder_weights(load_encoder(base_encoder))
+        config.from_base = sorted(name for name in weights if name in base and torch.equal(weights[name], base[name]))
+        weights = {name: tensor.half() for name, tensor in weights.items() if name not in config.from_base}
+    save_file(weights, out / _WEIGHTS, metadata={"format": "pt"})
+    (out / _CONFIG).write_text(config.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+
+
+def load_tagger(path: Path) -> tuple[DualPathTagger, PreTrainedTokenizerBase]:
+    """A tagger and its tokenizer from a model directory, ready to predict.
+
+    Raises:
+        FileNotFoundError: a file of the directory, or its base encoder, is not there.
+        ValueError: `config.json` is no tagger's, or weights are missing or unexpected; the message names them.
+    """
+    config = _read_config(path)
+    weights = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items()}
+    if config.base_encoder is None:
+        encoder = AutoModel.from_config(AutoConfig.for_model(**config.encoder or {}), dtype=torch.float32)
+    else:
+        encoder = load_encoder(config.base_encoder)
+        base = _encoder_weights(encoder)
+        weights.update({name: base[name] for name in config.from_base if name in base})
+    model = DualPathTagger(encoder, LABEL_SETS[config.labels], config.alpha, config.beta, config.dropout)
+    _load_strictly(model, weights, path)
+    tokenizer = load_tokenizer(path if config.base_encoder is None else resolve(config.base_encoder))
+    return model.eval(), tokenizer
+
+
+def _read_config(path: Path) -> TaggerFileConfig:
+    if not (path / _CONFIG).is_file():
+        raise FileNotFoundError(f"{path} is no tagger: it has no {_CONFIG}")
+    try:
+        config = TaggerFileConfig.model_validate_json((path / _CONFIG).read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ValueError(f"{path / _CONFIG} is not a tagger's: {error}") from None
+    if (config.encoder is None) == (config.base_encoder is None):
+        raise ValueError(f"{path / _CONFIG} must have either `encoder` or `base_encoder`")
+    return config
+
+
+def _encoder_weights(encoder: PreTrainedModel) -> dict[str, Tensor]:
+    return {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+
+
+def _load_strictly(model: DualPathTagger, weights: dict[str, Tensor], path: Path) -> None:
+    missing, unexpected = sorted(model.state_dict().keys() - weights), sorted(weights.keys() - model.state_dict())
+    if missing or unexpected:
+        raise ValueError(f"{path / _WEIGHTS}: missing weights {missing}, unexpected weights {unexpected}")
+    model.load_state_dict(weights)

@@ -1,0 +1,177 @@
+"""From posts to the encoder's input: `[CLS] words [SEP] knowledge [SEP]` (eq. 3), in batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gem_ray.records import Post
+
+_SPECIAL_TOKENS = 2  # [CLS] and the [SEP] after the text
+
+
+@dataclass(frozen=True)
+class SubwordPost:
+    """A post's subword ids: one list a word, never empty, and those of its knowledge."""
+
+    words: list[list[int]]
+    knowledge: list[int]
+
+
+@dataclass
+class Window:
+    """One input sequence: a post's words from `word_start` on, as many as fit, and knowledge in the room that is left.
+
+    `first_subwords` holds, for each word, the position of its first subword in `input_ids`.
+    """
+
+    post: int
+    word_start: int
+    input_ids: list[int]
+    first_subwords: list[int]
+    tags: list[int] = field(default_factory=list)  # gold fine tags, when training
+
+    @property
+    def word_end(self) -> int:
+        """One past the last word."""
+        return self.word_start + len(self.first_subwords)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded windows, as tensors."""
+
+    input_ids: Tensor  # (B, S)
+    attention_mask: Tensor  # (B, S)
+    first_subwords: Tensor  # (B, W), 0 past the end
+    word_mask: Tensor  # (B, W) bool: the words that have a tag
+    tags: Tensor | None = None  # (B, W), 0 past the end
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer in a folder, set up for words that are already split.
+
+    Raises:
+        ValueError: the tokenizer cannot say which subword belongs to which word.
+    """
+    # Byte-level tokenizers (RoBERTa) need a space before every word; the others ignore the argument.
+    tokenizer = AutoTokenizer.from_pretrained(path, add_prefix_space=True)
+    if not tokenizer.is_fast or tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise ValueError(f"the tagger needs a fast tokenizer with classification and separator tokens, unlike {path}")
+    return tokenizer
+
+
+class SubwordEncoder:
+    """Turns posts into input sequences of at most `max_length` subwords.
+
+    Knowledge is what `post.knowledge` holds; a caption alone is not used. The text is never cut for the knowledge's
+    sake: the knowledge gets the room that the text leaves. A text longer than `max_length` is read in consecutive
+    windows of whole words, each tagged by itself.
+
+    Args:
+        tokenizer: as `load_tokenizer` gives it.
+        max_length: subwords of text, knowledge and special tokens together.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def subwords(self, posts: Sequence[Post]) -> list[SubwordPost]:
+        """Subword ids of texts and knowledge, one call of the tokenizer for each."""
+        if not posts:
+            return []
+        texts = self.tokenizer(
+            [post.tokens for post in posts], is_split_into_words=True, add_special_tokens=False, verbose=False
+        )
+        knowledge = self.tokenizer(
+            [post.knowledge or "" for post in posts],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=self.max_length,
+        )
+        return [
+            SubwordPost(self._words(ids, texts.word_ids(row), len(post.tokens)), known)
+            for row, (post, ids, known) in enumerate(zip(posts, texts.input_ids, knowledge.input_ids, strict=True))
+        ]
+
+    def windows(self, post: SubwordPost, index: int = 0) -> list[Window]:
+        """The input sequences of one post: one, unless its text is longer than `max_length`.
+
+        Args:
+            post: its subwords.
+            index: what `Window.post` will be.
+        """
+        windows = [self._open(index, 0)]
+        for position, word in enumerate(post.words):
+            if len(windows[-1].input_ids) + len(word) > self.max_length - 1:
+                windows.append(self._open(index, position))
+            windows[-1].first_subwords.append(len(windows[-1].input_ids))
+            windows[-1].input_ids.extend(word)
+        for window in windows:
+            self._close(window, post.knowledge)
+        return windows
+
+    def encode(self, posts: Sequence[Post]) -> list[Window]:
+        """The windows of all posts; `Window.post` is the position in `posts`. A post without words has none."""
+        return [
+            window
+            for index, post in enumerate(self.subwords(posts))
+            if post.words
+            for window in self.windows(post, index)
+        ]
+
+    def _words(self, ids: list[int], word_ids: list[int | None], count: int) -> list[list[int]]:
+        words: list[list[int]] = [[] for _ in range(count)]
+        for subword, word in zip(ids, word_ids, strict=True):
+            if word is not None:
+                words[word].append(subword)
+        longest = self.max_length - _SPECIAL_TOKENS
+        # A word without any subword (a zero-width character) still has a place and a tag.
+        return [word[:longest] or [self.tokenizer.unk_token_id] for word in words]
+
+    def _open(self, index: int, position: int) -> Window:
+        return Window(index, position, [self.tokenizer.cls_token_id], [])
+
+    def _close(self, window: Window, knowledge: list[int]) -> None:
+        separator = self.tokenizer.sep_token_id
+        window.input_ids.append(separator)
+        room = self.max_length - len(window.input_ids) - 1
+        if knowledge and room > 0:
+            window.input_ids.extend([*knowledge[:room], separator])
+
+
+def collate(windows: Sequence[Window], pad_token_id: int) -> Batch:
+    """Pad windows to the longest of them."""
+    subwords = max(len(window.input_ids) for window in windows)
+    words = max(len(window.first_subwords) for window in windows)
+    lengths = torch.tensor([len(window.first_subwords) for window in windows])
+    input_ids = _padded([window.input_ids for window in windows], subwords, pad_token_id)
+    sizes = torch.tensor([len(window.input_ids) for window in windows])
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=(torch.arange(subwords) < sizes[:, None]).long(),
+        first_subwords=_padded([window.first_subwords for window in windows], words, 0),
+        word_mask=torch.arange(words) < lengths[:, None],
+        tags=_padded([window.tags for window in windows], words, 0) if windows[0].tags else None,
+    )
+
+
+def by_length(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Batches of windows of similar length, the longest first: little padding, and memory runs out early or never."""
+    ordered = sorted(windows, key=lambda window: len(window.input_ids), reverse=True)
+    for start in range(0, len(ordered), batch_size):
+        yield ordered[start : start + batch_size]
+
+
+def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])

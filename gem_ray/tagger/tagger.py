@@ -1,0 +1,84 @@
+"""The stage TAG: entities of each post's text, with their fine logits (§3.2)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gem_ray.checkpoints import resolve
+from gem_ray.config import Config
+from gem_ray.data.tokenize import word_spans
+from gem_ray.records import Entity, Post
+from gem_ray.tagger.checkpoint import load_tagger
+from gem_ray.tagger.features import SubwordEncoder
+from gem_ray.tagger.model import DualPathTagger
+from gem_ray.tagger.predict import WordPredictions, predict_words
+from gem_ray.taxonomy import decode_bio
+
+
+class Tagger:
+    """Finds the entities of posts.
+
+    Args:
+        model: the dual-path tagger; it is moved to `device` and put into evaluation mode.
+        features: its input format.
+        batch_size: windows in one forward pass.
+        device: where to run.
+        dtype: the encoder's precision; heads and CRFs stay in single precision.
+    """
+
+    def __init__(
+        self,
+        model: DualPathTagger,
+        features: SubwordEncoder,
+        batch_size: int = 32,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.model.encoder.to(dtype)
+        self.features = features
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_config(cls, config: Config) -> Tagger:
+        """Load `config.tagger.model`.
+
+        Raises:
+            FileNotFoundError: there is no model at the reference.
+            ValueError: it is not a tagger for `config.labels`, or its encoder is too short for `max_length`.
+        """
+        model, tokenizer = load_tagger(resolve(config.tagger.model))
+        if model.labels.name != config.labels:
+            raise ValueError(f"{config.tagger.model} tags {model.labels.name}, the configuration asks {config.labels}")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        features = SubwordEncoder(tokenizer, config.tagger.max_length)
+        return cls(model, features, config.tagger.batch_size, device, getattr(torch, config.tagger.dtype))
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        """Fill `entities` of the posts that are not rejected; `score` is left to the uncertainty filter."""
+        accepted = [post for post in posts if not post.is_rejected]
+        words = predict_words(self.model, accepted, self.features, self.batch_size)
+        for post, predictions in zip(accepted, words, strict=True):
+            post.entities = self._entities(post, predictions)
+        return posts
+
+    def _entities(self, post: Post, predictions: WordPredictions) -> list[Entity]:
+        offsets = word_spans(post.text, post.tokens)
+        entities = []
+        for first, last, fine in decode_bio(predictions.tags):
+            start, end = offsets[first][0], offsets[last - 1][1]
+            entities.append(
+                Entity(
+                    text=post.text[start:end],
+                    start=start,
+                    end=end,
+                    word_start=first,
+                    word_end=last,
+                    coarse=self.model.labels.parent[fine],
+                    fine=fine,
+                    score=0.0,
+                    logits=np.mean(predictions.logits[first:last], axis=0),
+                )
+            )
+        return entities
