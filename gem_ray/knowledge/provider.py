@@ -1,0 +1,162 @@
+"""The knowledge stage: gives each post the caption and the auxiliary knowledge that it did not bring (§3.2.1)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from gem_ray import checkpoints
+from gem_ray.config import Config
+from gem_ray.data.images import ImageLoader
+from gem_ray.knowledge.cache import AnswerCache
+from gem_ray.knowledge.explainer import Explainer, ExplainerError
+from gem_ray.knowledge.prompts import PROMPT_VERSION, Query
+from gem_ray.records import Post, ProblemKind, StageName
+
+if TYPE_CHECKING:
+    from gem_ray.knowledge.captioner import Captioner
+
+
+class KnowledgeProvider:
+    """Stage KNOWLEDGE. Fills `caption` and `knowledge` where they are blank; what a post brings is never replaced.
+
+    A question that fails costs the post its knowledge and nothing else; so does an empty answer, which is no failure.
+
+    Args:
+        loader: fills `post.image` for the captioner, or records on the post why it cannot.
+        captioner: none: posts without caption stay without.
+        captioner_id: the captioner's name and content hash, for the cache.
+        explainer: none: posts without knowledge stay without.
+        cache: captions and answers of earlier runs.
+
+    Attributes:
+        asked: questions put to the explainer.
+        from_cache: posts whose knowledge (or lack of it) was known from an earlier question.
+        repaired: answers that were not the JSON asked for.
+        failed: questions without answer.
+    """
+
+    def __init__(
+        self,
+        loader: ImageLoader,
+        captioner: Captioner | None = None,
+        captioner_id: str = "",
+        explainer: Explainer | None = None,
+        cache: AnswerCache | None = None,
+    ) -> None:
+        self._loader = loader
+        self._captioner = captioner
+        self._captioner_id = captioner_id
+        self._explainer = explainer
+        self._cache = cache
+        self.asked = self.from_cache = self.repaired = self.failed = 0
+
+    @classmethod
+    def from_config(cls, config: Config) -> KnowledgeProvider:
+        """Load what the `knowledge` section names.
+
+        Raises:
+            FileNotFoundError: there is no such captioner.
+            ConfigError: the explainer's key cannot be sent.
+        """
+        knowledge = config.knowledge
+        captioner, captioner_id = None, ""
+        if knowledge.captioner is not None:
+            from gem_ray.knowledge.captioner import Captioner  # needs torch; asking an endpoint does not
+
+            captioner, captioner_id = Captioner.from_config(config), checkpoints.describe(knowledge.captioner)
+        return cls(
+            loader=ImageLoader.from_config(config),
+            captioner=captioner,
+            captioner_id=captioner_id,
+            explainer=Explainer(knowledge.explainer) if knowledge.explainer else None,
+            cache=AnswerCache(knowledge.cache) if knowledge.cache else None,
+        )
+
+    @property
+    def is_active(self) -> bool:
+        """False when nothing is configured, and the stage can be left out."""
+        return self._captioner is not None or self._explainer is not None
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        """Caption, then explain, the posts that are not rejected."""
+        accepted = [post for post in posts if not post.is_rejected]
+        if self._captioner is not None:
+            self._fill_captions([post for post in accepted if _is_blank(post.caption)], self._captioner)
+        if self._explainer is not None:
+            self._fill_knowledge([post for post in accepted if _is_blank(post.knowledge)], self._explainer)
+        return posts
+
+    def _fill_captions(self, posts: Iterable[Post], captioner: Captioner) -> None:
+        waiting: dict[str, list[Post]] = defaultdict(list)  # by image: reposts are captioned once
+        for post in posts:
+            if post.image_bytes is None:
+                self._load_image(post)
+            digest = _image_digest(post)
+            if digest is None:
+                continue
+            known = self._recall("caption", self._captioner_id, digest)
+            if known is not None:
+                post.caption = known or None
+            elif self._load_image(post):
+                waiting[digest].append(post)
+        captions = captioner.caption([same[0].image for same in waiting.values()])
+        for (digest, same), caption in zip(waiting.items(), captions, strict=True):
+            self._keep(caption, "caption", self._captioner_id, digest)
+            for post in same:
+                post.caption = caption or None
+
+    def _fill_knowledge(self, posts: Iterable[Post], explainer: Explainer) -> None:
+        waiting: dict[Query, list[Post]] = defaultdict(list)  # by question: reposts are asked about once
+        for post in posts:
+            query = Query(post.text, None if _is_blank(post.caption) else post.caption)
+            known = self._recall(*_knowledge_key(query, explainer))
+            if known is None:
+                waiting[query].append(post)
+            else:
+                self.from_cache += 1
+                post.knowledge = known or None
+        self.asked += len(waiting)
+        for query, answer in explainer.ask_all(waiting):
+            if isinstance(answer, ExplainerError):
+                self.failed += 1
+                for post in waiting[query]:
+                    post.fail(StageName.KNOWLEDGE, ProblemKind.KNOWLEDGE_FAILED, str(answer))
+                continue
+            self.repaired += answer.repaired
+            self._keep(answer.text, *_knowledge_key(query, explainer))
+            for post in waiting[query]:
+                post.knowledge = answer.text or None
+
+    def _load_image(self, post: Post) -> bool:
+        """Load the image if there is one and nothing is known to be wrong with it."""
+        is_known_bad = any(problem.kind.startswith("image_") for problem in post.problems)
+        if post.image is None and not is_known_bad:
+            self._loader.load(post)
+        return post.image is not None
+
+    def _recall(self, *key: str | None) -> str | None:
+        return self._cache.get(*key) if self._cache else None
+
+    def _keep(self, value: str, *key: str | None) -> None:
+        if self._cache:
+            self._cache.put(value, *key)
+
+
+def _knowledge_key(query: Query, explainer: Explainer) -> tuple[str | None, ...]:
+    return ("knowledge", query.text, query.caption, explainer.model, PROMPT_VERSION)
+
+
+def _image_digest(post: Post) -> str | None:
+    """SHA-256 of the encoded image, or of the pixels where only its URI came; None without an image."""
+    if post.image_bytes is not None:
+        return hashlib.sha256(post.image_bytes).hexdigest()
+    if post.image is None:
+        return None
+    return hashlib.sha256(repr(post.image.shape).encode() + post.image.tobytes()).hexdigest()
+
+
+def _is_blank(column: str | None) -> bool:
+    return not (column or "").strip()

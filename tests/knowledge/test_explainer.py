@@ -1,0 +1,238 @@
+import json
+import logging
+import time
+from email.utils import formatdate
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from gem_ray.config import ConfigError, ExplainerConfig
+from gem_ray.knowledge.explainer import Explainer, ExplainerError, ParsedAnswer, parse_answer
+from gem_ray.knowledge.prompts import Query, chat_messages
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "repaired"),
+    [
+        ('{"explanation": "A band."}', "A band.", False),
+        ('\n {"explanation": " A \\"band\\".\\n"} ', 'A "band".', False),
+        ('{"explanation": null}', "", False),
+        ('{"explanation": ""}', "", False),
+        ("", "", False),
+        ("  \n", "", False),
+        ('```json\n{"explanation": "A band."}\n```', "A band.", True),
+        ('Sure! {"explanation": "A band."} Anything else?', "A band.", True),
+        ('{"explanation": "A band.",}', "A band.", True),
+        ('{"explanation": "A band."', "A band.", True),
+        ('{"explanation": "A band was cut o', "A band was cut o", True),
+        ('"explanation": "A band."', "A band.", True),
+        ("{'explanation': 'Simon\\'s band.'}".replace("\\'", "'"), "Simon's band.", True),
+        ('{"Explanation": "A band."}', "A band.", True),
+        ('{"explanation": "The "Lakers" win."}', 'The "Lakers" win.', True),
+        ('{"explanation": "Two\nlines."}', "Two\nlines.", True),
+        ('{"explanation": "Two\\nlines, \\u00e9t\\u00e9.",}', "Two\nlines, été.", True),
+        ('<think>{"explanation": "no"}</think>{"explanation": "A band."}', "A band.", True),
+        ("It is a band.", "It is a band.", True),
+        ("```\nIt is a band.\n```", "It is a band.", True),
+        ('My explanation: "Queen" is a band.', 'My explanation: "Queen" is a band.', True),
+        ('["a", "band"]', '["a", "band"]', True),
+        ('{"explanation": {"Queen": "a band"}}', '{"explanation": {"Queen": "a band"}}', True),
+    ],
+)
+def test_parse_answer_takes_strict_json_and_repairs_the_rest(answer, text, repaired):
+    assert parse_answer(answer) == ParsedAnswer(text, repaired)
+
+
+@given(st.text() | st.text(alphabet='{}[]"\\:,`explanation \n\t\'') | st.text().map(lambda t: '{"explanation": "' + t))
+@example("[" * 100_000)
+@example('{"explanation": ' + "9" * 5_000 + "}")
+@example('{"explanation": "\\ud800"}')
+def test_parse_answer_never_raises_and_gives_text_that_arrow_can_hold(answer):
+    parsed = parse_answer(answer)
+    parsed.text.encode("utf-8")
+    assert parsed.text == parsed.text.strip()
+
+
+@given(st.text())
+def test_parse_answer_gives_back_any_explanation_that_was_proper_json(explanation):
+    for ensure_ascii in (True, False):
+        answer = json.dumps({"explanation": explanation}, ensure_ascii=ensure_ascii)
+        assert parse_answer(answer) == ParsedAnswer(explanation.strip(), repaired=False)
+
+
+def test_long_hostile_answers_are_parsed_in_linear_time():
+    begin = time.perf_counter()
+    for filler in ('" ', "{", "}", "```", '"explanation"', '"explanation": "', "\\", "\n"):
+        parse_answer('{"explanation": "' + filler * 50_000 + "x")
+    assert time.perf_counter() - begin < 2
+
+
+def test_ask_sends_the_prompt_the_model_and_the_key(server, explainer_config, key):
+    explainer = Explainer(explainer_config(model="some-llm", max_tokens=99))
+    assert explainer.ask(Query("hello", "a dog")) == ParsedAnswer("about hello", repaired=False)
+    assert server.requests[0] == {
+        "model": "some-llm",
+        "messages": chat_messages(Query("hello", "a dog")),
+        "max_tokens": 99,
+        "temperature": 0,
+    }
+    assert server.keys == [f"Bearer {key}"]
+    assert server.paths == ["/v1/chat/completions"]
+
+
+def test_no_key_in_the_environment_sends_none(server, explainer_config):
+    Explainer(explainer_config(api_key_env="NOT_SET_ANYWHERE")).ask(Query("hello"))
+    assert server.keys == [None]
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "503", "hangs", "drips", "hangs_up"])
+def test_a_passing_fault_is_asked_again(server, explainer_config, reply, fault):
+    faults = {
+        "429": reply(status=429),
+        "500": reply(status=500, body=b"<html>oops</html>"),
+        "503": reply(status=503),
+        "hangs": reply(delay_s=1),
+        "drips": reply(drip_s=0.1),  # every byte comes in time, the reply never does
+        "hangs_up": reply(hang_up=True),
+    }
+    server.script = lambda text, n: faults[fault] if n == 0 else reply()
+    explainer = Explainer(explainer_config(timeout_s=0.3))
+    assert explainer.ask(Query("hello")) == ParsedAnswer("fine", repaired=False)
+    assert len(server.asked["hello"]) == 2
+
+
+def test_a_lasting_fault_is_given_up_after_the_configured_retries(server, explainer_config, reply):
+    server.script = lambda text, n: reply(status=500)
+    with pytest.raises(ExplainerError, match="3 tries; the last: HTTP 500"):
+        Explainer(explainer_config(retries=2)).ask(Query("hello"))
+    assert len(server.asked["hello"]) == 3
+
+
+def test_nobody_listening_is_a_failure_not_a_crash(server, explainer_config):
+    config = explainer_config(retries=1)
+    server.server_close()
+    with pytest.raises(ExplainerError, match="ConnectError"):
+        Explainer(config).ask(Query("hello"))
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 307])
+def test_a_refusal_is_not_asked_again(server, explainer_config, reply, status):
+    body = json.dumps({"error": {"message": "no such model"}}).encode()
+    server.script = lambda text, n: reply(status=status, body=body, headers={"Location": "/elsewhere"})
+    with pytest.raises(ExplainerError, match=f"HTTP {status} no such model"):
+        Explainer(explainer_config()).ask(Query("hello"))
+    assert len(server.asked["hello"]) == 1
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>hello</html>", b"{}", b'{"choices": []}', b"[" * 100_000, b"\xff", b" " * (2**20 + 1)]
+)
+def test_a_reply_that_is_no_chat_completion_is_a_failure(server, explainer_config, reply, body):
+    server.script = lambda text, n: reply(body=body)
+    with pytest.raises(ExplainerError, match="the reply|endpoint's reply"):
+        Explainer(explainer_config()).ask(Query("hello"))
+
+
+def test_a_reply_without_content_is_an_empty_answer(server, explainer_config, reply):
+    server.script = lambda text, n: reply(content=None)
+    assert Explainer(explainer_config()).ask(Query("hello")) == ParsedAnswer("", repaired=False)
+
+
+def test_retry_after_in_seconds_is_waited_for(server, explainer_config, reply):
+    server.script = lambda text, n: reply(status=429, headers={"Retry-After": "1"}) if n == 0 else reply()
+    Explainer(explainer_config(max_pause_s=5)).ask(Query("hello"))
+    first, second = server.asked["hello"]
+    assert 1 <= second - first < 2
+
+
+def test_retry_after_as_a_date_is_waited_for(server, explainer_config, reply):
+    date = formatdate(time.time() + 3, usegmt=True)  # whole seconds: at least two from now
+    server.script = lambda text, n: reply(status=503, headers={"Retry-After": date}) if n == 0 else reply()
+    Explainer(explainer_config(max_pause_s=5)).ask(Query("hello"))
+    first, second = server.asked["hello"]
+    assert 1.5 <= second - first < 4
+
+
+@pytest.mark.parametrize("value", ["86400", "9" * 400, "tomorrow", "-1", "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_retry_after_is_capped_and_nonsense_is_ignored(server, explainer_config, reply, value):
+    server.script = lambda text, n: reply(status=429, headers={"Retry-After": value}) if n == 0 else reply()
+    Explainer(explainer_config(max_pause_s=0.1)).ask(Query("hello"))
+    first, second = server.asked["hello"]
+    assert second - first < 1
+
+
+def test_pauses_grow_until_they_reach_the_cap(server, explainer_config, reply, monkeypatch):
+    pauses = []
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append)
+    monkeypatch.setattr("gem_ray.knowledge.explainer.time", clock)
+    server.script = lambda text, n: reply(hang_up=True)
+    with pytest.raises(ExplainerError):
+        Explainer(explainer_config(retries=6, max_pause_s=10)).ask(Query("hello"))
+    assert len(pauses) == 6  # none after the last try
+    for attempt, pause in enumerate(pauses):
+        assert min(0.25 * 2**attempt, 10) <= pause <= min(0.5 * 2**attempt, 10)
+
+
+def test_no_more_questions_at_once_than_configured(server, explainer_config, reply):
+    server.script = lambda text, n: reply(delay_s=0.05)
+    queries = [Query(f"post {i}") for i in range(20)]
+    answers = dict(Explainer(explainer_config(concurrency=4)).ask_all(queries))
+    assert set(answers) == set(queries)
+    assert server.most_running == 4
+
+
+def test_one_failed_query_leaves_the_others_their_answers(server, explainer_config, reply):
+    server.script = lambda text, n: reply(status=400) if text == "post 3" else reply(f'{{"explanation": "{text}"}}')
+    answers = dict(Explainer(explainer_config()).ask_all([Query(f"post {i}") for i in range(8)]))
+    failed = answers.pop(Query("post 3"))
+    assert isinstance(failed, ExplainerError)
+    assert answers == {Query(f"post {i}"): ParsedAnswer(f"post {i}", False) for i in range(8) if i != 3}
+
+
+def test_answers_come_as_soon_as_they_are_there(server, explainer_config, reply):
+    server.script = lambda text, n: reply(delay_s=0.5 if text == "slow" else 0)
+    order = [query.text for query, _ in Explainer(explainer_config()).ask_all([Query("slow"), Query("quick")])]
+    assert order == ["quick", "slow"]
+
+
+def test_leaving_early_drops_the_questions_that_wait(server, explainer_config, reply):
+    server.script = lambda text, n: reply(delay_s=0.05)
+    explainer = Explainer(explainer_config(concurrency=1))
+    answers = explainer.ask_all([Query(f"post {i}") for i in range(20)])
+    next(answers)
+    answers.close()
+    explainer.close()
+    assert len(server.requests) <= 3
+
+
+def test_the_key_is_in_no_log_error_or_repr(server, explainer_config, reply, key, caplog):
+    body = json.dumps({"error": {"message": f"Incorrect API key provided: {key}"}}).encode()
+    statuses = {"busy": 500, "refused": 401}
+    server.script = lambda text, n: reply(status=statuses[text], body=body) if text in statuses else reply()
+    config = explainer_config(retries=1)
+    explainer = Explainer(config)
+    with caplog.at_level(logging.DEBUG):
+        answers = dict(explainer.ask_all([Query("fine"), Query("busy"), Query("refused")]))
+    seen = [caplog.text, repr(explainer), repr(config), *map(repr, answers.values())]
+    errors = [answer for answer in answers.values() if isinstance(answer, ExplainerError)]
+    assert len(errors) == 2
+    for error in errors:
+        assert error.__cause__ is None
+        assert error.__suppress_context__ or error.__context__ is None
+    assert "POST" in caplog.text  # something was logged
+    assert key not in "".join(seen)
+
+
+@pytest.mark.parametrize("bad", ["sk-sécret", "sk-two\nlines"])
+def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(explainer_config, monkeypatch, bad):
+    monkeypatch.setenv("TEST_KEY", bad)
+    with pytest.raises(ConfigError, match="TEST_KEY") as caught:
+        Explainer(explainer_config())
+    assert bad not in str(caught.value)
+
+
+def test_an_address_that_is_no_http_url_is_refused():
+    with pytest.raises(ValueError, match="base_url"):
+        ExplainerConfig(base_url="127.0.0.1:8000/v1")
