@@ -1,0 +1,21 @@
+"""Paths and URIs on one footing: which file system, and which path on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyarrow import fs
+
+
+def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a local path or an `s3://` URI, and the path on it.
+
+    `AWS_ENDPOINT_URL` and the usual AWS variables and roles are honoured.
+
+    Raises:
+        ValueError: a URI that is not understood.
+    """
+    if "://" not in location:
+        return fs.LocalFileSystem(), str(Path(location).absolute())
+    filesystem, path = fs.FileSystem.from_uri(location)
+    return filesystem, path.rstrip("/")

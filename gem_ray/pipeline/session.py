@@ -1,0 +1,87 @@
+"""The Ray that a run uses: the one that is there, or a small local one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.data import DataContext
+
+from gem_ray.annotator import active_stages
+from gem_ray.config import Config
+from gem_ray.pipeline.graph import TASK_STAGES
+
+logger = logging.getLogger(__name__)
+
+# Fewer logical CPUs can hang: actors hold theirs for good, and reading, writing and resuming need some too.
+_MIN_CPUS = 4
+_CPUS_FOR_TASKS = 1
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Ray, quiet, for as long as the block runs.
+
+    Uses the Ray of this process if it has one, else the cluster that `RAY_ADDRESS` names, else starts a local Ray and
+    shuts it down afterwards.
+
+    Raises:
+        ValueError: the actors ask for more CPUs or GPUs than the local Ray has.
+    """
+    started_here = not ray.is_initialized()
+    if started_here:
+        _start(config)
+    try:
+        _check_resources(config, can_grow="RAY_ADDRESS" in os.environ)
+        with DataContext.current(_quiet_context()):
+            yield
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _start(config: Config) -> None:
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, **quiet)
+        return
+    cpus = max(_MIN_CPUS, os.cpu_count() or 1, math.ceil(_reserved(config)["CPU"]) + _CPUS_FOR_TASKS)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+def _quiet_context() -> DataContext:
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0  # more would drop whole blocks without a word
+    return context
+
+
+def _reserved(config: Config) -> dict[str, float]:
+    """What the actors of all stages hold at the least, for as long as the run takes."""
+    placements = [getattr(config.pipeline, name) for name in active_stages(config) if name not in TASK_STAGES]
+    return {
+        "CPU": sum(placement.min_actors * placement.num_cpus for placement in placements),
+        "GPU": sum(placement.min_actors * placement.num_gpus for placement in placements),
+    }
+
+
+def _check_resources(config: Config, can_grow: bool) -> None:
+    """Say so where a run would wait for ever for resources; a cluster may still start nodes that have them."""
+    needed = _reserved(config)
+    needed["CPU"] += _CPUS_FOR_TASKS
+    there = ray.cluster_resources()
+    for resource, amount in needed.items():
+        if there.get(resource, 0) >= amount:
+            continue
+        message = (
+            f"the pipeline needs at least {amount:g} {resource}s and Ray has {there.get(resource, 0):g}; "
+            f"lower num_{resource.lower()}s or min_actors under `pipeline`, or give Ray more"
+        )
+        if not can_grow:
+            raise ValueError(message)
+        logger.warning(message)

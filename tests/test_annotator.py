@@ -1,0 +1,176 @@
+"""The guard round each stage, and the list of stages."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from gem_ray.annotator import Annotator, GuardedStage, active_stages, models_of
+from gem_ray.checkpoints import content_hash
+from gem_ray.config import ConfigError, load_config
+from gem_ray.records import Candidate, Entity, Post, ProblemKind, StageName, Status
+
+
+def entity(fine: str) -> Entity:
+    return Entity("x", 0, 1, 0, 1, "person", fine, 0.5, candidates=[Candidate(fine, 0.5)])
+
+
+class HalfDone:
+    """Changes every kind of field of each post before it chokes on one of them."""
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        for post in posts:
+            post.caption = (post.caption or "") + "seen"
+            post.entities.append(entity("actor"))
+            post.entities[0].score += 1
+            post.entities[0].candidates.append(Candidate("coach", 0.1))
+            post.tokens.append("new")
+            post.image = np.ones((2, 2, 3), dtype=np.uint8)
+            if post.text == "poison":
+                raise KeyError("no such word\nand a second line")
+        return posts
+
+
+def posts_of(*texts: str) -> list[Post]:
+    return [Post(str(i), text, tokens=[text], entities=[entity("artist")]) for i, text in enumerate(texts)]
+
+
+def as_values(post: Post) -> dict:
+    return post.annotation() | {"image": None if post.image is None else post.image.tolist()}
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_failing_post_keeps_its_state_and_its_neighbours_are_as_without_it(position: int) -> None:
+    texts = ["fine", "good"]
+    texts.insert(position, "poison")
+    posts = posts_of(*texts)
+    untouched = copy.deepcopy(posts[position])
+    returned = GuardedStage(StageName.GROUND, HalfDone())(posts)
+
+    assert returned is posts
+    expected = HalfDone()(posts_of(*texts[:position], "elsewhere", *texts[position + 1 :]))
+    for index in {0, 1, 2} - {position}:
+        assert as_values(posts[index]) == as_values(expected[index])
+    (problem,) = posts[position].problems
+    assert problem.kind is ProblemKind.STAGE_FAILED
+    assert problem.stage is StageName.GROUND
+    assert problem.message.startswith("KeyError:")
+    assert "\n" not in problem.message
+    posts[position].problems.clear()
+    assert as_values(posts[position]) == as_values(untouched)
+
+
+@pytest.mark.parametrize(
+    ("stage", "status"),
+    [
+        (StageName.PREPARE, Status.REJECTED),
+        (StageName.KNOWLEDGE, Status.OK),
+        (StageName.TAG, Status.REJECTED),
+        (StageName.LOAD_IMAGE, Status.DEGRADED),
+        (StageName.RERANK, Status.DEGRADED),
+        (StageName.GROUND, Status.DEGRADED),
+    ],
+)
+def test_status_after_a_failure_depends_on_the_stage(stage: StageName, status: Status) -> None:
+    (post,) = GuardedStage(stage, HalfDone())(posts_of("poison"))
+    assert post.status is status
+
+
+def test_every_post_may_fail() -> None:
+    posts = GuardedStage(StageName.TAG, HalfDone())(posts_of("poison", "poison", "poison"))
+    assert [post.status for post in posts] == [Status.REJECTED] * 3
+
+
+def test_empty_batch_stays_empty() -> None:
+    assert GuardedStage(StageName.TAG, HalfDone())([]) == []
+
+
+def test_dead_engine_stops_the_run_instead_of_marking_posts() -> None:
+    class EngineDeadError(Exception):
+        pass
+
+    def stage(posts: list[Post]) -> list[Post]:
+        raise EngineDeadError("engine core died")
+
+    posts = posts_of("a", "b")
+    with pytest.raises(EngineDeadError):
+        GuardedStage(StageName.RERANK, stage)(posts)
+    assert not any(post.problems for post in posts)
+
+
+def test_time_inside_the_stage_adds_up() -> None:
+    import time
+
+    def stage(posts: list[Post]) -> list[Post]:
+        time.sleep(0.02)
+        return posts
+
+    guarded = GuardedStage(StageName.TAG, stage)
+    guarded(posts_of("a"))
+    guarded(posts_of("b"))
+    assert 0.04 <= guarded.seconds < 0.5
+
+
+def test_annotator_runs_its_stages_in_order_on_the_same_posts() -> None:
+    def says(word: str):
+        def stage(posts: list[Post]) -> list[Post]:
+            for post in posts:
+                post.tokens.append(word)
+            return posts
+
+        return stage
+
+    posts = [Post("1", "a"), Post("2", "b")]
+    names = (StageName.PREPARE, StageName.TAG, StageName.GROUND)
+    assert Annotator([GuardedStage(name, says(name)) for name in names]).annotate(posts) is posts
+    assert [post.tokens for post in posts] == [["prepare", "tag", "ground"]] * 2
+
+
+def test_stages_follow_the_configuration() -> None:
+    assert active_stages(load_config()) == (
+        StageName.PREPARE,
+        StageName.TAG,
+        StageName.LOAD_IMAGE,
+        StageName.RERANK,
+        StageName.GROUND,
+    )
+    text_only = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false"])
+    assert active_stages(text_only) == (StageName.PREPARE, StageName.TAG, StageName.LOAD_IMAGE)
+    explained = load_config(overrides=["knowledge.explainer.base_url=http://127.0.0.1:1/v1"])
+    assert active_stages(explained)[:3] == (StageName.PREPARE, StageName.KNOWLEDGE, StageName.TAG)
+
+
+def test_models_name_only_what_is_used_with_the_hash_of_its_content(tmp_path) -> None:
+    for name in ("tagger", "reranker", "matcher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    config = load_config(
+        overrides=[
+            f"tagger.model={tmp_path}/tagger",
+            f"reranker.model={tmp_path}/reranker",
+            "reranker.adapter=null",
+            f"grounder.matcher.model={tmp_path}/matcher",
+            "grounder.boxes.sam=null",
+            "grounder.boxes.text=null",
+        ]
+    )
+    models = models_of(config)
+    assert models == {
+        name: f"{tmp_path}/{name}@{content_hash(tmp_path / name)}" for name in ("tagger", "reranker", "matcher")
+    }
+    (tmp_path / "tagger" / "config.json").write_text("trained again")
+    assert models_of(config)["tagger"] != models["tagger"]
+    config.grounder.enabled = False
+    assert set(models_of(config)) == {"tagger", "reranker"}
+
+
+def test_missing_model_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="nano:nowhere"):
+        models_of(load_config(overrides=["tagger.model=nano:nowhere"]))
+
+
+def test_pool_bounds_must_be_a_range() -> None:
+    with pytest.raises(ConfigError, match=r"pipeline\.tag.*max_actors"):
+        load_config(overrides=["pipeline.tag.min_actors=3"])
