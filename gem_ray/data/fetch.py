@@ -1,0 +1,201 @@
+"""The bytes behind an image URI, if it is allowed to be read: no path or URL from the data is trusted."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+import time
+from contextlib import AbstractContextManager
+from functools import cached_property, lru_cache
+from urllib.parse import urljoin
+
+import httpx
+from pyarrow import fs
+
+from gem_ray.config import ImageConfig
+from gem_ray.records import ProblemKind
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_MAX_REDIRECTS = 4
+
+
+class ImageError(Exception):
+    """An image that cannot be used: its kind of problem, and a sentence for a person."""
+
+    def __init__(self, kind: ProblemKind, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    @classmethod
+    def over_max_bytes(cls, size: int, config: ImageConfig) -> ImageError:
+        """The encoded image holds `size` bytes or more."""
+        message = f"the encoded image has {size:,} bytes or more; image.max_bytes allows {config.max_bytes:,}"
+        return cls(ProblemKind.IMAGE_TOO_LARGE, message)
+
+
+class Fetcher:
+    """Reads image URIs: paths under `config.root`, `s3://`, and `https://` where the configuration allows it.
+
+    Args:
+        config: limits of images, and where they may come from.
+    """
+
+    def __init__(self, config: ImageConfig):
+        self._config = config
+
+    def fetch(self, uri: str) -> bytes:
+        """The encoded image.
+
+        Raises:
+            ImageError: IMAGE_FORBIDDEN, IMAGE_MISSING, IMAGE_TOO_LARGE, or IMAGE_UNREADABLE where the transfer failed.
+        """
+        match = _SCHEME.match(uri)
+        scheme = match.group(1).lower() if match else ""
+        if not scheme:
+            return read_local(uri, self._config)
+        if scheme == "s3":
+            return _read_s3(uri, self._config)
+        if scheme == "https" and self._config.allow_http:
+            return self._read_https(uri)
+        if scheme == "https":
+            raise _forbidden(uri, "set image.allow_http to fetch https:// addresses")
+        raise _forbidden(uri, f"{scheme}: addresses are not read")
+
+    def _read_https(self, uri: str) -> bytes:
+        deadline = time.monotonic() + self._config.timeout_s
+        try:
+            for _ in range(_MAX_REDIRECTS + 1):
+                with self._get(uri) as answer:
+                    if not answer.has_redirect_location:
+                        return self._body(answer, uri, deadline)
+                    uri = urljoin(uri, answer.headers["location"])
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            raise _unreadable(uri, str(error) or type(error).__name__) from error
+        raise _unreadable(uri, f"more than {_MAX_REDIRECTS} redirects")
+
+    def _get(self, uri: str) -> AbstractContextManager[httpx.Response]:
+        """Ask the very address that was checked: a name may resolve to another one the next time."""
+        url = httpx.URL(uri)
+        address = _public_address(url)
+        return self._client.stream(
+            "GET",
+            url.copy_with(host=address, userinfo=b""),
+            headers={"host": url.netloc.decode("ascii")},
+            extensions={"sni_hostname": url.raw_host.decode("ascii")},
+        )
+
+    def _body(self, answer: httpx.Response, uri: str, deadline: float) -> bytes:
+        if answer.status_code in (404, 410):
+            raise _missing(uri)
+        if answer.status_code != 200:
+            raise _unreadable(uri, f"the server answered {answer.status_code}")
+        data = bytearray()
+        for chunk in answer.iter_raw():  # raw: a compressed body could be far larger than what was received
+            data += chunk
+            if len(data) > self._config.max_bytes:
+                raise ImageError.over_max_bytes(len(data), self._config)
+            if time.monotonic() > deadline:
+                raise _unreadable(uri, f"not received within {self._config.timeout_s:g} s")
+        return bytes(data)
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        return httpx.Client(
+            verify=httpx.create_ssl_context(),
+            timeout=self._config.timeout_s,
+            # No proxy from the environment: it would resolve the host again, after our check.
+            trust_env=False,
+            # No reuse: connections are made to addresses, and two hosts may share one.
+            limits=httpx.Limits(max_keepalive_connections=0),
+            headers={"accept-encoding": "identity"},
+        )
+
+
+def read_local(uri: str, config: ImageConfig) -> bytes:
+    """The file at a path that, links and `..` resolved, lies in `config.root`.
+
+    Raises:
+        ImageError: as `Fetcher.fetch`.
+    """
+    if config.root is None:
+        raise _forbidden(uri, "set image.root to the folder of the images to read local paths")
+    try:
+        root = config.root.resolve()
+        path = (root / uri).resolve()
+        if not path.is_relative_to(root):
+            raise _forbidden(uri, "the path leads out of image.root")
+        if not path.is_file():  # nor directories, pipes and devices
+            raise _missing(uri)
+        with path.open("rb") as file:
+            return _bounded(file.read(config.max_bytes + 1), config)
+    except (OSError, ValueError, RuntimeError) as error:  # an over-long name, a NUL, a loop of links
+        raise _unreadable(uri, str(error)) from error
+
+
+def _read_s3(uri: str, config: ImageConfig) -> bytes:
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    if not _BUCKET.fullmatch(bucket) or not key:
+        raise _forbidden(uri, "it is not s3://bucket/key")
+    try:
+        with _s3_filesystem(bucket, config.timeout_s).open_input_file(f"{bucket}/{key}") as file:
+            return _bounded(file.read(config.max_bytes + 1), config)
+    except FileNotFoundError as error:
+        raise _missing(uri) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(uri, str(error)) from error
+
+
+@lru_cache(maxsize=64)
+def _s3_filesystem(bucket: str, timeout_s: float) -> fs.S3FileSystem:
+    # Not `FileSystem.from_uri`: a URI's query may name another endpoint, which would be sent our credentials.
+    is_told = any(name in os.environ for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"))
+    region = None if is_told else fs.resolve_s3_region(bucket)
+    return fs.S3FileSystem(region=region, connect_timeout=timeout_s, request_timeout=timeout_s)
+
+
+def _public_address(url: httpx.URL) -> str:
+    """An address of the URL's host, all of whose addresses are on the public internet."""
+    if url.scheme != "https" or not url.host:
+        raise _forbidden(str(url), "only https:// addresses are fetched")
+    found = socket.getaddrinfo(url.raw_host.decode("ascii"), url.port or 443, type=socket.SOCK_STREAM)
+    addresses = [str(entry[4][0]) for entry in found]
+    if not all(_is_public(address) for address in addresses):
+        raise _forbidden(str(url), "its host is on a private network")
+    return addresses[0]
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        # Addresses that carry an IPv4 address lead where that one leads.
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if inner:
+            return _is_public(str(inner))
+    return ip.is_global and not ip.is_multicast
+
+
+def _bounded(data: bytes, config: ImageConfig) -> bytes:
+    if len(data) > config.max_bytes:
+        raise ImageError.over_max_bytes(len(data), config)
+    return data
+
+
+def _forbidden(uri: str, reason: str) -> ImageError:
+    return ImageError(ProblemKind.IMAGE_FORBIDDEN, f"{_short(uri)} may not be read: {reason}")
+
+
+def _missing(uri: str) -> ImageError:
+    return ImageError(ProblemKind.IMAGE_MISSING, f"there is no image at {_short(uri)}")
+
+
+def _unreadable(uri: str, reason: str) -> ImageError:
+    return ImageError(ProblemKind.IMAGE_UNREADABLE, f"{_short(uri)} could not be read: {reason}")
+
+
+def _short(uri: str) -> str:
+    """The URI as messages show it: without its query, which may hold a signature, and not endless."""
+    bare = uri.partition("?")[0]
+    return repr(bare if len(bare) <= 120 else bare[:117] + "…")

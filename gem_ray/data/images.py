@@ -1,0 +1,222 @@
+"""Encoded images of any origin to upright RGB pixels, or a sentence that says why not."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from gem_ray.config import Config, ImageConfig
+from gem_ray.data.fetch import Fetcher, ImageError
+from gem_ray.records import Post, ProblemKind, StageName
+
+__all__ = ["DecodedImage", "ImageError", "ImageLoader", "decode_image"]
+
+# Pillow knows some fifty formats, among them some that run other programs; posts bring these.
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+
+# EXIF orientation -> what makes the image upright; 1 and unknown values leave it as it is.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = (5, 6, 7, 8)
+
+# What comes in place of images, by how it begins (lower case, white space stripped).
+_MARKUP = (
+    (b"<!doctype html", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"<head", "an HTML page"),
+    (b"<body", "an HTML page"),
+    (b"<svg", "an SVG drawing"),
+    (b"<!doctype svg", "an SVG drawing"),
+    (b"<?xml", "an XML document"),
+    (b"<", "a markup document"),
+    (b"{", "a JSON document"),
+    (b"%pdf", "a PDF document"),
+    (b"%!ps", "a PostScript document"),
+    (b"version https://git-lfs", "a Git LFS pointer"),
+    (b"pk\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\x1aE\xdf\xa3".lower(), "a WebM or Matroska video"),
+)
+# And what begins like an image but holds none that can be opened.
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"RIFF", "WebP"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+)
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")
+
+# Fetching waits for the network and Pillow decodes outside the interpreter's lock.
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image ready for the models.
+
+    `pixels` is `(h, w, 3)` uint8 RGB, upright, perhaps reduced; `width` × `height` is the upright original's size.
+    """
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+def decode_image(data: bytes, config: ImageConfig) -> DecodedImage:
+    """Decode the first frame, upright, in RGB, alpha on white, its longer side reduced to `config.max_side`.
+
+    A truncated file is unreadable: its missing part would be grey, and what is shown there would be called absent.
+
+    Raises:
+        ImageError: IMAGE_TOO_LARGE by bytes, or by the pixels that the header claims, before anything is decoded;
+            IMAGE_UNREADABLE for everything else, saying what the bytes are.
+    """
+    if not data:
+        raise ImageError(ProblemKind.IMAGE_UNREADABLE, "the image is empty (0 bytes)")
+    if len(data) > config.max_bytes:
+        raise ImageError.over_max_bytes(len(data), config)
+    image = _open(data, config)
+    width, height = image.size
+    try:
+        orientation, image = _decode(image, config.max_side)
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken or hostile files
+        message = f"the {image.format} image is damaged: {str(error) or type(error).__name__}"
+        raise ImageError(ProblemKind.IMAGE_UNREADABLE, message) from error
+    if orientation in _QUARTER_TURNS:
+        width, height = height, width
+    return DecodedImage(np.array(image), width, height)  # a copy: views of Pillow images are read-only
+
+
+class ImageLoader:
+    """Stage LOAD_IMAGE: the pixels of posts in which there is something to ground.
+
+    Args:
+        config: limits of images, and where they may come from.
+    """
+
+    def __init__(self, config: ImageConfig):
+        self._config = config
+        self._fetcher = Fetcher(config)
+
+    @classmethod
+    def from_config(cls, config: Config) -> ImageLoader:
+        """Built from the `image` section."""
+        return cls(config.image)
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        """Load the image of every post that is not rejected and has entities."""
+        wanted = [post for post in posts if not post.is_rejected and post.entities]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(self.load, wanted))
+        return posts
+
+    def load(self, post: Post) -> None:
+        """Fill `image`, `image_width` and `image_height`, or record the problem; once a post has either, do nothing."""
+        if post.image is not None or any(problem.kind.startswith("image_") for problem in post.problems):
+            return
+        try:
+            decoded = decode_image(self._encoded(post), self._config)
+        except ImageError as error:
+            post.fail(StageName.LOAD_IMAGE, error.kind, str(error))
+            return
+        post.image, post.image_width, post.image_height = decoded.pixels, decoded.width, decoded.height
+
+    def _encoded(self, post: Post) -> bytes:
+        if post.image_bytes is not None:
+            return post.image_bytes
+        if post.image_uri is None:
+            raise ImageError(ProblemKind.IMAGE_MISSING, "the post has neither image nor image_uri")
+        return self._fetcher.fetch(post.image_uri)
+
+
+def _open(data: bytes, config: ImageConfig) -> Image.Image:
+    """Read the header and check the size it claims."""
+    too_large = f"image.max_pixels allows {config.max_pixels:,}"
+    try:
+        image = Image.open(BytesIO(data), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        message = f"the image is far too large ({error}); {too_large}"
+        raise ImageError(ProblemKind.IMAGE_TOO_LARGE, message) from error
+    except Exception as error:  # as above
+        raise ImageError(ProblemKind.IMAGE_UNREADABLE, _what_it_is(data)) from error
+    width, height = image.size
+    if width * height > config.max_pixels:
+        raise ImageError(
+            ProblemKind.IMAGE_TOO_LARGE, f"the image has {width} × {height} = {width * height:,} pixels; {too_large}"
+        )
+    return image
+
+
+def _decode(image: Image.Image, max_side: int) -> tuple[int, Image.Image]:
+    size = _reduced(image.size, max_side)
+    image.draft(None, size)  # JPEG only: decode at 1/2, 1/4 or 1/8, never below `size`
+    image.load()
+    orientation = _orientation(image)  # after loading: PNG may have it behind the pixels, TIFF turns itself
+    image = _to_rgb(image)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return orientation, image
+
+
+def _reduced(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    scale = min(1.0, max_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata say nothing about the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = _stretched(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGB", image.size, "white")
+        background.paste(image, mask=image.getchannel("A"))
+        return background
+    return image.convert("RGB")
+
+
+def _stretched(image: Image.Image) -> Image.Image:
+    """32-bit samples have no agreed white: the image's own extremes become black and white."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    low, high = values.min(), values.max()
+    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+
+
+def _what_it_is(data: bytes) -> str:
+    head = data[:2048].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if data[4:8] == b"ftyp":
+        heif = data[8:12] in _HEIF_BRANDS
+        return "this is a HEIC image, which is not supported" if heif else "this is a video (MP4), not an image"
+    for magic, name in _MAGIC:
+        if data.startswith(magic):
+            return f"this begins like a {name} image, but its header is damaged"
+    if head.startswith((b"<?xml", b"<!--")) and b"<svg" in head:
+        return "this is an SVG drawing, not an image of pixels"
+    for prefix, name in _MARKUP:
+        if head.startswith(prefix):
+            return f"this is {name}, not an image" + (" of pixels" if "SVG" in name else "")
+    return f"this is not an image in a supported format ({', '.join(_FORMATS)})"

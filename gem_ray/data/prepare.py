@@ -1,0 +1,205 @@
+"""From an input row, which may hold anything, to a post whose fields have the right types, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from numbers import Integral
+from typing import Any
+
+from gem_ray.config import Config, TextConfig
+from gem_ray.data.tokenize import tokenize, word_spans
+from gem_ray.records import Post, ProblemKind, StageName, gold_from_rows
+
+# A reader that meets a row it cannot parse says so here; the rest of the row holds what could be saved.
+ERROR_FIELD = "__error__"
+
+_STAGE = StageName.PREPARE
+_BAD = ProblemKind.BAD_RECORD
+
+
+def post_from_row(row: Mapping[str, Any]) -> Post:
+    """A post from the plain values of an input row; what is wrong with them becomes the post's problems.
+
+    Never raises. A wrong image field leaves a degraded post, any other wrong field a rejected one. Columns that are
+    not in `INPUT_SCHEMA` are ignored; NaN, which pandas writes for a missing value, is a missing value.
+    """
+    post = Post(post_id="", text="")
+    if not isinstance(row, Mapping):
+        post.fail(_STAGE, _BAD, f"the row is {_type(row)}, not a mapping")
+        return post
+    if row.get(ERROR_FIELD):
+        post.fail(_STAGE, _BAD, _encodable(str(row[ERROR_FIELD])))
+    post.post_id = _post_id(row, post)
+    post.tokens = _tokens(row, post)
+    post.text = _string(row, "text", post) or ""
+    if _is_missing(row.get("text")):
+        if post.tokens:
+            post.text = " ".join(post.tokens)
+        else:
+            post.fail(_STAGE, _BAD, "text is missing")
+    post.caption = _string(row, "caption", post)
+    post.knowledge = _string(row, "knowledge", post)
+    post.image_bytes = _image(row, post)
+    post.image_uri = _image_uri(row, post)
+    post.gold = _gold(row, post)
+    if not post.is_rejected:
+        _check_text(post)
+    return post
+
+
+def row_from_post(post: Post) -> dict[str, Any]:
+    """The row of `INPUT_SCHEMA` that `post_from_row` reads back.
+
+    A rejected post whose fields were mended on the way in (a broken character replaced, a field of the wrong type
+    dropped) would pass when read again: its text is left out, so that it is rejected again.
+    """
+    row: dict[str, Any] = {
+        "post_id": post.post_id,
+        "text": post.text,
+        "tokens": post.tokens or None,
+        "image": post.image_bytes,
+        "image_uri": post.image_uri,
+        "caption": post.caption,
+        "knowledge": post.knowledge,
+        "gold": None if post.gold is None else [asdict(entity) for entity in post.gold],
+    }
+    if post.is_rejected and not post_from_row(row).is_rejected:
+        row["text"] = row["tokens"] = None
+    return row
+
+
+class Preparer:
+    """Stage PREPARE: checks text and tokens, cuts the text into words where the data brings none.
+
+    Args:
+        config: limits of the text.
+    """
+
+    def __init__(self, config: TextConfig):
+        self._config = config
+
+    @classmethod
+    def from_config(cls, config: Config) -> Preparer:
+        """Built from the `text` section."""
+        return cls(config.text)
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        """Fill `tokens`; record texts that cannot be used, and posts that bring no image."""
+        for post in posts:
+            if not post.is_rejected:
+                self._prepare(post)
+        return posts
+
+    def _prepare(self, post: Post) -> None:
+        limit = self._config.max_chars
+        if len(post.text) > limit:
+            message = f"text has {len(post.text):,} characters; text.max_chars allows {limit:,}"
+            post.fail(_STAGE, ProblemKind.TEXT_TOO_LONG, message)
+            return
+        _check_text(post)
+        if post.is_rejected:
+            return
+        post.tokens = post.tokens or tokenize(post.text)
+        has_image = post.image is not None or post.image_bytes is not None or post.image_uri is not None
+        if not has_image and not any(problem.kind.startswith("image_") for problem in post.problems):
+            post.fail(_STAGE, ProblemKind.IMAGE_MISSING, "the post has neither image nor image_uri")
+
+
+def _check_text(post: Post) -> None:
+    if not post.text.strip():
+        post.fail(_STAGE, _BAD, "text is empty")
+        return
+    try:
+        word_spans(post.text, post.tokens)
+    except ValueError as error:
+        post.fail(_STAGE, _BAD, f"tokens: {error}")
+
+
+def _post_id(row: Mapping[str, Any], post: Post) -> str:
+    value: Any = row.get("post_id")
+    # Bounded, because Python refuses to print integers of thousands of digits.
+    if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63:
+        return str(int(value))
+    post_id = _string(row, "post_id", post)
+    if _is_missing(value):
+        post.fail(_STAGE, _BAD, "post_id is missing")
+    elif post_id is not None and not post_id.strip():
+        post.fail(_STAGE, _BAD, "post_id is empty")
+    return post_id or ""
+
+
+def _tokens(row: Mapping[str, Any], post: Post) -> list[str]:
+    values: Any = row.get("tokens")
+    if _is_missing(values):
+        return []
+    if not _is_list(values):
+        post.fail(_STAGE, _BAD, f"tokens is {_type(values)}, not a list of strings")
+        return []
+    wrong = next((position for position, value in enumerate(values) if not isinstance(value, str)), None)
+    if wrong is not None:
+        post.fail(_STAGE, _BAD, f"tokens: token {wrong} is {_type(values[wrong])}, not a string")
+        return []
+    if any(_encodable(value) != value for value in values):
+        post.fail(_STAGE, _BAD, "tokens holds characters that are not valid Unicode")
+    return [_encodable(value) for value in values]
+
+
+def _string(row: Mapping[str, Any], name: str, post: Post) -> str | None:
+    value = row.get(name)
+    if _is_missing(value):
+        return None
+    if not isinstance(value, str):
+        post.fail(_STAGE, _BAD, f"{name} is {_type(value)}, not a string")
+        return None
+    encodable = _encodable(value)
+    if encodable != value:
+        post.fail(_STAGE, _BAD, f"{name} holds characters that are not valid Unicode")
+    return encodable
+
+
+def _image(row: Mapping[str, Any], post: Post) -> bytes | None:
+    value = row.get("image")
+    if _is_missing(value):
+        return None
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        post.fail(_STAGE, ProblemKind.IMAGE_UNREADABLE, f"image is {_type(value)}, not bytes")
+        return None
+    return bytes(value)
+
+
+def _image_uri(row: Mapping[str, Any], post: Post) -> str | None:
+    value = row.get("image_uri")
+    if _is_missing(value) or value == "":
+        return None
+    if not isinstance(value, str) or _encodable(value) != value:
+        post.fail(_STAGE, ProblemKind.IMAGE_UNREADABLE, f"image_uri is {_type(value)}, not a string of valid Unicode")
+        return None
+    return value
+
+
+def _gold(row: Mapping[str, Any], post: Post) -> list[Any] | None:
+    try:
+        return None if _is_missing(row.get("gold")) else gold_from_rows(row["gold"])
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        post.fail(_STAGE, _BAD, f"gold is not a list of word_start, word_end, fine and boxes: {error}")
+        return None
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_list(values: Any) -> bool:
+    # Ray Data hands out numpy arrays for Arrow lists.
+    return isinstance(values, (list, tuple)) or (isinstance(values, Iterable) and hasattr(values, "tolist"))
+
+
+def _encodable(text: str) -> str:
+    """`text` with what cannot be written as UTF-8 (lone surrogates) replaced."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,134 @@
+"""Posts from and to shards: Parquet files and WebDataset tars, on this machine or in S3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from gem_ray.data.prepare import post_from_row, row_from_post
+from gem_ray.data.webdataset import rows_from_tar
+from gem_ray.records import INPUT_SCHEMA, Post
+
+PARQUET_SUFFIXES = (".parquet",)
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+# Rows carry images: small groups and batches keep memory low and let a reader split a shard.
+_ROWS_PER_GROUP = 128
+_ROWS_PER_BATCH = 64
+
+
+def read_posts(path: str | Path, limit: int | None = None) -> Iterator[Post]:
+    """Posts of a shard or of every shard in a folder, in the order of the files' names.
+
+    Rows that are wrong become posts with problems. Images stay encoded.
+
+    Args:
+        path: a `.parquet` or `.tar` file or a folder of them, local or `s3://`.
+        limit: at most so many posts; none: all.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`, or no shard in it.
+        ValueError: a shard cannot be read; the message names it.
+    """
+    filesystem, files = list_shards(path)
+    rows = chain.from_iterable(_rows(filesystem, file) for file in files)
+    return islice(map(post_from_row, rows), limit)
+
+
+def list_shards(path: str | Path) -> tuple[fs.FileSystem, list[str]]:
+    """The shards at a path or in a folder and below, sorted; hidden names (`_…`, `.…`) are left out.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`, or no shard in it.
+    """
+    filesystem, root = _located(path)
+    info = filesystem.get_file_info(root)
+    suffixes = (*PARQUET_SUFFIXES, *TAR_SUFFIXES)
+    if info.type == fs.FileType.NotFound:
+        raise FileNotFoundError(f"there is nothing at {path}; give a shard or a folder of {_names(suffixes)} files")
+    if info.type == fs.FileType.File:
+        if not root.endswith(suffixes):
+            raise FileNotFoundError(f"{path} is no shard ({_names(suffixes)}); `gem-ray shards` makes shards of it")
+        return filesystem, [root]
+    entries = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    files = [e.path for e in entries if e.is_file and e.path.endswith(suffixes) and not _is_hidden(e.path, root)]
+    if not files:
+        raise FileNotFoundError(f"there are no shards ({_names(suffixes)}) in {path}; `gem-ray shards` makes them")
+    return filesystem, sorted(files)
+
+
+def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 1000) -> int:
+    """Write posts to `part-00000.parquet`, `part-00001.parquet` …; the same posts give the same files.
+
+    Args:
+        posts: in the order in which they are read back.
+        out_dir: a folder, made if it is not there, local or `s3://`.
+        per_shard: posts in a file.
+
+    Returns:
+        How many posts were written. None: one empty shard, so that the folder is still an input.
+
+    Raises:
+        FileExistsError: the folder holds shards already, which would mix with the new ones.
+    """
+    filesystem, root = _located(out_dir)
+    filesystem.create_dir(root, recursive=True)
+    if any(e.path.endswith(PARQUET_SUFFIXES) for e in filesystem.get_file_info(fs.FileSelector(root))):
+        raise FileExistsError(f"{out_dir} already holds shards; write to another folder or remove them first")
+    remaining = iter(posts)
+    written = 0
+    for shard in count():
+        first = list(islice(remaining, 1))
+        if not first and shard > 0:
+            break
+        shard_posts = chain(first, islice(remaining, per_shard - 1))
+        written += _write_shard(shard_posts, filesystem, f"{root}/part-{shard:05d}.parquet")
+    return written
+
+
+def _write_shard(posts: Iterator[Post], filesystem: fs.FileSystem, file: str) -> int:
+    written = 0
+    with pq.ParquetWriter(file, INPUT_SCHEMA, filesystem=filesystem, compression="zstd") as writer:
+        while group := [row_from_post(post) for post in islice(posts, _ROWS_PER_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(group, INPUT_SCHEMA))
+            written += len(group)
+    return written
+
+
+def _rows(filesystem: fs.FileSystem, file: str) -> Iterator[dict[str, Any]]:
+    is_tar = file.endswith(TAR_SUFFIXES)
+    try:
+        if is_tar:
+            with filesystem.open_input_stream(file, compression=None) as stream:
+                yield from rows_from_tar(stream)
+        else:
+            with filesystem.open_input_file(file) as stream:
+                parquet = pq.ParquetFile(stream)
+                columns = [name for name in INPUT_SCHEMA.names if name in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(_ROWS_PER_BATCH, columns=columns):
+                    yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} is not a readable {'WebDataset tar' if is_tar else 'Parquet file'}: {error}"
+        ) from error
+
+
+def _located(path: str | Path) -> tuple[fs.FileSystem, str]:
+    if "://" in str(path):
+        filesystem, root = fs.FileSystem.from_uri(str(path))
+        return filesystem, root.rstrip("/")
+    return fs.LocalFileSystem(), str(path)
+
+
+def _is_hidden(file: str, root: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in Path(file).relative_to(root).parts)
+
+
+def _names(suffixes: tuple[str, ...]) -> str:
+    return ", ".join(suffixes)
