@@ -31,7 +31,7 @@ class ExplainerError(RuntimeError):
     """A query that got no answer, after every retry."""
 
 
-class _TryAgain(Exception):
+class _TransientError(Exception):
     def __init__(self, reason: str, retry_after: float = 0) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
@@ -93,7 +93,7 @@ class Explainer:
         for attempt in range(tries):
             try:
                 return parse_answer(self._request(query))
-            except _TryAgain as failure:
+            except _TransientError as failure:
                 reason = str(failure)
                 if attempt + 1 < tries:
                     time.sleep(self._pause(attempt, failure.retry_after))
@@ -129,14 +129,14 @@ class Explainer:
             with self._client.stream("POST", "chat/completions", json=body) as response:
                 reply = _read(response, deadline)
         except _RETRIED_ERRORS as error:
-            raise _TryAgain(self._without_key(f"{type(error).__name__}: {error}")) from None
+            raise _TransientError(self._without_key(f"{type(error).__name__}: {error}")) from None
         except httpx.HTTPError as error:
             raise ExplainerError(self._without_key(f"{type(error).__name__}: {error}")) from None
         if response.is_success:
             return _message_content(reply)
         status = self._without_key(f"HTTP {response.status_code} {_error_message(reply)}".rstrip())
         if response.status_code in _RETRIED_STATUSES or response.is_server_error:
-            raise _TryAgain(status, _retry_after(response.headers.get("Retry-After", "")))
+            raise _TransientError(status, _retry_after(response.headers.get("Retry-After", "")))
         raise ExplainerError(f"{self.model} refused: {status}")
 
     def _without_key(self, message: str) -> str:
@@ -148,7 +148,7 @@ def parse_answer(answer: str) -> ParsedAnswer:
     """The explanation in a model's answer. Never raises.
 
     Strict JSON is taken as it is. Otherwise the answer is repaired: JSON among other words or in a code fence, then the
-    text after the field's name (a missing brace, a trailing comma, unescaped quotes, an answer cut off), then all of it.
+    text after the field's name (a missing brace, a trailing comma, unescaped quotes, a cut-off answer), then all of it.
     """
     answer = answer.strip()
     if not answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from gem_ray import checkpoints
@@ -17,6 +17,9 @@ from gem_ray.records import Post, ProblemKind, StageName
 
 if TYPE_CHECKING:
     from gem_ray.knowledge.captioner import Captioner
+
+# Fetching waits for the network, and decoding runs outside the interpreter's lock.
+_LOADING_THREADS = 8
 
 
 class KnowledgeProvider:
@@ -89,26 +92,31 @@ class KnowledgeProvider:
             self._fill_knowledge([post for post in accepted if _is_blank(post.knowledge)], self._explainer)
         return posts
 
-    def _fill_captions(self, posts: Iterable[Post], captioner: Captioner) -> None:
-        waiting: dict[str, list[Post]] = defaultdict(list)  # by image: reposts are captioned once
-        for post in posts:
-            if post.image_bytes is None:
-                self._load_image(post)
-            digest = _image_digest(post)
-            if digest is None:
-                continue
-            known = self._recall("caption", self._captioner_id, digest)
-            if known is not None:
-                post.caption = known or None
-            elif self._load_image(post):
-                waiting[digest].append(post)
-        captions = captioner.caption([same[0].image for same in waiting.values()])
-        for (digest, same), caption in zip(waiting.items(), captions, strict=True):
+    def _fill_captions(self, posts: list[Post], captioner: Captioner) -> None:
+        self._load_images([post for post in posts if post.image_bytes is None])
+        new = [post for post in posts if not self._recall_caption(post)]
+        self._load_images(new)
+        same_image: dict[str | None, list[Post]] = defaultdict(list)  # reposts are captioned once
+        for post in new:
+            if post.image is not None:
+                same_image[_image_digest(post)].append(post)
+        captions = captioner.caption([same[0].image for same in same_image.values() if same[0].image is not None])
+        for (digest, same), caption in zip(same_image.items(), captions, strict=True):
             self._keep(caption, "caption", self._captioner_id, digest)
             for post in same:
                 post.caption = caption or None
 
-    def _fill_knowledge(self, posts: Iterable[Post], explainer: Explainer) -> None:
+    def _recall_caption(self, post: Post) -> bool:
+        digest = _image_digest(post)
+        known = self._recall("caption", self._captioner_id, digest) if digest else None
+        post.caption = known or None
+        return known is not None
+
+    def _load_images(self, posts: list[Post]) -> None:
+        with ThreadPoolExecutor(_LOADING_THREADS) as pool:
+            list(pool.map(self._loader.load, posts))
+
+    def _fill_knowledge(self, posts: list[Post], explainer: Explainer) -> None:
         waiting: dict[Query, list[Post]] = defaultdict(list)  # by question: reposts are asked about once
         for post in posts:
             query = Query(post.text, None if _is_blank(post.caption) else post.caption)
@@ -130,13 +138,6 @@ class KnowledgeProvider:
             for post in waiting[query]:
                 post.knowledge = answer.text or None
 
-    def _load_image(self, post: Post) -> bool:
-        """Load the image if there is one and nothing is known to be wrong with it."""
-        is_known_bad = any(problem.kind.startswith("image_") for problem in post.problems)
-        if post.image is None and not is_known_bad:
-            self._loader.load(post)
-        return post.image is not None
-
     def _recall(self, *key: str | None) -> str | None:
         return self._cache.get(*key) if self._cache else None
 
@@ -150,7 +151,7 @@ def _knowledge_key(query: Query, explainer: Explainer) -> tuple[str | None, ...]
 
 
 def _image_digest(post: Post) -> str | None:
-    """SHA-256 of the encoded image, or of the pixels where only its URI came; None without an image."""
+    """SHA-256 of the encoded image, or of the loaded pixels where only a URI came; None without either."""
     if post.image_bytes is not None:
         return hashlib.sha256(post.image_bytes).hexdigest()
     if post.image is None:

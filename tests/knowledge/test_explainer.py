@@ -45,7 +45,7 @@ def test_parse_answer_takes_strict_json_and_repairs_the_rest(answer, text, repai
     assert parse_answer(answer) == ParsedAnswer(text, repaired)
 
 
-@given(st.text() | st.text(alphabet='{}[]"\\:,`explanation \n\t\'') | st.text().map(lambda t: '{"explanation": "' + t))
+@given(st.text() | st.text(alphabet="{}[]\"\\:,`explanation \n\t'") | st.text().map(lambda t: '{"explanation": "' + t))
 @example("[" * 100_000)
 @example('{"explanation": ' + "9" * 5_000 + "}")
 @example('{"explanation": "\\ud800"}')
@@ -131,7 +131,7 @@ def test_a_refusal_is_not_asked_again(server, explainer_config, reply, status):
 )
 def test_a_reply_that_is_no_chat_completion_is_a_failure(server, explainer_config, reply, body):
     server.script = lambda text, n: reply(body=body)
-    with pytest.raises(ExplainerError, match="the reply|endpoint's reply"):
+    with pytest.raises(ExplainerError, match="reply is"):
         Explainer(explainer_config()).ask(Query("hello"))
 
 
