@@ -1,0 +1,190 @@
+"""From the peak of a map to a box: SAM, the text-prompted segmenter, and which of them is believed (§3.4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from gem_ray.config import Config
+from gem_ray.grounding.sam import SamSegmenter
+from gem_ray.grounding.text_segmenter import (
+    Instance,
+    TextSegmenter,
+    category_prompt,
+    connected_components,
+    load_text_segmenter,
+    mask_box,
+)
+from gem_ray.records import Box
+from gem_ray.taxonomy import GMNER_OF_COARSE
+
+
+@dataclass(frozen=True, eq=False)
+class BoxRequest:
+    """An entity that is seen.
+
+    Args:
+        image: index of its image.
+        x, y: the peak of its map, in pixels of the image.
+        map: (gh, gw) float32, eq. 11 over image patches.
+        fine, coarse: its category.
+    """
+
+    image: int
+    x: float
+    y: float
+    map: np.ndarray
+    fine: str
+    coarse: str
+
+
+@dataclass(frozen=True)
+class BoxResult:
+    """A box in pixels of the decoded image, inside it; `source` is `sam`, `text` or `map`.
+
+    `score` is SAM's predicted IoU or the instance's score; a box of the map has none.
+    """
+
+    box: Box
+    source: str
+    score: float | None
+
+
+class BoxMaker:
+    """Makes boxes for the entities of many images; no model is run whose answer would not be used."""
+
+    def __init__(self, sam: SamSegmenter | None, text: TextSegmenter | None, text_first: Iterable[str]) -> None:
+        """Combine segmenters.
+
+        Args:
+            sam: prompted with the peak; none: ablated.
+            text: prompted with the category; none: ablated.
+            text_first: coarse or fine categories whose text-prompted instance wins over SAM's mask.
+        """
+        self._sam = sam
+        self._text = text
+        self._text_first = frozenset(text_first)
+
+    @classmethod
+    def from_config(cls, config: Config) -> BoxMaker:
+        """Load what `grounder.boxes` names.
+
+        Raises:
+            FileNotFoundError: a model is missing.
+        """
+        section = config.grounder.boxes
+        text_first = list(section.text_first)
+        if config.labels == "gmner":  # a coarse category stands for the one that GMNER has instead
+            text_first += [GMNER_OF_COARSE[name] for name in section.text_first if name in GMNER_OF_COARSE]
+        return cls(
+            SamSegmenter.from_config(config) if section.sam else None,
+            load_text_segmenter(config) if section.text else None,
+            text_first,
+        )
+
+    def boxes(self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest]) -> list[BoxResult]:
+        """A box for every request.
+
+        Args:
+            images: each (h, w, 3) uint8 RGB.
+            requests: entities of these images, in any order.
+        """
+        results: dict[int, BoxResult] = {}
+        prompted = [row for row, request in enumerate(requests) if self._sam is None or self._is_text_first(request)]
+        found = self._instances(images, requests, prompted)
+        for row, instances in found.items():
+            held = instance_at(instances, requests[row].x, requests[row].y)
+            if held is not None:
+                results[row] = _text_result(held)
+
+        results |= self._from_sam(images, requests, _without(requests, results))
+
+        open_rows = _without(requests, results)
+        found |= self._instances(images, requests, [row for row in open_rows if row not in found])
+        for row in open_rows:
+            results[row] = _fallback(found[row], requests[row], images[requests[row].image].shape[:2])
+        return [results[row] for row in range(len(requests))]
+
+    def _is_text_first(self, request: BoxRequest) -> bool:
+        return not self._text_first.isdisjoint((request.fine, request.coarse))
+
+    def _instances(
+        self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest], rows: Sequence[int]
+    ) -> dict[int, list[Instance]]:
+        """Instances of the requests' categories; each category of an image is asked for once."""
+        if self._text is None:
+            return {row: [] for row in rows}
+        asked = {row: (requests[row].image, category_prompt(requests[row].fine)) for row in rows}
+        prompts = sorted(set(asked.values()))
+        answers = dict(zip(prompts, self._text.instances(images, prompts), strict=True))
+        return {row: answers[prompt] for row, prompt in asked.items()}
+
+    def _from_sam(
+        self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest], rows: Sequence[int]
+    ) -> dict[int, BoxResult]:
+        """The boxes of SAM's masks with the highest predicted IoU, where these are not empty."""
+        if self._sam is None:
+            return {}
+        rows_of: list[list[int]] = [[] for _ in images]
+        for row in rows:
+            rows_of[requests[row].image].append(row)
+        points = [[(requests[row].x, requests[row].y) for row in group] for group in rows_of]
+        results = {}
+        for group, answers in zip(rows_of, self._sam.masks(images, points), strict=True):
+            for row, answer in zip(group, answers, strict=True):
+                box = mask_box(answer.masks[answer.best])
+                if box is not None:
+                    results[row] = BoxResult(box, "sam", float(answer.iou[answer.best]))
+        return results
+
+
+def instance_at(instances: Sequence[Instance], x: float, y: float) -> Instance | None:
+    """The instance that holds a point; of several, as boxes may overlap, the one with the highest score."""
+    return max((each for each in instances if each.holds(x, y)), key=lambda each: each.score, default=None)
+
+
+def map_box(scores: np.ndarray, size: tuple[int, int]) -> Box:
+    """The bounds of the region around the map's peak in which the map is above half its maximum.
+
+    Args:
+        scores: (gh, gw).
+        size: height and width of the image, to which the map is resized.
+    """
+    heat = resize_map(scores, size)
+    region = next(
+        region
+        for region in connected_components(heat >= heat.max() / 2)
+        if region[np.unravel_index(heat.argmax(), size)]
+    )
+    box = mask_box(region)
+    assert box is not None  # it holds the peak
+    return box
+
+
+def resize_map(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (gh, gw) over patches, resized bilinearly to an image's (height, width)."""
+    grid = torch.as_tensor(scores, dtype=torch.float32)[None, None]
+    return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def _fallback(instances: Sequence[Instance], request: BoxRequest, size: tuple[int, int]) -> BoxResult:
+    """Where SAM gives no mask: the instance at the peak, else the one with most of the map, else the map."""
+    if not instances:
+        return BoxResult(map_box(request.map, size), "map", None)
+    held = instance_at(instances, request.x, request.y)
+    if held is None:
+        heat = resize_map(request.map, size)
+        held = max(instances, key=lambda each: each.mass(heat))
+    return _text_result(held)
+
+
+def _text_result(instance: Instance) -> BoxResult:
+    return BoxResult(instance.box, "text", instance.score)
+
+
+def _without(requests: Sequence[BoxRequest], results: dict[int, BoxResult]) -> list[int]:
+    return [row for row in range(len(requests)) if row not in results]

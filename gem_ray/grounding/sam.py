@@ -1,0 +1,245 @@
+"""SAM with points as prompts: each image encoded once, all points of an image in one decoder call (§3.4.3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from segment_anything import modeling, sam_model_registry
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import nn
+
+from gem_ray.checkpoints import resolve
+from gem_ray.config import Config, SamConfig
+
+# Width of the image encoder -> its name in the package's registry.
+_PUBLISHED = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+_PIXEL_MEAN = [123.675, 116.28, 103.53]
+_PIXEL_STD = [58.395, 57.12, 57.375]
+
+
+@dataclass(frozen=True)
+class SamSizes:
+    """The architecture of a SAM of another size than the published ones: `config.json` of its model directory.
+
+    Args:
+        image_size: side of the square input, in pixels.
+        patch_size: side of a patch; masks come out four times finer than patches.
+        width, depth, heads: of the image encoder.
+        window: side of its attention windows, in patches.
+        global_layers: the layers that attend to the whole image.
+        prompt_width: channels of image embedding, prompts and mask decoder.
+        decoder_depth, decoder_heads, decoder_hidden: of the mask decoder's two-way transformer.
+    """
+
+    image_size: int = 256
+    patch_size: int = 8
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    window: int = 8
+    global_layers: tuple[int, ...] = (1, 3)
+    prompt_width: int = 64
+    decoder_depth: int = 2
+    decoder_heads: int = 4
+    decoder_hidden: int = 256
+
+
+@dataclass(frozen=True)
+class PointMasks:
+    """What SAM answers to one point: `masks` (3, h, w) bool in the image's pixels, `iou` (3,) predicted."""
+
+    masks: np.ndarray
+    iou: np.ndarray
+
+    @property
+    def best(self) -> int:
+        """The mask with the highest predicted IoU."""
+        return int(self.iou.argmax())
+
+
+def build_sam(sizes: SamSizes) -> modeling.Sam:
+    """An untrained SAM, made of the package's own modules."""
+    side = sizes.image_size // sizes.patch_size
+    return modeling.Sam(
+        image_encoder=modeling.ImageEncoderViT(
+            img_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+            embed_dim=sizes.width,
+            depth=sizes.depth,
+            num_heads=sizes.heads,
+            out_chans=sizes.prompt_width,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=sizes.window,
+            global_attn_indexes=sizes.global_layers,
+        ),
+        prompt_encoder=modeling.PromptEncoder(
+            embed_dim=sizes.prompt_width,
+            image_embedding_size=(side, side),
+            input_image_size=(sizes.image_size, sizes.image_size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            transformer_dim=sizes.prompt_width,
+            transformer=modeling.TwoWayTransformer(
+                depth=sizes.decoder_depth,
+                embedding_dim=sizes.prompt_width,
+                num_heads=sizes.decoder_heads,
+                mlp_dim=sizes.decoder_hidden,
+            ),
+            iou_head_hidden_dim=sizes.prompt_width,
+        ),
+        pixel_mean=_PIXEL_MEAN,
+        pixel_std=_PIXEL_STD,
+    )
+
+
+def save_sam(model: modeling.Sam, sizes: SamSizes, out: Path) -> None:
+    """Write a model directory that `load_sam` reads."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps({"model_type": "sam", **asdict(sizes)}, indent=2) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / "model.safetensors")
+
+
+def load_sam(path: Path) -> modeling.Sam:
+    """Load SAM in evaluation mode.
+
+    Args:
+        path: a published `sam_vit_*.pth`, a directory that holds one, or a directory written by `save_sam`.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: a `.pth` whose image encoder has none of the published widths.
+    """
+    if (path / "model.safetensors").is_file():
+        model = build_sam(_read_sizes(path / "config.json"))
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        return model.eval()
+    checkpoint = path if path.is_file() else next(path.glob("sam_vit_*.pth"), None)
+    if checkpoint is None:
+        raise FileNotFoundError(f"no SAM in {path}: expected model.safetensors with config.json, or sam_vit_*.pth")
+    # The registry's own loading unpickles anything: load the weights ourselves.
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    width = state["image_encoder.pos_embed"].shape[-1]
+    if width not in _PUBLISHED:
+        raise ValueError(f"{checkpoint}: an image encoder {width} wide is none of SAM's published {_PUBLISHED}")
+    model = sam_model_registry[_PUBLISHED[width]]()
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _read_sizes(file: Path) -> SamSizes:
+    values = json.loads(file.read_text())
+    values.pop("model_type", None)
+    return SamSizes(**{**values, "global_layers": tuple(values["global_layers"])})
+
+
+class SamSegmenter:
+    """Masks for points of images."""
+
+    def __init__(self, model: modeling.Sam, batch_size: int = 8, dtype: torch.dtype = torch.float32) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: on the device where it shall run.
+            batch_size: images in one pass through the image encoder.
+            dtype: of the image encoder; prompts and masks stay in float32.
+        """
+        self.model = model
+        self.model.image_encoder.to(dtype)
+        self._dtype = dtype
+        self._batch_size = batch_size
+        self._resize = ResizeLongestSide(model.image_encoder.img_size)
+
+    @classmethod
+    def from_config(cls, config: Config) -> SamSegmenter:
+        """Load the model of `grounder.boxes.sam`.
+
+        Raises:
+            FileNotFoundError: there is no model.
+        """
+        section = config.grounder.boxes.sam or SamConfig()
+        device = torch_device(config.device)
+        return cls(load_sam(resolve(section.model)).to(device), section.batch_size, getattr(torch, section.dtype))
+
+    @torch.inference_mode()
+    def masks(
+        self, images: Sequence[np.ndarray], points: Sequence[Sequence[tuple[float, float]]]
+    ) -> list[list[PointMasks]]:
+        """Three masks for every point.
+
+        Args:
+            images: each (h, w, 3) uint8 RGB.
+            points: for each image its (x, y) points, in pixels; an image without points is not encoded.
+
+        Returns:
+            For each image, an answer for each of its points.
+        """
+        found: list[list[PointMasks]] = [[] for _ in images]
+        prompted = [row for row in range(len(images)) if points[row]]
+        for start in range(0, len(prompted), self._batch_size):
+            rows = prompted[start : start + self._batch_size]
+            resized = [self._to_input(images[row]) for row in rows]
+            embeddings = self.encode(torch.stack([self.model.preprocess(image) for image in resized]))
+            for row, image, embedding in zip(rows, resized, embeddings, strict=True):
+                found[row] = self._decode(embedding, points[row], tuple(image.shape[-2:]), images[row].shape[:2])
+        return found
+
+    def encode(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Image embeddings (B, D, G, G), float32, of normalised and padded images (B, 3, S, S)."""
+        return self.model.image_encoder(inputs.to(self._dtype)).float()
+
+    def _to_input(self, image: np.ndarray) -> torch.Tensor:
+        """(3, h', w'), the longer side of the size that the model takes."""
+        return torch.from_numpy(self._resize.apply_image(image)).permute(2, 0, 1).to(self.model.device)
+
+    def _decode(
+        self,
+        embedding: torch.Tensor,
+        points: Sequence[tuple[float, float]],
+        input_size: tuple[int, ...],
+        image_size: tuple[int, ...],
+    ) -> list[PointMasks]:
+        scaled = self._resize.apply_coords(np.asarray(points, dtype=np.float64), image_size)
+        coordinates = torch.as_tensor(scaled, dtype=torch.float32, device=self.model.device)[:, None]  # (P, 1, 2)
+        logits, iou = decode_points(self.model, embedding, coordinates)  # (P, 3, 4G, 4G), (P, 3)
+        masks = self.model.postprocess_masks(logits, input_size, image_size) > self.model.mask_threshold
+        return [PointMasks(*pair) for pair in zip(masks.cpu().numpy(), iou.cpu().numpy(), strict=True)]
+
+
+def decode_points(
+    model: modeling.Sam, embedding: torch.Tensor, coordinates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask logits and predicted IoU of points of one image.
+
+    Args:
+        model: SAM.
+        embedding: the image's, (D, G, G).
+        coordinates: (P, 1, 2), x and y in the model's input pixels.
+
+    Returns:
+        Logits (P, 3, 4G, 4G) and predicted IoU (P, 3).
+    """
+    foreground = torch.ones(coordinates.shape[:2], dtype=torch.int, device=coordinates.device)
+    sparse, dense = model.prompt_encoder(points=(coordinates, foreground), boxes=None, masks=None)
+    return model.mask_decoder(
+        image_embeddings=embedding[None],
+        image_pe=model.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=True,
+    )
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that a config's `device` names; `auto` is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

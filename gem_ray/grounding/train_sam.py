@@ -1,0 +1,195 @@
+"""Trains SAM on points, of whose three masks the best is taught: small ones from scratch, published ones further."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from segment_anything import modeling
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch.nn import functional as F
+
+from gem_ray.grounding.sam import decode_points
+
+# Weights and focusing of SAM's mask loss (Kirillov et al. 2023, appendix A: 20 parts focal, 1 part dice).
+_FOCAL_WEIGHT = 20.0
+_FOCAL_GAMMA = 2.0
+_FOCAL_ALPHA = 0.25
+
+
+@dataclass(frozen=True)
+class PointTarget:
+    """A point (x, y) in pixels and the masks (V, h, w) bool that are all right for it: a thing and its part, say."""
+
+    x: float
+    y: float
+    masks: np.ndarray
+
+
+@dataclass(frozen=True)
+class SamSample:
+    """An image (h, w, 3) uint8 and points of it."""
+
+    pixels: np.ndarray
+    targets: tuple[PointTarget, ...]
+
+
+@dataclass(frozen=True)
+class SamTraining:
+    """How SAM is trained.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: images in a step.
+        learning_rate: the peak of the one-cycle schedule.
+        weight_decay: AdamW's.
+        clip: largest norm of the gradient.
+        report_every: steps between reports.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    report_every: int = 50
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A sample in the model's frame: image (3, S, S), points (P, 1, 2), masks (P, V, M, M) and which exist (P, V)."""
+
+    image: torch.Tensor
+    points: torch.Tensor
+    masks: torch.Tensor
+    exists: torch.Tensor
+
+
+def train_sam(
+    model: modeling.Sam,
+    samples: Iterator[SamSample],
+    settings: SamTraining,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Train a model in place.
+
+    Args:
+        model: on its device.
+        samples: as many as `steps × batch_size`.
+        settings: see there.
+        report: called with the step and the mean loss since the last report.
+
+    Returns:
+        The loss of every step.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
+    )
+    losses: list[float] = []
+    for step in range(1, settings.steps + 1):
+        inputs = [_to_input(model, next(samples)) for _ in range(settings.batch_size)]
+        loss = batch_loss(model, inputs)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % settings.report_every == 0:
+            report(step, float(np.mean(losses[-settings.report_every :])))
+    model.eval()
+    return losses
+
+
+def batch_loss(model: modeling.Sam, inputs: list[_Input]) -> torch.Tensor:
+    """The mean loss over the images; each is encoded once, its points decoded together."""
+    embeddings = model.image_encoder(torch.stack([item.image for item in inputs]))
+    losses = []
+    for item, embedding in zip(inputs, embeddings, strict=True):
+        logits, iou = decode_points(model, embedding, item.points)  # (P, 3, M, M), (P, 3)
+        losses.append(point_loss(logits, iou, item.masks, item.exists))
+    return torch.stack(losses).mean()
+
+
+def point_loss(
+    logits: torch.Tensor, predicted_iou: torch.Tensor, masks: torch.Tensor, exists: torch.Tensor
+) -> torch.Tensor:
+    """SAM's loss for points with several right answers.
+
+    Every right mask is taught to the output that is nearest to it, so that no output has to be their average; an
+    output's IoU is the one with the mask it fits best.
+
+    Args:
+        logits: (P, 3, M, M).
+        predicted_iou: (P, 3).
+        masks: (P, V, M, M), 0 or 1.
+        exists: (P, V) bool, False for padding.
+    """
+    losses = _FOCAL_WEIGHT * _focal(logits, masks) + _dice(logits, masks)  # (P, 3, V)
+    nearest = losses.amin(dim=1)  # (P, V)
+    mask_loss = (nearest * exists).sum(dim=1) / exists.sum(dim=1)
+    with torch.no_grad():
+        actual = _iou(logits > 0, masks > 0).masked_fill(~exists[:, None], 0).amax(dim=2)  # (P, 3)
+    return mask_loss.mean() + F.mse_loss(predicted_iou, actual)
+
+
+def _focal(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Focal loss of every output with every mask, (P, 3, V).
+
+    It is `a` where a pixel belongs to the mask and `b` where not, so one product with the masks does for all pairs.
+    """
+    probability = logits.sigmoid()
+    inside = _FOCAL_ALPHA * (1 - probability) ** _FOCAL_GAMMA * F.softplus(-logits)
+    outside = (1 - _FOCAL_ALPHA) * probability**_FOCAL_GAMMA * F.softplus(logits)
+    pixels = logits.shape[-1] * logits.shape[-2]
+    return (_overlap(inside, masks) + _overlap(outside, 1 - masks)) / pixels
+
+
+def _dice(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Dice loss of every output with every mask, (P, 3, V)."""
+    probability = logits.sigmoid()
+    total = probability.sum(dim=(2, 3))[:, :, None] + masks.sum(dim=(2, 3))[:, None]
+    return 1 - (2 * _overlap(probability, masks) + 1) / (total + 1)
+
+
+def _iou(outputs: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """IoU of every output (P, 3, M, M) bool with every mask (P, V, M, M) bool, (P, 3, V)."""
+    outputs, masks = outputs.float(), masks.float()
+    shared = _overlap(outputs, masks)
+    union = outputs.sum(dim=(2, 3))[:, :, None] + masks.sum(dim=(2, 3))[:, None] - shared
+    return shared / union.clamp(min=1)
+
+
+def _overlap(outputs: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("pohw,pvhw->pov", outputs, masks)
+
+
+def _to_input(model: modeling.Sam, sample: SamSample) -> _Input:
+    resize = ResizeLongestSide(model.image_encoder.img_size)
+    image = torch.from_numpy(resize.apply_image(sample.pixels)).permute(2, 0, 1).to(model.device)
+    size = sample.pixels.shape[:2]
+    points = resize.apply_coords(np.array([[target.x, target.y] for target in sample.targets]), size)
+    most = max(len(target.masks) for target in sample.targets)
+    side = 4 * model.prompt_encoder.image_embedding_size[0]
+    masks = torch.zeros(len(sample.targets), most, side, side, device=model.device)
+    exists = torch.zeros(len(sample.targets), most, dtype=torch.bool, device=model.device)
+    for row, target in enumerate(sample.targets):
+        count = len(target.masks)
+        masks[row, :count] = _to_mask_frame(model, torch.from_numpy(target.masks).to(model.device), image.shape[1:])
+        exists[row, :count] = True
+    coordinates = torch.as_tensor(points, dtype=torch.float32, device=model.device)[:, None]
+    return _Input(model.preprocess(image), coordinates, masks, exists)
+
+
+def _to_mask_frame(model: modeling.Sam, masks: torch.Tensor, input_size: torch.Size) -> torch.Tensor:
+    """Masks (V, h, w) as the mask decoder's outputs see them: (V, M, M), 1 where most of a cell is covered."""
+    side, cells = model.image_encoder.img_size, 4 * model.prompt_encoder.image_embedding_size[0]
+    resized = F.interpolate(masks[:, None].float(), size=tuple(input_size), mode="bilinear", align_corners=False)
+    padded = F.pad(resized, (0, side - input_size[1], 0, side - input_size[0]))
+    return (F.adaptive_avg_pool2d(padded, cells)[:, 0] > 0.5).float()

@@ -1,0 +1,216 @@
+"""Trains CLIPSeg on categories in words: its decoder alone, as it was published, or all of it from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+
+from gem_ray.checkpoints import resolve
+from gem_ray.grounding.sam import torch_device
+from gem_ray.grounding.text_segmenter import category_prompt, image_activations, mask_logits, prompt_conditions
+from gem_ray.records import Box, Post
+
+
+@dataclass(frozen=True)
+class PromptSample:
+    """An image (h, w, 3) uint8, and for each prompt that it shows the mask (h, w) bool of all its instances."""
+
+    pixels: np.ndarray
+    masks: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TextSegmenterTraining:
+    """How CLIPSeg is trained.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: images in a step.
+        absent: prompts added to each image that it does not show; their mask is empty.
+        learning_rate: the peak of the one-cycle schedule.
+        weight_decay: AdamW's.
+        clip: largest norm of the gradient.
+        train_backbone: train CLIP too; otherwise only the decoder.
+        seed: of the order of samples and the choice of absent prompts.
+        report_every: steps between reports.
+        device: as the config's `device`.
+    """
+
+    steps: int = 2000
+    batch_size: int = 16
+    absent: int = 2
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    train_backbone: bool = False
+    seed: int = 0
+    report_every: int = 50
+    device: str = "auto"
+
+
+Report = Callable[[int, float], None]
+
+
+def train_text_segmenter(
+    samples: Sequence[PromptSample],
+    base: str,
+    out: Path,
+    settings: TextSegmenterTraining,
+    report: Report = lambda step, loss: None,
+) -> list[float]:
+    """Fine-tune a CLIPSeg checkpoint and write it to `out`.
+
+    Args:
+        samples: images with the masks of their prompts.
+        base: a reference to a CLIPSeg model directory.
+        out: where the trained model and its processor go.
+        settings: see there.
+        report: called with the step and the mean loss since the last report.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        FileNotFoundError: there is no model at `base`.
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no image with a category to learn from: training needs posts with images and gold boxes")
+    path = resolve(base)
+    model = CLIPSegForImageSegmentation.from_pretrained(path).to(torch_device(settings.device))
+    processor = CLIPSegProcessor.from_pretrained(path)
+    losses = fit_clipseg(model, processor, _endless(samples, settings.seed), settings, report)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    return losses
+
+
+def samples_from_posts(posts: Iterable[Post]) -> Iterator[PromptSample]:
+    """Samples of posts with a decoded image and gold boxes: the boxes of a category, filled, are its mask."""
+    for post in posts:
+        if post.image is None or not any(entity.boxes for entity in post.gold or ()):
+            continue
+        height, width = post.image.shape[:2]
+        scale_x, scale_y = width / (post.image_width or width), height / (post.image_height or height)
+        masks: dict[str, np.ndarray] = {}
+        for entity in post.gold or ():
+            for box in entity.boxes:
+                mask = masks.setdefault(category_prompt(entity.fine), np.zeros((height, width), dtype=bool))
+                _fill(mask, box, scale_x, scale_y)
+        yield PromptSample(post.image, masks)
+
+
+def _fill(mask: np.ndarray, box: Box, scale_x: float, scale_y: float) -> None:
+    rows = slice(round(box.y1 * scale_y), round(box.y2 * scale_y))
+    mask[rows, round(box.x1 * scale_x) : round(box.x2 * scale_x)] = True
+
+
+def _endless(samples: Sequence[PromptSample], seed: int) -> Iterator[PromptSample]:
+    rng = np.random.default_rng(seed)
+    while True:
+        for index in rng.permutation(len(samples)):
+            yield samples[index]
+
+
+def fit_clipseg(
+    model: CLIPSegForImageSegmentation,
+    processor: CLIPSegProcessor,
+    samples: Iterator[PromptSample],
+    settings: TextSegmenterTraining,
+    report: Report = lambda step, loss: None,
+    prompts: Sequence[str] = (),
+) -> list[float]:
+    """Train a model in place; each image is encoded once for all its prompts.
+
+    Args:
+        model: on its device.
+        processor: its processor.
+        samples: as many as `steps × batch_size`.
+        settings: see there.
+        report: called with the step and the mean loss since the last report.
+        prompts: what absent prompts are drawn from; those of the same batch's other images come in addition.
+
+    Returns:
+        The loss of every step.
+    """
+    rng = np.random.default_rng(settings.seed)
+    model.clip.requires_grad_(settings.train_backbone)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
+    )
+    model.train()
+    losses: list[float] = []
+    for step in range(1, settings.steps + 1):
+        batch = [next(samples) for _ in range(settings.batch_size)]
+        known = sorted({*prompts, *(prompt for sample in batch for prompt in sample.masks)})
+        chosen = [_with_absent(sample, known, settings.absent, rng) for sample in batch]
+        loss = _batch_loss(model, processor, batch, chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % settings.report_every == 0:
+            report(step, float(np.mean(losses[-settings.report_every :])))
+    model.eval()
+    return losses
+
+
+def _with_absent(sample: PromptSample, known: list[str], absent: int, rng: np.random.Generator) -> list[str]:
+    """The sample's prompts, and some that it does not show."""
+    others = [prompt for prompt in known if prompt not in sample.masks]
+    drawn = rng.choice(others, size=min(absent, len(others)), replace=False) if others else []
+    return [*sample.masks, *map(str, drawn)]
+
+
+def _batch_loss(
+    model: CLIPSegForImageSegmentation,
+    processor: CLIPSegProcessor,
+    batch: list[PromptSample],
+    chosen: list[list[str]],
+) -> torch.Tensor:
+    images = processor.image_processor([sample.pixels for sample in batch], return_tensors="pt")["pixel_values"]
+    activations = image_activations(model, images.to(model.device))
+    unique = sorted({prompt for prompts in chosen for prompt in prompts})
+    conditions = prompt_conditions(model, processor.tokenizer, unique)
+    pairs = [(row, prompt) for row, prompts in enumerate(chosen) for prompt in prompts]
+    rows = torch.tensor([row for row, _ in pairs], device=model.device)
+    columns = torch.tensor([unique.index(prompt) for _, prompt in pairs], device=model.device)
+    logits = mask_logits(model, activations, rows, conditions[columns])  # (P, S, S)
+    masks = [_resized(batch[row].masks.get(prompt), logits.shape[-1]) for row, prompt in pairs]
+    return mask_loss(logits, torch.stack(masks).to(model.device))
+
+
+def _resized(mask: np.ndarray | None, side: int) -> torch.Tensor:
+    """A mask as the model's square sees it: (S, S), the share of each cell that is covered."""
+    if mask is None:
+        return torch.zeros(side, side)
+    full = torch.from_numpy(mask)[None, None].float()
+    return F.interpolate(full, size=(side, side), mode="bilinear", antialias=True, align_corners=False)[0, 0]
+
+
+def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy over all pixels, plus the dice loss of the prompts that are seen.
+
+    Args:
+        logits: (P, S, S).
+        masks: (P, S, S) between 0 and 1; all 0 for an absent prompt, for which dice says nothing.
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, masks)
+    probability = logits.sigmoid()
+    shared = (probability * masks).sum(dim=(1, 2))
+    total = probability.sum(dim=(1, 2)) + masks.sum(dim=(1, 2))
+    dice = 1 - (2 * shared + 1) / (total + 1)
+    seen = masks.sum(dim=(1, 2)) > 0
+    return cross_entropy + (dice * seen).sum() / seen.sum().clamp(min=1)
