@@ -163,12 +163,15 @@ def _open(data: bytes, config: ImageConfig) -> Image.Image:
 
 def _decode(image: Image.Image, max_side: int) -> tuple[int, Image.Image]:
     size = _reduced(image.size, max_side)
-    image.draft(None, size)  # JPEG only: decode at 1/2, 1/4 or 1/8, never below `size`
+    # JPEG only: decode at 1/2, 1/4 or 1/8, never below `size`. The last column and row then stand for less than a
+    # pixel: `box` is what the picture fills, and without it places would shift towards the lower right.
+    drafted = image.draft(None, size)
+    box = drafted[1] if drafted else None
     image.load()
     orientation = _orientation(image)  # after loading: PNG may have it behind the pixels, TIFF turns itself
     image = _to_rgb(image)
     if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        image = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     return orientation, image

@@ -8,9 +8,11 @@ from dataclasses import asdict
 from numbers import Integral
 from typing import Any
 
+import pyarrow as pa
+
 from gem_ray.config import Config, TextConfig
 from gem_ray.data.tokenize import tokenize, word_spans
-from gem_ray.records import Post, ProblemKind, StageName, gold_from_rows
+from gem_ray.records import GOLD_TYPE, GoldEntity, Post, ProblemKind, StageName, gold_from_rows
 
 # A reader that meets a row it cannot parse says so here; the rest of the row holds what could be saved.
 ERROR_FIELD = "__error__"
@@ -29,8 +31,8 @@ def post_from_row(row: Mapping[str, Any]) -> Post:
     if not isinstance(row, Mapping):
         post.fail(_STAGE, _BAD, f"the row is {_type(row)}, not a mapping")
         return post
-    if row.get(ERROR_FIELD):
-        post.fail(_STAGE, _BAD, _encodable(str(row[ERROR_FIELD])))
+    if isinstance(row.get(ERROR_FIELD), str):
+        post.fail(_STAGE, _BAD, _encodable(row[ERROR_FIELD]))
     post.post_id = _post_id(row, post)
     post.tokens = _tokens(row, post)
     post.text = _string(row, "text", post) or ""
@@ -171,7 +173,7 @@ def _image(row: Mapping[str, Any], post: Post) -> bytes | None:
 
 def _image_uri(row: Mapping[str, Any], post: Post) -> str | None:
     value = row.get("image_uri")
-    if _is_missing(value) or value == "":
+    if _is_missing(value) or (isinstance(value, str) and not value):
         return None
     if not isinstance(value, str) or _encodable(value) != value:
         post.fail(_STAGE, ProblemKind.IMAGE_UNREADABLE, f"image_uri is {_type(value)}, not a string of valid Unicode")
@@ -179,12 +181,18 @@ def _image_uri(row: Mapping[str, Any], post: Post) -> str | None:
     return value
 
 
-def _gold(row: Mapping[str, Any], post: Post) -> list[Any] | None:
-    try:
-        return None if _is_missing(row.get("gold")) else gold_from_rows(row["gold"])
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        post.fail(_STAGE, _BAD, f"gold is not a list of word_start, word_end, fine and boxes: {error}")
+def _gold(row: Mapping[str, Any], post: Post) -> list[GoldEntity] | None:
+    value: Any = row.get("gold")
+    if _is_missing(value):
         return None
+    try:
+        gold = gold_from_rows(value) or []
+        pa.array([[asdict(entity) for entity in gold]], GOLD_TYPE)  # checks the types
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        message = f"gold is not a list of word_start, word_end, fine and boxes: {error}"
+        post.fail(_STAGE, _BAD, _encodable(message))
+        return None
+    return gold
 
 
 def _is_missing(value: Any) -> bool:

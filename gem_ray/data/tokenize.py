@@ -17,7 +17,7 @@ _WORD = regex.compile(
     | (?:(?![\p{Han}\p{Hiragana}\p{Katakana}])[\p{L}\p{N}][\p{M}\u200c\u200d]*)+
       (?:[-/][\p{L}\p{N}][\p{L}\p{N}\p{M}]*)*     # `wi-fi`, `2013/14`; `_` and `'` come apart
     | -{2,}
-    | \S                                          # `#`, `@`, punctuation, each code point of an emoji
+    | [^\s\x1c-\x1f]                             # `#`, `@`, punctuation, each code point of an emoji
     """,
     regex.VERBOSE,
 )

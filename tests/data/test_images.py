@@ -1,0 +1,272 @@
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from gem_ray.config import Config, ImageConfig
+from gem_ray.data.images import ImageError, ImageLoader, decode_image
+from gem_ray.records import Entity, Post, ProblemKind, StageName, Status
+
+CONFIG = ImageConfig()
+UNREADABLE, TOO_LARGE = ProblemKind.IMAGE_UNREADABLE, ProblemKind.IMAGE_TOO_LARGE
+ENTITY = Entity("Rihanna", 0, 7, 0, 1, "person", "musician", 0.9)
+
+
+def scene(width=48, height=32):
+    """Four corners of four colours: every turn and mirror image is another picture."""
+    pixels = np.full((height, width, 3), 128, np.uint8)
+    pixels[: height // 2, : width // 2] = (255, 0, 0)
+    pixels[: height // 2, width // 2 :] = (0, 255, 0)
+    pixels[height // 2 :, : width // 2] = (0, 0, 255)
+    return Image.fromarray(pixels)
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def difference(pixels, image):
+    return np.abs(pixels.astype(int) - np.asarray(image.convert("RGB")).astype(int)).mean()
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds one byte of pixels."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0"))
+    parts = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+        ("JPEG", {"quality": 95, "subsampling": 0, "progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("GIF", {}),
+        ("AVIF", {"quality": 95, "subsampling": "4:4:4"}),
+        ("MPO", {"quality": 95, "subsampling": 0}),
+    ],
+)
+def test_formats_give_the_same_picture(kind, options):
+    decoded = decode_image(encoded(scene(), kind, **options), CONFIG)
+    assert (decoded.width, decoded.height) == (48, 32)
+    assert decoded.pixels.dtype == np.uint8
+    assert difference(decoded.pixels, scene()) < 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *(
+            (mode, "TIFF")
+            for mode in ("1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F", "LAB")
+        ),
+        *((mode, "PNG") for mode in ("1", "L", "P", "LA", "RGBA", "I;16")),
+    ],
+)
+def test_every_pixel_mode_gives_rgb(mode, kind):
+    decoded = decode_image(encoded(Image.new(mode, (48, 32)), kind), CONFIG)
+    assert decoded.pixels.shape == (32, 48, 3)
+    assert (decoded.pixels == decoded.pixels[0, 0]).all()
+
+
+def test_cmyk_jpeg_keeps_its_colours():
+    data = encoded(scene().convert("CMYK"), "JPEG", quality=95, subsampling=0)
+    assert difference(decode_image(data, CONFIG).pixels, scene()) < 6
+
+
+def test_palette_with_a_transparent_colour_lies_on_white():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    pixels = decode_image(encoded(image, "PNG", transparency=0), CONFIG).pixels
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert pixels[0, 1].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_alpha_lies_on_white(kind):
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (200, 0, 0, 128))
+    image.putpixel((2, 0), (10, 20, 30, 255))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pixels = decode_image(encoded(image, kind, **options), CONFIG).pixels
+    expected = [[255] * 3, [round(255 + (c - 255) * 128 / 255) for c in (200, 0, 0)], [10, 20, 30]]
+    np.testing.assert_allclose(pixels[0], expected, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_to_eight(kind):
+    values = np.array([[0, 256, 32768, 65535]], np.uint16)
+    pixels = decode_image(encoded(Image.fromarray(values), kind), CONFIG).pixels
+    assert pixels[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_float_samples_are_stretched_between_their_extremes():
+    values = np.array([[-1.0, 0.0, 1.0, np.nan]], np.float32)
+    pixels = decode_image(encoded(Image.fromarray(values), "TIFF"), CONFIG).pixels
+    assert pixels[0, :, 1].tolist() == [0, 127, 255, 127]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_undone_as_pillow_undoes_it(kind, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encoded(scene(), kind, exif=exif, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    decoded = decode_image(data, CONFIG)
+    assert (decoded.width, decoded.height) == upright.size
+    assert (decoded.width < decoded.height) == (orientation >= 5)
+    assert difference(decoded.pixels, upright) < 1
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40, b"\0"])
+def test_damaged_exif_is_no_rotation(exif):
+    decoded = decode_image(encoded(scene(), "JPEG", exif=exif, quality=95), CONFIG)
+    assert (decoded.width, decoded.height) == (48, 32)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation_is_taken(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
+    pixels = decode_image(data, CONFIG).pixels
+    np.testing.assert_allclose(pixels[4, 4], (255, 0, 0), atol=4)
+
+
+@pytest.mark.parametrize(
+    ("size", "reduced"),
+    [
+        ((3000, 1500), (256, 128)),
+        ((1500, 3000), (128, 256)),
+        ((256, 10), (256, 10)),
+        ((5, 5),) * 2,
+        ((4000, 1), (256, 1)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_longer_side_is_reduced_and_never_enlarged(size, reduced, kind):
+    decoded = decode_image(encoded(scene(*size), kind), ImageConfig(max_side=256))
+    assert decoded.pixels.shape == (reduced[1], reduced[0], 3)
+    assert (decoded.width, decoded.height) == size
+
+
+def test_reducing_while_decoding_gives_what_reducing_afterwards_gives():
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8)).resize((1603, 1201), Image.Resampling.BICUBIC)
+    data = encoded(smooth, "JPEG", quality=95)
+    exact = Image.open(io.BytesIO(data)).convert("RGB").resize((200, 150), Image.Resampling.BICUBIC)
+    assert difference(decode_image(data, ImageConfig(max_side=200)).pixels, exact) < 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_truncated_files_are_unreadable(kind):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    data = encoded(noise, kind)
+    for part in (0.02, 0.5, 0.9):
+        with pytest.raises(ImageError) as caught:
+            decode_image(data[: int(len(data) * part)], CONFIG)
+        assert caught.value.kind is UNREADABLE
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
+def test_damaged_bytes_give_pixels_or_an_image_error(kind):
+    rng = np.random.default_rng(1)
+    data = np.frombuffer(encoded(scene(), kind), np.uint8)
+    for _ in range(60):
+        damaged = data.copy()
+        damaged[rng.integers(0, len(data), 6)] = rng.integers(0, 256, 6)
+        with contextlib.suppress(ImageError):
+            assert decode_image(damaged.tobytes(), ImageConfig(max_pixels=10**6)).pixels.shape[2] == 3
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (11_000, 11_000), (2**31 - 1, 2**31 - 1)])
+def test_a_decompression_bomb_is_refused_by_its_header(size):
+    with pytest.raises(ImageError, match=r"image\.max_pixels allows 120,000,000") as caught:
+        decode_image(png_header(*size), CONFIG)
+    assert caught.value.kind is TOO_LARGE
+
+
+def test_too_many_bytes_or_pixels_are_refused():
+    data = encoded(scene(), "PNG")
+    with pytest.raises(ImageError, match=r"48 × 32 = 1,536 pixels") as caught:
+        decode_image(data, ImageConfig(max_pixels=1535))
+    assert caught.value.kind is TOO_LARGE
+    with pytest.raises(ImageError, match="bytes") as caught:
+        decode_image(data, ImageConfig(max_bytes=len(data) - 1))
+    assert caught.value.kind is TOO_LARGE
+    decode_image(data, ImageConfig(max_pixels=1536, max_bytes=len(data)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"\0" * 100, "not an image in a supported format"),
+        (b"hello", "not an image in a supported format"),
+        (b"\n<!DOCTYPE html><html><body>404", "an HTML page"),
+        (b"\xef\xbb\xbf<HTML>", "an HTML page"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
+        (b'<?xml version="1.0"?>\n<!-- x -->\n<svg/>', "an SVG drawing"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML document"),
+        (b'{"error": "not found"}', "a JSON document"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript document"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", r"a video \(MP4\)"),
+        (b"\x1aE\xdf\xa3\x01\0", "a WebM or Matroska video"),
+        (b"PK\x03\x04\x14\0", "a ZIP archive"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"\xff\xd8\xff\xe0", "begins like a JPEG image"),
+        (b"\x89PNG\r\n\x1a\n", "begins like a PNG image"),
+    ],
+)
+def test_what_is_no_image_is_called_by_its_name(data, message):
+    with pytest.raises(ImageError, match=message) as caught:
+        decode_image(data, CONFIG)
+    assert caught.value.kind is UNREADABLE
+
+
+def test_formats_that_posts_do_not_bring_are_not_opened():
+    for kind in ("PPM", "TGA", "ICO", "PCX", "EPS"):
+        with pytest.raises(ImageError):
+            decode_image(encoded(scene(), kind), CONFIG)
+
+
+def test_only_posts_with_something_to_ground_are_loaded_and_failures_stay_alone(tmp_path):
+    data = encoded(scene(), "PNG")
+    (tmp_path / "wrong-extension.gif").write_bytes(data)
+    posts = [
+        Post("bytes", "Rihanna", entities=[ENTITY], image_bytes=data),
+        Post("broken", "Rihanna", entities=[ENTITY], image_bytes=data[:60]),
+        Post("nothing to ground", "Rihanna", image_bytes=data),
+        Post("path", "Rihanna", entities=[ENTITY], image_uri="wrong-extension.gif"),
+        Post("neither", "Rihanna", entities=[ENTITY]),
+        Post("empty", "Rihanna", entities=[ENTITY], image_bytes=b""),
+        Post("rejected", "Rihanna", entities=[ENTITY], image_bytes=data),
+    ]
+    posts[-1].fail(StageName.TAG, ProblemKind.STAGE_FAILED, "no tags")
+    loader = ImageLoader.from_config(Config(image={"root": tmp_path}))
+    assert loader(posts) is posts
+    loaded = [post.post_id for post in posts if post.image is not None]
+    assert loaded == ["bytes", "path"]
+    assert (posts[0].image_width, posts[0].image_height) == (48, 32)
+    assert [post.status for post in posts] == [
+        Status.OK, Status.DEGRADED, Status.OK, Status.OK, Status.DEGRADED, Status.DEGRADED, Status.REJECTED,
+    ]  # fmt: skip
+    assert [(p.stage, p.kind) for p in posts[1].problems] == [(StageName.LOAD_IMAGE, UNREADABLE)]
+    assert posts[4].problems[0].kind is ProblemKind.IMAGE_MISSING
+    problems = [list(post.problems) for post in posts]
+    loader(posts)
+    assert [post.problems for post in posts] == problems

@@ -1,0 +1,80 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gem_ray.data.tokenize import tokenize, word_spans
+
+TWITTER10000 = Path(__file__).parents[2].parent / "shared" / "data" / "twitter10000"
+
+TWEETS = [
+    ("RT @Marty_Walsh: I don't know", ["RT", "@", "Marty", "_", "Walsh", ":", "I", "don", "'", "t", "know"]),
+    ("It’s 3:11pm #CFC", ["It", "’", "s", "3", ":", "11pm", "#", "CFC"]),
+    ("Terrorists &amp; VIPs", ["Terrorists", "&amp", ";", "VIPs"]),
+    ("City... http://t.co/RdsxE7efDz #CFC", ["City", ".", ".", ".", "http://t.", "co/RdsxE7efDz", "#", "CFC"]),
+    ("see https://example.org/a?b=c.", ["see", "https://example.org/a?b=c", "."]),
+    ("07.05.16 cost $16.99 (13.5%)", ["07.05", ".", "16", "cost", "$", "16.99", "(", "13.5", "%", ")"]),
+    ("wi-fi in 2013/14 -- again", ["wi-fi", "in", "2013/14", "--", "again"]),
+    ("Good Morning :) Wake up!!", ["Good", "Morning", ":)", "Wake", "up", "!", "!"]),
+    ("love ❤️🇺🇸", ["love", "❤", "\ufe0f", "🇺", "🇸"]),
+    ("हिन्दी e\u0301te\u0301", ["हिन्दी", "e\u0301te\u0301"]),
+    ("東京タワーで", ["東", "京", "タ", "ワ", "ー", "で"]),
+    ("a\x1cb  \n\t ", ["a", "b"]),
+]
+
+
+@pytest.mark.parametrize(("text", "tokens"), TWEETS)
+def test_words_of_tweets(text, tokens):
+    assert tokenize(text) == tokens
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_words_are_all_of_the_text_but_white_space(text):
+    tokens = tokenize(text)
+    assert all(token.strip() for token in tokens)
+    assert "".join("".join(tokens).split()) == "".join(text.split())
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_spans_of_the_tokenizers_own_words_cut_them_out_again(text):
+    tokens = tokenize(text)
+    spans = word_spans(text, tokens)
+    assert [text[start:end] for start, end in spans] == tokens
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.text(" \t\n.,-x", max_size=3), st.text("abx .😂", min_size=1).filter(str.strip))))
+def test_spans_are_found_whatever_lies_between_the_words(pairs):
+    text = "".join(gap + token for gap, token in pairs)
+    tokens = [token for _, token in pairs]
+    spans = word_spans(text, tokens)
+    assert [text[start:end] for start, end in spans] == tokens
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["b", "a"], "token 1, 'a', does not occur"),
+        (["a", "a"], "token 1, 'a', does not occur"),
+        (["a", ""], "token 1 is empty"),
+        (["a", " "], "token 1 is empty"),
+        (["A"], "token 0, 'A', does not occur"),
+    ],
+)
+def test_tokens_that_do_not_occur_in_order_are_refused(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        word_spans("a b", tokens)
+
+
+@pytest.mark.skipif(not TWITTER10000.is_dir(), reason="needs ../shared/data/twitter10000")
+def test_the_annotators_words_stay_whole():
+    posts = (TWITTER10000 / "txt" / "dev.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    words = [[line.split("\t")[0] for line in post.split("\n")[1:]] for post in posts]
+    agreeing = sum(tokenize(" ".join(tokens)) == tokens for tokens in words)
+    assert agreeing / len(words) > 0.95
