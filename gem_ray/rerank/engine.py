@@ -1,0 +1,62 @@
+"""What every reranking engine takes and gives: a request, a choice, or the reason why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+Mode = Literal["generate", "score"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question about one entity.
+
+    Args:
+        image: `(h, w, 3)` uint8; requests of one post pass the same array, and its features are computed once.
+        prompt: from `prompts.build_prompt`.
+        choices: the answers to choose from, all different.
+    """
+
+    image: np.ndarray
+    prompt: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer.
+
+    Args:
+        index: position of the answer in the request's choices.
+        probability: of the answer. Mode `score`: its share of the choices' likelihoods. Mode `generate`: the product
+            over its tokens, end token included, of the token's share among the tokens that the choices allow there.
+        probabilities: of all choices, in mode `score`; empty in mode `generate`.
+    """
+
+    index: int
+    probability: float
+    probabilities: tuple[float, ...] = ()
+
+
+class RequestError(ValueError):
+    """Why one request cannot be answered. Engines return it in the place of the choice; its neighbours are answered."""
+
+
+class EngineDiedError(RuntimeError):
+    """The engine cannot answer anything any more; the process that holds it has to be replaced."""
+
+
+class Engine(Protocol):
+    """A LLaVA model that answers with one of the choices."""
+
+    def choose(self, requests: list[Request], mode: Mode) -> list[Choice | RequestError]:
+        """Answer each request, in order.
+
+        Args:
+            requests: those of one post should be adjacent, so that they share the image's work.
+            mode: `generate`, greedy decoding constrained to the choices; `score`, the likelihood of each choice.
+        """
+        ...

@@ -1,0 +1,72 @@
+"""The uncertainty filter: which entities the tagger is not sure of, and which categories it wavers between (§3.3.1)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gem_ray.config import Config
+from gem_ray.records import Candidate, Entity, Post
+from gem_ray.taxonomy import LABEL_SETS, LabelSet
+
+
+class UncertaintyFilter:
+    """Turns the tagger's logits into probabilities of categories, and measures their entropy. It never drops a post.
+
+    Args:
+        labels: the categories that the logits are about.
+        gamma: entropy in nats above which an entity is hard.
+        k: how many of the most probable categories become candidates; a set without hierarchy offers all of its own.
+    """
+
+    def __init__(self, labels: LabelSet, gamma: float = 0.2, k: int = 5):
+        self._labels = labels
+        self._gamma = gamma
+        self._k = min(k, len(labels.fine)) if labels.is_hierarchical else len(labels.fine)
+        self._index = {fine: position for position, fine in enumerate(labels.fine)}
+
+    @classmethod
+    def from_config(cls, config: Config) -> UncertaintyFilter:
+        """Build from the sections `labels` and `filter`."""
+        return cls(LABEL_SETS[config.labels], config.filter.gamma, config.filter.k)
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        """Fill `entropy`, `candidates` and `score` of every entity that has `logits`, and clear the logits."""
+        entities = [entity for post in posts for entity in post.entities if entity.logits is not None]
+        if not entities:
+            return posts
+        logits = np.stack([entity.logits for entity in entities if entity.logits is not None])  # (N, 1 + 2F)
+        probabilities = category_probabilities(logits)  # (N, F)
+        entropies = entropy(probabilities)  # (N,)
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, : self._k]  # (N, K)
+        for entity, row, nats, order in zip(entities, probabilities, entropies, best, strict=True):
+            entity.entropy = float(nats)
+            entity.candidates = [Candidate(self._labels.fine[position], float(row[position])) for position in order]
+            entity.score = float(row[self._index[entity.fine]])
+            entity.logits = None
+        return posts
+
+    def is_hard(self, entity: Entity) -> bool:
+        """True if the entity goes to the reranker: its entropy is above γ."""
+        return entity.entropy > self._gamma
+
+
+def category_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of categories from logits of BIO tags, without `O` (§3.3.1).
+
+    Args:
+        logits: `(N, 1 + 2F)`, in the order of `LabelSet.fine_tags`.
+
+    Returns:
+        `(N, F)`, each row sums to 1.
+    """
+    pairs: np.ndarray = logits[:, 1:].astype(np.float64).reshape(len(logits), -1, 2)  # (N, F, B and I)
+    merged = np.logaddexp(pairs[..., 0], pairs[..., 1])  # (N, F)
+    weights = np.exp(merged - merged.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Entropy in nats of each row (eq. 10): `(N, F)` to `(N,)`."""
+    # Where p underflows to 0, p · log p is 0: its limit.
+    logs = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
+    return -(probabilities * logs).sum(axis=1)  # eq. 10
