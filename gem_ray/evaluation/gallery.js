@@ -1,0 +1,251 @@
+// The page of the gallery: totals, filters and the order of the posts. Cards are made in gallery_cards.js, which comes first.
+
+// ---- Facets: what each mention can be filtered by -------------------------------------------------------------------
+
+const hasGold = posts.some((post) => post.missed.length || post.entities.some((entity) => entity.verdict));
+const facets = {
+  coarse: { title: "Category", options: data.coarse.map((name) => [name, named(name)]) },
+  fine: { title: "Fine category", options: [] },
+  status: { title: "Post", options: [["ok", "ok"], ["degraded", "degraded"], ["rejected", "rejected"]] },
+  grounded: { title: "In the image", options: [["yes", "seen"], ["no", "not seen"]] },
+  reranked: { title: "Route", options: [["yes", "reranked"], ["no", "easy"]] },
+  verdict: {
+    title: "Against gold",
+    options: [["right", "right"], ["wrong", "wrong"], ["category", "wrong category"], ["region", "wrong region"],
+      ["spurious", "not in gold"], ["missed", "missed"]],
+  },
+};
+if (!hasGold) delete facets.verdict;
+const keys = Object.keys(facets);
+
+function verdictsOf(entity) {
+  const verdict = entity.verdict;
+  if (!verdict) return [];
+  if (!verdict.span) return ["wrong", "spurious"];
+  if (verdict.category && verdict.region) return ["right"];
+  return ["wrong", ...(verdict.category ? [] : ["category"]), ...(verdict.region ? [] : ["region"])];
+}
+
+// One item a mention, in the posts' order; a post without mentions is one item, so that its status can be chosen.
+const items = [];
+posts.forEach((post, position) => {
+  const add = (values, mention) => items.push({ position, mention, values: { status: [post.status], ...values } });
+  post.entities.forEach((entity, index) => add({
+    coarse: [entity.coarse], fine: [entity.fine], grounded: [entity.box ? "yes" : "no"],
+    reranked: [entity.reranked ? "yes" : "no"], verdict: verdictsOf(entity),
+  }, index));
+  post.missed.forEach((gold, index) => add({
+    coarse: [gold.coarse], fine: [gold.fine], grounded: [gold.boxes.length ? "yes" : "no"], reranked: [],
+    verdict: ["wrong", "missed"],
+  }, post.entities.length + index));
+  if (!post.entities.length && !post.missed.length) {
+    add({ coarse: [], fine: [], grounded: [], reranked: [], verdict: [] }, null);
+  }
+});
+const haystacks = posts.map((post) => [post.text, post.caption || "", post.id].join("\n").toLowerCase());
+const parents = new Map(items.flatMap((item) => item.values.fine.map((fine) => [fine, item.values.coarse[0]])));
+facets.fine.options = [...parents.keys()]
+  .sort((a, b) => data.coarse.indexOf(parents.get(a)) - data.coarse.indexOf(parents.get(b)) || a.localeCompare(b))
+  .map((name) => [name, named(name)]);
+
+// ---- State, kept in the address: #status=degraded&coarse=person,event&q=rally ----------------------------------------
+
+const state = { q: "", sort: "", chosen: {} };
+
+function readHash() {
+  const parameters = new URLSearchParams(location.hash.slice(1));
+  state.q = parameters.get("q") || "";
+  state.sort = parameters.get("sort") || "";
+  for (const key of keys) state.chosen[key] = new Set((parameters.get(key) || "").split(",").filter(Boolean));
+}
+
+function writeHash() {
+  const parameters = new URLSearchParams();
+  for (const key of keys) if (state.chosen[key].size) parameters.set(key, [...state.chosen[key]].join(","));
+  if (state.q) parameters.set("q", state.q);
+  if (state.sort) parameters.set("sort", state.sort);
+  const hash = parameters.toString().replaceAll("%2C", ",");
+  history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+}
+
+// ---- Filtering: one pass over the items, which also counts what every other choice would give ------------------------
+
+function filter() {
+  const query = state.q.trim().toLowerCase();
+  const active = keys.filter((key) => state.chosen[key].size);
+  const counts = Object.fromEntries(keys.map((key) => [key, new Map()]));
+  const countedPost = new Map(); // status counts posts, not mentions
+  const matches = new Map(); // position of a post -> its mentions that match
+  let found = query ? haystacks.map((text) => text.includes(query)) : null;
+  let mentions = 0;
+  for (const item of items) {
+    if (found && !found[item.position]) continue;
+    const failed = active.filter((key) => !item.values[key].some((value) => state.chosen[key].has(value)));
+    if (failed.length > 1) continue;
+    for (const key of failed.length ? failed : keys) {
+      for (const value of item.values[key]) {
+        if (key === "status") {
+          if (countedPost.get(value) === item.position) continue;
+          countedPost.set(value, item.position);
+        }
+        counts[key].set(value, (counts[key].get(value) || 0) + 1);
+      }
+    }
+    if (failed.length) continue;
+    if (!matches.has(item.position)) matches.set(item.position, new Set());
+    if (item.mention !== null) {
+      matches.get(item.position).add(item.mention);
+      mentions += 1;
+    }
+  }
+  const order = [...matches.keys()];
+  if (state.sort === "uncertain") {
+    const doubt = (position) => Math.max(-1, ...posts[position].entities.map((entity) => entity.entropy));
+    order.sort((a, b) => doubt(b) - doubt(a) || a - b);
+  }
+  return { order, matches, counts, mentions, onMentions: active.some((key) => key !== "status") };
+}
+
+let result = null;
+
+function update() {
+  result = filter();
+  const all = result.order.length === posts.length;
+  $("count").textContent = all
+    ? plural(posts.length, "post")
+    : `${result.order.length.toLocaleString("en")} of ${plural(posts.length, "post")}, ${plural(result.mentions, "mention")}`;
+  $("clear").hidden = !state.q && keys.every((key) => !state.chosen[key].size);
+  $("empty").hidden = result.order.length > 0;
+  showCounts();
+  hideTip();
+  $("grid").replaceChildren();
+  appendCards();
+}
+
+// ---- Controls ---------------------------------------------------------------------------------------------------------
+
+function buildControls() {
+  for (const key of keys) {
+    const facet = facets[key];
+    $("facets").append(key === "fine" ? fineMenu(facet) : choices(key, facet));
+  }
+}
+
+function choices(key, facet) {
+  const group = html("fieldset", {}, html("legend", {}, facet.title));
+  for (const [value, title] of facet.options) {
+    const input = html("input", { type: "checkbox", value, "data-facet": key });
+    input.addEventListener("change", () => {
+      state.chosen[key][input.checked ? "add" : "delete"](value);
+      changed();
+    });
+    group.append(html("label", { class: "choice", "data-coarse": key === "coarse" && value }, input, title, html("span")));
+  }
+  return group;
+}
+
+function fineMenu(facet) {
+  const menu = html("select", { id: "fine", "aria-label": facet.title }, html("option", { value: "" }, "every fine category"));
+  for (const coarse of data.coarse) {
+    const group = facet.options.filter(([value]) => parents.get(value) === coarse);
+    if (!group.length) continue;
+    menu.append(html("optgroup", { label: named(coarse) },
+      ...group.map(([value, title]) => html("option", { value, "data-title": title }, title))));
+  }
+  menu.addEventListener("change", () => {
+    state.chosen.fine = new Set(menu.value ? [menu.value] : []);
+    changed();
+  });
+  return menu;
+}
+
+function showCounts() {
+  for (const input of document.querySelectorAll("input[data-facet]")) {
+    const count = result.counts[input.dataset.facet].get(input.value) || 0;
+    input.checked = state.chosen[input.dataset.facet].has(input.value);
+    input.nextSibling.nextSibling.textContent = count.toLocaleString("en");
+    input.parentNode.classList.toggle("none", !count);
+  }
+  for (const option of document.querySelectorAll("#fine option[data-title]")) {
+    option.textContent = `${option.dataset.title} (${result.counts.fine.get(option.value) || 0})`;
+  }
+  $("fine").value = [...state.chosen.fine][0] || "";
+  $("sort").value = state.sort;
+  if (document.activeElement !== $("q")) $("q").value = state.q;
+}
+
+function changed() {
+  writeHash();
+  update();
+  const top = $("grid").getBoundingClientRect().top + scrollY - document.querySelector(".bar").offsetHeight - 20;
+  if (scrollY > top) scrollTo(0, top);
+}
+
+// ---- Cards, appended as the reader comes near the end --------------------------------------------------------------------
+
+const PAGE = 24;
+
+function appendCards() {
+  const shown = $("grid").children.length;
+  $("grid").append(...result.order.slice(shown, shown + PAGE).map((position) => {
+    const mentions = result.matches.get(position);
+    return card(position, (mention) => result.onMentions && !mentions.has(mention));
+  }));
+}
+new IntersectionObserver((entries) => {
+  if (entries.some((entry) => entry.isIntersecting)) appendCards();
+}, { rootMargin: "1200px" }).observe($("sentinel"));
+
+// ---- Start ------------------------------------------------------------------------------------------------------------------
+
+function totals() {
+  const entities = posts.flatMap((post) => post.entities);
+  const count = (status) => posts.filter((post) => post.status === status).length;
+  const rows = [["posts", posts.length], ["mentions", entities.length], ["seen in the image", entities.filter((e) => e.box).length],
+    ["reranked", entities.filter((e) => e.reranked).length], ["degraded", count("degraded")], ["rejected", count("rejected")]];
+  $("totals").append(...rows.map(([name, value]) => html("li", {}, html("b", {}, value.toLocaleString("en")), html("span", {}, name))));
+  $("summary").textContent = hasGold
+    ? "Point at a mention to see where it was found. Solid boxes are the system's, dashed ones are gold."
+    : "Point at a mention to see where it was found in the image, and how sure the system is.";
+}
+
+function listen() {
+  let timer = 0;
+  $("q").addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => { state.q = $("q").value; changed(); }, 80);
+  });
+  $("clear").addEventListener("click", () => {
+    state.q = $("q").value = "";
+    for (const key of keys) state.chosen[key].clear();
+    changed();
+  });
+  $("sort").addEventListener("change", () => { state.sort = $("sort").value; changed(); });
+  $("toggle").addEventListener("click", () => openFilters($("facets").hidden));
+  $("theme").addEventListener("click", () => {
+    const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
+      || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
+    document.documentElement.dataset.theme = dark ? "light" : "dark";
+  });
+  for (const event of ["pointerover", "focusin", "click"]) $("grid").addEventListener(event, (e) => showMention(e.target));
+  $("grid").addEventListener("pointerleave", hideTip);
+  $("grid").addEventListener("focusout", hideTip);
+  addEventListener("scroll", () => { if (shown) placeTip(shown); }, { passive: true });
+  addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hideTip();
+    if (event.key === "/" && document.activeElement !== $("q")) { event.preventDefault(); $("q").focus(); }
+  });
+  addEventListener("hashchange", () => { readHash(); update(); });
+}
+
+function openFilters(open) {
+  $("facets").hidden = !open;
+  $("toggle").setAttribute("aria-expanded", open);
+}
+
+readHash();
+buildControls();
+totals();
+openFilters(matchMedia("(min-width: 700px)").matches);
+listen();
+update();

@@ -1,0 +1,139 @@
+"""Reading what is compared: the output of `annotate`, and gold from shards or from a Twitter10000 root."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from PIL import Image
+
+from gem_ray.config import ImageConfig
+from gem_ray.data import shards, twitter10000
+from gem_ray.data.fetch import Fetcher, ImageError
+from gem_ray.data.webdataset import IMAGE_SUFFIXES
+from gem_ray.evaluation.rules import EvaluationError
+from gem_ray.records import ANNOTATION_SCHEMA, Post
+from gem_ray.taxonomy import FMNERG, LabelSet
+
+ANNOTATIONS = "annotations"  # the folder of rows in an output directory
+RUN_FACTS = "run.json"
+_COLUMNS = [name for name in ANNOTATION_SCHEMA.names if name not in ("status", "run_id", "models")]
+_REQUIRED = ("post_id", "text", "entities")
+
+
+def read_predictions(path: Path | str) -> list[Post]:
+    """The annotated posts of a run, in the order of its files.
+
+    Args:
+        path: an output directory of `annotate`, or its `annotations` folder; local or `s3://`.
+
+    Raises:
+        FileNotFoundError: there are no annotations at `path`.
+        EvaluationError: there are Parquet files, but they are not annotations.
+    """
+    return list(iterate_predictions(path))
+
+
+def iterate_predictions(path: Path | str) -> Iterator[Post]:
+    """`read_predictions`, a batch of rows in memory at a time."""
+    dataset = _open(str(path))
+    missing = [name for name in _REQUIRED if name not in dataset.schema.names]
+    if missing:
+        raise EvaluationError(
+            f"{path} does not hold annotations: its Parquet files have no column {', '.join(missing)}"
+        )
+    columns = [name for name in _COLUMNS if name in dataset.schema.names]
+    for batch in dataset.to_batches(columns=columns):
+        for row in batch.to_pylist():
+            yield Post.from_annotation({"tokens": None, "problems": None, **row})
+
+
+def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMNERG) -> list[Post]:
+    """A gold split, without its images but with their sizes where they are known.
+
+    Args:
+        path: a Twitter10000 root (it has a `txt_fine` or `txt` folder), or shards with a `gold` column.
+        split: which split of a Twitter10000 root.
+        labels: which of Twitter10000's two annotations.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        EvaluationError: a root without `split`, or shards without gold.
+    """
+    if any((Path(path) / folder).is_dir() for folder in ("txt_fine", "txt")):
+        if split is None:
+            raise EvaluationError(f"{path} is a Twitter10000 root: say which split, as --split dev")
+        return twitter10000.read_split(Path(path), split, labels=labels)
+    posts = list(read_inputs(path))
+    if not any(post.gold is not None for post in posts):
+        raise EvaluationError(f"{path} has no gold: its rows need a `gold` column, as `gem-ray shards` writes it")
+    return posts
+
+
+def read_inputs(path: Path | str) -> Iterator[Post]:
+    """The posts of shards, without their images but with their sizes; none for a folder of images."""
+    if not _image_files(Path(path)):
+        yield from map(_without_image, shards.read_posts(path))
+
+
+def read_images(path: Path | str, config: ImageConfig) -> Iterator[tuple[str, bytes]]:
+    """Post id and encoded image, one at a time; images that may not or cannot be fetched are left out.
+
+    Args:
+        path: the shards that were annotated, or a local folder of images named by post id.
+        config: where the shards' `image_uri` may lead.
+
+    Raises:
+        FileNotFoundError: neither shards nor images are at `path`.
+    """
+    files = _image_files(Path(path))
+    if files:
+        yield from ((file.stem, file.read_bytes()) for file in files)
+        return
+    fetcher = Fetcher(config)
+    for post in shards.read_posts(path):
+        with suppress(ImageError):
+            data = post.image_bytes or (fetcher.fetch(post.image_uri) if post.image_uri else None)
+            if data:
+                yield post.post_id, data
+
+
+def read_run(path: Path | str) -> dict[str, Any]:
+    """The facts that `annotate` wrote beside its annotations; empty if there are none, or not on this machine."""
+    file = Path(path) / RUN_FACTS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _open(path: str) -> ds.Dataset:
+    for folder in (f"{path.rstrip('/')}/{ANNOTATIONS}", path):
+        try:
+            filesystem, files = shards.list_shards(folder)
+        except FileNotFoundError:
+            continue
+        try:
+            return ds.dataset(files, filesystem=filesystem, format="parquet")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise EvaluationError(f"{folder} cannot be read as annotations: {error}") from error
+    raise FileNotFoundError(f"there are no annotations at {path}: give an output directory of `gem-ray annotate`")
+
+
+def _without_image(post: Post) -> Post:
+    """Drop the encoded image; its header gives the size, of which only the area is used (so rotation is no matter)."""
+    if post.image_bytes is not None and post.image_width is None:
+        # An image that cannot be read has no size; the post's gold still counts.
+        with suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(post.image_bytes)) as image:
+            post.image_width, post.image_height = image.size
+    post.image_bytes = None
+    return post

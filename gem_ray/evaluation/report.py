@@ -1,0 +1,96 @@
+"""Scores for people and for machines: tables for the terminal, and the JSON of `gem-ray evaluate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gem_ray.evaluation.metrics import Report, Scores
+
+TASK_TITLES: dict[str, str] = {
+    "mner": "MNER",
+    "eeg": "EEG",
+    "mnerg": "MNERG",
+    "span": "span",
+    "coarse_mner": "MNER, coarse",
+    "small": "EEG, small boxes",
+    "large": "EEG, large boxes",
+}
+
+
+def percent(ratio: float) -> str:
+    """A ratio as the field prints it: 0.5955 is `59.55`."""
+    return f"{100 * ratio:.2f}"
+
+
+def score_table(report: Report) -> Table:
+    """The tasks of one report, a row each."""
+    table = _table(f"{report.labels}, {report.protocol}, IoU > {report.iou:g}, {report.posts} posts", "task")
+    for name, scores in report.tasks.items():
+        _add_scores(table, TASK_TITLES[name], scores)
+    table.caption = f"groundable or not: {percent(report.groundable_accuracy)} of the found mentions"
+    if report.unknown_posts:
+        table.caption += f"\n{report.unknown_posts} predicted posts are not in the gold split; they count as wrong"
+    return table
+
+
+def category_table(report: Report) -> Table:
+    """MNER of every category that occurs, and MNERG's F1 beside it."""
+    table = _table("MNER by category", "category")
+    table.add_column("MNERG F1", justify="right")
+    for category, scores in report.per_category.items():
+        _add_scores(table, category, scores.mner, percent(scores.mnerg.f1))
+    return table
+
+
+def comparison_table(reports: Mapping[str, Report], title: str = "F1") -> Table:
+    """F1 of several systems: a row for each task, a column for each system; the best of a row is bold.
+
+    Args:
+        reports: name of the system -> its report.
+        title: printed over the table.
+    """
+    table = Table("task", title=title, title_justify="left")
+    for system in reports:
+        table.add_column(system, justify="right")
+    for name, task in TASK_TITLES.items():
+        cells = [percent(report.tasks[name].f1) for report in reports.values()]
+        best = max(cells, key=float, default="")
+        table.add_row(task, *(f"[bold]{cell}[/bold]" if cell == best else cell for cell in cells))
+    return table
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the score table, and the categories' where there is more than one."""
+    console = console or Console()
+    console.print(score_table(report))
+    if len(report.per_category) > 1:
+        console.print(category_table(report))
+
+
+def print_comparison(reports: Mapping[str, Report], console: Console | None = None) -> None:
+    """Print the comparison table."""
+    (console or Console()).print(comparison_table(reports))
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the report as JSON, ratios from 0 to 1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(first, title=title, title_justify="left", caption_justify="left")
+    for name in ("precision", "recall", "F1", "right", "predicted", "gold"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _add_scores(table: Table, name: str, scores: Scores, *more: str) -> None:
+    ratios = (percent(ratio) for ratio in (scores.precision, scores.recall, scores.f1))
+    counts = (str(count) for count in (scores.right, scores.predicted, scores.gold))
+    table.add_row(name, *ratios, *counts, *more)
