@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
@@ -37,7 +38,8 @@ def content_hash(path: Path) -> str:
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
     for file in files:
-        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        # With the size, so that no content can pass for the next file's name.
+        digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             for chunk in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(chunk)
@@ -67,17 +69,33 @@ def _package_folder(reference: str) -> Path:
 def _staged_from_s3(reference: str) -> Path:
     import fcntl
 
-    from pyarrow import fs
-
     root = Path(os.environ.get(_STAGING, Path(tempfile.gettempdir()) / "gem-ray-models"))
-    target = root / hashlib.sha256(reference.encode()).hexdigest()[:16]
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{target.name}.lock").open("w") as lock:
+    folder = root / hashlib.sha256(reference.encode()).hexdigest()[:16]
+    target = folder / reference.rstrip("/").rpartition("/")[2]  # a single file keeps its suffix
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several actors of a node ask for the same model at once
         if not target.exists():
-            partial = target.with_suffix(".partial")
-            fs.copy_files(reference, str(partial))
-            partial.rename(target)
+            _fetch(reference, folder / ".partial").rename(target)
+    return target
+
+
+def _fetch(reference: str, folder: Path) -> Path:
+    """Copy a file or a prefix into `folder`, which may hold what a fetch that broke off has left."""
+    from pyarrow import fs
+
+    shutil.rmtree(folder, ignore_errors=True)
+    target = folder / "model"
+    try:
+        source, path = fs.FileSystem.from_uri(reference.rstrip("/"))
+        info = source.get_file_info(path)
+        if info.type is fs.FileType.NotFound:
+            raise FileNotFoundError("there is nothing")
+        # Arrow makes the folders below the first, and not the first.
+        (folder if info.type is fs.FileType.File else target).mkdir(parents=True)
+        fs.copy_files(path, str(target), source_filesystem=source)
+    except OSError as error:
+        raise FileNotFoundError(f"no model at {reference!r}: {error}") from None
     return target
 
 

@@ -244,7 +244,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
 def _read_mapping(file: Any) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if values is None:
         return {}
@@ -255,10 +255,14 @@ def _read_mapping(file: Any) -> dict[str, Any]:
 
 def _parse_override(override: str) -> dict[str, Any]:
     path, equals, value = override.partition("=")
-    if not equals or not path:
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
         raise ConfigError(f"--set takes key.path=value, not {override!r}")
-    nested: Any = yaml.safe_load(value)
-    for key in reversed(path.split(".")):
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {value!r} is not a YAML value; quote it if it is meant as text") from None
+    for key in reversed(keys):
         nested = {key: nested}
     return nested
 
@@ -273,9 +277,13 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
+    key = ".".join(path) or "the config"
     if error["type"] == "extra_forbidden":
         return f"{key}: no such key; {_nearest(path[-1], _keys_at(path[:-1]))}"
+    if error["type"] == "missing":
+        return f"{key}: must be set"
+    if error["type"] == "value_error":  # raised by a section about several keys at once
+        return f"{key}: {error['ctx']['error']}"
     return f"{key}: {error['msg']} (got {error['input']!r})"
 
 
@@ -294,4 +302,5 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
 
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"{guess}expected one of {', '.join(known)}"

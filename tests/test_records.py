@@ -1,0 +1,160 @@
+from dataclasses import fields
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gem_ray.records import (
+    ANNOTATION_SCHEMA,
+    ENTITY_TYPE,
+    INPUT_SCHEMA,
+    Box,
+    Candidate,
+    Entity,
+    GoldEntity,
+    HeatMap,
+    Point,
+    Post,
+    Problem,
+    ProblemKind,
+    StageName,
+    Status,
+    gold_from_rows,
+)
+
+
+def _entity(**values) -> Entity:
+    defaults = {"text": "Cleveland", "start": 0, "end": 9, "word_start": 0, "word_end": 1}
+    return Entity(**{**defaults, "coarse": "location", "fine": "city", "score": 0.5, **values})
+
+
+def _seen_entity() -> Entity:
+    """Every field filled, with values that 32-bit floats hold exactly."""
+    return _entity(
+        entropy=0.25,
+        reranked=True,
+        candidates=[Candidate("city", 0.75), Candidate("sports_team", 0.25)],
+        match_score=0.875,
+        point=Point(3.5, 4.5),
+        box=Box(1, 2, 30, 40),
+        box_source="sam",
+        box_score=0.5,
+        heatmap=HeatMap(1, 2, b"\x00\xff"),
+        logits=np.arange(3.0),
+    )
+
+
+def _post() -> Post:
+    post = Post("id", "Cleveland wins", ["Cleveland", "wins"], image_width=64, image_height=48, caption="a court")
+    post.entities = [_seen_entity(), _entity()]
+    post.fail(StageName.GROUND, ProblemKind.STAGE_FAILED, "out of memory")
+    return post
+
+
+def test_a_post_survives_arrow_and_parquet(tmp_path):
+    post = _post()
+    row = {**post.annotation(), "run_id": "run", "models": {"tagger": "nano:tagger@0123"}}
+    pq.write_table(pa.Table.from_pylist([row], ANNOTATION_SCHEMA), tmp_path / "rows.parquet")
+    (read,) = pq.read_table(tmp_path / "rows.parquet", schema=ANNOTATION_SCHEMA).to_pylist()
+    assert Post.from_annotation(read) == post
+    assert Post.from_annotation(post.annotation()) == post
+
+
+def test_the_schemas_have_a_column_for_every_field():
+    """`Table.from_pylist` drops what its schema does not name, without a word."""
+    columns = set(ANNOTATION_SCHEMA.names)
+    assert set(_post().annotation()) | {"run_id", "models"} == columns
+    assert [field.name for field in ENTITY_TYPE] == [f.name for f in fields(Entity) if f.name != "logits"]
+    assert set(_seen_entity().to_dict()) == {field.name for field in ENTITY_TYPE}
+    assert columns.isdisjoint({"image", "image_bytes", "image_uri"})  # images are never copied into the output
+
+
+def test_logits_are_never_written_and_stay_with_the_entity():
+    entity = _seen_entity()
+    assert "logits" not in entity.to_dict()
+    assert entity.logits is not None
+    assert entity == _entity(**{f.name: getattr(entity, f.name) for f in fields(Entity) if f.name != "logits"})
+
+
+def test_a_post_without_anything_is_written_with_nulls():
+    table = pa.Table.from_pylist([Post("id", "hello").annotation()], ANNOTATION_SCHEMA)
+    (row,) = table.to_pylist()
+    assert (row["caption"], row["image_width"], row["entities"], row["status"]) == (None, None, [], "ok")
+    assert Post.from_annotation(row) == Post("id", "hello")
+
+
+REJECTING = [
+    (StageName.PREPARE, ProblemKind.BAD_RECORD),
+    (StageName.PREPARE, ProblemKind.TEXT_TOO_LONG),
+    (StageName.PREPARE, ProblemKind.STAGE_FAILED),
+    (StageName.TAG, ProblemKind.STAGE_FAILED),
+]
+DEGRADING = [
+    (StageName.PREPARE, ProblemKind.IMAGE_MISSING),
+    (StageName.LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE),
+    (StageName.LOAD_IMAGE, ProblemKind.IMAGE_TOO_LARGE),
+    (StageName.LOAD_IMAGE, ProblemKind.IMAGE_FORBIDDEN),
+    (StageName.LOAD_IMAGE, ProblemKind.STAGE_FAILED),
+    (StageName.RERANK, ProblemKind.STAGE_FAILED),
+    (StageName.GROUND, ProblemKind.STAGE_FAILED),
+]
+HARMLESS = [
+    (StageName.KNOWLEDGE, ProblemKind.KNOWLEDGE_FAILED),
+    (StageName.KNOWLEDGE, ProblemKind.STAGE_FAILED),
+]
+
+
+@pytest.mark.parametrize(
+    ("problem", "status"),
+    [(problem, Status.REJECTED) for problem in REJECTING]
+    + [(problem, Status.DEGRADED) for problem in DEGRADING]
+    + [(problem, Status.OK) for problem in HARMLESS],
+)
+def test_a_problem_decides_the_status(problem, status):
+    post = Post("id", "hello")
+    assert post.status is Status.OK
+    post.fail(*problem, "because")
+    assert post.status is status
+    assert post.is_rejected == (status is Status.REJECTED)
+    assert post.problems == [Problem(*problem, "because")]
+
+
+def test_the_worst_problem_wins_in_any_order():
+    for order in (1, -1):
+        post = Post("id", "hello")
+        for problem in [HARMLESS[0], DEGRADING[1], REJECTING[0]][::order]:
+            post.fail(*problem, "because")
+        assert post.status is Status.REJECTED
+
+
+coordinates = st.integers(0, 12)
+
+
+@given(*[st.tuples(coordinates, coordinates, coordinates, coordinates)] * 2)
+def test_iou_is_what_counting_pixels_gives(first, second):
+    masks = []
+    for x1, y1, x2, y2 in (first, second):
+        mask = np.zeros((12, 12), bool)
+        mask[y1:y2, x1:x2] = True
+        masks.append(mask)
+    union = (masks[0] | masks[1]).sum()
+    expected = (masks[0] & masks[1]).sum() / union if union else 0
+    assert Box(*first).iou(Box(*second)) == pytest.approx(expected)
+    assert Box(*first).area == masks[0].sum()
+
+
+def test_gold_is_read_from_the_plain_values_of_its_column():
+    rows = [
+        {"word_start": 0, "word_end": 2, "fine": "city", "boxes": [{"x1": 1.0, "y1": 2.0, "x2": 3.0, "y2": 4.0}]},
+        {"word_start": 3, "word_end": 4, "fine": "band", "boxes": None},
+    ]
+    (through_arrow,) = pa.Table.from_pylist(
+        [{"post_id": "id", "text": "t", "gold": rows}], schema=INPUT_SCHEMA
+    ).to_pylist()
+    expected = [GoldEntity(0, 2, "city", (Box(1, 2, 3, 4),)), GoldEntity(3, 4, "band")]
+    assert gold_from_rows(through_arrow["gold"]) == expected
+    assert gold_from_rows([]) == []  # annotated, and nothing there
+    assert gold_from_rows(None) is None  # not annotated
