@@ -34,9 +34,19 @@ class TaggerFileConfig(BaseModel):
     from_base: list[str] = []  # the weights that are not here because they are the base's
 
 
-def load_encoder(reference: str) -> PreTrainedModel:
-    """A pretrained encoder, in single precision."""
-    return AutoModel.from_pretrained(resolve(reference), dtype=torch.float32)
+def load_encoder(reference: str, attention_dropout: float | None = None) -> PreTrainedModel:
+    """A pretrained encoder, in single precision.
+
+    Args:
+        reference: what `checkpoints.resolve` understands.
+        attention_dropout: in place of the encoder's own, for training.
+    """
+    config = AutoConfig.from_pretrained(resolve(reference))
+    if attention_dropout is not None:
+        # BERT and most others; DistilBERT and ModernBERT have the second name.
+        long = hasattr(config, "attention_probs_dropout_prob")
+        setattr(config, "attention_probs_dropout_prob" if long else "attention_dropout", attention_dropout)
+    return AutoModel.from_pretrained(resolve(reference), config=config, dtype=torch.float32)
 
 
 def save_tagger(

@@ -80,9 +80,16 @@ class SubwordEncoder:
     Args:
         tokenizer: as `load_tokenizer` gives it.
         max_length: subwords of text, knowledge and special tokens together.
+
+    Raises:
+        ValueError: `max_length` leaves no room for a word, or is more than the encoder reads.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if not _SPECIAL_TOKENS < max_length <= tokenizer.model_max_length:
+            raise ValueError(
+                f"max_length {max_length} must be over 2 and at most {tokenizer.model_max_length} subwords"
+            )
         self.tokenizer = tokenizer
         self.max_length = max_length
 

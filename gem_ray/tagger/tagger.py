@@ -8,7 +8,7 @@ import torch
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.data.tokenize import word_spans
-from gem_ray.records import Entity, Post
+from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.tagger.checkpoint import load_tagger
 from gem_ray.tagger.features import SubwordEncoder
 from gem_ray.tagger.model import DualPathTagger
@@ -56,11 +56,14 @@ class Tagger:
         return cls(model, features, config.tagger.batch_size, device, getattr(torch, config.tagger.dtype))
 
     def __call__(self, posts: list[Post]) -> list[Post]:
-        """Fill `entities` of the posts that are not rejected; `score` is left to the uncertainty filter."""
+        """Fill `entities` of the posts that are not rejected, with `logits`; the uncertainty filter sets `score`."""
         accepted = [post for post in posts if not post.is_rejected]
         words = predict_words(self.model, accepted, self.features, self.batch_size)
         for post, predictions in zip(accepted, words, strict=True):
-            post.entities = self._entities(post, predictions)
+            try:
+                post.entities = self._entities(post, predictions)
+            except ValueError as error:  # tokens that are not the text's, where nobody has checked them
+                post.fail(StageName.TAG, ProblemKind.BAD_RECORD, f"tokens: {error}")
         return posts
 
     def _entities(self, post: Post, predictions: WordPredictions) -> list[Entity]:

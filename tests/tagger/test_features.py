@@ -1,0 +1,106 @@
+"""The input format: first subwords, room for knowledge, long texts, words that a tokenizer makes nothing of."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, RobertaTokenizer
+
+from gem_ray.records import Post
+from gem_ray.tagger.features import SubwordEncoder, by_length, collate, load_tokenizer
+
+ZERO_WIDTH = "\u200b"
+
+
+def make(text: str, knowledge: str | None = None) -> Post:
+    return Post("p", text, tokens=text.split(" "), knowledge=knowledge)
+
+
+def pieces(features: SubwordEncoder, ids: list[int]) -> list[str]:
+    return features.tokenizer.convert_ids_to_tokens(ids)
+
+
+def test_text_then_knowledge_between_separators(features: SubwordEncoder) -> None:
+    (window,) = features.encode([make("taylor visits nyork", "singer of paris")])
+    assert pieces(features, window.input_ids) == ("[CLS] taylor visits ny ##ork [SEP] singer of paris [SEP]".split())
+
+
+def test_a_word_is_its_first_subword(features: SubwordEncoder) -> None:
+    (window,) = features.encode([make("Tweets nyork said : singers")])
+    assert pieces(features, [window.input_ids[position] for position in window.first_subwords]) == (
+        "tweet ny said : singer".split()
+    )
+
+
+def test_alignment_is_the_tokenizers_own(features: SubwordEncoder, encoder_folder: Path, posts: list[Post]) -> None:
+    reference = AutoTokenizer.from_pretrained(encoder_folder)
+    for post, window in zip(posts, features.encode(posts), strict=True):
+        word_ids = reference(post.tokens, is_split_into_words=True).word_ids()
+        assert window.first_subwords == [word_ids.index(word) for word in range(len(post.tokens))]
+
+
+def test_words_without_subwords_keep_a_place(features: SubwordEncoder) -> None:
+    post = Post("p", "", tokens=[ZERO_WIDTH, "london", ZERO_WIDTH, ZERO_WIDTH, "paris", "\ufe0f"])
+    (window,) = features.encode([post])
+    read = pieces(features, [window.input_ids[position] for position in window.first_subwords])
+    assert read == ["[UNK]", "london", "[UNK]", "[UNK]", "paris", "[UNK]"]
+
+
+def test_knowledge_is_cut_and_the_text_is_not(encoder_folder: Path) -> None:
+    features = SubwordEncoder(load_tokenizer(encoder_folder), max_length=10)
+    (window,) = features.encode([make("the singer said in london", "paris " * 30)])
+    assert pieces(features, window.input_ids) == ("[CLS] the singer said in london [SEP] paris paris [SEP]".split())
+    (full,) = features.encode([make("the singer said in london from paris and", "paris " * 30)])
+    assert pieces(features, full.input_ids) == "[CLS] the singer said in london from paris and [SEP]".split()
+
+
+def test_a_text_longer_than_the_input_is_read_in_windows_of_whole_words(encoder_folder: Path) -> None:
+    features = SubwordEncoder(load_tokenizer(encoder_folder), max_length=6)
+    words = "the singers nyork said tweets in london from tweetingerssssss".split()
+    windows = features.encode([Post("p", "", tokens=words)])
+    assert all(len(window.input_ids) <= 6 for window in windows)
+    spans = [(window.word_start, window.word_end) for window in windows]
+    assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
+    assert spans[-1][1] == len(words)
+    first = [window.input_ids[position] for window in windows for position in window.first_subwords]
+    assert pieces(features, first) == "the singer ny said tweet in london from tweet".split()
+
+
+def test_posts_without_words_have_no_window(features: SubwordEncoder) -> None:
+    posts = [Post("a", ""), make("london"), Post("b", "", knowledge="paris")]
+    assert [window.post for window in features.encode(posts)] == [1]
+    assert features.encode([]) == []
+
+
+def test_batches_are_padded_and_masked(features: SubwordEncoder) -> None:
+    windows = features.encode([make("london", "paris city"), make("the nyork said")])
+    batch = collate(windows, features.tokenizer.pad_token_id)
+    assert batch.input_ids.shape == (2, 6)
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    assert batch.word_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert batch.first_subwords.tolist() == [[1, 0, 0], [1, 2, 4]]
+    assert batch.tags is None
+
+
+def test_batches_hold_similar_lengths_and_every_window(features: SubwordEncoder, posts: list[Post]) -> None:
+    batches = list(by_length(features.encode(posts), 3))
+    lengths = [len(window.input_ids) for batch in batches for window in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sorted(window.post for batch in batches for window in batch) == list(range(len(posts)))
+
+
+@pytest.mark.parametrize("max_length", [2, 65])
+def test_a_length_that_the_encoder_cannot_read_is_refused(encoder_folder: Path, max_length: int) -> None:
+    with pytest.raises(ValueError, match="max_length"):
+        SubwordEncoder(load_tokenizer(encoder_folder), max_length)
+
+
+def test_byte_level_tokenizers_see_a_space_before_every_word(tmp_path: Path) -> None:
+    """RoBERTa knows ` london` and `london` as different subwords; words of a text are of the first kind."""
+    names = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", "Ġ", "i", "n", "Ġi", "Ġin", "in"]
+    merges = [("Ġ", "i"), ("Ġi", "n"), ("i", "n")]
+    RobertaTokenizer({name: index for index, name in enumerate(names)}, merges).save_pretrained(tmp_path)
+    features = SubwordEncoder(load_tokenizer(tmp_path), max_length=16)
+    (window,) = features.encode([make("in in", "in")])
+    assert pieces(features, window.input_ids)[:5] == ["<s>", "Ġin", "Ġin", "</s>", "Ġin"]
+    assert torch.tensor(window.first_subwords).tolist() == [1, 2]
