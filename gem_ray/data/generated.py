@@ -221,7 +221,7 @@ def _place(rng: np.random.Generator, pixels: np.ndarray, tile: Tile, taken: list
 
 def _instance(emblem: Emblem, tile: Tile, box: Box, width: int, height: int) -> Instance:
     def spread(small: np.ndarray) -> np.ndarray:
-        full = np.zeros((height, width), dtype=bool)
+        full: np.ndarray = np.zeros((height, width), dtype=bool)
         full[int(box.y1) : int(box.y2), int(box.x1) : int(box.x2)] = small
         return full
 
