@@ -1,0 +1,133 @@
+"""Stage GROUND (§3.4): match every entity with its image, trace the matches, box what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gem_ray.config import Config
+from gem_ray.grounding.boxes import BoxMaker, BoxRequest
+from gem_ray.grounding.matcher import Match, Matcher, Query
+from gem_ray.grounding.trace import peak
+from gem_ray.records import Box, Entity, HeatMap, Point, Post
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An entity that its image shows."""
+
+    post: Post
+    entity: Entity
+    map: np.ndarray
+
+
+class Grounder:
+    """Fills `match_score` of entities, and `point`, `box` and `heatmap` of those that are seen.
+
+    Args:
+        matcher: says whether and where.
+        boxes: makes boxes out of peaks.
+        threshold: P_T above which an entity is grounded.
+        save_heatmaps: keep the maps.
+    """
+
+    def __init__(self, matcher: Matcher, boxes: BoxMaker, threshold: float = 0.5, save_heatmaps: bool = False) -> None:
+        self.matcher = matcher
+        self.boxes = boxes
+        self.threshold = threshold
+        self.save_heatmaps = save_heatmaps
+
+    @classmethod
+    def from_config(cls, config: Config) -> Grounder:
+        """Load what the `grounder` section names."""
+        settings = config.grounder.matcher
+        return cls(
+            Matcher.from_config(config), BoxMaker.from_config(config), settings.threshold, settings.save_heatmaps
+        )
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        """Ground the entities of posts with a decoded image; only images in which one is seen are segmented."""
+        usable = [post for post in posts if not post.is_rejected and post.image is not None and post.entities]
+        found = self._match(usable)
+        for each in found:
+            self._point(each)
+        self._box(found)
+        return posts
+
+    def _match(self, posts: Sequence[Post]) -> list[_Found]:
+        asked = [(index, post, entity) for index, post in enumerate(posts) for entity in post.entities]
+        queries = [Query(index, entity.text, entity.fine) for index, _, entity in asked]
+        matches = self.matcher.match([_pixels(post) for post in posts], queries)
+        for (_, _, entity), match in zip(asked, matches, strict=True):
+            entity.match_score = match.probability
+        return [
+            _Found(post, entity, match.map)
+            for (_, post, entity), match in zip(asked, matches, strict=True)
+            if self._is_seen(match)
+        ]
+
+    def _is_seen(self, match: Match) -> bool:
+        # A map without a positive score points nowhere.
+        return match.probability > self.threshold and float(match.map.max()) > 0
+
+    def _point(self, found: _Found) -> None:
+        width, height = _original_size(found.post)
+        x, y = peak(found.map, height, width)
+        found.entity.point = Point(x, y)
+        if self.save_heatmaps:
+            found.entity.heatmap = heat_map(found.map)
+
+    def _box(self, found: Sequence[_Found]) -> None:
+        posts = {id(each.post): each.post for each in found}
+        position = {key: index for index, key in enumerate(posts)}
+        images = [_pixels(post) for post in posts.values()]
+        requests = []
+        for each in found:
+            index = position[id(each.post)]
+            x, y = peak(each.map, *images[index].shape[:2])
+            requests.append(BoxRequest(index, x, y, each.map, each.entity.fine, each.entity.coarse))
+        if not requests:
+            return
+        for each, request, result in zip(found, requests, self.boxes.boxes(images, requests), strict=True):
+            height, width = images[request.image].shape[:2]
+            each.entity.box = to_original(result.box, (width, height), _original_size(each.post))
+            each.entity.box_source = result.source
+            each.entity.box_score = result.score
+
+
+def to_original(box: Box, size: tuple[int, int], original: tuple[int, int]) -> Box:
+    """Scale a box from a decoded image to its original, in whole pixels, inside the image, at least one pixel.
+
+    Args:
+        box: pixels of the decoded image.
+        size: width and height of the decoded image.
+        original: width and height of the original.
+    """
+    x1, x2 = _interval(box.x1, box.x2, size[0], original[0])
+    y1, y2 = _interval(box.y1, box.y2, size[1], original[1])
+    return Box(x1, y1, x2, y2)
+
+
+def _interval(low: float, high: float, size: int, original: int) -> tuple[int, int]:
+    scale = original / size
+    start = min(max(round(low * scale), 0), original - 1)
+    return start, max(min(round(high * scale), original), start + 1)
+
+
+def heat_map(scores: np.ndarray) -> HeatMap:
+    """A map `(gh, gw)` with a positive maximum, in 8 bits, its maximum as 255."""
+    height, width = scores.shape
+    return HeatMap(height, width, np.rint(scores * (255 / scores.max())).astype(np.uint8).tobytes())
+
+
+def _pixels(post: Post) -> np.ndarray:
+    assert post.image is not None  # `__call__` chose the posts
+    return post.image
+
+
+def _original_size(post: Post) -> tuple[int, int]:
+    """Width and height of the original; of the decoded image where a caller set only that."""
+    height, width = _pixels(post).shape[:2]
+    return post.image_width or width, post.image_height or height

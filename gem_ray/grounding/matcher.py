@@ -1,0 +1,232 @@
+"""Entity–image matching (§3.4.1) with a BLIP image–text matching head, and the map that explains each match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProcessorPil, PreTrainedTokenizerBase
+
+from gem_ray.checkpoints import resolve
+from gem_ray.config import Config
+from gem_ray.grounding.trace import Target, match_and_trace, middle_upper_layer
+
+ENC_TOKEN = "[ENC]"
+MAX_TOKENS = 64  # an entity is a few words
+
+
+@dataclass(frozen=True)
+class Query:
+    """Is this entity in that image? `image` is a position in the list of images."""
+
+    image: int
+    entity: str
+    category: str
+
+    @property
+    def text(self) -> str:
+        """Table 8's template, (sic)."""
+        return f"{self.entity} is belong {self.category}."
+
+
+@dataclass(frozen=True)
+class Match:
+    """The answer to a query: `probability` is P_T, `map` the scores of eq. 11, `(gh, gw)` float32."""
+
+    probability: float
+    map: np.ndarray
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Tokenised queries: three `(B, T)` tensors; `inner` marks the tokens that are neither special nor padding."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    inner: Tensor
+
+
+class TextProcessor:
+    """Turns queries into token ids that begin with `[ENC]`, as BLIP's matching head was trained.
+
+    Args:
+        tokenizer: a BERT tokenizer; `[ENC]` is added, as BLIP's authors do, if the published files lack it.
+        vocab_size: rows of the text encoder's embedding.
+
+    Raises:
+        ValueError: the text encoder has no embedding for `[ENC]`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        if ENC_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": [ENC_TOKEN]})
+        self.tokenizer = tokenizer
+        self.enc_id = tokenizer.convert_tokens_to_ids(ENC_TOKEN)
+        if self.enc_id >= vocab_size:
+            raise ValueError(f"the model has {vocab_size} token embeddings, none for {ENC_TOKEN} (id {self.enc_id})")
+
+    def __call__(self, texts: Sequence[str], device: torch.device) -> TextBatch:
+        """Tokenise and pad `B` texts."""
+        encoded = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )
+        input_ids = encoded["input_ids"]
+        input_ids[:, 0] = self.enc_id  # in place of [CLS]
+        inner = encoded["special_tokens_mask"] == 0
+        return TextBatch(input_ids.to(device), encoded["attention_mask"].to(device), inner.to(device))
+
+
+def resize_square(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize an image `(h, w, 3)` uint8 to `(side, side, 3)`, whatever its shape."""
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+
+
+class ImageProcessor:
+    """Turns `(h, w, 3)` uint8 images of any size into BLIP's square input: bicubic resize, then normalisation.
+
+    Args:
+        side: of the square, in pixels.
+        mean: of each channel, of values from 0 to 1.
+        std: of each channel.
+    """
+
+    def __init__(self, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.side = side
+        self.mean = torch.tensor(mean)[:, None, None] * 255
+        self.std = torch.tensor(std)[:, None, None] * 255
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> ImageProcessor:
+        """Read `preprocessor_config.json` (or the image part of `processor_config.json`).
+
+        Raises:
+            ValueError: the model's input is not square.
+        """
+        published = BlipImageProcessorPil.from_pretrained(folder)
+        height, width = published.size["height"], published.size["width"]
+        if height != width:
+            raise ValueError(f"{folder}: image size {height} × {width} is not square")
+        return cls(height, published.image_mean, published.image_std)
+
+    def normalize(self, squares: np.ndarray) -> Tensor:
+        """`(N, side, side, 3)` uint8 to `(N, 3, side, side)` float32."""
+        return (torch.from_numpy(squares).permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+        """`N` images to `(N, 3, side, side)` float32."""
+        return self.normalize(np.stack([resize_square(image, self.side) for image in images]))
+
+
+class Matcher:
+    """Says how probably each entity is seen in its image, and where.
+
+    An image is encoded once, however many entities are asked of it; entities of all images share batches.
+
+    Args:
+        model: frozen and put in evaluation mode here.
+        texts: its text processor.
+        images: its image processor.
+        layer: cross-attention layer to trace; none: the middle-upper one.
+        tokens: text tokens that eq. 11 sums over; `inner` leaves the special ones out.
+        target: what eq. 11 differentiates.
+        batch_size: queries in one pass through the text encoder.
+        image_batch_size: images in one pass through the image encoder.
+
+    Raises:
+        ValueError: the text encoder has no such layer.
+    """
+
+    def __init__(
+        self,
+        model: BlipForImageTextRetrieval,
+        texts: TextProcessor,
+        images: ImageProcessor,
+        layer: int | None = None,
+        tokens: Literal["all", "inner"] = "all",
+        target: Target = "probability",
+        batch_size: int = 32,
+        image_batch_size: int = 16,
+    ) -> None:
+        depth = model.config.text_config.num_hidden_layers
+        if layer is not None and layer >= depth:
+            raise ValueError(f"grounder.matcher.layer is {layer}; the text encoder has layers 0 to {depth - 1}")
+        self.model = model.eval().requires_grad_(False)
+        self.texts = texts
+        self.images = images
+        self.layer = middle_upper_layer(depth) if layer is None else layer
+        self.tokens = tokens
+        self.target: Target = target
+        self.batch_size = batch_size
+        self.image_batch_size = image_batch_size
+
+    @classmethod
+    def from_config(cls, config: Config) -> Matcher:
+        """Load the model that `grounder.matcher` names."""
+        settings = config.grounder.matcher
+        folder = resolve(settings.model)
+        dtype = getattr(torch, settings.dtype)
+        model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=dtype).to(torch_device(config.device))
+        return cls(
+            model,
+            TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size),
+            ImageProcessor.from_pretrained(folder),
+            settings.layer,
+            settings.tokens,
+            settings.target,
+            settings.batch_size,
+            settings.image_batch_size,
+        )
+
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+        """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
+        if not queries:
+            return []
+        states = self.encode_images(images)
+        matches: list[Match] = []
+        for start in range(0, len(queries), self.batch_size):
+            matches += self._match_batch(states, queries[start : start + self.batch_size])
+        return matches
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """The image encoder's output, `(N, 1 + P, D)`, class patch first."""
+        device, dtype = self.model.device, self.model.dtype
+        encoded = []
+        for start in range(0, len(images), self.image_batch_size):
+            pixels = self.images(images[start : start + self.image_batch_size]).to(device, dtype)
+            encoded.append(self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state)
+        return torch.cat(encoded)
+
+    def _match_batch(self, states: Tensor, queries: Sequence[Query]) -> list[Match]:
+        batch = self.texts([query.text for query in queries], states.device)
+        counted = batch.inner if self.tokens == "inner" else batch.attention_mask.bool()
+        probabilities, scores = match_and_trace(
+            self.model,
+            batch.input_ids,
+            batch.attention_mask,
+            counted,
+            states[[query.image for query in queries]],
+            self.layer,
+            self.target,
+        )
+        side = self.images.side // self.model.config.vision_config.patch_size
+        maps = scores.view(-1, side, side).cpu().numpy()
+        return [Match(float(p), m) for p, m in zip(probabilities.tolist(), maps, strict=True)]
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a configuration: `auto` is the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

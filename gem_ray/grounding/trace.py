@@ -1,0 +1,127 @@
+"""Visual entity tracing (§3.4.2): where in the image BLIP saw what made it say "match", and the peak of that map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import BlipForImageTextRetrieval
+
+MATCH, NO_MATCH = 1, 0  # columns of the matching head's logits, as BLIP was trained
+
+Target = Literal["probability", "logit"]
+
+
+def middle_upper_layer(depth: int) -> int:
+    """The cross-attention layer to trace by default: 7 of 12, as in earlier work, and its like at other depths."""
+    return min(round(depth * 7 / 12), depth - 1)
+
+
+def match_and_trace(
+    model: BlipForImageTextRetrieval,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    counted: Tensor,
+    image_states: Tensor,
+    layer: int,
+    target: Target,
+) -> tuple[Tensor, Tensor]:
+    """Match texts with images and trace each match back to the image's patches (eq. 11).
+
+    The samples of a batch are independent, so one backward pass of their summed scores gives each its own gradient. It
+    runs from the scores to the chosen layer's attention and no further.
+
+    Args:
+        model: in evaluation mode and with frozen parameters, so that nothing below `layer` has a gradient.
+        input_ids: `(B, T)`, beginning with `[ENC]`.
+        attention_mask: `(B, T)`, 0 at padding.
+        counted: `(B, T)` bool, the tokens that eq. 11 sums over.
+        image_states: `(B, 1 + P, D)`, the image encoder's output for the image of each text.
+        layer: index of a cross-attention layer, from 0.
+        target: differentiate the probability P_T (the paper) or the match logit.
+
+    Returns:
+        P_T `(B,)` and the scores of the image patches `(B, P)`, float32.
+    """
+    with torch.enable_grad(), _attention_as_leaf(model, layer) as leaves:
+        states = model.text_encoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_states
+        ).last_hidden_state  # (B, T, D)
+        logits = model.itm_head(states[:, 0]).float()  # (B, 2)
+        margin = logits[:, MATCH] - logits[:, NO_MATCH]
+        score = margin if target == "probability" else logits[:, MATCH]
+        (attention,) = leaves  # (B, H, T, 1 + P)
+        (gradient,) = torch.autograd.grad(score.sum(), attention)
+    margin = margin.detach()
+    probability = torch.sigmoid(margin)
+    if target == "probability":
+        # ∂P_T/∂A = P_T · P_F · ∂margin/∂A; differentiating the softmax itself loses P_F to rounding when P_T is near 1.
+        gradient = gradient.float() * (probability * torch.sigmoid(-margin))[:, None, None, None]
+    return probability, patch_scores(attention.detach().float(), gradient.float(), counted)
+
+
+def patch_scores(attention: Tensor, gradient: Tensor, counted: Tensor) -> Tensor:
+    """Eq. 11: `s_i = (1/H) Σ_j Σ_h max(0, ∂P_T/∂A_ji) · A_ji` over heads h and tokens j.
+
+    Args:
+        attention: `(B, H, T, 1 + P)`, cross-attention probabilities; the image's class patch comes first.
+        gradient: of the same shape, the target's derivative by `attention`.
+        counted: `(B, T)` bool, the tokens j.
+
+    Returns:
+        `(B, P)`, one score for each image patch; the class patch is left out.
+    """
+    weighted = gradient.clamp(min=0) * attention * counted[:, None, :, None]
+    return weighted.sum(dim=2).mean(dim=1)[:, 1:]  # (11)
+
+
+@contextmanager
+def _attention_as_leaf(model: BlipForImageTextRetrieval, layer: int) -> Iterator[list[Tensor]]:
+    """Make the attention probabilities of one cross-attention layer a leaf of the graph, which then begins there.
+
+    The dropout after the softmax does nothing in evaluation, but it is the one module that the probabilities pass.
+    """
+    leaves: list[Tensor] = []
+
+    def cut(_module: nn.Module, _inputs: tuple[Tensor, ...], probabilities: Tensor) -> Tensor:
+        leaves.append(probabilities.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = model.text_encoder.encoder.layer[layer].crossattention.self.dropout.register_forward_hook(cut)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
+
+
+def peak(scores: np.ndarray, height: int, width: int) -> tuple[int, int]:
+    """The pixel at which the map, resized bilinearly to the image, is highest.
+
+    Between the centres of neighbouring patches the resized map is linear in x and in y, so that its maximum over the
+    pixels lies at one of those next to a centre: only these are computed, whatever the size of the image.
+
+    Args:
+        scores: `(gh, gw)`.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+
+    Returns:
+        `(x, y)`, column and row.
+    """
+    rows, row_weights = _next_to_centres(scores.shape[0], height)
+    columns, column_weights = _next_to_centres(scores.shape[1], width)
+    resized = row_weights @ scores.astype(np.float64) @ column_weights.T  # (len(rows), len(columns))
+    row, column = np.unravel_index(np.argmax(resized), resized.shape)
+    return int(columns[column]), int(rows[row])
+
+
+def _next_to_centres(patches: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels next to patch centres along one axis, `(n,)`, and their interpolation weights, `(n, patches)`."""
+    centres = (np.arange(patches) + 0.5) * pixels / patches - 0.5
+    near = np.unique(np.clip(np.concatenate([np.floor(centres), np.ceil(centres)]), 0, pixels - 1)).astype(int)
+    position = np.clip((near + 0.5) * patches / pixels - 0.5, 0, patches - 1)  # half-pixel centres, clamped edges
+    return near, np.clip(1 - np.abs(position[:, None] - np.arange(patches)), 0, None)

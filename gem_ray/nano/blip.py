@@ -1,0 +1,465 @@
+"""The embedded matcher: a tiny BLIP that learns the generated corpus's emblems from presence alone, without boxes."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessorPil
+
+from gem_ray.data.emblems import EMBLEMS
+from gem_ray.data.generated import Scene, make_scene
+from gem_ray.grounding.matcher import ENC_TOKEN, ImageProcessor, Match, Matcher, Query, TextProcessor, resize_square
+from gem_ray.grounding.trace import middle_upper_layer, peak
+from gem_ray.taxonomy import LABEL_SETS
+
+Report = Callable[[str], None]
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", ENC_TOKEN)
+_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789#@&'’-_.,:;!?/+*()\"$%…"
+_STRANGERS = 256  # made-up names that no image shows
+
+
+@dataclass(frozen=True)
+class BlipSize:
+    """Dimensions of a tiny BLIP; both encoders are `width` wide."""
+
+    image_side: int = 96
+    patch: int = 8
+    width: int = 96
+    heads: int = 3
+    image_layers: int = 3
+    text_layers: int = 4
+
+
+@dataclass(frozen=True)
+class BlipRecipe:
+    """How the tiny BLIP is trained: first what an image shows, then whether it shows what a name means.
+
+    Args:
+        size: dimensions of the model.
+        scenes: images rendered ahead, from which batches are drawn.
+        images: a batch.
+        names: asked of each image: all that are present, their namesakes, a stranger, and random absent ones.
+        warm_up_steps: of the image encoder alone.
+        warm_up_rate: its highest learning rate.
+        steps: of image–text matching.
+        rate: its highest learning rate.
+        present_weight: of present names in the losses, as most names asked are absent.
+        looking_weight: of a loss that asks the traced cross-attention to look at image patches for present names and at
+            the class patch for absent ones. It says nothing of where, but gives the attention a gradient from the
+            start, which matching alone does not before it has left chance.
+        fresh_scenes: on which the result is measured.
+        processes: that render.
+    """
+
+    size: BlipSize = field(default_factory=BlipSize)
+    scenes: int = 12_000
+    images: int = 32
+    names: int = 16
+    warm_up_steps: int = 400
+    warm_up_rate: float = 1e-3
+    steps: int = 2_600
+    rate: float = 1e-3
+    present_weight: float = 4.0
+    looking_weight: float = 0.5
+    fresh_scenes: int = 300
+    processes: int = 2
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Rendered scenes: `squares` `(N, S, S, 3)` uint8, and `shows` `(N, E)` bool, which emblems each one shows."""
+
+    squares: np.ndarray
+    shows: np.ndarray
+
+
+@dataclass(frozen=True)
+class NameBank:
+    """Tokenised queries for every emblem and for strangers.
+
+    `input_ids` and `attention_mask` are `(R, T)`; `rows[e]` are the rows of emblem e, one for each way to write its
+    name; the rows from `strangers` on are names that no image shows.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: tuple[tuple[int, ...], ...]
+    strangers: int
+
+
+def build(weights: Path, seed: int, tweets: Path) -> dict[str, Any]:
+    """Train the embedded matcher into `weights/matcher`; `tweets`, which others learn from, have no images."""
+    return train(weights / "matcher", seed)
+
+
+def train(out: Path, seed: int, recipe: BlipRecipe | None = None, report: Report = print) -> dict[str, Any]:
+    """Train the embedded matcher from scratch and measure it on fresh scenes.
+
+    Args:
+        out: Hugging Face directory to write.
+        seed: of weights, scenes and batches.
+        recipe: how long, how large.
+        report: called with a line of progress now and then.
+
+    Returns:
+        `balanced_accuracy`, `namesake_accuracy` and `peak_in_box`, a share for each cross-attention layer.
+    """
+    recipe = recipe or BlipRecipe()
+    torch.manual_seed(seed)
+    build_blip(out, [text for texts in _emblem_texts() for text in texts], recipe.size)
+    model = BlipForImageTextRetrieval.from_pretrained(out)
+    images = ImageProcessor.from_pretrained(out)
+    bank = name_bank(TextProcessor(BertTokenizer.from_pretrained(out), model.config.text_config.vocab_size), seed)
+    scenes = render_scenes(recipe.scenes, seed, recipe.size.image_side, recipe.processes)
+    report(f"matcher: {recipe.scenes} scenes rendered")
+    rng = np.random.default_rng(seed)
+    warm_up(model, images, scenes, recipe, rng, report)
+    fit_matching(model, images, bank, scenes, recipe, rng, report)
+    model.save_pretrained(out)
+    result = measure(model, out, recipe.fresh_scenes, seed + 1)
+    report(f"matcher: {result}")
+    return result
+
+
+def build_blip(out: Path, texts: Sequence[str], size: BlipSize | None = None) -> None:
+    """Write a tiny BLIP with random weights as a Hugging Face directory.
+
+    Args:
+        out: the directory.
+        texts: their words become tokens of their own; other words are spelled in characters.
+        size: the model's dimensions.
+    """
+    size = size or BlipSize()
+    tokenizer = _build_tokenizer(texts)
+    shared = {
+        "hidden_size": size.width,
+        "intermediate_size": 2 * size.width,
+        "num_attention_heads": size.heads,
+        "initializer_range": 0.02,
+    }
+    config = BlipConfig(
+        text_config={
+            **shared,
+            "num_hidden_layers": size.text_layers,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 64,
+            "bos_token_id": tokenizer.bos_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            "eos_token_id": tokenizer.sep_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            **shared,
+            "num_hidden_layers": size.image_layers,
+            "image_size": size.image_side,
+            "patch_size": size.patch,
+        },
+        image_text_hidden_size=size.width,
+    )
+    BlipForImageTextRetrieval(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    BlipImageProcessorPil(size={"height": size.image_side, "width": size.image_side}).save_pretrained(out)
+
+
+def render_scenes(count: int, seed: int, side: int, processes: int) -> Scenes:
+    """Render scenes of none to four emblems, often with one whose name is ambiguous, in worker processes."""
+    jobs = [(seed, index, side) for index in range(count)]
+    # Workers start afresh: a fork of a process that has run torch may hang.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        rendered = pool.map(_render, jobs, chunksize=64)
+    return Scenes(np.stack([square for square, _ in rendered]), np.stack([shows for _, shows in rendered]))
+
+
+def _render(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    seed, index, side = job
+    rng = np.random.default_rng([seed, index])
+    scene = make_scene(rng, _pick_emblems(rng))
+    shown = {instance.emblem for instance in scene.instances}
+    return resize_square(scene.pixels, side), np.array([emblem in shown for emblem in EMBLEMS])
+
+
+def _pick_emblems(rng: np.random.Generator) -> list[Any]:
+    count = int(rng.choice(5, p=[0.05, 0.2, 0.3, 0.25, 0.2]))
+    return [EMBLEMS[index] for index in rng.choice(len(EMBLEMS), size=count, replace=False)]
+
+
+def name_bank(texts: TextProcessor, seed: int) -> NameBank:
+    """Tokenise the queries that training asks."""
+    of_emblem = _emblem_texts()
+    rng = np.random.default_rng(seed)
+    letters, categories = list("abcdefghijklmnopqrstuvwxyz"), LABEL_SETS["fmnerg"].fine
+    strangers = [
+        Query(0, "".join(rng.choice(letters, size=rng.integers(2, 5))), str(rng.choice(categories))).text
+        for _ in range(_STRANGERS)
+    ]
+    known = [text for group in of_emblem for text in group]
+    batch = texts([*known, *strangers], torch.device("cpu"))
+    starts = np.cumsum([0, *(len(group) for group in of_emblem)])
+    rows = tuple(tuple(range(start, end)) for start, end in pairwise(starts.tolist()))
+    return NameBank(batch.input_ids, batch.attention_mask, rows, len(known))
+
+
+def _emblem_texts() -> list[list[str]]:
+    return [[Query(0, surface, emblem.fine).text for surface in emblem.surfaces] for emblem in EMBLEMS]
+
+
+def _build_tokenizer(texts: Sequence[str]) -> BertTokenizer:
+    splitter = BertTokenizer().backend_tokenizer
+    words = {
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text))
+    }
+    pieces = [*_CHARACTERS, *(f"##{character}" for character in _CHARACTERS), *sorted(words)]
+    tokenizer = BertTokenizer(
+        vocab={piece: index for index, piece in enumerate(dict.fromkeys([*_SPECIAL, *pieces]))},
+        bos_token="[DEC]",
+        extra_special_tokens=[ENC_TOKEN],
+    )
+    # One token for a category keeps queries short.
+    categories = dict.fromkeys(fine.lower() for labels in LABEL_SETS.values() for fine in labels.fine)
+    tokenizer.add_tokens([AddedToken(fine, single_word=True, normalized=True) for fine in categories])
+    return tokenizer
+
+
+def warm_up(
+    model: BlipForImageTextRetrieval,
+    images: ImageProcessor,
+    scenes: Scenes,
+    recipe: BlipRecipe,
+    rng: np.random.Generator,
+    report: Report,
+) -> list[float]:
+    """Teach the image encoder which emblems an image shows, by weak labels: some patch must say so.
+
+    Returns:
+        The loss of every step.
+    """
+    classifier = nn.Linear(recipe.size.width, scenes.shows.shape[1])
+    parameters = [*model.vision_model.parameters(), *classifier.parameters()]
+
+    def loss_of(picked: np.ndarray) -> Tensor:
+        patches = encode_images(model, images.normalize(scenes.squares[picked]))[:, 1:]  # (B, P, D)
+        logits = classifier(patches).logsumexp(dim=1) - np.log(patches.shape[1])  # (B, E)
+        return F.binary_cross_entropy_with_logits(logits, torch.from_numpy(scenes.shows[picked]).float())
+
+    return _fit("warm-up", loss_of, parameters, recipe.warm_up_steps, recipe.warm_up_rate, scenes, recipe, rng, report)
+
+
+def fit_matching(
+    model: BlipForImageTextRetrieval,
+    images: ImageProcessor,
+    bank: NameBank,
+    scenes: Scenes,
+    recipe: BlipRecipe,
+    rng: np.random.Generator,
+    report: Report,
+) -> list[float]:
+    """Train image–text matching, many names an image.
+
+    Returns:
+        The loss of every step.
+    """
+    weight = torch.tensor([1.0, recipe.present_weight])
+
+    def loss_of(picked: np.ndarray) -> Tensor:
+        rows, present = zip(*(ask_names(shows, bank, recipe.names, rng) for shows in scenes.shows[picked]), strict=True)
+        states = encode_images(model, images.normalize(scenes.squares[picked]))
+        asked = torch.from_numpy(np.stack(rows))
+        logits, on_image = match_logits(model, states, bank.input_ids[asked], bank.attention_mask[asked])
+        labels = torch.from_numpy(np.stack(present)).long()
+        matching = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
+        looking = F.binary_cross_entropy(on_image.clamp(1e-5, 1 - 1e-5), labels.float(), weight=weight[labels])
+        return matching + recipe.looking_weight * looking / weight[labels].mean()
+
+    return _fit("matching", loss_of, list(model.parameters()), recipe.steps, recipe.rate, scenes, recipe, rng, report)
+
+
+def ask_names(shows: np.ndarray, bank: NameBank, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Names to ask of an image: all that it shows, their namesakes, a stranger, and random absent ones.
+
+    Args:
+        shows: `(E,)` bool.
+        bank: where names are.
+        count: how many names.
+        rng: source of the choice.
+
+    Returns:
+        Rows of the bank and whether each is present, both `(count,)`.
+    """
+    namesakes = np.array([not shows[e] and any(shows[o] for o in NAMESAKES[e]) for e in range(len(shows))])
+    first = np.flatnonzero(shows | namesakes)
+    others = rng.permutation(np.flatnonzero(~(shows | namesakes)))
+    asked = np.concatenate([first, others])[: count - 1]
+    rows = [int(rng.choice(bank.rows[emblem])) for emblem in asked]
+    stranger = int(rng.integers(bank.strangers, len(bank.input_ids)))
+    return np.array([*rows, stranger]), np.array([*shows[asked], False])
+
+
+def measure(model: BlipForImageTextRetrieval, folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Matching and tracing on fresh scenes, through the product's own `Matcher`.
+
+    Every scene is asked for what it shows, for the namesakes of that, and for as many random emblems that it lacks.
+
+    Returns:
+        `balanced_accuracy` (mean of the shares right among present and absent names), `namesake_accuracy` (the share
+        right among absent namesakes), and `peak_in_box`, for each layer the share of present names whose peak lies in a
+        gold box.
+    """
+    rng = np.random.default_rng([seed, count])
+    scenes = [make_scene(rng, _pick_emblems(rng)) for _ in range(count)]
+    asked: list[tuple[Query, _Presence]] = []
+    for index, scene in enumerate(scenes):
+        shown = {EMBLEMS.index(instance.emblem) for instance in scene.instances}
+        alike = {other for emblem in shown for other in NAMESAKES[emblem]} - shown
+        lacking = [e for e in range(len(EMBLEMS)) if e not in shown | alike]
+        random = rng.choice(lacking, size=len(shown) + 1, replace=False)
+        for presence, emblems in ((_Presence.SHOWN, shown), (_Presence.NAMESAKE, alike), (_Presence.ABSENT, random)):
+            asked += [(Query(index, EMBLEMS[e].name, EMBLEMS[e].fine), presence) for e in emblems]
+    queries = [query for query, _ in asked]
+    kinds = np.array([presence for _, presence in asked])
+    there = kinds == _Presence.SHOWN
+    texts = TextProcessor(BertTokenizer.from_pretrained(folder), model.config.text_config.vocab_size)
+    in_box = []
+    for layer in range(model.config.text_config.num_hidden_layers):
+        matcher = Matcher(model, texts, ImageProcessor.from_pretrained(folder), layer)
+        matches = matcher.match([scene.pixels for scene in scenes], queries)
+        hits = [_peak_is_right(scenes[q.image], q, m) for q, m in zip(queries, matches, strict=True)]
+        in_box.append(float(np.mean(np.array(hits)[there])))
+    right = (np.array([match.probability for match in matches]) > 0.5) == there
+    return {
+        "balanced_accuracy": float((right[there].mean() + right[~there].mean()) / 2),
+        "namesake_accuracy": float(right[kinds == _Presence.NAMESAKE].mean()),
+        "peak_in_box": in_box,
+    }
+
+
+class _Presence(StrEnum):
+    SHOWN = "shown"
+    NAMESAKE = "namesake"  # what is shown has the same name
+    ABSENT = "absent"
+
+
+def _peak_is_right(scene: Scene, query: Query, match: Match) -> bool:
+    x, y = peak(match.map, *scene.pixels.shape[:2])
+    return any(
+        instance.box.x1 <= x < instance.box.x2 and instance.box.y1 <= y < instance.box.y2
+        for instance in scene.instances
+        if (instance.emblem.name, instance.emblem.fine) == (query.entity, query.category)
+    )
+
+
+def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor) -> Tensor:
+    """What `model.vision_model` computes, with fused attention: `(B, 3, S, S)` to `(B, 1 + P, D)`."""
+    vision = model.vision_model
+    heads = model.config.vision_config.num_attention_heads
+    hidden = vision.embeddings(pixels)
+    for layer in vision.encoder.layers:
+        query, key, value = layer.self_attn.qkv(layer.layer_norm1(hidden)).chunk(3, dim=-1)
+        hidden = hidden + layer.self_attn.projection(_attend(query, key, value, heads))
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return vision.post_layernorm(hidden)
+
+
+def match_logits(
+    model: BlipForImageTextRetrieval, states: Tensor, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the text encoder and the matching head compute, for many texts an image, with fused attention.
+
+    Cross-attention treats every text token alone, so that an image's texts go through it as one long text: its keys and
+    values, much of the work, are computed once an image.
+
+    Args:
+        model: BLIP.
+        states: `(B, 1 + P, D)`, images.
+        input_ids: `(B, N, T)`.
+        attention_mask: `(B, N, T)`.
+
+    Returns:
+        The head's logits `(B, N, 2)`, and how much attention the texts pay to image patches rather than to the image's
+        class patch, `(B, N)` from 0 to 1, in the cross-attention that is traced: the mean over its heads and tokens.
+    """
+    images, names, _ = input_ids.shape
+    heads = model.config.text_config.num_attention_heads
+    layers = model.text_encoder.encoder.layer
+    traced = middle_upper_layer(len(layers))
+    visible = attention_mask.flatten(0, 1).bool()  # (B · N, T)
+    hidden = model.text_encoder.embeddings(input_ids=input_ids.flatten(0, 1))  # (B · N, T, D)
+    for index, layer in enumerate(layers):
+        asking = hidden[:, :1] if index == len(layers) - 1 else hidden  # the head reads [ENC] only
+        own = layer.attention.self
+        context = _attend(own.query(asking), own.key(hidden), own.value(hidden), heads, visible[:, None, None, :])
+        asking = layer.attention.output(context, asking).reshape(images, -1, hidden.shape[-1])  # (B, N · T, D)
+        cross = layer.crossattention.self
+        query, key = cross.query(asking), cross.key(states)
+        if index == traced:
+            on_image = _attention_on_patches(query, key, heads, visible[:, : query.shape[1] // names])
+        asking = layer.crossattention.output(_attend(query, key, cross.value(states), heads), asking)
+        hidden = layer.feed_forward_chunk(asking).view(images * names, -1, hidden.shape[-1])
+    return model.itm_head(hidden[:, 0]).view(images, names, 2), on_image.view(images, names)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, visible: Tensor | None = None) -> Tensor:
+    """Multi-head attention of `(B, T, D)` on `(B, S, D)`; `visible` is `(B, 1, 1, S)` bool."""
+    query, key, value = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).transpose(1, 2).flatten(2)
+
+
+def _attention_on_patches(query: Tensor, key: Tensor, heads: int, visible: Tensor) -> Tensor:
+    """The share of attention that is not on the class patch, a mean over heads and visible tokens: `(B · N,)`."""
+    query, key = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key))
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, N · T, 1 + P)
+    on_patches = 1 - (scores[..., 0] - scores.logsumexp(dim=-1)).exp()  # (B, H, N · T)
+    of_text = on_patches.mean(dim=1).view(visible.shape)  # (B · N, T)
+    return (of_text * visible).sum(dim=1) / visible.sum(dim=1)
+
+
+def _fit(
+    name: str,
+    loss_of: Callable[[np.ndarray], Tensor],
+    parameters: list[nn.Parameter],
+    steps: int,
+    rate: float,
+    scenes: Scenes,
+    recipe: BlipRecipe,
+    rng: np.random.Generator,
+    report: Report,
+) -> list[float]:
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle((step + 1) / (steps + 1)))
+    losses: list[float] = []
+    for step in range(steps):
+        loss = loss_of(rng.choice(len(scenes.squares), size=recipe.images, replace=False))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            report(f"matcher {name}: step {step + 1} of {steps}, loss {np.mean(losses[-100:]):.4f}")
+    return losses
+
+
+def _one_cycle(done: float) -> float:
+    """Up in a line for a tenth of the way, then down along a cosine."""
+    return done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
+
+
+NAMESAKES: tuple[tuple[int, ...], ...] = tuple(
+    tuple(index for index, other in enumerate(EMBLEMS) if other.name == emblem.name and other != emblem)
+    for emblem in EMBLEMS
+)
