@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 import socket
 import time
@@ -140,7 +139,7 @@ def _read_s3(uri: str, config: ImageConfig) -> bytes:
     if not _BUCKET.fullmatch(bucket) or not key:
         raise _forbidden(uri, "it is not s3://bucket/key")
     try:
-        with _s3_filesystem(bucket, config.timeout_s).open_input_file(f"{bucket}/{key}") as file:
+        with _s3_filesystem(bucket).open_input_file(f"{bucket}/{key}") as file:
             return _bounded(file.read(config.max_bytes + 1), config)
     except FileNotFoundError as error:
         raise _missing(uri) from error
@@ -149,11 +148,9 @@ def _read_s3(uri: str, config: ImageConfig) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _s3_filesystem(bucket: str, timeout_s: float) -> fs.S3FileSystem:
-    # Not `FileSystem.from_uri`: a URI's query may name another endpoint, which would be sent our credentials.
-    is_told = any(name in os.environ for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"))
-    region = None if is_told else fs.resolve_s3_region(bucket)
-    return fs.S3FileSystem(region=region, connect_timeout=timeout_s, request_timeout=timeout_s)
+def _s3_filesystem(bucket: str) -> fs.FileSystem:
+    # Only the bucket's checked name: the query of a URI may name another endpoint, which would be sent our credentials.
+    return fs.FileSystem.from_uri(f"s3://{bucket}")[0]
 
 
 def _public_address(url: httpx.URL) -> str:

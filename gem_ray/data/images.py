@@ -46,7 +46,7 @@ _MARKUP = (
     (b"version https://git-lfs", "a Git LFS pointer"),
     (b"pk\x03\x04", "a ZIP archive"),
     (b"\x1f\x8b", "a gzip archive"),
-    (b"\x1aE\xdf\xa3".lower(), "a WebM or Matroska video"),
+    (b"\x1ae\xdf\xa3", "a WebM or Matroska video"),
 )
 # And what begins like an image but holds none that can be opened.
 _MAGIC = (
@@ -151,7 +151,7 @@ def _open(data: bytes, config: ImageConfig) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         message = f"the image is far too large ({error}); {too_large}"
         raise ImageError(ProblemKind.IMAGE_TOO_LARGE, message) from error
-    except Exception as error:  # as above
+    except Exception as error:  # headers of no known format, or damaged: Pillow raises nearly anything
         raise ImageError(ProblemKind.IMAGE_UNREADABLE, _what_it_is(data)) from error
     width, height = image.size
     if width * height > config.max_pixels:

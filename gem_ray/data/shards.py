@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from gem_ray.data.prepare import post_from_row, row_from_post
-from gem_ray.data.webdataset import rows_from_tar
+from gem_ray.data.files import open_filesystem
+from gem_ray.data.prepare import ERROR_FIELD, post_from_row, row_from_post
+from gem_ray.data.webdataset import count_rows_in_tar, rows_from_tar
 from gem_ray.records import INPUT_SCHEMA, Post
 
 PARQUET_SUFFIXES = (".parquet",)
@@ -21,6 +23,8 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Rows carry images: small groups and batches keep memory low and let a reader split a shard.
 _ROWS_PER_GROUP = 128
 _ROWS_PER_BATCH = 64
+
+_UNREADABLE = (ValueError, OverflowError)  # text that is no UTF-8, a date out of range
 
 
 def read_posts(path: str | Path, limit: int | None = None) -> Iterator[Post]:
@@ -37,7 +41,7 @@ def read_posts(path: str | Path, limit: int | None = None) -> Iterator[Post]:
         ValueError: a shard cannot be read; the message names it.
     """
     filesystem, files = list_shards(path)
-    rows = chain.from_iterable(_rows(filesystem, file) for file in files)
+    rows = chain.from_iterable(shard_rows(filesystem, file) for file in files)
     return islice(map(post_from_row, rows), limit)
 
 
@@ -47,7 +51,7 @@ def list_shards(path: str | Path) -> tuple[fs.FileSystem, list[str]]:
     Raises:
         FileNotFoundError: there is nothing at `path`, or no shard in it.
     """
-    filesystem, root = _located(path)
+    filesystem, root = open_filesystem(path)
     info = filesystem.get_file_info(root)
     suffixes = (*PARQUET_SUFFIXES, *TAR_SUFFIXES)
     if info.type == fs.FileType.NotFound:
@@ -61,6 +65,38 @@ def list_shards(path: str | Path) -> tuple[fs.FileSystem, list[str]]:
     if not files:
         raise FileNotFoundError(f"there are no shards ({_names(suffixes)}) in {path}; `gem-ray shards` makes them")
     return filesystem, sorted(files)
+
+
+def shard_rows(filesystem: fs.FileSystem, file: str) -> Iterator[dict[str, Any]]:
+    """The rows of one shard with the types that it has; a cell that cannot be read is named in `ERROR_FIELD`.
+
+    Raises:
+        ValueError: the shard cannot be read; the message names it.
+    """
+    with _naming(file):
+        if file.endswith(TAR_SUFFIXES):
+            with filesystem.open_input_stream(file, compression=None) as stream:
+                yield from rows_from_tar(stream)
+        else:
+            with filesystem.open_input_file(file) as stream:
+                parquet = pq.ParquetFile(stream)
+                columns = [name for name in INPUT_SCHEMA.names if name in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(_ROWS_PER_BATCH, columns=columns):
+                    yield from _rows(batch)
+
+
+def count_rows(filesystem: fs.FileSystem, file: str) -> int:
+    """How many rows `shard_rows` gives: from a Parquet file's footer, or by walking through a tar.
+
+    Raises:
+        ValueError: the shard cannot be read; the message names it.
+    """
+    with _naming(file):
+        if file.endswith(TAR_SUFFIXES):
+            with filesystem.open_input_stream(file, compression=None) as stream:
+                return count_rows_in_tar(stream)
+        with filesystem.open_input_file(file) as stream:
+            return pq.ParquetFile(stream).metadata.num_rows
 
 
 def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 1000) -> int:
@@ -77,7 +113,7 @@ def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 100
     Raises:
         FileExistsError: the folder holds shards already, which would mix with the new ones.
     """
-    filesystem, root = _located(out_dir)
+    filesystem, root = open_filesystem(out_dir)
     filesystem.create_dir(root, recursive=True)
     if any(e.path.endswith(PARQUET_SUFFIXES) for e in filesystem.get_file_info(fs.FileSelector(root))):
         raise FileExistsError(f"{out_dir} already holds shards; write to another folder or remove them first")
@@ -101,29 +137,30 @@ def _write_shard(posts: Iterator[Post], filesystem: fs.FileSystem, file: str) ->
     return written
 
 
-def _rows(filesystem: fs.FileSystem, file: str) -> Iterator[dict[str, Any]]:
-    is_tar = file.endswith(TAR_SUFFIXES)
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    kind = "WebDataset tar" if file.endswith(TAR_SUFFIXES) else "Parquet file"
     try:
-        if is_tar:
-            with filesystem.open_input_stream(file, compression=None) as stream:
-                yield from rows_from_tar(stream)
-        else:
-            with filesystem.open_input_file(file) as stream:
-                parquet = pq.ParquetFile(stream)
-                columns = [name for name in INPUT_SCHEMA.names if name in parquet.schema_arrow.names]
-                for batch in parquet.iter_batches(_ROWS_PER_BATCH, columns=columns):
-                    yield from batch.to_pylist()
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} is not a readable {'WebDataset tar' if is_tar else 'Parquet file'}: {error}"
-        ) from error
+        raise ValueError(f"{file} is not a readable {kind}: {error}") from error
 
 
-def _located(path: str | Path) -> tuple[fs.FileSystem, str]:
-    if "://" in str(path):
-        filesystem, root = fs.FileSystem.from_uri(str(path))
-        return filesystem, root.rstrip("/")
-    return fs.LocalFileSystem(), str(path)
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except _UNREADABLE:
+        return [_readable_cells(batch, index) for index in range(batch.num_rows)]
+
+
+def _readable_cells(batch: pa.RecordBatch, index: int) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except _UNREADABLE as error:
+            row[ERROR_FIELD] = f"{name} cannot be read: {error}"
+    return row
 
 
 def _is_hidden(file: str, root: str) -> bool:

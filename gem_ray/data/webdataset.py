@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -35,10 +36,26 @@ def rows_from_tar(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: the tar itself is damaged.
     """
+    with _opened(file) as tar:
+        for key, members in groupby(_named(tar), key=lambda named: named[0]):
+            yield _row(tar, key, ((suffix, member) for _, suffix, member in members))
+
+
+def count_rows_in_tar(file: IO[bytes]) -> int:
+    """How many rows `rows_from_tar` gives; reads through the file, but looks only at its headers.
+
+    Raises:
+        ValueError: the tar itself is damaged.
+    """
+    with _opened(file) as tar:
+        return sum(1 for _ in groupby(_named(tar), key=lambda named: named[0]))
+
+
+@contextmanager
+def _opened(file: IO[bytes]) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(fileobj=file, mode="r|*") as tar:
-            for key, members in groupby(_named(tar), key=lambda named: named[0]):
-                yield _row(tar, key, ((suffix, member) for _, suffix, member in members))
+            yield tar
             _check_end(tar)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"not a readable tar file: {error}") from error

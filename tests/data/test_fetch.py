@@ -1,0 +1,267 @@
+import datetime
+import ipaddress
+import os
+import pickle
+import ssl
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from gem_ray.config import ImageConfig
+from gem_ray.data import fetch
+from gem_ray.data.fetch import Fetcher, ImageError
+from gem_ray.records import ProblemKind
+
+FORBIDDEN, MISSING = ProblemKind.IMAGE_FORBIDDEN, ProblemKind.IMAGE_MISSING
+UNREADABLE, TOO_LARGE = ProblemKind.IMAGE_UNREADABLE, ProblemKind.IMAGE_TOO_LARGE
+
+
+def kind_of_failure(uri, **config):
+    with pytest.raises(ImageError) as caught:
+        Fetcher(ImageConfig(**config)).fetch(uri)
+    return caught.value.kind
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.jpg").write_bytes(b"inside")
+    (tmp_path / "images-secret").mkdir()
+    (tmp_path / "images-secret" / "a.jpg").write_bytes(b"outside")
+    (folder / "out.jpg").symlink_to(tmp_path / "images-secret" / "a.jpg")
+    (folder / "in.jpg").symlink_to(folder / "sub" / "a.jpg")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("path", ["sub/a.jpg", "./sub/../sub/a.jpg", "in.jpg", "{root}/sub/a.jpg"])
+def test_paths_within_the_root_are_read(root, path):
+    assert Fetcher(ImageConfig(root=root)).fetch(path.format(root=root)) == b"inside"
+
+
+@pytest.mark.parametrize(
+    "path", ["../images-secret/a.jpg", "out.jpg", "{root}/../images-secret/a.jpg", "/etc/passwd", "sub/../../x", ".."]
+)
+def test_paths_that_lead_out_of_the_root_are_forbidden(root, path):
+    assert kind_of_failure(path.format(root=root), root=root) is FORBIDDEN
+
+
+def test_without_a_root_no_path_is_read(root):
+    assert kind_of_failure(f"{root}/sub/a.jpg") is FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("sub/b.jpg", MISSING),
+        ("sub", MISSING),
+        ("pipe.jpg", MISSING),
+        ("sub/a.jpg/b", MISSING),
+        ("a\0b", UNREADABLE),
+        ("x" * 5000, UNREADABLE),
+        ("loop.jpg", UNREADABLE),
+    ],
+)
+def test_paths_that_are_no_files(root, path, kind):
+    assert kind_of_failure(path, root=root) is kind
+
+
+def test_files_over_the_limit_are_not_read(root):
+    assert kind_of_failure("sub/a.jpg", root=root, max_bytes=5) is TOO_LARGE
+    assert Fetcher(ImageConfig(root=root, max_bytes=6)).fetch("sub/a.jpg") == b"inside"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://example.org/a.jpg",
+        "https://example.org/a.jpg",
+        "file:///etc/passwd",
+        "FILE:/etc/passwd",
+        "ftp://example.org/a.jpg",
+        "gs://bucket/a.jpg",
+        "data:image/png;base64,AAAA",
+        "javascript:alert(1)",
+        "s3://",
+        "s3://bucket",
+        "s3://UPPER_case/key",
+        "s3://user:password@bucket/key",
+    ],
+)
+def test_other_addresses_are_forbidden(root, uri):
+    assert kind_of_failure(uri, root=root) is FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1", "localhost", "[::1]", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+        "0.0.0.0", "[::ffff:10.0.0.1]", "[fe80::1]", "[fd00::1]", "[2002:7f00:1::]", "224.0.0.1", "2130706433",
+        "0x7f.1",
+    ],
+)  # fmt: skip
+def test_hosts_on_private_networks_are_refused_also_in_disguise(host):
+    assert kind_of_failure(f"https://{host}/a.jpg", allow_http=True) is FORBIDDEN
+
+
+def test_a_name_that_resolves_to_a_private_address_too_is_refused(monkeypatch):
+    answers = [(0, 0, 0, "", (address, 443)) for address in ("93.184.216.34", "10.0.0.1")]
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda *_, **__: answers)
+    assert kind_of_failure("https://example.org/a.jpg", allow_http=True) is FORBIDDEN
+
+
+@pytest.mark.parametrize("uri", ["https://", "https:///a.jpg", "https://[::1", "https://a..b/", "https:a.jpg"])
+def test_broken_addresses_fail_alone(uri):
+    assert kind_of_failure(uri, allow_http=True) in (FORBIDDEN, UNREADABLE)
+
+
+def test_messages_do_not_repeat_signatures():
+    with pytest.raises(ImageError) as caught:
+        Fetcher(ImageConfig()).fetch("https://example.org/a.jpg?X-Amz-Signature=abc")
+    assert "a.jpg" in str(caught.value)
+    assert "Signature" not in str(caught.value)
+
+
+class _Site(BaseHTTPRequestHandler):
+    hosts: list = []  # noqa: RUF012
+
+    def do_GET(self):
+        self.hosts.append(self.headers["host"])
+        if self.path == "/moved":
+            self._answer(302, b"", location="/a.jpg")
+        elif self.path == "/to-the-inside":
+            self._answer(302, b"", location="http://127.0.0.1/secret")
+        elif self.path == "/for-ever":
+            self._answer(302, b"", location="/for-ever")
+        elif self.path in ("/a.jpg", "/large"):
+            self._answer(200, b"pixels" if self.path == "/a.jpg" else b"x" * 100_000)
+        elif self.path == "/drip":
+            self._answer(200, b"")
+            for _ in range(50):
+                self.wfile.write(b"x")
+                self.server.stopping.wait(0.1)
+        else:
+            self._answer(404 if self.path == "/gone" else 503, b"")
+
+    def _answer(self, status, body, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate of `images.test`."""
+    folder = tmp_path_factory.mktemp("certificate")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "images.test")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("images.test")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(signed.public_bytes(pem))
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(private)
+    return folder
+
+
+@pytest.fixture
+def site(certificate, monkeypatch):
+    """A real TLS server on this machine, which is declared public and to be what every name resolves to."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Site)
+    server.stopping = threading.Event()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    resolved = [(0, 0, 0, "", ("127.0.0.1", server.server_port))]
+    real = fetch.socket.getaddrinfo
+    names = ("images.test", "other.test")
+    monkeypatch.setattr(
+        fetch.socket, "getaddrinfo", lambda host, *a, **k: resolved if host in names else real(host, *a, **k)
+    )
+    monkeypatch.setattr(fetch, "_is_public", lambda address: ipaddress.ip_address(address).is_loopback)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+    _Site.hosts.clear()
+    yield f"https://images.test:{server.server_port}"
+    server.stopping.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_https_images_are_fetched_by_name_from_the_address_that_was_checked(site):
+    fetcher = Fetcher(ImageConfig(allow_http=True))
+    assert fetcher.fetch(f"{site}/a.jpg") == b"pixels"
+    assert fetcher.fetch(f"{site}/moved") == b"pixels"
+    assert set(_Site.hosts) == {site.removeprefix("https://")}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("gone", MISSING),
+        ("down", UNREADABLE),
+        ("for-ever", UNREADABLE),
+        ("to-the-inside", FORBIDDEN),
+        ("large", TOO_LARGE),
+    ],
+)
+def test_https_failures(site, path, kind):
+    assert kind_of_failure(f"{site}/{path}", allow_http=True, max_bytes=50_000) is kind
+
+
+def test_a_certificate_of_another_host_is_refused(site):
+    assert kind_of_failure(f"{site.replace('images', 'other')}/a.jpg", allow_http=True) is UNREADABLE
+
+
+def test_a_server_that_drips_is_given_up(site):
+    assert kind_of_failure(f"{site}/drip", allow_http=True, timeout_s=0.5) is UNREADABLE
+
+
+def test_images_are_read_from_s3(monkeypatch):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    try:
+        httpx.put(f"http://{host}:{port}/photos")
+        bucket, _ = fs.FileSystem.from_uri("s3://photos")
+        with bucket.open_output_stream("photos/sub/a b?.jpg") as stream:
+            stream.write(b"pixels")
+        assert Fetcher(ImageConfig()).fetch("s3://photos/sub/a b?.jpg") == b"pixels"
+        assert kind_of_failure("s3://photos/sub/a b?.jpg", max_bytes=5) is TOO_LARGE
+        assert kind_of_failure("s3://photos/none.jpg") is MISSING
+        assert kind_of_failure("s3://no-such-bucket/none.jpg") is MISSING
+        assert kind_of_failure("s3://photos/a.jpg?endpoint_override=evil.test") is MISSING
+    finally:
+        fetch._s3_filesystem.cache_clear()
+        server.stop()
+
+
+def test_a_fetcher_can_be_sent_to_another_process():
+    assert isinstance(pickle.loads(pickle.dumps(Fetcher(ImageConfig()))), Fetcher)

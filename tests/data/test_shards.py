@@ -1,0 +1,164 @@
+import tarfile
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from gem_ray.data.generated import generate
+from gem_ray.data.prepare import post_from_row
+from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.records import INPUT_SCHEMA, Box, GoldEntity, Post
+
+
+def posts_of(count):
+    return [
+        Post(
+            f"{number}",
+            f"Rihanna {number} 😂",
+            tokens=["Rihanna", str(number), "😂"],
+            caption="a stage" if number % 2 else None,
+            knowledge=None,
+            image_bytes=bytes([number % 256]) * 10,
+            gold=[GoldEntity(0, 1, "musician", (Box(1, 2, 3.5, 4),) if number % 3 else ())],
+        )
+        for number in range(count)
+    ]
+
+
+def test_posts_come_back_as_they_were_written(tmp_path):
+    posts = posts_of(301)
+    assert write_posts(posts, tmp_path / "shards", per_shard=150) == 301
+    files = sorted((tmp_path / "shards").iterdir())
+    assert [file.name for file in files] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert [pq.ParquetFile(file).metadata.num_rows for file in files] == [150, 150, 1]
+    assert list(read_posts(tmp_path / "shards")) == posts
+    assert list(read_posts(files[1])) == posts[150:300]
+    assert list(read_posts(str(tmp_path / "shards"), limit=7)) == posts[:7]
+
+
+def test_generated_posts_survive_the_round_trip(tmp_path):
+    write_posts(generate(8, seed=1), tmp_path / "shards")
+    for read, made in zip(read_posts(tmp_path / "shards"), generate(8, seed=1), strict=True):
+        assert (read.text, read.tokens, read.image_bytes) == (made.text, made.tokens, made.image_bytes)
+        assert [(g.word_start, g.word_end, g.fine, len(g.boxes)) for g in read.gold] == [
+            (g.word_start, g.word_end, g.fine, len(g.boxes)) for g in made.gold
+        ]
+
+
+def test_the_same_posts_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_posts(posts_of(300), tmp_path / name, per_shard=200)
+    for file in ("part-00000.parquet", "part-00001.parquet"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_shards_are_cut_into_small_groups_and_compressed(tmp_path):
+    write_posts(posts_of(300), tmp_path / "s", per_shard=1000)
+    metadata = pq.ParquetFile(tmp_path / "s" / "part-00000.parquet").metadata
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [128, 128, 44]
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_a_full_last_shard_is_not_followed_by_an_empty_one(tmp_path):
+    assert write_posts(posts_of(20), tmp_path / "s", per_shard=10) == 20
+    assert len(list((tmp_path / "s").iterdir())) == 2
+
+
+def test_no_posts_give_one_empty_shard(tmp_path):
+    assert write_posts([], tmp_path / "s") == 0
+    assert list(read_posts(tmp_path / "s")) == []
+
+
+def test_shards_are_not_mixed_with_those_that_are_there(tmp_path):
+    write_posts(posts_of(1), tmp_path / "s")
+    with pytest.raises(FileExistsError, match="already holds shards"):
+        write_posts(posts_of(1), tmp_path / "s")
+
+
+def test_a_rejected_post_is_rejected_again(tmp_path):
+    rows = [{"post_id": "1", "text": "bad \udc80", "image": b"x"}, {"post_id": "2", "text": 3}, {"text": "no id"}]
+    write_posts(map(post_from_row, rows), tmp_path / "s")
+    back = list(read_posts(tmp_path / "s"))
+    assert [post.is_rejected for post in back] == [True] * 3
+    assert (back[0].post_id, back[0].image_bytes, back[2].text) == ("1", b"x", "no id")
+
+
+def test_tables_of_others_are_read_column_by_column(tmp_path):
+    table = pa.table({"post_id": [1, 2], "text": ["a b", None], "likes": [3, 4], "tokens": [["a", "b"], None]})
+    pq.write_table(table, tmp_path / "theirs.parquet")
+    first, second = read_posts(tmp_path)
+    assert (first.post_id, first.tokens, first.problems) == ("1", ["a", "b"], [])
+    assert second.is_rejected
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    write_posts(posts_of(2), tmp_path / "sub" / "s")
+    for hidden in ("_temporary", ".cache"):
+        write_posts(posts_of(3), tmp_path / hidden)
+    (tmp_path / "_metadata.parquet").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("not a shard")
+    assert len(list(read_posts(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("name", ["none", "empty", "notes.txt"])
+def test_where_there_are_no_shards_the_message_says_what_to_do(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no shard")
+    with pytest.raises(FileNotFoundError, match=rf"{name}.*shard"):
+        list(read_posts(tmp_path / name))
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text"])
+@pytest.mark.parametrize("suffix", ["parquet", "tar"])
+def test_a_damaged_shard_is_named(tmp_path, suffix, damage):
+    write_posts(posts_of(200), tmp_path / "s")
+    good = tmp_path / "s" / "part-00000.parquet"
+    if suffix == "tar":
+        with tarfile.open(tmp_path / "good.tar", "w") as tar:
+            tar.add(good, "a.jpg")
+        good = tmp_path / "good.tar"
+    data = {"empty": b"", "truncated": good.read_bytes()[:1500], "text": b"hello " * 300}[damage]
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / f"bad.{suffix}").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"bad\.{suffix} is not a readable"):
+        list(read_posts(folder))
+
+
+def test_text_that_is_not_utf8_inside_a_shard_names_it(tmp_path):
+    broken = pa.array([b"1", b"\xff"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"post_id": broken, "text": broken}), tmp_path / "latin1.parquet")
+    with pytest.raises(ValueError, match=r"latin1\.parquet is not a readable Parquet file.*utf-8"):
+        list(read_posts(tmp_path))
+
+
+def test_shards_live_in_s3_too(monkeypatch):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    try:
+        httpx.put(f"http://{host}:{port}/corpus")
+        posts = posts_of(5)
+        write_posts(posts, "s3://corpus/shards/", per_shard=3)
+        assert list(read_posts("s3://corpus/shards")) == posts
+        assert list(read_posts("s3://corpus/shards/part-00001.parquet")) == posts[3:]
+        with pytest.raises(FileExistsError):
+            write_posts(posts, "s3://corpus/shards")
+        with pytest.raises(FileNotFoundError):
+            list(read_posts("s3://corpus/none"))
+    finally:
+        server.stop()
+
+
+def test_columns_are_those_of_the_contract(tmp_path):
+    write_posts(posts_of(1), tmp_path / "s")
+    assert pq.read_schema(tmp_path / "s" / "part-00000.parquet").equals(INPUT_SCHEMA)
