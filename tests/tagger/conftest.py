@@ -9,14 +9,14 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from gem_ray.records import GoldEntity, Post
 from gem_ray.tagger.features import SubwordEncoder, load_tokenizer
 
-WORDS = "the in at sees plays new taylor swift london paris google visits and singer city of from said".split()
+TEXT = "the in at sees plays new taylor swift london paris google visits and singer city of from said"
 PIECES = ["##s", "##ing", "##er", "tweet", "ny", "##ork", "y", ".", "@", "#", ":"]
 
 
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *PIECES]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXT.split(), *PIECES]
     tokenizer = BertTokenizer({name: index for index, name in enumerate(names)}, model_max_length=64)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

@@ -49,7 +49,7 @@ def test_likelihood_is_that_of_enumeration(crf: LinearChainCRF, emissions: Tenso
     for row, length in enumerate(LENGTHS):
         everything = [potential(crf, emissions[row], path) for path in product(range(TAGS), repeat=length)]
         gold = potential(crf, emissions[row], tuple(tags[row, :length].tolist()))
-        assert float(actual[row]) == pytest.approx(gold - float(torch.tensor(everything).logsumexp(0)), abs=1e-4)
+        assert actual[row].item() == pytest.approx(gold - float(torch.tensor(everything).logsumexp(0)), abs=1e-4)
 
 
 def test_decoding_finds_the_best_of_all_paths(crf: LinearChainCRF, emissions: Tensor, mask: Tensor) -> None:
@@ -72,7 +72,8 @@ def test_it_is_torchcrf_with_the_same_parameters_and_gradients() -> None:
         likelihood = crf(emissions, tags, mask, reduction="mean")
         gradients[crf] = torch.autograd.grad(likelihood, [emissions, *crf.parameters()])
         assert crf.decode(emissions, mask) == reference.decode(emissions, mask)
-    assert float(ours(emissions, tags, mask)) == pytest.approx(float(reference(emissions, tags, mask)), rel=1e-5)
+    total = reference(emissions, tags, mask).item()
+    assert ours(emissions, tags, mask).item() == pytest.approx(total, rel=1e-5)
     for mine, theirs in zip(gradients[ours], gradients[reference], strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 

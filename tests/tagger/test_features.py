@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer, RobertaTokenizer
 
 from gem_ray.records import Post
@@ -16,19 +15,19 @@ def make(text: str, knowledge: str | None = None) -> Post:
     return Post("p", text, tokens=text.split(" "), knowledge=knowledge)
 
 
-def pieces(features: SubwordEncoder, ids: list[int]) -> list[str]:
-    return features.tokenizer.convert_ids_to_tokens(ids)
+def pieces(features: SubwordEncoder, ids: list[int]) -> str:
+    return " ".join(features.tokenizer.convert_ids_to_tokens(ids))
 
 
 def test_text_then_knowledge_between_separators(features: SubwordEncoder) -> None:
     (window,) = features.encode([make("taylor visits nyork", "singer of paris")])
-    assert pieces(features, window.input_ids) == ("[CLS] taylor visits ny ##ork [SEP] singer of paris [SEP]".split())
+    assert pieces(features, window.input_ids) == ("[CLS] taylor visits ny ##ork [SEP] singer of paris [SEP]")
 
 
 def test_a_word_is_its_first_subword(features: SubwordEncoder) -> None:
     (window,) = features.encode([make("Tweets nyork said : singers")])
     assert pieces(features, [window.input_ids[position] for position in window.first_subwords]) == (
-        "tweet ny said : singer".split()
+        "tweet ny said : singer"
     )
 
 
@@ -43,27 +42,27 @@ def test_words_without_subwords_keep_a_place(features: SubwordEncoder) -> None:
     post = Post("p", "", tokens=[ZERO_WIDTH, "london", ZERO_WIDTH, ZERO_WIDTH, "paris", "\ufe0f"])
     (window,) = features.encode([post])
     read = pieces(features, [window.input_ids[position] for position in window.first_subwords])
-    assert read == ["[UNK]", "london", "[UNK]", "[UNK]", "paris", "[UNK]"]
+    assert read == "[UNK] london [UNK] [UNK] paris [UNK]"
 
 
 def test_knowledge_is_cut_and_the_text_is_not(encoder_folder: Path) -> None:
     features = SubwordEncoder(load_tokenizer(encoder_folder), max_length=10)
     (window,) = features.encode([make("the singer said in london", "paris " * 30)])
-    assert pieces(features, window.input_ids) == ("[CLS] the singer said in london [SEP] paris paris [SEP]".split())
+    assert pieces(features, window.input_ids) == ("[CLS] the singer said in london [SEP] paris paris [SEP]")
     (full,) = features.encode([make("the singer said in london from paris and", "paris " * 30)])
-    assert pieces(features, full.input_ids) == "[CLS] the singer said in london from paris and [SEP]".split()
+    assert pieces(features, full.input_ids) == "[CLS] the singer said in london from paris and [SEP]"
 
 
 def test_a_text_longer_than_the_input_is_read_in_windows_of_whole_words(encoder_folder: Path) -> None:
     features = SubwordEncoder(load_tokenizer(encoder_folder), max_length=6)
-    words = "the singers nyork said tweets in london from tweetingerssssss".split()
-    windows = features.encode([Post("p", "", tokens=words)])
+    post = make("the singers nyork said tweets in london from tweetingerssssss")
+    windows = features.encode([post])
     assert all(len(window.input_ids) <= 6 for window in windows)
     spans = [(window.word_start, window.word_end) for window in windows]
     assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
-    assert spans[-1][1] == len(words)
+    assert spans[-1][1] == len(post.tokens)
     first = [window.input_ids[position] for window in windows for position in window.first_subwords]
-    assert pieces(features, first) == "the singer ny said tweet in london from tweet".split()
+    assert pieces(features, first) == "the singer ny said tweet in london from tweet"
 
 
 def test_posts_without_words_have_no_window(features: SubwordEncoder) -> None:
@@ -102,5 +101,5 @@ def test_byte_level_tokenizers_see_a_space_before_every_word(tmp_path: Path) -> 
     RobertaTokenizer({name: index for index, name in enumerate(names)}, merges).save_pretrained(tmp_path)
     features = SubwordEncoder(load_tokenizer(tmp_path), max_length=16)
     (window,) = features.encode([make("in in", "in")])
-    assert pieces(features, window.input_ids)[:5] == ["<s>", "Ġin", "Ġin", "</s>", "Ġin"]
-    assert torch.tensor(window.first_subwords).tolist() == [1, 2]
+    assert pieces(features, window.input_ids[:4]) == "<s> Ġin Ġin </s>"
+    assert window.first_subwords == [1, 2]
