@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -18,22 +23,284 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gem_ray.config import ImageConfig, load_config
+from gem_ray.data.emblems import EMBLEMS
+from gem_ray.data.generated import Scene, generate, make_scene
+from gem_ray.data.images import decode_image
+from gem_ray.records import GoldEntity, Post
+from gem_ray.rerank.candidates import training_candidates
 from gem_ray.rerank.encoding import count_image_tokens
-from gem_ray.rerank.prompts import IMAGE_TOKEN
+from gem_ray.rerank.engine import Choice, Request
+from gem_ray.rerank.engine_transformers import TransformersEngine
+from gem_ray.rerank.llava import image_features, load_llava
+from gem_ray.rerank.prompts import IMAGE_TOKEN, INSTRUCTION, build_prompt
+from gem_ray.rerank.train import AnswerLoss, RerankerTraining, Sample, batched, fit, train_reranker
+from gem_ray.taxonomy import FMNERG, GMNER
+
+Report = Callable[[str], None]
 
 _SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
+_K = 5
+_MOST_EMBLEMS = 4  # in a scene of the first step
+# (a form of a name, its bearer's category) -> the category of the other bearer.
+_NAMESAKES = {
+    (surface, emblem.fine): other.fine
+    for emblem in EMBLEMS
+    for other in EMBLEMS
+    if other.name == emblem.name and other != emblem
+    for surface in emblem.surfaces
+}
+_COVERED = 0.3  # share of a patch that an emblem covers for the patch to be called by its name
+_ADAPTER_TRAINING = RerankerTraining(
+    learning_rate=1e-3, epochs=1, batch_size=32, warmup=0.1, dropout=0.0, report_every=20
+)
+
+
+@dataclass(frozen=True)
+class LlavaRecipe:
+    """How the small LLaVA is trained, in three steps: see, answer, and answer as the reranker asks.
+
+    Args:
+        posts: generated for the second and third step.
+        scene_steps: of the first step.
+        scene_batch: scenes in each.
+        scene_rate: its highest learning rate.
+        answer_steps: of the second step.
+        answer_batch: questions in each.
+        answer_rate: its highest learning rate.
+        adapter: the third step.
+        fresh_posts: on which the result is measured.
+        report_every: steps between reports.
+    """
+
+    posts: int = 4_000
+    scene_steps: int = 400
+    scene_batch: int = 24
+    scene_rate: float = 1e-3
+    answer_steps: int = 700
+    answer_batch: int = 48
+    answer_rate: float = 1e-3
+    adapter: RerankerTraining = _ADAPTER_TRAINING
+    fresh_posts: int = 400
+    report_every: int = 20
+
+
+def build(weights: Path, seed: int, tweets: Path) -> dict[str, Any]:
+    """Train the embedded reranker into `weights/reranker` and `weights/reranker-lora`; the `tweets` have no images."""
+    return train(weights / "reranker", weights / "reranker-lora", seed)
+
+
+def train(
+    out: Path, adapter_out: Path, seed: int, recipe: LlavaRecipe | None = None, report: Report = print
+) -> dict[str, Any]:
+    """Train the embedded reranker from scratch and measure it on fresh posts.
+
+    Args:
+        out: the LLaVA checkpoint to write.
+        adapter_out: the adapter to write.
+        seed: of weights, posts and order.
+        recipe: how long.
+        report: called with a line of progress now and then.
+
+    Returns:
+        The accuracies of `measure`, with the adapter and without it (`base_…`).
+    """
+    recipe = recipe or LlavaRecipe()
+    # Seeds from 10,000 on are for training; the demo and the tests use lower ones.
+    posts = list(generate(recipe.posts, 10_000 + seed))
+    report(f"reranker: {recipe.posts} posts generated")
+    build_llava(out, _texts(posts), seed=seed)
+    model, processor = load_llava(out), LlavaProcessor.from_pretrained(out)
+    learn_to_see(model, processor, recipe, seed, report)
+    learn_to_answer(model, processor, posts, recipe, seed, report)
+    save_llava(model.half(), processor, out)
+    result = train_reranker(
+        posts,
+        str(out),
+        adapter_out,
+        recipe.adapter,
+        candidates=confusable_candidates,
+        report=lambda step, loss: report(f"reranker, adapter: step {step}, loss {loss:.3f}"),
+    )
+    _halve(adapter_out / "adapter_model.safetensors")
+    fresh = list(generate(recipe.fresh_posts, 20_000 + seed))
+    result |= measure(fresh, out, adapter_out)
+    result |= {f"base_{name}": value for name, value in measure(fresh, out, None).items()}
+    report(f"reranker: {result}")
+    return result
+
+
+def learn_to_see(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, recipe: LlavaRecipe, seed: int, report: Report
+) -> None:
+    """Teach vision tower and projector to say of each patch which emblem is there, in the words of the language model.
+
+    It stands for what CLIP's pretraining and LLaVA's alignment do on hundreds of millions of images: a patch's feature
+    comes to point where the language model's embeddings of the emblem's name and category point.
+    """
+    rng = np.random.default_rng(seed)
+    vision = model.config.vision_config
+    words = _emblem_directions(model, processor)  # (E, D)
+    weights = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    background = len(EMBLEMS)
+    # Most patches are background.
+    class_weights = torch.ones(background + 1)
+    class_weights[background] = 0.2
+
+    def loss(scenes: Sequence[Scene]) -> torch.Tensor:
+        pixels = processor.image_processor(images=[scene.pixels for scene in scenes], return_tensors="pt")
+        features = image_features(model, pixels["pixel_values"])  # (I, P, D)
+        # Nothing to say: a feature that points nowhere. Its logit is what the others have to exceed.
+        logits = F.pad(features @ words.T, (0, 1), value=2.0)  # (I, P, E + 1)
+        side = vision.image_size // vision.patch_size
+        names = torch.from_numpy(np.stack([patch_emblems(scene, side) for scene in scenes]))  # (I, P)
+        return F.cross_entropy(logits.flatten(0, 1), names.flatten(), class_weights)
+
+    settings = _settings(recipe.scene_rate, recipe.report_every)
+    batches = batched(_scenes(rng), recipe.scene_batch)
+    fit(loss, batches, weights, recipe.scene_steps, settings, _reporter(report, "sight"))
+
+
+def learn_to_answer(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    posts: Sequence[Post],
+    recipe: LlavaRecipe,
+    seed: int,
+    report: Report,
+) -> None:
+    """Teach the whole model to choose categories, asked in few words: Table 7's instruction is left to the adapter."""
+    loss = AnswerLoss(model, processor)
+    batches = batched(_questions(posts, loss, random.Random(seed)), recipe.answer_batch)
+    settings = _settings(recipe.answer_rate, recipe.report_every)
+    fit(loss, batches, model.parameters(), recipe.answer_steps, settings, _reporter(report, "answers"))
+
+
+def confusable_candidates(post: Post, gold: GoldEntity, rng: random.Random) -> list[str]:
+    """The paper's training candidates, with the category of the entity's namesake among them if it has one.
+
+    At inference the tagger offers both senses of a name. Without the other one there would be nothing to see.
+    """
+    candidates = training_candidates(gold.fine, FMNERG, _K, rng)
+    namesake = _NAMESAKES.get((" ".join(post.tokens[gold.word_start : gold.word_end]), gold.fine))
+    if namesake and namesake not in candidates:
+        wrong = [position for position, fine in enumerate(candidates) if fine != gold.fine]
+        candidates[rng.choice(wrong)] = namesake
+    return candidates
+
+
+def measure(posts: Sequence[Post], model: Path, adapter: Path | None) -> dict[str, float]:
+    """How often the reranker finds the gold category among five.
+
+    Args:
+        posts: generated, and not trained on.
+        model: the LLaVA checkpoint.
+        adapter: its adapter, or none.
+
+    Returns:
+        `accuracy` over all mentions; `ambiguous_accuracy` over those of a shared name whose bearer is in the image.
+    """
+    names = {"model": str(model), "adapter": str(adapter) if adapter else None}
+    engine = TransformersEngine.from_config(load_config(reranker=names))
+    rng = random.Random(0)
+    requests, golds, ambiguous = [], [], []
+    for post in posts:
+        image = _image(post)
+        for gold in post.gold or ():
+            candidates = tuple(confusable_candidates(post, gold, rng))
+            prompt = build_prompt(post.tokens, gold.word_start, gold.word_end, candidates)
+            requests.append(Request(image, prompt, candidates))
+            golds.append(gold.fine)
+            name = " ".join(post.tokens[gold.word_start : gold.word_end])
+            ambiguous.append(bool(gold.boxes) and (name, gold.fine) in _NAMESAKES)
+    answers = engine.choose(requests, "score")
+    right = np.array(
+        [
+            isinstance(answer, Choice) and request.choices[answer.index] == gold
+            for answer, request, gold in zip(answers, requests, golds, strict=True)
+        ]
+    )
+    return {"accuracy": float(right.mean()), "ambiguous_accuracy": float(right[np.array(ambiguous)].mean())}
+
+
+def patch_emblems(scene: Scene, side: int) -> np.ndarray:
+    """`(side²,)` index in `EMBLEMS` of the emblem that covers each patch, `len(EMBLEMS)` where there is none."""
+    names = np.full((side, side), len(EMBLEMS))
+    for instance in scene.instances:
+        mask = torch.from_numpy(instance.mask)[None].float()  # (1, H, W)
+        covered = F.adaptive_avg_pool2d(mask, side)[0].numpy()  # (side, side)
+        names[covered > _COVERED] = EMBLEMS.index(instance.emblem)
+    return names.flatten()
+
+
+def _emblem_directions(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> torch.Tensor:
+    """`(E, D)`: where the language model's embeddings of each emblem's name and category point, together."""
+    table = model.get_input_embeddings().weight.detach()
+
+    def direction(text: str) -> torch.Tensor:
+        ids = processor.tokenizer.encode(text, add_special_tokens=False)
+        return F.normalize(table[ids].mean(dim=0), dim=0)
+
+    return torch.stack([direction(f" {emblem.name}") + direction(emblem.fine) for emblem in EMBLEMS])
+
+
+def _scenes(rng: np.random.Generator) -> Iterator[Scene]:
+    """Without end; each shows one to four emblems."""
+    while True:
+        count = int(rng.integers(1, _MOST_EMBLEMS + 1))
+        yield make_scene(rng, [EMBLEMS[index] for index in rng.choice(len(EMBLEMS), count, replace=False)])
+
+
+def _questions(posts: Sequence[Post], loss: AnswerLoss, rng: random.Random) -> Iterator[Sample]:
+    """Without end; those about one post are adjacent and share its image."""
+    while True:
+        for post in rng.sample(posts, len(posts)):
+            image = _image(post)
+            for gold in post.gold or ():
+                candidates = confusable_candidates(post, gold, rng)
+                prompt = build_prompt(post.tokens, gold.word_start, gold.word_end, candidates)
+                if sample := loss.sample(image, prompt.replace(f"{INSTRUCTION}\n", ""), gold.fine):
+                    yield sample
+
+
+def _image(post: Post) -> np.ndarray:
+    assert post.image_bytes is not None  # generated posts have one
+    return decode_image(post.image_bytes, ImageConfig()).pixels
+
+
+def _texts(posts: Sequence[Post]) -> Iterator[str]:
+    """What the tokenizer should write in few tokens: prompts and answers."""
+    rng = random.Random(0)
+    for post in posts:
+        for gold in post.gold or ():
+            yield build_prompt(post.tokens, gold.word_start, gold.word_end, rng.sample(FMNERG.fine, _K))
+            yield f" {gold.fine}"
+    yield from (f" {fine}" for labels in (FMNERG, GMNER) for fine in labels.fine for _ in range(50))
+
+
+def _settings(rate: float, report_every: int) -> RerankerTraining:
+    return RerankerTraining(learning_rate=rate, warmup=0.1, weight_decay=0.01, report_every=report_every)
+
+
+def _reporter(report: Report, step_name: str) -> Callable[[int, float], None]:
+    return lambda step, loss: report(f"reranker, {step_name}: step {step}, loss {loss:.3f}")
+
+
+def _halve(file: Path) -> None:
+    """Store weights in half precision."""
+    save_file({name: weight.half() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
 def build_llava(
     out: Path,
     texts: Iterable[str],
     *,
-    vocab_size: int = 2048,
-    image_size: int = 96,
-    patch_size: int = 8,
+    vocab_size: int = 1536,
+    image_size: int = 112,
+    patch_size: int = 14,
     vision_layers: int = 3,
-    vision_width: int = 96,
-    language_layers: int = 2,
+    vision_width: int = 128,
+    language_layers: int = 3,
     language_width: int = 128,
     head_width: int = 32,
     max_length: int = 2048,

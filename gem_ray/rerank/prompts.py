@@ -10,7 +10,7 @@ IMAGE_TOKEN = "<image>"
 ANSWER_CUE = "ASSISTANT:"
 
 # Table 7, as printed ("his" included).
-_INSTRUCTION = (
+INSTRUCTION = (
     "Here's a tweet along with its image, where the entities of the text have been labeled using &&, and you need to "
     "determine his category from the candidate set."
 )
@@ -30,7 +30,7 @@ def build_prompt(tokens: Sequence[str], start: int, end: int, candidates: Sequen
     words = [_without_control_tokens(word) for word in tokens]
     words[start:end] = [word + _ENTITY_MARK for word in words[start:end]]
     return (
-        f"USER: {IMAGE_TOKEN}\n{_INSTRUCTION}\n"
+        f"USER: {IMAGE_TOKEN}\n{INSTRUCTION}\n"
         f"Text: {' '.join(words)}.\n"
         f"Candidate: {json.dumps(list(candidates))}. {ANSWER_CUE}"
     )

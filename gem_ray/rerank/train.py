@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ LORA_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 
 _IGNORED = -100  # labels of positions that are not learned
 
+T = TypeVar("T")
 CandidateRule = Callable[[Post, GoldEntity, random.Random], Sequence[str]]
 Report = Callable[[int, float], None]
 
@@ -162,7 +164,9 @@ def train_reranker(
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_llava(folder, getattr(torch, settings.dtype))
     model = model.to(automatic if settings.device == "auto" else settings.device)
-    adapted = get_peft_model(model, _lora(base, settings)).train()
+    adapted = get_peft_model(model, _lora(settings)).train()
+    # What a reader of the adapter can look for; the path on this machine would tell them nothing.
+    adapted.peft_config["default"].base_model_name_or_path = folder.name if Path(base).exists() else base
     loss = AnswerLoss(model, LlavaProcessor.from_pretrained(folder), settings.max_length)
     entities = [(post, gold) for post in posts for gold in post.gold or ()]
     samples = _samples(entities, loss, rule, settings)
@@ -171,6 +175,7 @@ def train_reranker(
     if not losses:
         raise ValueError("no post has both a gold entity and an image that can be read")
     adapted.save_pretrained(str(out))
+    (out / "README.md").unlink()  # peft's empty model card
     tenth = -(-len(losses) // 10)
     return {
         "steps": len(losses),
@@ -180,8 +185,8 @@ def train_reranker(
 
 
 def fit(
-    loss: Callable[[Sequence[Sample]], torch.Tensor],
-    batches: Iterable[Sequence[Sample]],
+    loss: Callable[[list[T]], torch.Tensor],
+    batches: Iterable[list[T]],
     parameters: Iterable[torch.nn.Parameter],
     steps: int,
     settings: RerankerTraining,
@@ -217,7 +222,7 @@ def fit(
     return losses
 
 
-def batched(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+def batched(samples: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` samples; the last one may be shorter."""
     iterator = iter(samples)
     while batch := list(islice(iterator, size)):
@@ -241,12 +246,10 @@ def _samples(
                 yield sample
 
 
-def _lora(base: str, settings: RerankerTraining) -> LoraConfig:
+def _lora(settings: RerankerTraining) -> LoraConfig:
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=LORA_MODULES,
-        # What a reader of the adapter can look for; a path of this machine would tell them nothing.
-        base_model_name_or_path=Path(base).name if Path(base).exists() else base,
     )
