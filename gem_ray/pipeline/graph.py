@@ -79,9 +79,7 @@ class StageActor:
         return _run_stage(self._stage, table, self._spent, self._ledger)
 
 
-def run_in_task(
-    table: pa.Table, name: StageName, config_json: str, spent: tuple[str, ...], ledger: Ledger
-) -> pa.Table:
+def run_in_task(table: pa.Table, name: StageName, config_json: str, spent: tuple[str, ...], ledger: Ledger) -> pa.Table:
     """Run a stage on a batch of `TRANSIT_SCHEMA` in whichever worker process has time."""
     return _run_stage(_stage_of_process(name, config_json), table, spent, ledger)
 

@@ -44,11 +44,12 @@ class Ledger:
 
     def add_seconds(self, stage: StageName, seconds: float) -> None:
         """Add time spent inside a stage."""
-        ray.get(self._book.add_seconds.remote(str(stage), seconds))
+        # Not waited for, here and below: a task that waits gives its CPU away, and Ray starts a process to use it.
+        self._book.add_seconds.remote(str(stage), seconds)
 
     def add_done(self, posts: int) -> None:
         """Add posts that need no more work."""
-        ray.get(self._book.add_done.remote(posts))
+        self._book.add_done.remote(posts)
 
     def read(self) -> Progress:
         """The book as it stands."""

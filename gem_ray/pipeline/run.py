@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayTaskError
 
@@ -83,7 +83,7 @@ def annotate_dataset(
     return summary
 
 
-def _write(dataset, directory: RunDirectory) -> None:
+def _write(dataset: Any, directory: RunDirectory) -> None:
     try:
         dataset.write_parquet(directory.staging, filesystem=directory.filesystem, partition_cols=["status"])
     except RayTaskError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from gem_ray.pipeline.files import open_filesystem
+from gem_ray.data.files import open_filesystem
 
 _ANNOTATIONS = "annotations"
 _SUMMARY = "run.json"

@@ -62,6 +62,16 @@ class RunSummary:
     config: dict[str, Any]
 
     @property
+    def rows(self) -> int:
+        """Posts, in and out."""
+        return self.tally.rows
+
+    @property
+    def rows_per_second(self) -> float:
+        """Posts a second of wall time, start-up included."""
+        return self.rows / self.seconds
+
+    @property
     def rejected(self) -> int:
         """Posts for which nothing could be done."""
         return self.tally.statuses[Status.REJECTED]
@@ -75,7 +85,7 @@ class RunSummary:
             "output": self.output,
             "started_at": self.started_at,
             "seconds": round(self.seconds, 3),
-            "rows_per_second": round(self.tally.rows / self.seconds, 3),
+            "rows_per_second": round(self.rows_per_second, 3),
             **tally,
             "reranked_share": self.tally.reranked / self.tally.entities if self.tally.entities else 0.0,
             "stage_seconds": {stage: round(seconds, 3) for stage, seconds in self.stage_seconds.items()},

@@ -127,11 +127,13 @@ def test_a_damaged_shard_is_named(tmp_path, suffix, damage):
         list(read_posts(folder))
 
 
-def test_text_that_is_not_utf8_inside_a_shard_names_it(tmp_path):
-    broken = pa.array([b"1", b"\xff"]).cast(pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"post_id": broken, "text": broken}), tmp_path / "latin1.parquet")
-    with pytest.raises(ValueError, match=r"latin1\.parquet is not a readable Parquet file.*utf-8"):
-        list(read_posts(tmp_path))
+def test_text_that_is_not_utf8_spoils_only_its_own_row(tmp_path):
+    text = pa.array([b"ok", b"\xff"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"post_id": ["good", "bad"], "text": text}), tmp_path / "latin1.parquet")
+    good, bad = read_posts(tmp_path)
+    assert (good.post_id, good.text, good.is_rejected) == ("good", "ok", False)
+    assert (bad.post_id, bad.is_rejected) == ("bad", True)
+    assert "text cannot be read" in bad.problems[0].message
 
 
 def test_shards_live_in_s3_too(monkeypatch):

@@ -7,15 +7,15 @@ from pathlib import Path
 from pyarrow import fs
 
 
-def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a local path or an `s3://` URI, and the path on it.
+def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
+    """The file system of a local path or an `s3://` URI, and the absolute path on it.
 
     `AWS_ENDPOINT_URL` and the usual AWS variables and roles are honoured.
 
     Raises:
         ValueError: a URI that is not understood.
     """
-    if "://" not in location:
+    if "://" not in str(location):
         return fs.LocalFileSystem(), str(Path(location).absolute())
-    filesystem, path = fs.FileSystem.from_uri(location)
+    filesystem, path = fs.FileSystem.from_uri(str(location))
     return filesystem, path.rstrip("/")

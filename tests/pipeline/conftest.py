@@ -1,0 +1,89 @@
+"""One small Ray for all tests of the pipeline, a data set with everything that goes wrong, and one run over it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from gem_ray.config import Config, load_config
+from gem_ray.data.generated import generate
+from gem_ray.data.shards import write_posts
+from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.pipeline.summary import RunSummary
+from gem_ray.records import Post
+
+GOOD_POSTS = 24
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    """Small blocks and batches, so that a few posts pass through several actors' batches."""
+    sizes = [f"pipeline.{stage}.batch_size=7" for stage in ("prepare", "tag", "load_image", "rerank", "ground")]
+    return load_config(overrides=["pipeline.rows_per_block=8", *sizes])
+
+
+@pytest.fixture(scope="session")
+def text_config(config: Config) -> Config:
+    """The stages that need no image: quick to start."""
+    disabled = {"enabled": False}
+    return config.model_copy(
+        update={
+            "reranker": config.reranker.model_copy(update=disabled),
+            "grounder": config.grounder.model_copy(update=disabled),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good posts in shards and in a tar, rows that break something, and files with wrong or missing columns."""
+    folder = tmp_path_factory.mktemp("posts")
+    posts = list(generate(GOOD_POSTS, seed=3))
+    write_posts(posts[:16], folder / "generated", per_shard=10)
+    write_tar(posts[16:], folder / "more.tar")
+    text, image = posts[0].text, posts[0].image_bytes
+    bad = {
+        "post_id": ["twice", "twice", "empty text", None, "no image", "broken image", "no such file"],
+        "text": [text, text, "  ", text, text, text, text],
+        "image": [image, image, image, image, None, b"not an image", None],
+        "image_uri": [None, None, None, None, None, None, "/there/is/none.jpg"],
+    }
+    pq.write_table(pa.table(bad), folder / "bad_rows.parquet")
+    pq.write_table(pa.table({"post_id": [7, 8], "text": [text, "Lyon"], "likes": [1, 2]}), folder / "numbers.parquet")
+    pq.write_table(pa.table({"post_id": ["a", "b"], "text": [1.5, 2.5]}), folder / "text_is_no_text.parquet")
+    pq.write_table(pa.table({"likes": [1, 2, 3]}), folder / "other_columns.parquet")
+    return folder
+
+
+def write_tar(posts: list[Post], path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for index, post in enumerate(posts):
+            values = json.dumps({"post_id": post.post_id, "text": post.text, "tokens": post.tokens}).encode()
+            for name, data in ((f"{index}.jpg", post.image_bytes or b""), (f"{index}.json", values)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="session")
+def run(
+    local_ray: None, dataset: Path, config: Config, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, RunSummary]:
+    """The whole system over the data set, once for all tests that look at its output."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    return output, annotate_dataset(dataset, output, config)

@@ -1,0 +1,168 @@
+"""The Ray Data graph on a real local Ray: the same answers as one process, each row once, and a folder to trust."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gem_ray.annotator import Annotator, models_of
+from gem_ray.config import Config
+from gem_ray.data.generated import generate
+from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.pipeline.run import RunError, annotate_dataset
+from gem_ray.pipeline.summary import RunSummary
+from gem_ray.pipeline.tables import annotations_table
+from gem_ray.records import ANNOTATION_SCHEMA, Post, Status
+
+Run = tuple[Path, RunSummary]
+
+
+def read_output(output: Path) -> list[dict[str, Any]]:
+    """Rows of every file, each file by itself, with the status that its folder says."""
+    rows = []
+    for file in (output / "annotations").rglob("*.parquet"):
+        with file.open("rb") as stream:
+            status = file.parent.name.removeprefix("status=")
+            rows += [row | {"status": status} for row in pq.read_table(stream).to_pylist()]
+    return rows
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: (row["post_id"], row["text"], str(row["problems"])))
+
+
+def assert_same(left: Any, right: Any, where: str = "") -> None:
+    """Equal up to the float noise of other batches."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(left, float):
+        assert left == pytest.approx(right, abs=1e-4, rel=1e-4), where
+    else:
+        assert left == right, where
+
+
+def test_pipeline_and_annotator_give_the_same_rows(run: Run, dataset: Path, config: Config) -> None:
+    output, summary = run
+    posts = Annotator.from_config(config).annotate(list(read_posts(dataset)))
+    expected = annotations_table(posts, summary.run_id, summary.models).to_pylist()
+    assert_same(in_order(read_output(output)), in_order(expected))
+
+
+def test_every_row_leaves_once_and_bad_rows_say_why(run: Run, dataset: Path) -> None:
+    output, _ = run
+    rows = read_output(output)
+    given = Counter((post.post_id, post.text) for post in read_posts(dataset))
+    assert Counter((row["post_id"], row["text"]) for row in rows) == given
+    kinds = {row["post_id"]: {problem["kind"] for problem in row["problems"]} for row in rows}
+    statuses = {row["post_id"]: row["status"] for row in rows}
+    assert (statuses["empty text"], kinds["empty text"]) == ("rejected", {"bad_record"})
+    assert (statuses["no image"], kinds["no image"]) == ("degraded", {"image_missing"})
+    assert (statuses["broken image"], kinds["broken image"]) == ("degraded", {"image_unreadable"})
+    assert statuses["no such file"] == "degraded"
+    assert (statuses["twice"], statuses["7"]) == ("ok", "degraded")
+    assert {statuses["a"], statuses["b"], statuses[""]} == {"rejected"}
+
+
+def test_output_has_the_promised_columns_and_holds_no_image(run: Run) -> None:
+    output, summary = run
+    files = list((output / "annotations").rglob("*.parquet"))
+    expected = pa.schema([field for field in ANNOTATION_SCHEMA if field.name != "status"])
+    for file in files:
+        assert pq.read_schema(file).equals(expected)
+    assert {row["run_id"] for row in read_output(output)} == {summary.run_id}
+
+
+def test_run_json_agrees_with_the_rows(run: Run, config: Config) -> None:
+    output, summary = run
+    facts = json.loads((output / "run.json").read_text())
+    rows = read_output(output)
+    entities = [entity for row in rows for entity in row["entities"]]
+    assert facts["rows"] == len(rows) == summary.rows
+    assert facts["statuses"] == {status: sum(row["status"] == status for row in rows) for status in map(str, Status)}
+    assert facts["statuses"]["rejected"] == summary.rejected > 0
+    assert facts["problems"] == dict(Counter(problem["kind"] for row in rows for problem in row["problems"]))
+    assert facts["entities"] == len(entities) > 0
+    assert facts["grounded"] == sum(entity["box"] is not None for entity in entities) > 0
+    assert facts["reranked"] == sum(entity["reranked"] for entity in entities)
+    assert facts["reranked_share"] == pytest.approx(facts["reranked"] / facts["entities"])
+    assert facts["rows_per_second"] == pytest.approx(facts["rows"] / facts["seconds"], rel=0.01)
+    assert set(facts["stage_seconds"]) == {"prepare", "tag", "load_image", "rerank", "ground"}
+    assert 0 < facts["stage_seconds"]["tag"] < facts["seconds"]
+    assert facts["models"] == models_of(config)
+    assert Config.model_validate(facts["config"]) == config
+    assert facts["versions"]["ray"]
+
+
+def test_existing_annotations_are_refused_before_anything_is_touched(run: Run, dataset: Path, config: Config) -> None:
+    output, _ = run
+    before = sorted(output.rglob("*"))
+    with pytest.raises(FileExistsError, match=r"already holds annotations.*--fresh"):
+        annotate_dataset(dataset, output, config)
+    assert sorted(output.rglob("*")) == before
+
+
+def test_fresh_replaces_the_old_and_limit_takes_the_first_posts(local_ray, text_config: Config, tmp_path: Path) -> None:
+    write_posts(generate(20, seed=5), tmp_path / "posts", per_shard=6)
+    old = tmp_path / "out" / "annotations" / "status=ok" / "old.parquet"
+    old.parent.mkdir(parents=True)
+    old.write_text("of an earlier run")
+    reports = []
+    summary = annotate_dataset(
+        tmp_path / "posts",
+        tmp_path / "out",
+        text_config,
+        limit=8,
+        fresh=True,
+        progress=lambda done, total: reports.append((done, total)),
+    )
+    rows = read_output(tmp_path / "out")
+    assert {row["post_id"] for row in rows} == {post.post_id for post in read_posts(tmp_path / "posts", limit=8)}
+    assert summary.rows == len(rows) == 8
+    assert not old.exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "run.json"]
+    assert reports[-1] == (8, 8)
+
+
+def test_damage_found_underway_names_the_file_and_keeps_the_old(local_ray, text_config: Config, tmp_path: Path) -> None:
+    write_posts(generate(4, seed=5), tmp_path / "posts", per_shard=2)
+    damaged = tmp_path / "posts" / "part-00001.parquet"
+    data = bytearray(damaged.read_bytes())
+    data[4:60] = bytes(56)  # the first page; the footer stays readable
+    damaged.write_bytes(data)
+    old = tmp_path / "out" / "annotations" / "status=ok" / "old.parquet"
+    old.parent.mkdir(parents=True)
+    old.write_text("of an earlier run")
+    with pytest.raises(RunError, match=r"part-00001\.parquet") as error:
+        annotate_dataset(tmp_path / "posts", tmp_path / "out", text_config, fresh=True)
+    assert "\n" not in str(error.value)
+    assert old.read_text() == "of an earlier run"
+
+
+def test_too_many_actors_for_a_local_ray_are_refused_instead_of_hanging(
+    local_ray, text_config: Config, tmp_path: Path
+) -> None:
+    write_posts(generate(1, seed=5), tmp_path / "posts")
+    config = text_config.model_copy(deep=True)
+    config.pipeline.tag.num_cpus = 4
+    with pytest.raises(ValueError, match="needs at least 5 CPUs and Ray has 4"):
+        annotate_dataset(tmp_path / "posts", tmp_path / "out", config)
+
+
+def test_output_inside_the_input_is_refused(text_config: Config, tmp_path: Path) -> None:
+    annotations = tmp_path / "annotations" / "status=ok" / "part.parquet"
+    annotations.parent.mkdir(parents=True)
+    pq.write_table(annotations_table([Post("1", "x")], "run", {}), annotations)
+    with pytest.raises(ValueError, match="keep the two apart"):
+        annotate_dataset(tmp_path, tmp_path, text_config, fresh=True)
