@@ -18,7 +18,7 @@ def provider(server, tmp_path):
     """Makes a provider that asks the server and keeps answers in one folder; keywords replace explainer fields."""
 
     def make(**fields) -> KnowledgeProvider:
-        explainer = {"base_url": server.url, "api_key_env": "TEST_KEY", "timeout_s": 0.5, "retries": 1, **fields}
+        explainer = {"base_url": server.url, "api_key_env": "TEST_KEY", "timeout_s": 30, "retries": 1, **fields}
         explainer["max_pause_s"] = 0.05
         return KnowledgeProvider.from_config(
             parse_config({"knowledge": {"explainer": explainer, "cache": tmp_path / "cache"}})
@@ -123,13 +123,13 @@ def test_rejected_posts_are_not_asked_about(server, provider):
 def test_a_failure_costs_one_post_its_knowledge_and_no_more(server, provider, reply):
     faults = {
         "post 1": reply(status=500),
-        "post 2": reply(delay_s=1),
+        "post 2": reply(delay_s=4),
         "post 3": reply(hang_up=True),
         "post 4": reply(status=400),
         "post 5": reply(body=b"<html>"),
     }
     server.script = lambda text, n: faults.get(text) or reply(json.dumps({"explanation": f"about {text}"}))
-    posts, knowledge = _posts(8), provider()
+    posts, knowledge = _posts(8), provider(timeout_s=1.5)
     knowledge(posts)
     for post in posts:
         failed = post.text in faults
