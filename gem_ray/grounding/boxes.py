@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from gem_ray.config import Config
-from gem_ray.grounding.sam import SamSegmenter
+from gem_ray.grounding.sam import PointMasks, SamSegmenter
 from gem_ray.grounding.text_segmenter import (
     Instance,
     TextSegmenter,
@@ -93,21 +93,23 @@ class BoxMaker:
             images: each (h, w, 3) uint8 RGB.
             requests: entities of these images, in any order.
         """
-        results: dict[int, BoxResult] = {}
-        prompted = [row for row, request in enumerate(requests) if self._sam is None or self._is_text_first(request)]
-        found = self._instances(images, requests, prompted)
-        for row, instances in found.items():
-            held = instance_at(instances, requests[row].x, requests[row].y)
-            if held is not None:
-                results[row] = _text_result(held)
-
-        results |= self._from_sam(images, requests, _without(requests, results))
-
-        open_rows = _without(requests, results)
-        found |= self._instances(images, requests, [row for row in open_rows if row not in found])
-        for row in open_rows:
-            results[row] = _fallback(found[row], requests[row], images[requests[row].image].shape[:2])
-        return [results[row] for row in range(len(requests))]
+        rows = range(len(requests))
+        prompted = [row for row in rows if self._sam is None or self._is_text_first(requests[row])]
+        instances = self._instances(images, requests, prompted)
+        settled = {row for row in prompted if instance_at(instances[row], requests[row].x, requests[row].y)}
+        masks = self._masks(images, requests, [row for row in rows if row not in settled])
+        unmasked = [row for row in masks if not masks[row].masks[masks[row].best].any() and row not in instances]
+        instances |= self._instances(images, requests, unmasked)
+        return [
+            choose_box(
+                request,
+                images[request.image].shape[:2],
+                self._is_text_first(request),
+                masks.get(row),
+                instances.get(row, ()),
+            )
+            for row, request in enumerate(requests)
+        ]
 
     def _is_text_first(self, request: BoxRequest) -> bool:
         return not self._text_first.isdisjoint((request.fine, request.coarse))
@@ -123,23 +125,52 @@ class BoxMaker:
         answers = dict(zip(prompts, self._text.instances(images, prompts), strict=True))
         return {row: answers[prompt] for row, prompt in asked.items()}
 
-    def _from_sam(
+    def _masks(
         self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest], rows: Sequence[int]
-    ) -> dict[int, BoxResult]:
-        """The boxes of SAM's masks with the highest predicted IoU, where these are not empty."""
+    ) -> dict[int, PointMasks]:
+        """SAM's answers to the requests' peaks."""
         if self._sam is None:
             return {}
         rows_of: list[list[int]] = [[] for _ in images]
         for row in rows:
             rows_of[requests[row].image].append(row)
         points = [[(requests[row].x, requests[row].y) for row in group] for group in rows_of]
-        results = {}
-        for group, answers in zip(rows_of, self._sam.masks(images, points), strict=True):
-            for row, answer in zip(group, answers, strict=True):
-                box = mask_box(answer.masks[answer.best])
-                if box is not None:
-                    results[row] = BoxResult(box, "sam", float(answer.iou[answer.best]))
-        return results
+        answers = self._sam.masks(images, points)
+        return {
+            row: answer
+            for group, found in zip(rows_of, answers, strict=True)
+            for row, answer in zip(group, found, strict=True)
+        }
+
+
+def choose_box(
+    request: BoxRequest,
+    size: tuple[int, int],
+    text_first: bool,
+    masks: PointMasks | None,
+    instances: Sequence[Instance],
+) -> BoxResult:
+    """Which prompt is believed.
+
+    Args:
+        request: the entity.
+        size: height and width of its image.
+        text_first: its category is one whose objects SAM tends to cut into parts.
+        masks: SAM's answer; none: it was not asked.
+        instances: those of its category; empty: there are none, or they were not asked for.
+    """
+    held = instance_at(instances, request.x, request.y)
+    if text_first and held:
+        return BoxResult(held.box, "text", held.score)
+    box = mask_box(masks.masks[masks.best]) if masks else None
+    if masks and box:
+        return BoxResult(box, "sam", float(masks.iou[masks.best]))
+    if not instances:
+        return BoxResult(map_box(request.map, size), "map", None)
+    if held is None:
+        heat = resize_map(request.map, size)
+        held = max(instances, key=lambda each: each.mass(heat))
+    return BoxResult(held.box, "text", held.score)
 
 
 def instance_at(instances: Sequence[Instance], x: float, y: float) -> Instance | None:
@@ -169,22 +200,3 @@ def resize_map(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map (gh, gw) over patches, resized bilinearly to an image's (height, width)."""
     grid = torch.as_tensor(scores, dtype=torch.float32)[None, None]
     return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
-
-
-def _fallback(instances: Sequence[Instance], request: BoxRequest, size: tuple[int, int]) -> BoxResult:
-    """Where SAM gives no mask: the instance at the peak, else the one with most of the map, else the map."""
-    if not instances:
-        return BoxResult(map_box(request.map, size), "map", None)
-    held = instance_at(instances, request.x, request.y)
-    if held is None:
-        heat = resize_map(request.map, size)
-        held = max(instances, key=lambda each: each.mass(heat))
-    return _text_result(held)
-
-
-def _text_result(instance: Instance) -> BoxResult:
-    return BoxResult(instance.box, "text", instance.score)
-
-
-def _without(requests: Sequence[BoxRequest], results: dict[int, BoxResult]) -> list[int]:
-    return [row for row in range(len(requests)) if row not in results]

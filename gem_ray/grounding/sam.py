@@ -189,7 +189,7 @@ class SamSegmenter:
             resized = [self._to_input(images[row]) for row in rows]
             embeddings = self.encode(torch.stack([self.model.preprocess(image) for image in resized]))
             for row, image, embedding in zip(rows, resized, embeddings, strict=True):
-                found[row] = self._decode(embedding, points[row], tuple(image.shape[-2:]), images[row].shape[:2])
+                found[row] = self._decode(embedding, points[row], image.shape[-2:], images[row].shape[:2])
         return found
 
     def encode(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -209,19 +209,19 @@ class SamSegmenter:
     ) -> list[PointMasks]:
         scaled = self._resize.apply_coords(np.asarray(points, dtype=np.float64), image_size)
         coordinates = torch.as_tensor(scaled, dtype=torch.float32, device=self.model.device)[:, None]  # (P, 1, 2)
-        logits, iou = decode_points(self.model, embedding, coordinates)  # (P, 3, 4G, 4G), (P, 3)
+        logits, iou = decode_points(self.model, embedding.expand(len(points), -1, -1, -1), coordinates)
         masks = self.model.postprocess_masks(logits, input_size, image_size) > self.model.mask_threshold
         return [PointMasks(*pair) for pair in zip(masks.cpu().numpy(), iou.cpu().numpy(), strict=True)]
 
 
 def decode_points(
-    model: modeling.Sam, embedding: torch.Tensor, coordinates: torch.Tensor
+    model: modeling.Sam, embeddings: torch.Tensor, coordinates: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask logits and predicted IoU of points of one image.
+    """Mask logits and predicted IoU of points, of one image or of several.
 
     Args:
         model: SAM.
-        embedding: the image's, (D, G, G).
+        embeddings: for each point its image's, (P, D, G, G).
         coordinates: (P, 1, 2), x and y in the model's input pixels.
 
     Returns:
@@ -229,11 +229,12 @@ def decode_points(
     """
     foreground = torch.ones(coordinates.shape[:2], dtype=torch.int, device=coordinates.device)
     sparse, dense = model.prompt_encoder(points=(coordinates, foreground), boxes=None, masks=None)
+    # The decoder adds the dense prompts to the embedding of a single image, so images can differ there.
     return model.mask_decoder(
-        image_embeddings=embedding[None],
+        image_embeddings=torch.zeros_like(embeddings[:1]),
         image_pe=model.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
+        dense_prompt_embeddings=dense + embeddings,
         multimask_output=True,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from segment_anything import modeling
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from gem_ray.grounding.sam import decode_points
 
@@ -59,12 +60,11 @@ class SamTraining:
 
 @dataclass(frozen=True)
 class _Input:
-    """A sample in the model's frame: image (3, S, S), points (P, 1, 2), masks (P, V, M, M) and which exist (P, V)."""
+    """A sample in the model's frame: image (3, S, S), points (P, 1, 2), and for each point its masks (V, M, M)."""
 
     image: torch.Tensor
     points: torch.Tensor
-    masks: torch.Tensor
-    exists: torch.Tensor
+    masks: list[torch.Tensor]
 
 
 def train_sam(
@@ -93,8 +93,7 @@ def train_sam(
     )
     losses: list[float] = []
     for step in range(1, settings.steps + 1):
-        inputs = [_to_input(model, next(samples)) for _ in range(settings.batch_size)]
-        loss = batch_loss(model, inputs)
+        loss = batch_loss(model, [next(samples) for _ in range(settings.batch_size)])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -107,14 +106,16 @@ def train_sam(
     return losses
 
 
-def batch_loss(model: modeling.Sam, inputs: list[_Input]) -> torch.Tensor:
-    """The mean loss over the images; each is encoded once, its points decoded together."""
-    embeddings = model.image_encoder(torch.stack([item.image for item in inputs]))
-    losses = []
-    for item, embedding in zip(inputs, embeddings, strict=True):
-        logits, iou = decode_points(model, embedding, item.points)  # (P, 3, M, M), (P, 3)
-        losses.append(point_loss(logits, iou, item.masks, item.exists))
-    return torch.stack(losses).mean()
+def batch_loss(model: modeling.Sam, batch: Sequence[SamSample]) -> torch.Tensor:
+    """The mean loss over the points of all images; each image is encoded once."""
+    inputs = [_to_input(model, sample) for sample in batch]
+    embeddings = model.image_encoder(torch.stack([item.image for item in inputs]))  # (B, D, G, G)
+    rows = torch.tensor([row for row, item in enumerate(inputs) for _ in item.masks], device=model.device)
+    points = torch.cat([item.points for item in inputs])  # (P, 1, 2)
+    logits, iou = decode_points(model, embeddings[rows], points)  # (P, 3, M, M), (P, 3)
+    masks = [mask for item in inputs for mask in item.masks]
+    exists = pad_sequence([torch.ones(len(mask), dtype=torch.bool, device=mask.device) for mask in masks], True)
+    return point_loss(logits, iou, pad_sequence(masks, batch_first=True), exists)
 
 
 def point_loss(
@@ -173,18 +174,13 @@ def _overlap(outputs: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def _to_input(model: modeling.Sam, sample: SamSample) -> _Input:
     resize = ResizeLongestSide(model.image_encoder.img_size)
     image = torch.from_numpy(resize.apply_image(sample.pixels)).permute(2, 0, 1).to(model.device)
-    size = sample.pixels.shape[:2]
-    points = resize.apply_coords(np.array([[target.x, target.y] for target in sample.targets]), size)
-    most = max(len(target.masks) for target in sample.targets)
-    side = 4 * model.prompt_encoder.image_embedding_size[0]
-    masks = torch.zeros(len(sample.targets), most, side, side, device=model.device)
-    exists = torch.zeros(len(sample.targets), most, dtype=torch.bool, device=model.device)
-    for row, target in enumerate(sample.targets):
-        count = len(target.masks)
-        masks[row, :count] = _to_mask_frame(model, torch.from_numpy(target.masks).to(model.device), image.shape[1:])
-        exists[row, :count] = True
-    coordinates = torch.as_tensor(points, dtype=torch.float32, device=model.device)[:, None]
-    return _Input(model.preprocess(image), coordinates, masks, exists)
+    coordinates = np.array([[target.x, target.y] for target in sample.targets])
+    points = torch.as_tensor(resize.apply_coords(coordinates, sample.pixels.shape[:2]), dtype=torch.float32)
+    masks = [
+        _to_mask_frame(model, torch.from_numpy(target.masks).to(model.device), image.shape[1:])
+        for target in sample.targets
+    ]
+    return _Input(model.preprocess(image), points[:, None].to(model.device), masks)
 
 
 def _to_mask_frame(model: modeling.Sam, masks: torch.Tensor, input_size: torch.Size) -> torch.Tensor:
