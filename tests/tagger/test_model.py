@@ -31,6 +31,7 @@ def test_fine_logits_are_augmented_by_the_coarse_ones(model: DualPathTagger, bat
     """Eq. 9, one word and one tag at a time."""
     with torch.no_grad():
         emissions = model.emissions(batch)
+        assert emissions.coarse is not None
         hidden = model.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         for row, word in [(0, 0), (1, 2), (2, 4)]:
             vector = hidden[row, batch.first_subwords[row, word]]
@@ -46,6 +47,8 @@ def test_loss_weighs_both_paths(model: DualPathTagger, batch: Batch) -> None:
     """Eq. 8 with the mean over posts, each post's likelihoods asked for alone."""
     names, coarse_index = FMNERG.fine_tags, FMNERG.coarse_tags.index
     emissions = model.emissions(batch)
+    assert emissions.coarse is not None
+    assert batch.tags is not None
     losses = []
     for row, count in enumerate(batch.word_mask.sum(dim=1).tolist()):
         fine_tags = batch.tags[row, :count].tolist()

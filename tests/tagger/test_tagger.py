@@ -49,6 +49,7 @@ def test_entities_are_the_best_paths_spans(tagger: Tagger, model: DualPathTagger
             assert entity.text == " ".join(post.tokens[entity.word_start : entity.word_end])
             assert entity.coarse == FMNERG.parent[entity.fine]
             mean = emissions.fine[0, entity.word_start : entity.word_end].mean(dim=0).numpy()
+            assert entity.logits is not None
             assert entity.logits.dtype == np.float32
             np.testing.assert_allclose(entity.logits, mean, atol=1e-4)
 
@@ -133,5 +134,6 @@ def test_the_encoder_runs_in_half_precision_if_asked(
     full = Tagger(model, features)(copies(posts[:1]))[0]
     half = Tagger(model, features, dtype=torch.bfloat16)(copies(posts[:1]))[0]
     assert next(model.encoder.parameters()).dtype is torch.bfloat16
+    assert half.entities[0].logits is not None
     assert half.entities[0].logits.dtype == np.float32
     np.testing.assert_allclose(half.entities[0].logits, full.entities[0].logits, atol=0.5)
