@@ -63,19 +63,33 @@ def _spent_after(name: StageName, config: Config) -> tuple[str, ...]:
 
 
 class StageActor:
-    """One stage with its model, in an actor of its own."""
+    """One stage with its model, in an actor of its own.
+
+    A model that cannot be loaded is reported with the first batch: Ray would try a failing constructor again for ever.
+    """
 
     def __init__(self, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> None:
         import torch
 
         placement: StagePlacement = getattr(config.pipeline, name)
         torch.set_num_threads(placement.threads)
-        self._stage = build_stage(name, config)
+        self._stage: GuardedStage | None = None
+        try:
+            self._stage = build_stage(name, config)
+        except Exception as error:
+            self._failure = f"the stage {name} cannot be loaded: {error}"
         self._spent = spent
         self._ledger = ledger
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Run the stage on a batch of `TRANSIT_SCHEMA`."""
+        """Run the stage on a batch of `TRANSIT_SCHEMA`.
+
+        Raises:
+            RuntimeError: the stage could not be loaded.
+        """
+        if self._stage is None:
+            self._ledger.set_failure(self._failure)
+            raise RuntimeError(self._failure)
         return _run_stage(self._stage, table, self._spent, self._ledger)
 
 
@@ -92,7 +106,11 @@ def _stage_of_process(name: StageName, config_json: str) -> GuardedStage:
 
 def _run_stage(stage: GuardedStage, table: pa.Table, spent: tuple[str, ...], ledger: Ledger) -> pa.Table:
     before = stage.seconds
-    posts = stage(table_to_posts(table))
+    try:
+        posts = stage(table_to_posts(table))
+    except Exception as error:
+        ledger.set_failure(f"the stage {stage.name} cannot go on: {type(error).__name__}: {error}")
+        raise
     ledger.add_seconds(stage.name, stage.seconds - before)
     for post in posts:
         _forget(post, spent)

@@ -1,4 +1,4 @@
-"""What the actors of a run report while it runs: seconds inside each stage, and how many posts are done."""
+"""What the actors of a run report while it runs: seconds inside each stage, posts done, and why they cannot go on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from gem_ray.records import StageName
 
 @dataclass
 class Progress:
-    """Seconds inside each stage, summed over its actors, and posts that have left the last stage."""
+    """How far a run is.
+
+    Attributes:
+        stage_seconds: wall time inside each stage, summed over its actors.
+        done: posts that have left the last stage.
+        failure: why a stage gave up, in a sentence; Ray's own exception says it only within a trace.
+    """
 
     stage_seconds: dict[str, float] = field(default_factory=dict)
     done: int = 0
+    failure: str | None = None
 
 
 class _Book:
@@ -27,6 +34,9 @@ class _Book:
 
     def add_done(self, posts: int) -> None:
         self._progress.done += posts
+
+    def set_failure(self, failure: str) -> None:
+        self._progress.failure = self._progress.failure or failure
 
     def read(self) -> Progress:
         return self._progress
@@ -50,6 +60,10 @@ class Ledger:
     def add_done(self, posts: int) -> None:
         """Add posts that need no more work."""
         self._book.add_done.remote(posts)
+
+    def set_failure(self, failure: str) -> None:
+        """Say why the run cannot go on; the first to say so is believed."""
+        ray.get(self._book.set_failure.remote(failure))
 
     def read(self) -> Progress:
         """The book as it stands."""

@@ -7,7 +7,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 
 from gem_ray.annotator import models_of
 from gem_ray.pipeline.graph import build_graph
@@ -64,7 +64,7 @@ def annotate_dataset(
         directory.begin()
         ledger = Ledger()
         with reporting(progress, lambda: ledger.read().done, source.rows):
-            _write(build_graph(source, config, run_id, models, ledger), directory)
+            _write(build_graph(source, config, run_id, models, ledger), directory, ledger)
         stage_seconds = ledger.read().stage_seconds
     tally = tally_annotations(directory.filesystem, directory.staging)
     _check_complete(source, tally)
@@ -83,18 +83,12 @@ def annotate_dataset(
     return summary
 
 
-def _write(dataset: Any, directory: RunDirectory) -> None:
+def _write(dataset: Any, directory: RunDirectory, ledger: Ledger) -> None:
     try:
         dataset.write_parquet(directory.staging, filesystem=directory.filesystem, partition_cols=["status"])
-    except RayTaskError as error:
-        raise RunError(_root_cause(error)) from error
-
-
-def _root_cause(error: BaseException) -> str:
-    """The sentence of the innermost exception: what a stage or a reader raised, without Ray's frames."""
-    while inner := getattr(error, "cause", None) or error.__cause__:
-        error = inner
-    return f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    except RayError as error:
+        reason = ledger.read().failure or str(getattr(error, "cause", None) or error)
+        raise RunError(reason.strip().splitlines()[0]) from error  # the rest is Ray's frames and advice
 
 
 def _check_apart(source: PostSource, directory: RunDirectory) -> None:

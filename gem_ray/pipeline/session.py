@@ -38,7 +38,7 @@ def ray_session(config: Config) -> Iterator[None]:
         _start(config)
     try:
         _check_resources(config, can_grow="RAY_ADDRESS" in os.environ)
-        with DataContext.current(_quiet_context()):
+        with _own_settings():
             yield
     finally:
         if started_here:
@@ -54,12 +54,22 @@ def _start(config: Config) -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
-def _quiet_context() -> DataContext:
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_errored_blocks = 0  # more would drop whole blocks without a word
-    return context
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Ray Data's bars and logs stay off the terminal (its log file keeps them), and no block may be lost."""
+    context = DataContext.get_current()
+    before = context.enable_progress_bars, context.max_errored_blocks
+    consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
+    levels = [console.level for console in consoles]
+    try:
+        context.enable_progress_bars, context.max_errored_blocks = False, 0
+        for console in consoles:
+            console.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        context.enable_progress_bars, context.max_errored_blocks = before
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)
 
 
 def _reserved(config: Config) -> dict[str, float]:

@@ -150,6 +150,18 @@ def test_damage_found_underway_names_the_file_and_keeps_the_old(local_ray, text_
     assert old.read_text() == "of an earlier run"
 
 
+def test_model_that_cannot_be_loaded_ends_the_run_with_its_reason(
+    local_ray, text_config: Config, tmp_path: Path
+) -> None:
+    write_posts(generate(2, seed=5), tmp_path / "posts")
+    (tmp_path / "tagger").mkdir()
+    (tmp_path / "tagger" / "config.json").write_text("{}")
+    config = text_config.model_copy(deep=True)
+    config.tagger.model = str(tmp_path / "tagger")
+    with pytest.raises(RunError, match=r"the stage tag cannot be loaded: .*config\.json is not a tagger's"):
+        annotate_dataset(tmp_path / "posts", tmp_path / "out", config)
+
+
 def test_too_many_actors_for_a_local_ray_are_refused_instead_of_hanging(
     local_ray, text_config: Config, tmp_path: Path
 ) -> None:
