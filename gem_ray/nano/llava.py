@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
@@ -62,10 +63,11 @@ class LlavaRecipe:
 
     Args:
         posts: generated for the second and third step.
-        scene_steps: of the first step.
+        scenes: drawn for the first step.
+        scene_steps: optimizer steps of the first step.
         scene_batch: scenes in each.
         scene_rate: its highest learning rate.
-        answer_steps: of the second step.
+        answer_steps: optimizer steps of the second step.
         answer_batch: questions in each.
         answer_rate: its highest learning rate.
         adapter: the third step.
@@ -74,10 +76,11 @@ class LlavaRecipe:
     """
 
     posts: int = 4_000
-    scene_steps: int = 400
+    scenes: int = 3_000
+    scene_steps: int = 500
     scene_batch: int = 24
     scene_rate: float = 1e-3
-    answer_steps: int = 700
+    answer_steps: int = 600
     answer_batch: int = 48
     answer_rate: float = 1e-3
     adapter: RerankerTraining = _ADAPTER_TRAINING
@@ -138,26 +141,27 @@ def learn_to_see(
     It stands for what CLIP's pretraining and LLaVA's alignment do on hundreds of millions of images: a patch's feature
     comes to point where the language model's embeddings of the emblem's name and category point.
     """
-    rng = np.random.default_rng(seed)
     vision = model.config.vision_config
+    rng = np.random.default_rng(seed)
+    looks = [_look(make_random_scene(rng), vision.image_size, vision.patch_size) for _ in range(recipe.scenes)]
+    report(f"reranker: {recipe.scenes} scenes drawn")
     words = _emblem_directions(model, processor)  # (E, D)
-    weights = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    background = len(EMBLEMS)
-    # Most patches are background.
-    class_weights = torch.ones(background + 1)
-    class_weights[background] = 0.2
+    class_weights = torch.ones(len(EMBLEMS) + 1)
+    class_weights[-1] = 0.2  # most patches are background
 
-    def loss(scenes: Sequence[Scene]) -> torch.Tensor:
-        pixels = processor.image_processor(images=[scene.pixels for scene in scenes], return_tensors="pt")
-        features = image_features(model, pixels["pixel_values"])  # (I, P, D)
-        # Nothing to say: a feature that points nowhere. Its logit is what the others have to exceed.
+    def loss(batch: list[Look]) -> torch.Tensor:
+        pixels = processor.image_processor(images=[look.pixels for look in batch], return_tensors="pt")["pixel_values"]
+        features = image_features(model, pixels)  # (I, P, D)
+        # Where there is no emblem, a feature points nowhere; the constant is what it has to exceed to mean one.
         logits = F.pad(features @ words.T, (0, 1), value=2.0)  # (I, P, E + 1)
-        side = vision.image_size // vision.patch_size
-        names = torch.from_numpy(np.stack([patch_emblems(scene, side) for scene in scenes]))  # (I, P)
-        return F.cross_entropy(logits.flatten(0, 1), names.flatten(), class_weights)
+        emblems = torch.from_numpy(np.stack([look.emblems for look in batch]))  # (I, P)
+        return F.cross_entropy(logits.flatten(0, 1), emblems.flatten(), class_weights)
 
+    order = random.Random(seed)
+    endless = (look for _ in iter(int, 1) for look in order.sample(looks, len(looks)))
+    weights = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     settings = _settings(recipe.scene_rate, recipe.report_every)
-    batches = batched(_scenes(rng), recipe.scene_batch)
+    batches = batched(endless, recipe.scene_batch)
     fit(loss, batches, weights, recipe.scene_steps, settings, _reporter(report, "sight"))
 
 
@@ -223,14 +227,32 @@ def measure(posts: Sequence[Post], model: Path, adapter: Path | None) -> dict[st
     return {"accuracy": float(right.mean()), "ambiguous_accuracy": float(right[np.array(ambiguous)].mean())}
 
 
-def patch_emblems(scene: Scene, side: int) -> np.ndarray:
-    """`(side²,)` index in `EMBLEMS` of the emblem that covers each patch, `len(EMBLEMS)` where there is none."""
-    names = np.full((side, side), len(EMBLEMS))
+def make_random_scene(rng: np.random.Generator) -> Scene:
+    """A scene with one to four different emblems."""
+    count = int(rng.integers(1, _MOST_EMBLEMS + 1))
+    return make_scene(rng, [EMBLEMS[index] for index in rng.choice(len(EMBLEMS), count, replace=False)])
+
+
+@dataclass(frozen=True)
+class Look:
+    """A scene as the vision tower gets it: `(S, S, 3)` uint8, and `(P,)` which emblem covers each patch.
+
+    Patches without an emblem hold `len(EMBLEMS)`.
+    """
+
+    pixels: np.ndarray
+    emblems: np.ndarray
+
+
+def _look(scene: Scene, image_size: int, patch_size: int) -> Look:
+    side = image_size // patch_size
+    emblems = np.full((side, side), len(EMBLEMS))
     for instance in scene.instances:
         mask = torch.from_numpy(instance.mask)[None].float()  # (1, H, W)
         covered = F.adaptive_avg_pool2d(mask, side)[0].numpy()  # (side, side)
-        names[covered > _COVERED] = EMBLEMS.index(instance.emblem)
-    return names.flatten()
+        emblems[covered > _COVERED] = EMBLEMS.index(instance.emblem)
+    square = Image.fromarray(scene.pixels).resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return Look(np.array(square), emblems.flatten())
 
 
 def _emblem_directions(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> torch.Tensor:
@@ -242,13 +264,6 @@ def _emblem_directions(model: LlavaForConditionalGeneration, processor: LlavaPro
         return F.normalize(table[ids].mean(dim=0), dim=0)
 
     return torch.stack([direction(f" {emblem.name}") + direction(emblem.fine) for emblem in EMBLEMS])
-
-
-def _scenes(rng: np.random.Generator) -> Iterator[Scene]:
-    """Without end; each shows one to four emblems."""
-    while True:
-        count = int(rng.integers(1, _MOST_EMBLEMS + 1))
-        yield make_scene(rng, [EMBLEMS[index] for index in rng.choice(len(EMBLEMS), count, replace=False)])
 
 
 def _questions(posts: Sequence[Post], loss: AnswerLoss, rng: random.Random) -> Iterator[Sample]:

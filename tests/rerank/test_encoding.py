@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from gem_ray.rerank.encoding import ChoiceTree, RequestEncoder, answer_ids
+from gem_ray.rerank.prompts import build_prompt
+from gem_ray.taxonomy import FMNERG
+
+_PROMPT = build_prompt(["so", "this", "is", "Ardenza"], 3, 4, FMNERG.fine[:5])
+_SEQUENCES = [[4, 5, 2], [4, 2], [4, 5, 6, 2], [7, 2]]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like():
+    """As LLaMA's: a space is part of the word after it, and one is put before the whole text, even if it has one."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("▁", behavior="merged_with_next"),
+            pre_tokenizers.Split(Regex(":"), behavior="isolated"),
+        ]
+    )
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=900, show_progress=False)
+    tokenizer.train_from_iterator([_PROMPT, *(f"ASSISTANT: {fine}" for fine in FMNERG.fine for _ in range(9))], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+def test_a_tree_holds_each_shared_prefix_once():
+    tree = ChoiceTree.of(_SEQUENCES)
+    assert len(tree.tokens) == 8  # 4 5 2 | 2 | 6 2 | 7 2
+    for sequence, leaf in zip(_SEQUENCES, tree.leaves, strict=True):
+        assert [tree.tokens[node] for node in tree.path(leaf)] == sequence
+
+
+def test_a_node_sees_its_own_path_only():
+    tree = ChoiceTree.of(_SEQUENCES)
+    for node, seen in enumerate(tree.visibility()):
+        assert np.flatnonzero(seen).tolist() == sorted(tree.path(node))
+
+
+def test_scores_are_the_softmax_of_path_likelihoods_and_greedy_takes_the_best_next_token():
+    tree = ChoiceTree.of(_SEQUENCES)
+    logs = np.log(np.random.default_rng(1).uniform(0.01, 0.6, len(tree.tokens)))
+    likelihoods = np.array([np.exp(logs[tree.path(leaf)].sum()) for leaf in tree.leaves])
+    score = tree.choose(logs, "score")
+    assert score.probabilities == pytest.approx((likelihoods / likelihoods.sum()).tolist())
+    assert score.index == likelihoods.argmax()
+    assert score.probability == max(score.probabilities)
+
+
+def test_greedy_may_end_at_a_choice_that_is_less_likely_as_a_whole():
+    tree = ChoiceTree.of([[4, 2], [5, 2]])
+    logs = np.log([0.5, 0.1, 0.4, 0.9])  # 4, then 2; 5, then 2
+    greedy = tree.choose(logs, "generate")
+    assert greedy.index == 0
+    assert greedy.probability == pytest.approx(0.5 / 0.9)
+    assert tree.choose(logs, "score").index == 1
+
+
+@pytest.mark.parametrize("choice", FMNERG.fine)
+def test_an_answer_continues_the_prompt_as_a_sentencepiece_tokenizer_would_write_it(sentencepiece_like, choice):
+    whole = sentencepiece_like.encode(f"{_PROMPT} {choice}</s>", add_special_tokens=False)
+    prompt = sentencepiece_like.encode(_PROMPT, add_special_tokens=False)
+    assert whole == prompt + answer_ids(sentencepiece_like, choice)
+    # The trap: tokenized alone, with its space or without, the answer is another one, or comes to be so.
+    assert sentencepiece_like.encode(f" {choice}", add_special_tokens=False) != whole[len(prompt) : -1]
+
+
+@pytest.mark.parametrize("choice", FMNERG.fine)
+def test_an_answer_continues_the_prompt_as_a_byte_level_tokenizer_would_write_it(base, choice):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokenizer.encode(f"{_PROMPT} {choice}</s>") == tokenizer.encode(_PROMPT) + answer_ids(tokenizer, choice)
+
+
+def test_a_tokenizer_that_merges_the_answer_with_the_prompt_is_refused():
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    with pytest.raises(ValueError, match="cannot separate the answer 'park'"):
+        answer_ids(whole, "park")
+
+
+def test_what_is_too_long_is_an_error_that_gives_the_numbers(base, requests):
+    from transformers import AutoConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base)
+    prompt = len(tokenizer.encode(requests[0].prompt)) - 1 + 16  # 4 × 4 patches in the place of one token
+    longest = max(len(answer_ids(tokenizer, choice)) for choice in requests[0].choices)
+    fits = RequestEncoder(tokenizer, config, prompt + longest).encode(requests[0])
+    error = RequestEncoder(tokenizer, config, prompt + longest - 1).encode(requests[0])
+    assert fits.prompt == tokenizer.encode(requests[0].prompt)
+    assert f"takes {prompt + longest} tokens" in str(error)

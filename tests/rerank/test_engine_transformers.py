@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from gem_ray.config import load_config
+from gem_ray.rerank.encoding import answer_ids
+from gem_ray.rerank.engine import Request, RequestError
+from gem_ray.rerank.engine_transformers import TransformersEngine
+from gem_ray.rerank.llava import load_llava
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    return TransformersEngine.from_config(load_config(reranker={"model": str(base), "adapter": None, "batch_size": 4}))
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    """The same model as transformers' documentation uses it."""
+    return LlavaForConditionalGeneration.from_pretrained(base).eval(), LlavaProcessor.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def trained_engine(trained):
+    return TransformersEngine.from_config(trained)
+
+
+def test_score_equals_one_full_forward_pass_for_each_candidate(engine, plain, requests):
+    model, processor = plain
+    for request, choice in zip(requests, engine.choose(requests, "score"), strict=True):
+        totals = [_log_likelihood(model, processor, request, answer) for answer in request.choices]
+        assert choice.probabilities == pytest.approx(torch.tensor(totals).softmax(0).tolist(), abs=1e-5)
+        assert choice.index == int(np.argmax(totals))
+        assert choice.probability == choice.probabilities[choice.index]
+
+
+def test_generate_equals_constrained_greedy_decoding_by_transformers(engine, plain, requests):
+    model, processor = plain
+    for request, choice in zip(requests, engine.choose(requests, "generate"), strict=True):
+        assert request.choices[choice.index] == _constrained_greedy(model, processor, request)
+
+
+def test_answers_do_not_depend_on_the_rest_of_the_batch(engine, requests):
+    together = engine.choose(requests, "score")
+    for request, choice in zip(requests, together, strict=True):
+        alone = engine.choose([request], "score")[0]
+        assert choice.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def test_an_image_is_encoded_once_for_all_its_requests(base, requests):
+    model = load_llava(base)
+    engine = TransformersEngine(model, LlavaProcessor.from_pretrained(base), batch_size=2)
+    projected = []
+    model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: projected.append(len(output)))
+    engine.choose(requests, "score")  # nine requests about three images, two in a batch
+    assert sum(projected) == 3
+
+
+def test_a_request_that_is_too_long_fails_alone(engine, requests):
+    long = Request(requests[0].image, requests[0].prompt.replace("Text:", "Text:" + " word" * 2000), ("city", "park"))
+    answers = engine.choose([requests[0], long, requests[1]], "score")
+    assert isinstance(answers[1], RequestError)
+    expected = engine.choose(requests[:2], "score")
+    assert [answers[0].probabilities, answers[2].probabilities] == [
+        pytest.approx(choice.probabilities, abs=1e-5) for choice in expected
+    ]
+
+
+def test_a_trained_adapter_changes_the_answers_and_makes_them_right(engine, trained_engine, colored_requests):
+    expected = ["city", "city", "sports_team", "sports_team", "city", "city"]
+    for mode in ("score", "generate"):
+        assert _answers(trained_engine, colored_requests, mode) == expected
+        assert _answers(engine, colored_requests, mode) != expected
+    assert all(choice.probability > 0.8 for choice in trained_engine.choose(colored_requests, "score"))
+
+
+def test_constrained_and_free_greedy_answers_of_a_trained_model_agree(base, adapter, trained_engine, colored_requests):
+    from peft import PeftModel
+
+    processor = LlavaProcessor.from_pretrained(base)
+    model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), str(adapter)).eval()
+    for request, choice in zip(colored_requests, trained_engine.choose(colored_requests, "generate"), strict=True):
+        inputs = processor(images=request.image, text=request.prompt, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.tokenizer.decode(ids, skip_special_tokens=True) == f" {request.choices[choice.index]}"
+
+
+def _answers(engine, requests, mode):
+    return [r.choices[c.index] for r, c in zip(requests, engine.choose(requests, mode), strict=True)]
+
+
+@torch.no_grad()
+def _log_likelihood(model, processor, request, answer) -> float:
+    inputs = processor(images=request.image, text=f"{request.prompt} {answer}</s>", return_tensors="pt")
+    ids = inputs["input_ids"][0]
+    count = len(answer_ids(processor.tokenizer, answer))
+    logs = model(**inputs).logits[0].log_softmax(-1)
+    return sum(float(logs[at - 1, ids[at]]) for at in range(len(ids) - count, len(ids)))
+
+
+def _constrained_greedy(model, processor, request) -> str:
+    inputs = processor(images=request.image, text=request.prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    answers = {choice: answer_ids(processor.tokenizer, choice) for choice in request.choices}
+
+    def allowed(row, ids):
+        written = ids[length:].tolist()
+        return [a[len(written)] for a in answers.values() if a[: len(written)] == written and len(a) > len(written)]
+
+    ids = model.generate(**inputs, max_new_tokens=20, do_sample=False, prefix_allowed_tokens_fn=allowed)[0, length:]
+    return next(choice for choice, answer in answers.items() if answer == ids.tolist())

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+
+from gem_ray.records import Candidate, Entity, Post, ProblemKind, StageName, Status
+from gem_ray.rerank.engine import Choice, RequestError
+from gem_ray.rerank.engine_transformers import TransformersEngine
+from gem_ray.rerank.prompts import build_prompt
+from gem_ray.rerank.reranker import Reranker, load_engine
+from gem_ray.rerank.uncertainty import UncertaintyFilter
+from gem_ray.taxonomy import FMNERG
+
+_TOKENS = ["so", "this", "is", "Ardenza", "and", "Corvane"]
+_IMAGE = np.zeros((8, 8, 3), np.uint8)
+
+
+class ScriptedEngine:
+    """Answers with the last choice, and remembers what it was asked."""
+
+    def __init__(self, fails_on: str | None = None):
+        self.calls = []
+        self._fails_on = fails_on
+
+    def choose(self, requests, mode):
+        self.calls.append((requests, mode))
+        return [
+            RequestError("too long")
+            if self._fails_on and f"{self._fails_on}(&&)" in request.prompt
+            else Choice(len(request.choices) - 1, 0.9)
+            for request in requests
+        ]
+
+
+def _entity(word=3, entropy=1.0, **fields) -> Entity:
+    candidates = [Candidate("sports_team", 0.6), Candidate("city", 0.4)]
+    name = _TOKENS[word]
+    return Entity(
+        name, 0, 1, word, word + 1, "organization", "sports_team", 0.6, entropy=entropy,
+        **{"candidates": candidates, **fields},
+    )  # fmt: skip
+
+
+def _post(*entities, image=_IMAGE) -> Post:
+    return Post("p", " ".join(_TOKENS), _TOKENS, entities=list(entities), image=image)
+
+
+def _reranker(engine, mode="score") -> Reranker:
+    return Reranker(engine, UncertaintyFilter(FMNERG, gamma=0.2), FMNERG, mode)
+
+
+def test_a_hard_entity_takes_the_answers_category_and_keeps_the_taggers_candidates():
+    entity = _entity()
+    _reranker(ScriptedEngine())([_post(entity)])
+    assert (entity.fine, entity.coarse, entity.score, entity.reranked) == ("city", "location", 0.9, True)
+    assert entity.candidates == [Candidate("sports_team", 0.6), Candidate("city", 0.4)]
+    assert entity.entropy == 1.0
+
+
+def test_the_engine_is_asked_once_for_the_batch_with_the_entities_of_a_post_adjacent():
+    engine = ScriptedEngine()
+    other = np.ones((8, 8, 3), np.uint8)
+    _reranker(engine, "generate")([_post(_entity(3), _entity(5)), _post(_entity(3), image=other)])
+    [(requests, mode)] = engine.calls
+    assert mode == "generate"
+    assert [request.image is _IMAGE for request in requests] == [True, True, False]
+    assert requests[1].prompt == build_prompt(_TOKENS, 5, 6, ["sports_team", "city"])
+
+
+@pytest.mark.parametrize(
+    "post",
+    [
+        pytest.param(_post(_entity(entropy=0.2)), id="easy"),
+        pytest.param(_post(_entity(candidates=[])), id="no candidates"),
+        pytest.param(_post(_entity(), image=None), id="no image"),
+        pytest.param(_post(), id="no entities"),
+    ],
+)
+def test_the_engine_is_not_touched_when_there_is_nothing_to_decide(post):
+    engine = ScriptedEngine()
+    _reranker(engine)([post])
+    assert engine.calls == []
+    assert all((e.fine, e.score, e.reranked) == ("sports_team", 0.6, False) for e in post.entities)
+    assert post.problems == []
+
+
+def test_a_rejected_post_is_passed_over():
+    post = _post(_entity())
+    post.fail(StageName.TAG, ProblemKind.STAGE_FAILED, "no")
+    engine = ScriptedEngine()
+    _reranker(engine)([post])
+    assert engine.calls == []
+
+
+def test_a_request_that_fails_leaves_its_entity_to_the_tagger_and_its_neighbours_reranked():
+    post, neighbour = _post(_entity(3), _entity(5)), _post(_entity(5))
+    _reranker(ScriptedEngine(fails_on="Ardenza"))([post, neighbour])
+    assert [entity.reranked for entity in post.entities] == [False, True]
+    assert post.entities[0].fine == "sports_team"
+    [problem] = post.problems
+    assert (problem.stage, problem.kind) == (StageName.RERANK, ProblemKind.STAGE_FAILED)
+    assert "'Ardenza'" in problem.message
+    assert post.status is Status.DEGRADED
+    assert neighbour.problems == []
+
+
+def test_the_configured_engine_decides_hard_entities_from_the_image(trained, colored_requests):
+    assert isinstance(load_engine(trained), TransformersEngine)
+    reranker = Reranker.from_config(trained)
+    tokens = ["RT", "@", "someone", ":", "so", "this", "is", "Ardenza", ",", "always"]
+    candidates = [Candidate(fine, 0.2) for fine in colored_requests[0].choices]
+    posts = []
+    for request in colored_requests[::2]:
+        entity = Entity("Ardenza", 0, 1, 7, 8, "art", "music", 0.2, entropy=1.6, candidates=list(candidates))
+        posts.append(Post("p", "", tokens, entities=[entity], image=request.image))
+    reranker(posts)
+    assert [post.entities[0].fine for post in posts] == ["city", "sports_team", "city"]
+    assert [post.entities[0].coarse for post in posts] == ["location", "organization", "location"]
