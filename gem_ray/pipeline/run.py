@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RunError(RuntimeError):
-    """A run that started and could not finish; its output folder is as it was before."""
+    """A run that started and could not finish; annotations that its output held before are untouched."""
 
 
 def annotate_dataset(

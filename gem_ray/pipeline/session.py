@@ -18,9 +18,11 @@ from gem_ray.pipeline.graph import TASK_STAGES
 
 logger = logging.getLogger(__name__)
 
-# Fewer logical CPUs can hang: actors hold theirs for good, and reading, writing and resuming need some too.
-_MIN_CPUS = 4
+# Logical CPUs: actors hold theirs for as long as the run takes, and tasks (reading, writing, the cheap stages) need at
+# least one more. A local Ray gets another, so that a task which waits does not keep all others waiting.
 _CPUS_FOR_TASKS = 1
+_SPARE_CPUS = 1
+_MIN_CPUS = 4  # with fewer, Ray Data can hang
 
 
 @contextmanager
@@ -50,7 +52,8 @@ def _start(config: Config) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, **quiet)
         return
-    cpus = max(_MIN_CPUS, os.cpu_count() or 1, math.ceil(_reserved(config)["CPU"]) + _CPUS_FOR_TASKS)
+    needed = math.ceil(_reserved(config)["CPU"]) + _CPUS_FOR_TASKS + _SPARE_CPUS
+    cpus = max(_MIN_CPUS, os.cpu_count() or 1, needed)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
