@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ _FOCAL_ALPHA = 0.25
 
 @dataclass(frozen=True)
 class PointTarget:
-    """A point (x, y) in pixels and the masks (V, h, w) bool that are all right for it: a thing and its part, say."""
+    """A point (x, y) in pixels and one to three masks (V, h, w) bool, all right for it: a thing and its part."""
 
     x: float
     y: float
@@ -123,18 +124,22 @@ def point_loss(
 ) -> torch.Tensor:
     """SAM's loss for points with several right answers.
 
-    Every right mask is taught to the output that is nearest to it, so that no output has to be their average; an
-    output's IoU is the one with the mask it fits best.
+    Each right mask is taught to an output of its own, in the cheapest assignment: with one mask, that is SAM's minimum
+    over the outputs; with several, no output has to be their average. An output's IoU is the one with the mask it fits
+    best.
 
     Args:
         logits: (P, 3, M, M).
         predicted_iou: (P, 3).
-        masks: (P, V, M, M), 0 or 1.
+        masks: (P, V, M, M), 0 or 1; V is at most 3.
         exists: (P, V) bool, False for padding.
     """
     losses = _FOCAL_WEIGHT * _focal(logits, masks) + _dice(logits, masks)  # (P, 3, V)
-    nearest = losses.amin(dim=1)  # (P, V)
-    mask_loss = (nearest * exists).sum(dim=1) / exists.sum(dim=1)
+    losses = losses * exists[:, None]
+    count = masks.shape[1]
+    assignments = torch.tensor(list(permutations(range(logits.shape[1]), count)), device=masks.device)  # (A, V)
+    totals = losses[:, assignments, torch.arange(count, device=masks.device)].sum(dim=2)  # (P, A)
+    mask_loss = totals.amin(dim=1) / exists.sum(dim=1)
     with torch.no_grad():
         actual = _iou(logits > 0, masks > 0).masked_fill(~exists[:, None], 0).amax(dim=2)  # (P, 3)
     return mask_loss.mean() + F.mse_loss(predicted_iou, actual)

@@ -31,7 +31,7 @@ from gem_ray.taxonomy import FMNERG, GMNER
 
 Report = Callable[[int, float], None]
 
-SAM_SIZES = SamSizes(patch_size=16, width=128, window=4)
+SAM_SIZES = SamSizes(image_size=256, patch_size=16, width=96, depth=4, window=4, global_layers=(1, 3))
 _CLIPSEG_SIDE, _CLIPSEG_PATCH = 160, 8
 _SMALL = 1 / 50  # of the image's area, as the evaluation cuts it
 _PER_SCENE = 4  # emblems drawn into a training scene, if there is room
@@ -148,8 +148,8 @@ def _category_tokenizer() -> CLIPTokenizer:
     prompts = [category_prompt(fine) for labels in (FMNERG, GMNER) for fine in labels.fine]
     merges = _merges({word for prompt in prompts for word in prompt.split()})
     letters = sorted(ByteLevel.alphabet())
-    symbols = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    symbols += ["".join(pair) for pair in merges]
+    symbols = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]  # last, as in CLIP's own vocabulary
     vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     return CLIPTokenizer(vocabulary, merges, model_max_length=16)
 
@@ -260,16 +260,18 @@ class _Figures:
     def __init__(self) -> None:
         self._ious: list[float] = []
         self._shares: list[float] = []
+        self._persons: list[bool] = []
 
     def add(self, scene: Scene, instance: Instance, box: Box | None) -> None:
         height, width = scene.pixels.shape[:2]
         self._ious.append(box.iou(instance.box) if box else 0.0)
         self._shares.append(instance.box.area / (height * width))
+        self._persons.append(instance.emblem.coarse == "person")
 
     def summary(self) -> dict[str, float]:
-        """Mean IoU and the share over 0.5: of all, of small boxes and of the others."""
-        ious, small = np.array(self._ious), np.array(self._shares) < _SMALL
-        groups = {"all": np.ones_like(small), "small": small, "large": ~small}
+        """Mean IoU and the share over 0.5: of all, of small boxes and the others, of persons and the others."""
+        ious, small, persons = np.array(self._ious), np.array(self._shares) < _SMALL, np.array(self._persons)
+        groups = {"all": small | ~small, "small": small, "large": ~small, "persons": persons, "others": ~persons}
         figures: dict[str, float] = {}
         for name, group in groups.items():
             figures[f"iou_{name}"] = float(ious[group].mean())
