@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,8 +385,9 @@ def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
     model.save_pretrained(out)
     processor.save_pretrained(out)
     file = out / "model.safetensors"
+    # A model that was itself read from such a file comes with the right names already.
     weights = {
-        name.replace("vision_tower.", "vision_tower.vision_model.", 1): weight
+        re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name): weight
         for name, weight in load_file(file).items()
     }
     save_file(weights, file, metadata={"format": "pt"})

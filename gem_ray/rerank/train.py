@@ -174,7 +174,7 @@ def train_reranker(
     losses = fit(loss, batched(samples, settings.batch_size), adapted.parameters(), steps, settings, report)
     if not losses:
         raise ValueError("no post has both a gold entity and an image that can be read")
-    adapted.save_pretrained(str(out))
+    adapted.save_pretrained(str(out), save_embedding_layers=False)
     (out / "README.md").unlink()  # peft's empty model card
     tenth = -(-len(losses) // 10)
     return {
