@@ -1,6 +1,7 @@
-// The page of the gallery: totals, filters and the order of the posts. Cards are made in gallery_cards.js, which comes first.
+// The page of the gallery: totals, filters and the order of the posts. The cards are made in gallery_cards.js, which
+// comes before this file.
 
-// ---- Facets: what each mention can be filtered by -------------------------------------------------------------------
+// ---- Facets: what each mention can be filtered by
 
 const hasGold = posts.some((post) => post.missed.length || post.entities.some((entity) => entity.verdict));
 const facets = {
@@ -48,7 +49,7 @@ facets.fine.options = [...parents.keys()]
   .sort((a, b) => data.coarse.indexOf(parents.get(a)) - data.coarse.indexOf(parents.get(b)) || a.localeCompare(b))
   .map((name) => [name, named(name)]);
 
-// ---- State, kept in the address: #status=degraded&coarse=person,event&q=rally ----------------------------------------
+// ---- State, kept in the address: #status=degraded&coarse=person,event&q=rally
 
 const state = { q: "", sort: "", chosen: {} };
 
@@ -68,7 +69,7 @@ function writeHash() {
   history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
 }
 
-// ---- Filtering: one pass over the items, which also counts what every other choice would give ------------------------
+// ---- Filtering: one pass over the items, which also counts what every other choice would give
 
 function filter() {
   const query = state.q.trim().toLowerCase();
@@ -76,7 +77,7 @@ function filter() {
   const counts = Object.fromEntries(keys.map((key) => [key, new Map()]));
   const countedPost = new Map(); // status counts posts, not mentions
   const matches = new Map(); // position of a post -> its mentions that match
-  let found = query ? haystacks.map((text) => text.includes(query)) : null;
+  const found = query ? haystacks.map((text) => text.includes(query)) : null;
   let mentions = 0;
   for (const item of items) {
     if (found && !found[item.position]) continue;
@@ -110,10 +111,10 @@ let result = null;
 
 function update() {
   result = filter();
-  const all = result.order.length === posts.length;
-  $("count").textContent = all
-    ? plural(posts.length, "post")
-    : `${result.order.length.toLocaleString("en")} of ${plural(posts.length, "post")}, ${plural(result.mentions, "mention")}`;
+  const [all, found] = [plural(posts.length, "post"), result.order.length];
+  $("count").textContent = found === posts.length
+    ? all
+    : `${found.toLocaleString("en")} of ${all}, ${plural(result.mentions, "mention")}`;
   $("clear").hidden = !state.q && keys.every((key) => !state.chosen[key].size);
   $("empty").hidden = result.order.length > 0;
   showCounts();
@@ -122,7 +123,7 @@ function update() {
   appendCards();
 }
 
-// ---- Controls ---------------------------------------------------------------------------------------------------------
+// ---- Controls
 
 function buildControls() {
   for (const key of keys) {
@@ -139,13 +140,15 @@ function choices(key, facet) {
       state.chosen[key][input.checked ? "add" : "delete"](value);
       changed();
     });
-    group.append(html("label", { class: "choice", "data-coarse": key === "coarse" && value }, input, title, html("span")));
+    const coarse = key === "coarse" && value;
+    group.append(html("label", { class: "choice", "data-coarse": coarse }, input, title, html("span")));
   }
   return group;
 }
 
 function fineMenu(facet) {
-  const menu = html("select", { id: "fine", "aria-label": facet.title }, html("option", { value: "" }, "every fine category"));
+  const every = html("option", { value: "" }, "every fine category");
+  const menu = html("select", { id: "fine", "aria-label": facet.title }, every);
   for (const coarse of data.coarse) {
     const group = facet.options.filter(([value]) => parents.get(value) === coarse);
     if (!group.length) continue;
@@ -181,7 +184,7 @@ function changed() {
   if (scrollY > top) scrollTo(0, top);
 }
 
-// ---- Cards, appended as the reader comes near the end --------------------------------------------------------------------
+// ---- Cards, appended as the reader comes near the end
 
 const PAGE = 24;
 
@@ -196,14 +199,21 @@ new IntersectionObserver((entries) => {
   if (entries.some((entry) => entry.isIntersecting)) appendCards();
 }, { rootMargin: "1200px" }).observe($("sentinel"));
 
-// ---- Start ------------------------------------------------------------------------------------------------------------------
+// ---- Start
 
 function totals() {
   const entities = posts.flatMap((post) => post.entities);
   const count = (status) => posts.filter((post) => post.status === status).length;
-  const rows = [["posts", posts.length], ["mentions", entities.length], ["seen in the image", entities.filter((e) => e.box).length],
-    ["reranked", entities.filter((e) => e.reranked).length], ["degraded", count("degraded")], ["rejected", count("rejected")]];
-  $("totals").append(...rows.map(([name, value]) => html("li", {}, html("b", {}, value.toLocaleString("en")), html("span", {}, name))));
+  const rows = [
+    ["posts", posts.length],
+    ["mentions", entities.length],
+    ["seen in the image", entities.filter((entity) => entity.box).length],
+    ["reranked", entities.filter((entity) => entity.reranked).length],
+    ["degraded", count("degraded")],
+    ["rejected", count("rejected")],
+  ];
+  $("totals").append(...rows.map(([name, value]) => html("li", {},
+    html("b", {}, value.toLocaleString("en")), html("span", {}, name))));
   $("summary").textContent = hasGold
     ? "Point at a mention to see where it was found. Solid boxes are the system's, dashed ones are gold."
     : "Point at a mention to see where it was found in the image, and how sure the system is.";
@@ -227,7 +237,9 @@ function listen() {
       || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
     document.documentElement.dataset.theme = dark ? "light" : "dark";
   });
-  for (const event of ["pointerover", "focusin", "click"]) $("grid").addEventListener(event, (e) => showMention(e.target));
+  for (const name of ["pointerover", "focusin", "click"]) {
+    $("grid").addEventListener(name, (event) => showMention(event.target));
+  }
   $("grid").addEventListener("pointerleave", hideTip);
   $("grid").addEventListener("focusout", hideTip);
   addEventListener("scroll", () => { if (shown) placeTip(shown); }, { passive: true });

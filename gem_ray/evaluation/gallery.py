@@ -188,14 +188,12 @@ def _post_data(post: Post, gold: Sequence[GoldEntity] | None, rules: Rules) -> d
         "status": post.status,
         "caption": post.caption,
         "problems": [asdict(problem) for problem in post.problems],
-        "entities": [
-            _entity_data(entity, verdict, rules) for entity, verdict in zip(post.entities, verdicts, strict=True)
-        ],
+        "entities": [_entity_data(*judged) for judged in zip(post.entities, verdicts, strict=True)],
         "missed": _missed_data(post, missed, rules),
     }
 
 
-def _entity_data(entity: Entity, verdict: Verdict | None, rules: Rules) -> dict[str, Any]:
+def _entity_data(entity: Entity, verdict: Verdict | None) -> dict[str, Any]:
     heatmap = entity.heatmap
     return {
         "start": entity.start,

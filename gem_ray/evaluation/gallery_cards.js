@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const posts = data.posts;
 
-// ---- Small tools ----------------------------------------------------------------------------------------------------
+// ---- Small tools
 
 function create(namespace, tag, attributes, children) {
   const node = document.createElementNS(namespace, tag);
@@ -20,14 +20,16 @@ const html = (tag, attributes = {}, ...children) => create("http://www.w3.org/19
 const svg = (tag, attributes = {}, ...children) => create("http://www.w3.org/2000/svg", tag, attributes, children);
 const named = (category) => category.replaceAll("_", " ");
 const percent = (ratio) => `${Math.round(100 * ratio)}%`;
+const fixed = (value) => (value === null ? "unknown" : value.toFixed(3));
 const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
-// ---- Cards ------------------------------------------------------------------------------------------------------------
+// ---- Cards
 
-/** One post. `isDim` says of each mention, counted over the found ones and then the missed, whether filters pass it by. */
+/** One post. `isDim(n)` says whether the filters pass by its n-th mention; the missed come after those found. */
 function card(position, isDim) {
   const post = posts[position];
-  return html("article", { class: "card", "data-post": position, "data-status": post.status, "aria-label": `Post ${post.id}` },
+  const label = `Post ${post.id}`;
+  return html("article", { class: "card", "data-post": position, "data-status": post.status, "aria-label": label },
     picture(post, position),
     html("div", { class: "body" },
       html("div", { class: "meta" }, html("code", { title: post.id }, post.id),
@@ -72,7 +74,8 @@ function mentionList(post, isDim) {
   post.missed.forEach((gold, index) => rows.push(html("li", {}, html("div", {
     class: `mention lost${isDim(post.entities.length + index) ? " dim" : ""}`, "data-coarse": gold.coarse,
   },
-    html("span", { class: "name" }, html("bdi", {}, surface(post, gold)), html("small", {}, `missed ${named(gold.fine)}`)),
+    html("span", { class: "name" },
+      html("bdi", {}, surface(post, gold)), html("small", {}, `missed ${named(gold.fine)}`)),
     html("span"), html("span"), html("span", { class: "mark wrong", role: "img", "aria-label": "missed" }, "✗")))));
   return rows.length ? html("ul", { class: "mentions", "aria-label": "Mentions" }, ...rows) : null;
 }
@@ -80,11 +83,11 @@ function mentionList(post, isDim) {
 function verdictMark(verdict) {
   if (!verdict) return html("span");
   const right = verdict.span && verdict.category && verdict.region;
-  return html("span", { class: `mark ${right ? "right" : "wrong"}`, role: "img", "aria-label": right ? "right" : "wrong" },
-    right ? "✓" : "✗");
+  const word = right ? "right" : "wrong";
+  return html("span", { class: `mark ${word}`, role: "img", "aria-label": word }, right ? "✓" : "✗");
 }
 
-// ---- Pictures ---------------------------------------------------------------------------------------------------------------
+// ---- Pictures
 
 function picture(post, position) {
   const holder = $(`picture-${position}`);
@@ -101,13 +104,14 @@ function picture(post, position) {
 const absentSign = () => svg("svg", { viewBox: "0 0 32 32", "aria-hidden": "true" },
   svg("path", { d: "M4 6h24v20H4zM4 22l7-7 6 6 4-4 7 7M4 2l24 28" }));
 
-const rectangle = ([x1, y1, x2, y2], attributes) => svg("rect", { x: x1, y: y1, width: x2 - x1, height: y2 - y1, ...attributes });
+const rectangle = ([x1, y1, x2, y2], name) => svg("rect",
+  { x: x1, y: y1, width: x2 - x1, height: y2 - y1, class: name });
 
 /** Boxes in the original image's pixels: solid for what was found, dashed for gold. */
 function overlay(post, [width, height]) {
   const layer = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true" });
   const golds = (boxes, coarse, index) => boxes.length ? [svg("g", { "data-coarse": coarse, "data-part": index },
-    ...boxes.flatMap((box) => [rectangle(box, { class: "gold under" }), rectangle(box, { class: "gold" })]))] : [];
+    ...boxes.flatMap((box) => [rectangle(box, "gold under"), rectangle(box, "gold")]))] : [];
   post.missed.forEach((gold) => layer.append(...golds(gold.boxes, gold.coarse, null)));
   const area = ({ box }) => (box ? (box[2] - box[0]) * (box[3] - box[1]) : 0);
   const bySize = [...post.entities.entries()].sort((a, b) => area(b[1]) - area(a[1])); // small boxes stay within reach
@@ -115,10 +119,11 @@ function overlay(post, [width, height]) {
     if (entity.verdict) layer.append(...golds(entity.verdict.boxes, entity.coarse, index));
     if (!entity.box) return;
     const [x1, y1, x2, y2] = entity.box;
+    const outside = `M0 0H${width}V${height}H0ZM${x1} ${y1}H${x2}V${y2}H${x1}Z`;
     layer.append(svg("g", { "data-coarse": entity.coarse, "data-mention": index, "data-part": index },
-      svg("path", { class: "veil", "fill-rule": "evenodd", d: `M0 0H${width}V${height}H0ZM${x1} ${y1}H${x2}V${y2}H${x1}Z` }),
-      rectangle(entity.box, { class: "halo" }), rectangle(entity.box, { class: "box" }),
-      entity.point ? svg("ellipse", { class: "peak", cx: entity.point[0], cy: entity.point[1], rx: width / 60, ry: width / 60 }) : null));
+      svg("path", { class: "veil", "fill-rule": "evenodd", d: outside }),
+      rectangle(entity.box, "halo"), rectangle(entity.box, "box"),
+      entity.point && svg("circle", { class: "peak", cx: entity.point[0], cy: entity.point[1], r: width / 60 })));
   });
   return layer;
 }
@@ -126,9 +131,11 @@ function overlay(post, [width, height]) {
 function tags(post, [width, height]) {
   return post.entities.flatMap((entity, index) => {
     if (!entity.box) return [];
-    const tag = html("span", { class: "tag", "data-coarse": entity.coarse, "data-part": index, "aria-hidden": "true" }, surface(post, entity));
-    tag.style.left = `${Math.min(70, (100 * entity.box[0]) / width)}%`;
-    tag.style.top = `calc(${(100 * entity.box[1]) / height}% ${entity.box[1] / height > 0.09 ? "- 18px" : "+ 2px"})`;
+    const [left, top] = [(100 * entity.box[0]) / width, (100 * entity.box[1]) / height];
+    const attributes = { class: "tag", "data-coarse": entity.coarse, "data-part": index, "aria-hidden": "true" };
+    const tag = html("span", attributes, surface(post, entity));
+    tag.style.left = `${Math.min(70, left)}%`;
+    tag.style.top = `calc(${top}% ${top > 9 ? "- 18px" : "+ 2px"})`; // over the box, or in it at the image's edge
     return [tag];
   });
 }
@@ -142,7 +149,8 @@ function drawHeat(canvas, [width, height, encoded]) {
     const place = (value / 255) * (RAMP.length - 1);
     const low = Math.min(RAMP.length - 2, Math.floor(place));
     for (let channel = 0; channel < 3; channel += 1) {
-      image.data[4 * cell + channel] = RAMP[low][channel] + (place - low) * (RAMP[low + 1][channel] - RAMP[low][channel]);
+      const [from, to] = [RAMP[low][channel], RAMP[low + 1][channel]];
+      image.data[4 * cell + channel] = from + (place - low) * (to - from);
     }
     image.data[4 * cell + 3] = 60 + 0.62 * value;
   });
@@ -151,7 +159,7 @@ function drawHeat(canvas, [width, height, encoded]) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-// ---- The mention under the pointer or the focus ---------------------------------------------------------------------------
+// ---- The mention under the pointer or the focus
 
 let shown = null;
 
@@ -165,7 +173,8 @@ function showMention(target) {
   const entity = posts[owner.dataset.post].entities[node.dataset.mention];
   shown = { key, owner, node };
   const index = node.dataset.mention;
-  owner.querySelectorAll(`[data-mention="${index}"], [data-part="${index}"]`).forEach((part) => part.classList.add("active"));
+  const parts = owner.querySelectorAll(`[data-mention="${index}"], [data-part="${index}"]`);
+  parts.forEach((part) => part.classList.add("active"));
   const canvas = owner.querySelector("canvas");
   if (entity.heat && canvas) {
     drawHeat(canvas, entity.heat);
@@ -188,16 +197,16 @@ function hideTip() {
 }
 
 function fillTip(post, entity) {
-  const rows = [["score", entity.score.toFixed(3)], ["entropy", `${entity.entropy.toFixed(3)} nats`],
+  const rows = [["score", fixed(entity.score)], ["entropy", `${fixed(entity.entropy)} nats`],
     ["route", entity.reranked ? "hard, reranked" : "easy"]];
-  if (entity.match !== null) rows.push(["in the image (P_T)", entity.match.toFixed(3)]);
+  if (entity.match !== null) rows.push(["in the image (P_T)", fixed(entity.match)]);
   if (entity.box) rows.push(["box from", entity.source || "unknown"]);
-  if (entity.boxScore !== null) rows.push(["box score", entity.boxScore.toFixed(3)]);
+  if (entity.boxScore !== null) rows.push(["box score", fixed(entity.boxScore)]);
   $("tip").dataset.coarse = entity.coarse;
   $("tip").replaceChildren(
     html("h3", {}, surface(post, entity)),
-    html("p", { class: "path" }, entity.coarse === entity.fine ? named(entity.fine) : `${named(entity.coarse)} › ${named(entity.fine)}`),
-    entity.candidates.length ? html("ol", {}, ...entity.candidates.map(([fine, probability]) => candidate(entity, fine, probability))) : "",
+    html("p", { class: "path" }, [...new Set([entity.coarse, entity.fine])].map(named).join(" › ")),
+    html("ol", {}, ...entity.candidates.map(([fine, probability]) => candidate(entity, fine, probability))),
     html("dl", {}, ...rows.flatMap(([name, value]) => [html("dt", {}, name), html("dd", {}, value)])),
     entity.verdict ? said(entity.verdict) : "");
 }
@@ -206,11 +215,12 @@ function candidate(entity, fine, probability) {
   const bar = html("i");
   bar.style.width = percent(probability);
   return html("li", { class: fine === entity.fine ? "chosen" : null },
-    html("span", {}, named(fine)), html("span", { class: "meter" }, bar), html("span", {}, probability.toFixed(2)));
+    html("span", {}, named(fine)), html("span", { class: "meter" }, bar), html("span", {}, fixed(probability)));
 }
 
 function said(verdict) {
-  const line = (right, sentence) => html("span", {}, html("span", { class: `mark ${right ? "right" : "wrong"}` }, right ? "✓ " : "✗ "), sentence);
+  const line = (right, sentence) => html("span", {},
+    html("span", { class: `mark ${right ? "right" : "wrong"}` }, right ? "✓ " : "✗ "), sentence);
   if (!verdict.span) return html("p", { class: "said" }, line(false, "no gold mention has these words"));
   const seen = verdict.boxes.length ? "gold sees it in the image" : "gold does not see it";
   return html("p", { class: "said" },

@@ -24,6 +24,7 @@ from gem_ray.taxonomy import FMNERG, LabelSet
 ANNOTATIONS = "annotations"  # the folder of rows in an output directory
 RUN_FACTS = "run.json"
 _COLUMNS = [name for name in ANNOTATION_SCHEMA.names if name not in ("status", "run_id", "models")]
+_ROWS_PER_BATCH = 1024
 _REQUIRED = ("post_id", "text", "entities")
 
 
@@ -49,7 +50,7 @@ def iterate_predictions(path: Path | str) -> Iterator[Post]:
             f"{path} does not hold annotations: its Parquet files have no column {', '.join(missing)}"
         )
     columns = [name for name in _COLUMNS if name in dataset.schema.names]
-    for batch in dataset.to_batches(columns=columns):
+    for batch in dataset.to_batches(columns=columns, batch_size=_ROWS_PER_BATCH):
         for row in batch.to_pylist():
             yield Post.from_annotation({"tokens": None, "problems": None, **row})
 
@@ -132,8 +133,8 @@ def _open(path: str) -> ds.Dataset:
 def _without_image(post: Post) -> Post:
     """Drop the encoded image; its header gives the size, of which only the area is used (so rotation is no matter)."""
     if post.image_bytes is not None and post.image_width is None:
-        # An image that cannot be read has no size; the post's gold still counts.
-        with suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(post.image_bytes)) as image:
+        # An image that cannot be read, for whatever reason, has no size; the post's gold still counts.
+        with suppress(Exception), Image.open(io.BytesIO(post.image_bytes)) as image:
             post.image_width, post.image_height = image.size
     post.image_bytes = None
     return post

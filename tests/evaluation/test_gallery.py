@@ -221,7 +221,7 @@ def dom(path, tmp_path, fragment="", width=1280):
         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1400", "--dump-dom",
         f"file://{path}{fragment}",
     ]  # fmt: skip
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return answer.stdout
 
 
