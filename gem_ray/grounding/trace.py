@@ -99,10 +99,10 @@ def _attention_as_leaf(model: BlipForImageTextRetrieval, layer: int) -> Iterator
 
 
 def peak(scores: np.ndarray, height: int, width: int) -> tuple[int, int]:
-    """The pixel at which the map, resized bilinearly to the image, is highest.
+    """Where the map, resized bilinearly to the image, is highest.
 
-    Between the centres of neighbouring patches the resized map is linear in x and in y, so that its maximum over the
-    pixels lies at one of those next to a centre: only these are computed, whatever the size of the image.
+    Between the centres of patches a bilinear surface lies between its values there, so that its maximum is at the
+    centre of the highest patch: no pixel has to be computed, whatever the size of the image.
 
     Args:
         scores: `(gh, gw)`.
@@ -110,18 +110,8 @@ def peak(scores: np.ndarray, height: int, width: int) -> tuple[int, int]:
         width: of the image, in pixels.
 
     Returns:
-        `(x, y)`, column and row.
+        `(x, y)`, column and row of the pixel that holds this centre.
     """
-    rows, row_weights = _next_to_centres(scores.shape[0], height)
-    columns, column_weights = _next_to_centres(scores.shape[1], width)
-    resized = row_weights @ scores.astype(np.float64) @ column_weights.T  # (len(rows), len(columns))
-    row, column = np.unravel_index(np.argmax(resized), resized.shape)
-    return int(columns[column]), int(rows[row])
-
-
-def _next_to_centres(patches: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels next to patch centres along one axis, `(n,)`, and their interpolation weights, `(n, patches)`."""
-    centres = (np.arange(patches) + 0.5) * pixels / patches - 0.5
-    near = np.unique(np.clip(np.concatenate([np.floor(centres), np.ceil(centres)]), 0, pixels - 1)).astype(int)
-    position = np.clip((near + 0.5) * patches / pixels - 0.5, 0, patches - 1)  # half-pixel centres, clamped edges
-    return near, np.clip(1 - np.abs(position[:, None] - np.arange(patches)), 0, None)
+    row, column = np.unravel_index(np.argmax(scores), scores.shape)
+    rows, columns = scores.shape
+    return int((column + 0.5) * width / columns), int((row + 0.5) * height / rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -13,34 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessorPil
+from transformers import BertTokenizer, BlipForImageTextRetrieval
 
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import Scene, make_scene
-from gem_ray.grounding.matcher import ENC_TOKEN, ImageProcessor, Match, Matcher, Query, TextProcessor, resize_square
-from gem_ray.grounding.trace import middle_upper_layer, peak
+from gem_ray.grounding.matcher import ImageProcessor, Match, Matcher, Query, TextProcessor, resize_square
+from gem_ray.grounding.trace import peak
+from gem_ray.nano.tiny_blip import BlipSize, build_blip, encode_images, match_logits
 from gem_ray.taxonomy import LABEL_SETS
 
 Report = Callable[[str], None]
 
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", ENC_TOKEN)
-_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789#@&'’-_.,:;!?/+*()\"$%…"
 _STRANGERS = 256  # made-up names that no image shows
-
-
-@dataclass(frozen=True)
-class BlipSize:
-    """Dimensions of a tiny BLIP; both encoders are `width` wide."""
-
-    image_side: int = 96
-    patch: int = 8
-    width: int = 96
-    heads: int = 3
-    image_layers: int = 3
-    text_layers: int = 4
 
 
 @dataclass(frozen=True)
@@ -57,20 +43,21 @@ class BlipRecipe:
         steps: of image–text matching.
         rate: its highest learning rate.
         present_weight: of present names in the losses, as most names asked are absent.
-        looking_weight: of a loss that asks the traced cross-attention to look at image patches for present names and at
+        looking_weight: of a loss that asks the first cross-attention to look at image patches for present names and at
             the class patch for absent ones. It says nothing of where, but gives the attention a gradient from the
-            start, which matching alone does not before it has left chance.
+            start, which matching alone does not before it has left chance. Higher layers could meet it without finding
+            the right patch: their queries know from the first one whether the name is present.
         fresh_scenes: on which the result is measured.
         processes: that render.
     """
 
     size: BlipSize = field(default_factory=BlipSize)
-    scenes: int = 12_000
+    scenes: int = 10_000
     images: int = 32
     names: int = 16
-    warm_up_steps: int = 400
-    warm_up_rate: float = 1e-3
-    steps: int = 2_600
+    warm_up_steps: int = 500
+    warm_up_rate: float = 2e-3
+    steps: int = 3_200
     rate: float = 1e-3
     present_weight: float = 4.0
     looking_weight: float = 0.5
@@ -134,46 +121,6 @@ def train(out: Path, seed: int, recipe: BlipRecipe | None = None, report: Report
     return result
 
 
-def build_blip(out: Path, texts: Sequence[str], size: BlipSize | None = None) -> None:
-    """Write a tiny BLIP with random weights as a Hugging Face directory.
-
-    Args:
-        out: the directory.
-        texts: their words become tokens of their own; other words are spelled in characters.
-        size: the model's dimensions.
-    """
-    size = size or BlipSize()
-    tokenizer = _build_tokenizer(texts)
-    shared = {
-        "hidden_size": size.width,
-        "intermediate_size": 2 * size.width,
-        "num_attention_heads": size.heads,
-        "initializer_range": 0.02,
-    }
-    config = BlipConfig(
-        text_config={
-            **shared,
-            "num_hidden_layers": size.text_layers,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 64,
-            "bos_token_id": tokenizer.bos_token_id,
-            "sep_token_id": tokenizer.sep_token_id,
-            "eos_token_id": tokenizer.sep_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={
-            **shared,
-            "num_hidden_layers": size.image_layers,
-            "image_size": size.image_side,
-            "patch_size": size.patch,
-        },
-        image_text_hidden_size=size.width,
-    )
-    BlipForImageTextRetrieval(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    BlipImageProcessorPil(size={"height": size.image_side, "width": size.image_side}).save_pretrained(out)
-
-
 def render_scenes(count: int, seed: int, side: int, processes: int) -> Scenes:
     """Render scenes of none to four emblems, often with one whose name is ambiguous, in worker processes."""
     jobs = [(seed, index, side) for index in range(count)]
@@ -216,25 +163,6 @@ def _emblem_texts() -> list[list[str]]:
     return [[Query(0, surface, emblem.fine).text for surface in emblem.surfaces] for emblem in EMBLEMS]
 
 
-def _build_tokenizer(texts: Sequence[str]) -> BertTokenizer:
-    splitter = BertTokenizer().backend_tokenizer
-    words = {
-        word
-        for text in texts
-        for word, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text))
-    }
-    pieces = [*_CHARACTERS, *(f"##{character}" for character in _CHARACTERS), *sorted(words)]
-    tokenizer = BertTokenizer(
-        vocab={piece: index for index, piece in enumerate(dict.fromkeys([*_SPECIAL, *pieces]))},
-        bos_token="[DEC]",
-        extra_special_tokens=[ENC_TOKEN],
-    )
-    # One token for a category keeps queries short.
-    categories = dict.fromkeys(fine.lower() for labels in LABEL_SETS.values() for fine in labels.fine)
-    tokenizer.add_tokens([AddedToken(fine, single_word=True, normalized=True) for fine in categories])
-    return tokenizer
-
-
 def warm_up(
     model: BlipForImageTextRetrieval,
     images: ImageProcessor,
@@ -245,6 +173,8 @@ def warm_up(
 ) -> list[float]:
     """Teach the image encoder which emblems an image shows, by weak labels: some patch must say so.
 
+    The emblems compete in a softmax. One binary loss for each stays at its base rate: an image shows few of many.
+
     Returns:
         The loss of every step.
     """
@@ -252,9 +182,11 @@ def warm_up(
     parameters = [*model.vision_model.parameters(), *classifier.parameters()]
 
     def loss_of(picked: np.ndarray) -> Tensor:
-        patches = encode_images(model, images.normalize(scenes.squares[picked]))[:, 1:]  # (B, P, D)
-        logits = classifier(patches).logsumexp(dim=1) - np.log(patches.shape[1])  # (B, E)
-        return F.binary_cross_entropy_with_logits(logits, torch.from_numpy(scenes.shows[picked]).float())
+        picked = picked[scenes.shows[picked].any(axis=1)]
+        patches = encode_images(model, images.normalize(_mirrored(scenes.squares[picked], rng)))[:, 1:]  # (B, P, D)
+        logits = classifier(patches).logsumexp(dim=1)  # (B, E)
+        shows = torch.from_numpy(scenes.shows[picked]).float()
+        return F.cross_entropy(logits, shows / shows.sum(dim=1, keepdim=True))
 
     return _fit("warm-up", loss_of, parameters, recipe.warm_up_steps, recipe.warm_up_rate, scenes, recipe, rng, report)
 
@@ -277,7 +209,7 @@ def fit_matching(
 
     def loss_of(picked: np.ndarray) -> Tensor:
         rows, present = zip(*(ask_names(shows, bank, recipe.names, rng) for shows in scenes.shows[picked]), strict=True)
-        states = encode_images(model, images.normalize(scenes.squares[picked]))
+        states = encode_images(model, images.normalize(_mirrored(scenes.squares[picked], rng)))
         asked = torch.from_numpy(np.stack(rows))
         logits, on_image = match_logits(model, states, bank.input_ids[asked], bank.attention_mask[asked])
         labels = torch.from_numpy(np.stack(present)).long()
@@ -362,69 +294,12 @@ def _peak_is_right(scene: Scene, query: Query, match: Match) -> bool:
     )
 
 
-def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor) -> Tensor:
-    """What `model.vision_model` computes, with fused attention: `(B, 3, S, S)` to `(B, 1 + P, D)`."""
-    vision = model.vision_model
-    heads = model.config.vision_config.num_attention_heads
-    hidden = vision.embeddings(pixels)
-    for layer in vision.encoder.layers:
-        query, key, value = layer.self_attn.qkv(layer.layer_norm1(hidden)).chunk(3, dim=-1)
-        hidden = hidden + layer.self_attn.projection(_attend(query, key, value, heads))
-        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    return vision.post_layernorm(hidden)
-
-
-def match_logits(
-    model: BlipForImageTextRetrieval, states: Tensor, input_ids: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the text encoder and the matching head compute, for many texts an image, with fused attention.
-
-    Cross-attention treats every text token alone, so that an image's texts go through it as one long text: its keys and
-    values, much of the work, are computed once an image.
-
-    Args:
-        model: BLIP.
-        states: `(B, 1 + P, D)`, images.
-        input_ids: `(B, N, T)`.
-        attention_mask: `(B, N, T)`.
-
-    Returns:
-        The head's logits `(B, N, 2)`, and how much attention the texts pay to image patches rather than to the image's
-        class patch, `(B, N)` from 0 to 1, in the cross-attention that is traced: the mean over its heads and tokens.
-    """
-    images, names, _ = input_ids.shape
-    heads = model.config.text_config.num_attention_heads
-    layers = model.text_encoder.encoder.layer
-    traced = middle_upper_layer(len(layers))
-    visible = attention_mask.flatten(0, 1).bool()  # (B · N, T)
-    hidden = model.text_encoder.embeddings(input_ids=input_ids.flatten(0, 1))  # (B · N, T, D)
-    for index, layer in enumerate(layers):
-        asking = hidden[:, :1] if index == len(layers) - 1 else hidden  # the head reads [ENC] only
-        own = layer.attention.self
-        context = _attend(own.query(asking), own.key(hidden), own.value(hidden), heads, visible[:, None, None, :])
-        asking = layer.attention.output(context, asking).reshape(images, -1, hidden.shape[-1])  # (B, N · T, D)
-        cross = layer.crossattention.self
-        query, key = cross.query(asking), cross.key(states)
-        if index == traced:
-            on_image = _attention_on_patches(query, key, heads, visible[:, : query.shape[1] // names])
-        asking = layer.crossattention.output(_attend(query, key, cross.value(states), heads), asking)
-        hidden = layer.feed_forward_chunk(asking).view(images * names, -1, hidden.shape[-1])
-    return model.itm_head(hidden[:, 0]).view(images, names, 2), on_image.view(images, names)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, visible: Tensor | None = None) -> Tensor:
-    """Multi-head attention of `(B, T, D)` on `(B, S, D)`; `visible` is `(B, 1, 1, S)` bool."""
-    query, key, value = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).transpose(1, 2).flatten(2)
-
-
-def _attention_on_patches(query: Tensor, key: Tensor, heads: int, visible: Tensor) -> Tensor:
-    """The share of attention that is not on the class patch, a mean over heads and visible tokens: `(B · N,)`."""
-    query, key = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key))
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, N · T, 1 + P)
-    on_patches = 1 - (scores[..., 0] - scores.logsumexp(dim=-1)).exp()  # (B, H, N · T)
-    of_text = on_patches.mean(dim=1).view(visible.shape)  # (B · N, T)
-    return (of_text * visible).sum(dim=1) / visible.sum(dim=1)
+def _mirrored(squares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Half of the images turned left to right: emblems are the same then."""
+    mirrored = squares.copy()
+    turned = rng.random(len(squares)) < 0.5
+    mirrored[turned] = mirrored[turned, :, ::-1]
+    return mirrored
 
 
 def _fit(

@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gem_ray.config import parse_config
+from gem_ray.grounding.boxes import BoxMaker, BoxResult
+from gem_ray.grounding.grounder import Grounder, heat_map, to_original
+from gem_ray.grounding.matcher import Matcher
+from gem_ray.grounding.trace import peak
+from gem_ray.records import Box, Entity, Post, ProblemKind, StageName
+
+
+class RecordingBoxes(BoxMaker):
+    """Boxes from the map alone; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, ())
+        self.calls = []
+
+    def boxes(self, images, requests) -> list[BoxResult]:
+        self.calls.append((images, requests))
+        return super().boxes(images, requests)
+
+
+def ground(folder: Path, posts: list[Post], threshold: float, **options) -> RecordingBoxes:
+    matcher = Matcher.from_config(parse_config({"grounder": {"matcher": {"model": str(folder)}}}))
+    boxes = RecordingBoxes()
+    assert Grounder(matcher, boxes, threshold, **options)(posts) is posts
+    return boxes
+
+
+def entity(text: str, coarse: str = "location", fine: str = "city") -> Entity:
+    return Entity(text, 0, len(text), 0, 1, coarse, fine, score=0.9)
+
+
+def post(index: int, *names: str, shape: tuple[int, int] = (30, 40), scale: int = 10) -> Post:
+    rng = np.random.default_rng(index)
+    image = rng.integers(0, 256, size=(*shape, 3), dtype=np.uint8)
+    return Post(
+        str(index),
+        " ".join(names),
+        entities=[entity(name) for name in names],
+        image=image,
+        image_width=shape[1] * scale,
+        image_height=shape[0] * scale,
+    )
+
+
+def test_entities_above_the_threshold_get_point_and_box_in_pixels_of_the_original(random_blip):
+    posts = [post(0, "Cleveland", "Sea"), post(1, "Edge", shape=(64, 20), scale=3)]
+    boxes = ground(random_blip, posts, threshold=0.0)
+    ((images, requests),) = boxes.calls
+    assert len(images) == 2
+    for each, request in zip([e for p in posts for e in p.entities], requests, strict=True):
+        owner = posts[request.image]
+        assert (each.point.x, each.point.y) == peak(request.map, owner.image_height, owner.image_width)
+        assert (request.x, request.y) == peak(request.map, *owner.image.shape[:2])
+        assert (request.fine, request.coarse) == ("city", "location")
+        box = each.box
+        assert 0 <= box.x1 < box.x2 <= owner.image_width
+        assert 0 <= box.y1 < box.y2 <= owner.image_height
+        assert box.x1 <= each.point.x < box.x2
+        assert box.y1 <= each.point.y < box.y2
+        assert each.box_source == "map"
+        assert each.heatmap is None
+
+
+def test_entities_below_the_threshold_keep_their_score_and_nothing_is_segmented(random_blip):
+    posts = [post(0, "Cleveland", "Sea")]
+    boxes = ground(random_blip, posts, threshold=1.0)
+    assert boxes.calls == []
+    for each in posts[0].entities:
+        assert 0 < each.match_score < 1
+        assert each.point is each.box is each.box_source is None
+
+
+def test_only_images_with_a_seen_entity_are_handed_on(random_blip):
+    posts = [post(index, "Cleveland", "Sea") for index in range(6)]
+    ground(random_blip, posts, threshold=1.0)
+    scores = [each.match_score for p in posts for each in p.entities]
+    threshold = float(np.median(scores))
+    boxes = ground(random_blip, posts, threshold)
+    seen = [p for p in posts if any(each.match_score > threshold for each in p.entities)]
+    ((images, requests),) = boxes.calls
+    assert 0 < len(seen) <= len(posts)
+    assert all(image is p.image for image, p in zip(images, seen, strict=True))
+    assert len(requests) == sum(score > threshold for score in scores)
+
+
+def test_posts_with_nothing_to_ground_are_left_alone(random_blip):
+    rejected, blind, empty = post(0, "Cleveland"), post(1, "Cleveland"), post(2)
+    rejected.fail(StageName.TAG, ProblemKind.STAGE_FAILED, "no tags")
+    blind.image = None
+    boxes = ground(random_blip, [rejected, blind, empty], threshold=0.0)
+    assert boxes.calls == []
+    assert rejected.entities[0].match_score is blind.entities[0].match_score is None
+
+
+def test_no_posts_is_fine(random_blip):
+    assert ground(random_blip, [], threshold=0.0).calls == []
+
+
+def test_result_does_not_depend_on_the_other_posts(random_blip):
+    def posts() -> list[Post]:
+        return [post(index, *names) for index, names in enumerate([("Cleveland",), ("Sea", "the"), ("a long name",)])]
+
+    together, alone = posts(), posts()
+    ground(random_blip, together, threshold=0.0)
+    for each in alone:
+        ground(random_blip, [each], threshold=0.0)
+    for one, other in zip(together, alone, strict=True):
+        for mine, same in zip(one.entities, other.entities, strict=True):
+            assert mine.match_score == pytest.approx(same.match_score, abs=1e-5)
+            assert (mine.point, mine.box) == (same.point, same.box)
+
+
+def test_heat_maps_are_kept_on_request(random_blip):
+    posts = [post(0, "Cleveland")]
+    boxes = ground(random_blip, posts, threshold=0.0, save_heatmaps=True)
+    kept = posts[0].entities[0].heatmap
+    values = np.frombuffer(kept.data, dtype=np.uint8).reshape(kept.height, kept.width)
+    expected = boxes.calls[0][1][0].map
+    assert values.max() == 255
+    np.testing.assert_allclose(values / 255, expected / expected.max(), atol=0.5 / 255 + 1e-6)
+
+
+def test_heat_map_is_row_by_row():
+    kept = heat_map(np.array([[0, 1, 2], [3, 4, 5]], dtype=np.float32))
+    assert (kept.height, kept.width, list(kept.data)) == (2, 3, [0, 51, 102, 153, 204, 255])
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        (Box(0, 0, 10, 20), Box(0, 0, 100, 200)),
+        (Box(3, 5, 4, 6), Box(30, 50, 40, 60)),
+        (Box(-3, 2, 12, 25), Box(0, 20, 100, 200)),
+        (Box(10, 20, 10, 20), Box(99, 199, 100, 200)),
+        (Box(4, 4, 4, 4), Box(40, 40, 41, 41)),
+    ],
+)
+def test_box_is_scaled_to_the_original_and_stays_in_it(box, expected):
+    assert to_original(box, (10, 20), (100, 200)) == expected
+
+
+def test_box_of_a_reduced_image_never_vanishes():
+    assert to_original(Box(0.2, 0.2, 0.4, 0.4), (20_000, 3), (20_000, 3)) == Box(0, 0, 1, 1)
