@@ -1,0 +1,87 @@
+"""The command line: help, exit codes, and errors that a user can mend."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pyarrow.parquet as pq
+import pytest
+import typer.main
+
+from gem_ray.cli import app
+from gem_ray.data.generated import generate
+from gem_ray.data.shards import read_posts
+
+
+def gem_ray(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from commands(child, (*path, name))
+    else:
+        yield " ".join(path), command
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands(typer.main.get_command(app))))
+def test_help_of_every_command_has_an_example(name: str, command: click.Command) -> None:
+    assert command.help
+    assert f"Example: `gem-ray {name} " in (command.epilog or "")
+
+
+def test_unknown_key_is_a_usage_error_that_names_the_nearest(tmp_path: Path) -> None:
+    done = gem_ray("annotate", tmp_path, tmp_path / "out", "--set", "filter.gama=1")
+    assert done.returncode == 2
+    assert "filter.gama" in done.stderr
+    assert "gamma" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_input_fails_with_its_path_and_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = gem_ray("annotate", tmp_path / "nowhere", tmp_path / "out")
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in gem_ray("--debug", "annotate", tmp_path / "nowhere", tmp_path / "out").stderr
+
+
+def test_unknown_option_is_a_usage_error() -> None:
+    assert gem_ray("annotate", "--no-such-option").returncode == 2
+
+
+def test_generated_shards_hold_what_the_corpus_generates(tmp_path: Path) -> None:
+    done = gem_ray("shards", "generated", tmp_path / "posts", "--posts", 5, "--seed", 4, "--per-shard", 2)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "posts").glob("*.parquet"))) == 3
+    assert [post.text for post in read_posts(tmp_path / "posts")] == [post.text for post in generate(5, 4)]
+
+
+def test_jsonl_becomes_shards_with_their_images(tmp_path: Path) -> None:
+    post = next(generate(1, 4))
+    (tmp_path / "a.jpg").write_bytes(post.image_bytes or b"")
+    rows = [{"post_id": "1", "text": post.text, "image": "a.jpg"}, {"post_id": "2", "text": "no image"}]
+    (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = gem_ray("shards", "jsonl", tmp_path / "posts.jsonl", tmp_path / "posts")
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(tmp_path / "posts")
+    assert table["image"].to_pylist() == [post.image_bytes, None]
+
+
+def test_unknown_setting_of_a_recipe_is_a_usage_error(tmp_path: Path) -> None:
+    done = gem_ray("train", "tagger", "--data", tmp_path, "--out", tmp_path / "model", "--set", "epoch=3")
+    assert done.returncode == 2
+    assert "epochs" in done.stderr
+
+
+def test_unknown_embedded_model_is_named(tmp_path: Path) -> None:
+    done = gem_ray("nano", "build", "--out", tmp_path, "--only", "taggger")
+    assert done.returncode == 1
+    assert "taggger" in done.stderr
