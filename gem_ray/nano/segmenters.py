@@ -32,7 +32,7 @@ from gem_ray.taxonomy import FMNERG, GMNER
 Report = Callable[[int, float], None]
 
 SAM_SIZES = SamSizes(image_size=256, patch_size=16, width=96, depth=4, window=4, global_layers=(1, 3))
-_CLIPSEG_SIDE, _CLIPSEG_PATCH = 160, 8
+_CLIPSEG_SIDE, _CLIPSEG_PATCH = 144, 8
 _SMALL = 1 / 50  # of the image's area, as the evaluation cuts it
 _PER_SCENE = 4  # emblems drawn into a training scene, if there is room
 
@@ -40,7 +40,7 @@ _PER_SCENE = 4  # emblems drawn into a training scene, if there is room
 def train_sam(
     out: Path,
     seed: int = 0,
-    steps: int = 1000,
+    steps: int = 3000,
     batch_size: int = 4,
     learning_rate: float = 1e-3,
     points: int = 8,
@@ -125,7 +125,7 @@ def build_clipseg() -> tuple[CLIPSegForImageSegmentation, CLIPSegProcessor]:
         hidden_size=96,
         intermediate_size=192,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=2,
         image_size=_CLIPSEG_SIDE,
         patch_size=_CLIPSEG_PATCH,
     )
@@ -135,7 +135,7 @@ def build_clipseg() -> tuple[CLIPSegForImageSegmentation, CLIPSegProcessor]:
         projection_dim=64,
         extract_layers=[1, 3],
         reduce_dim=64,
-        decoder_num_attention_heads=4,
+        decoder_num_attention_heads=2,
         decoder_intermediate_size=128,
     )
     size = {"height": _CLIPSEG_SIDE, "width": _CLIPSEG_SIDE}
@@ -173,10 +173,10 @@ def _merges(words: set[str]) -> list[tuple[str, str]]:
 def train_clipseg(
     out: Path,
     seed: int = 0,
-    steps: int = 1500,
+    steps: int = 1800,
     batch_size: int = 8,
     learning_rate: float = 1e-3,
-    absent: int = 3,
+    absent: int = 2,
     report: Report = lambda step, loss: None,
 ) -> dict[str, float]:
     """Train the embedded CLIPSeg from scratch and write its model directory.
