@@ -217,7 +217,7 @@ def dom(path, tmp_path, fragment="", width=1280):
     """The page's elements after its script has run."""
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1400", "--dump-dom",
         f"file://{path}{fragment}",
     ]  # fmt: skip
