@@ -52,6 +52,7 @@ _NAMESAKES = {
     if other.name == emblem.name and other != emblem
     for surface in emblem.surfaces
 }
+_P_PLAIN_LEFT_OUT = 0.6  # share of mentions of unshared names not asked about in the second step: text alone tells them
 _COVERED = 0.3  # share of a patch that an emblem covers for the patch to be called by its name
 _ADAPTER_TRAINING = RerankerTraining(
     learning_rate=1e-3, epochs=1, batch_size=32, warmup=0.1, dropout=0.0, report_every=20
@@ -174,24 +175,30 @@ def learn_to_answer(
     seed: int,
     report: Report,
 ) -> None:
-    """Teach the whole model to choose categories, asked in few words: Table 7's instruction is left to the adapter."""
+    """Teach the language model to choose categories, asked in few words: Table 7's instruction is left to the adapter.
+
+    As in LLaVA's own recipe, the vision tower stays as it is; here the projector does too.
+    """
     loss = AnswerLoss(model, processor)
     batches = batched(_questions(posts, loss, random.Random(seed)), recipe.answer_batch)
     settings = _settings(recipe.answer_rate, recipe.report_every)
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
     fit(loss, batches, model.parameters(), recipe.answer_steps, settings, _reporter(report, "answers"))
 
 
 def confusable_candidates(post: Post, gold: GoldEntity, rng: random.Random) -> list[str]:
-    """The paper's training candidates, with the category of the entity's namesake among them if it has one.
+    """The paper's training candidates; for a name that two entities share, both senses and siblings of either.
 
-    At inference the tagger offers both senses of a name. Without the other one there would be nothing to see.
+    The tagger offers both senses of such a name, and its other candidates do not tell which one is right: with siblings
+    of the gold category only they would, and the image would not be looked at.
     """
-    candidates = training_candidates(gold.fine, FMNERG, _K, rng)
-    namesake = _NAMESAKES.get((" ".join(post.tokens[gold.word_start : gold.word_end]), gold.fine))
-    if namesake and namesake not in candidates:
-        wrong = [position for position, fine in enumerate(candidates) if fine != gold.fine]
-        candidates[rng.choice(wrong)] = namesake
-    return candidates
+    namesake = _NAMESAKES.get((_surface(post, gold), gold.fine))
+    if namesake is None:
+        return training_candidates(gold.fine, FMNERG, _K, rng)
+    senses = {gold.fine, namesake}
+    near = {sibling for sense in senses for sibling in FMNERG.siblings(sense)} - senses
+    return rng.sample(chosen := sorted(senses) + rng.sample(sorted(near), _K - 2), len(chosen))
 
 
 def measure(posts: Sequence[Post], model: Path, adapter: Path | None) -> dict[str, float]:
@@ -216,8 +223,7 @@ def measure(posts: Sequence[Post], model: Path, adapter: Path | None) -> dict[st
             prompt = build_prompt(post.tokens, gold.word_start, gold.word_end, candidates)
             requests.append(Request(image, prompt, candidates))
             golds.append(gold.fine)
-            name = " ".join(post.tokens[gold.word_start : gold.word_end])
-            ambiguous.append(bool(gold.boxes) and (name, gold.fine) in _NAMESAKES)
+            ambiguous.append(bool(gold.boxes) and (_surface(post, gold), gold.fine) in _NAMESAKES)
     answers = engine.choose(requests, "score")
     right = np.array(
         [
@@ -273,10 +279,16 @@ def _questions(posts: Sequence[Post], loss: AnswerLoss, rng: random.Random) -> I
         for post in rng.sample(posts, len(posts)):
             image = _image(post)
             for gold in post.gold or ():
+                if (_surface(post, gold), gold.fine) not in _NAMESAKES and rng.random() < _P_PLAIN_LEFT_OUT:
+                    continue
                 candidates = confusable_candidates(post, gold, rng)
                 prompt = build_prompt(post.tokens, gold.word_start, gold.word_end, candidates)
                 if sample := loss.sample(image, prompt.replace(f"{INSTRUCTION}\n", ""), gold.fine):
                     yield sample
+
+
+def _surface(post: Post, gold: GoldEntity) -> str:
+    return " ".join(post.tokens[gold.word_start : gold.word_end])
 
 
 def _image(post: Post) -> np.ndarray:
