@@ -1,10 +1,9 @@
-"""The embedded reranker: a LLaVA small enough to be trained from scratch, and to come with the package."""
+"""The embedded reranker's recipe: a small LLaVA learns to see, to answer, and to answer as the reranker asks."""
 
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,25 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.config import ImageConfig, load_config
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import Scene, generate, make_scene
 from gem_ray.data.images import decode_image
+from gem_ray.nano.llava_model import build_llava, save_llava
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.candidates import training_candidates
-from gem_ray.rerank.encoding import count_image_tokens
 from gem_ray.rerank.engine import Choice, Request
 from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.llava import image_features, load_llava
-from gem_ray.rerank.prompts import IMAGE_TOKEN, INSTRUCTION, build_prompt
+from gem_ray.rerank.prompts import INSTRUCTION, build_prompt
 from gem_ray.rerank.train import AnswerLoss, RerankerTraining, Sample, batched, fit, train_reranker
 from gem_ray.taxonomy import FMNERG, GMNER
 
 Report = Callable[[str], None]
 
-_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
 _K = 5
 _MOST_EMBLEMS = 4  # in a scene of the first step
 # (a form of a name, its bearer's category) -> the category of the other bearer.
@@ -53,7 +42,7 @@ _NAMESAKES = {
     for surface in emblem.surfaces
 }
 _P_PLAIN_LEFT_OUT = 0.6  # share of mentions of unshared names not asked about in the second step: text alone tells them
-_COVERED = 0.3  # share of a patch that an emblem covers for the patch to be called by its name
+_COVERED = 0.2  # share of a patch that an emblem covers for the patch to be called by its name
 _ADAPTER_TRAINING = RerankerTraining(
     learning_rate=1e-3, epochs=1, batch_size=32, warmup=0.1, dropout=0.0, report_every=20
 )
@@ -77,9 +66,9 @@ class LlavaRecipe:
         report_every: steps between reports.
     """
 
-    posts: int = 4_000
-    scenes: int = 3_000
-    scene_steps: int = 500
+    posts: int = 3_000
+    scenes: int = 4_000
+    scene_steps: int = 1_600
     scene_batch: int = 24
     scene_rate: float = 1e-3
     answer_steps: int = 600
@@ -148,22 +137,21 @@ def learn_to_see(
     looks = [_look(make_random_scene(rng), vision.image_size, vision.patch_size) for _ in range(recipe.scenes)]
     report(f"reranker: {recipe.scenes} scenes drawn")
     words = _emblem_directions(model, processor)  # (E, D)
-    class_weights = torch.ones(len(EMBLEMS) + 1)
-    class_weights[-1] = 0.2  # most patches are background
 
     def loss(batch: list[Look]) -> torch.Tensor:
         pixels = processor.image_processor(images=[look.pixels for look in batch], return_tensors="pt")["pixel_values"]
         features = image_features(model, pixels)  # (I, P, D)
         # Where there is no emblem, a feature points nowhere; the constant is what it has to exceed to mean one.
         logits = F.pad(features @ words.T, (0, 1), value=2.0)  # (I, P, E + 1)
-        emblems = torch.from_numpy(np.stack([look.emblems for look in batch]))  # (I, P)
-        return F.cross_entropy(logits.flatten(0, 1), emblems.flatten(), class_weights)
+        emblems = torch.from_numpy(np.stack([look.emblems.flatten() for look in batch]))  # (I, P)
+        # Every emblem of a scene counts the same, however few patches it covers, and so does the background.
+        patches = F.one_hot(emblems, len(EMBLEMS) + 1).sum(dim=1)  # (I, E + 1)
+        weights = 1 / patches.gather(1, emblems)  # (I, P)
+        return (weights * F.cross_entropy(logits.mT, emblems, reduction="none")).sum() / weights.sum()
 
-    order = random.Random(seed)
-    endless = (look for _ in iter(int, 1) for look in order.sample(looks, len(looks)))
     weights = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     settings = _settings(recipe.scene_rate, recipe.report_every)
-    batches = batched(endless, recipe.scene_batch)
+    batches = batched(_endless(looks, random.Random(seed)), recipe.scene_batch)
     fit(loss, batches, weights, recipe.scene_steps, settings, _reporter(report, "sight"))
 
 
@@ -242,13 +230,17 @@ def make_random_scene(rng: np.random.Generator) -> Scene:
 
 @dataclass(frozen=True)
 class Look:
-    """A scene as the vision tower gets it: `(S, S, 3)` uint8, and `(P,)` which emblem covers each patch.
+    """A scene as the vision tower gets it: `(S, S, 3)` uint8, and which emblem covers each patch, a square of indices.
 
     Patches without an emblem hold `len(EMBLEMS)`.
     """
 
     pixels: np.ndarray
     emblems: np.ndarray
+
+    def mirrored(self) -> Look:
+        """The same scene, left and right exchanged: emblems stay what they are."""
+        return Look(np.ascontiguousarray(self.pixels[:, ::-1]), self.emblems[:, ::-1])
 
 
 def _look(scene: Scene, image_size: int, patch_size: int) -> Look:
@@ -259,7 +251,13 @@ def _look(scene: Scene, image_size: int, patch_size: int) -> Look:
         covered = F.adaptive_avg_pool2d(mask, side)[0].numpy()  # (side, side)
         emblems[covered > _COVERED] = EMBLEMS.index(instance.emblem)
     square = Image.fromarray(scene.pixels).resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return Look(np.array(square), emblems.flatten())
+    return Look(np.array(square), emblems)
+
+
+def _endless(looks: Sequence[Look], rng: random.Random) -> Iterator[Look]:
+    while True:
+        for look in rng.sample(looks, len(looks)):
+            yield look.mirrored() if rng.random() < 0.5 else look
 
 
 def _emblem_directions(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> torch.Tensor:
@@ -317,109 +315,3 @@ def _reporter(report: Report, step_name: str) -> Callable[[int, float], None]:
 def _halve(file: Path) -> None:
     """Store weights in half precision."""
     save_file({name: weight.half() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
-
-
-def build_llava(
-    out: Path,
-    texts: Iterable[str],
-    *,
-    vocab_size: int = 1536,
-    image_size: int = 112,
-    patch_size: int = 14,
-    vision_layers: int = 3,
-    vision_width: int = 128,
-    language_layers: int = 3,
-    language_width: int = 128,
-    head_width: int = 32,
-    max_length: int = 2048,
-    seed: int = 0,
-) -> None:
-    """Write a small LLaVA with random weights: model, tokenizer and processor, as published checkpoints have them.
-
-    Args:
-        out: folder to write, readable by transformers and by vLLM.
-        texts: what the byte-level BPE tokenizer is trained on.
-        vocab_size: tokens, special ones included; fewer if `texts` do not give as many.
-        image_size: side to which images are brought, in pixels.
-        patch_size: side of a patch, in pixels.
-        vision_layers: depth of the CLIP vision tower.
-        vision_width: its hidden size.
-        language_layers: depth of the LLaMA language model.
-        language_width: its hidden size.
-        head_width: size of an attention head of both.
-        max_length: positions of the language model.
-        seed: of the weights.
-    """
-    tokenizer = _train_tokenizer(texts, vocab_size)
-    vision = CLIPVisionConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        num_hidden_layers=vision_layers,
-        hidden_size=vision_width,
-        intermediate_size=4 * vision_width,
-        num_attention_heads=vision_width // head_width,
-        projection_dim=vision_width,
-    )
-    language = LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=language_layers,
-        hidden_size=language_width,
-        intermediate_size=3 * language_width,
-        num_attention_heads=language_width // head_width,
-        max_position_embeddings=max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=language,
-        image_token_index=_SPECIAL_TOKENS.index(IMAGE_TOKEN),
-        vision_feature_layer=-1,  # published models skip the last layer of a tower trained for something else
-    )
-    config.image_seq_length = count_image_tokens(config)
-    torch.manual_seed(seed)
-    processor = LlavaProcessor(
-        # Squeezed, not cropped as published models do: what is at the edge of an image may be what a post is about.
-        image_processor=CLIPImageProcessor(
-            size={"height": image_size, "width": image_size}, do_center_crop=False, resample=2
-        ),
-        tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
-    )
-    save_llava(LlavaForConditionalGeneration(config), processor, out)
-
-
-def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
-    """Write a checkpoint with weights named as published ones are; vLLM knows no other names."""
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    file = out / "model.safetensors"
-    # A model that was itself read from such a file comes with the right names already.
-    weights = {
-        re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name): weight
-        for name, weight in load_file(file).items()
-    }
-    save_file(weights, file, metadata={"format": "pt"})
-
-
-def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that any post can be read, with LLaMA's special tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(_SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", _SPECIAL_TOKENS.index("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )

@@ -10,7 +10,7 @@ from transformers import LlavaProcessor
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from gem_ray.config import Config, load_config
-from gem_ray.nano.llava import build_llava, save_llava
+from gem_ray.nano.llava_model import build_llava, save_llava
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.engine import Request
 from gem_ray.rerank.llava import load_llava
@@ -50,7 +50,7 @@ def adapter(base, tmp_path_factory) -> Path:
     """An adapter that calls the entity of a red image a city and of a blue one a sports team."""
     folder = tmp_path_factory.mktemp("adapter")
     posts = [_colored_post(index, *case) for index in range(8) for case in ((200, 0, "city"), (0, 200, "sports_team"))]
-    settings = RerankerTraining(learning_rate=4e-3, warmup=0.1, epochs=30, batch_size=16, dropout=0.0, rank=64)
+    settings = RerankerTraining(learning_rate=4e-3, warmup=0.1, epochs=15, batch_size=16, dropout=0.0, rank=64)
     train_reranker(
         posts, str(base), folder, settings, candidates=lambda post, gold, rng: rng.sample(_CHOICES, len(_CHOICES))
     )

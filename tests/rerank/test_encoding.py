@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from gem_ray.rerank.encoding import ChoiceTree, RequestEncoder, answer_ids
+from gem_ray.rerank.encoding import ChoiceTree, EncodedRequest, RequestEncoder, answer_ids
 from gem_ray.rerank.prompts import build_prompt
 from gem_ray.taxonomy import FMNERG
 
@@ -82,13 +82,12 @@ def test_a_tokenizer_that_merges_the_answer_with_the_prompt_is_refused():
 
 
 def test_what_is_too_long_is_an_error_that_gives_the_numbers(base, requests):
-    from transformers import AutoConfig
-
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = AutoConfig.from_pretrained(base)
     prompt = len(tokenizer.encode(requests[0].prompt)) - 1 + 16  # 4 × 4 patches in the place of one token
     longest = max(len(answer_ids(tokenizer, choice)) for choice in requests[0].choices)
     fits = RequestEncoder(tokenizer, config, prompt + longest).encode(requests[0])
     error = RequestEncoder(tokenizer, config, prompt + longest - 1).encode(requests[0])
+    assert isinstance(fits, EncodedRequest)
     assert fits.prompt == tokenizer.encode(requests[0].prompt)
     assert f"takes {prompt + longest} tokens" in str(error)

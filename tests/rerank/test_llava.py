@@ -6,7 +6,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import generate
-from gem_ray.nano.llava import build_llava, confusable_candidates, save_llava
+from gem_ray.nano.llava import confusable_candidates
+from gem_ray.nano.llava_model import build_llava, save_llava
 from gem_ray.rerank.encoding import count_image_tokens
 
 
@@ -28,8 +29,8 @@ def test_the_default_size_stays_below_two_million_parameters(tmp_path):
     assert model.num_parameters() < 2_000_000
     processor = LlavaProcessor.from_pretrained(tmp_path)
     inputs = processor(images=torch.zeros(3, 40, 90, dtype=torch.uint8), text="<image>\nx", return_tensors="pt")
-    assert inputs["pixel_values"].shape[-2:] == (112, 112)
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == count_image_tokens(model.config) == 64
+    assert inputs["pixel_values"].shape[-2:] == (120, 120)
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == count_image_tokens(model.config) == 100
 
 
 def test_any_text_survives_the_tokenizer(base):
@@ -43,7 +44,7 @@ def test_candidates_of_a_shared_name_hold_both_senses():
     senses = {emblem.name: {other.fine for other in EMBLEMS if other.name == emblem.name} for emblem in EMBLEMS}
     met = 0
     for post in generate(30, 5):
-        for gold in post.gold:
+        for gold in post.gold or ():
             candidates = confusable_candidates(post, gold, rng)
             assert len(set(candidates)) == 5
             name = " ".join(post.tokens[gold.word_start : gold.word_end])

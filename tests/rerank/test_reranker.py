@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gem_ray.records import Candidate, Entity, Post, ProblemKind, StageName, Status
-from gem_ray.rerank.engine import Choice, RequestError
+from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.prompts import build_prompt
 from gem_ray.rerank.reranker import Reranker, load_engine
@@ -10,14 +10,14 @@ from gem_ray.rerank.uncertainty import UncertaintyFilter
 from gem_ray.taxonomy import FMNERG
 
 _TOKENS = ["so", "this", "is", "Ardenza", "and", "Corvane"]
-_IMAGE = np.zeros((8, 8, 3), np.uint8)
+_IMAGE: np.ndarray = np.zeros((8, 8, 3), np.uint8)
 
 
 class ScriptedEngine:
     """Answers with the last choice, and remembers what it was asked."""
 
     def __init__(self, fails_on: str | None = None):
-        self.calls = []
+        self.calls: list[tuple[list[Request], Mode]] = []
         self._fails_on = fails_on
 
     def choose(self, requests, mode):
@@ -57,7 +57,7 @@ def test_a_hard_entity_takes_the_answers_category_and_keeps_the_taggers_candidat
 
 def test_the_engine_is_asked_once_for_the_batch_with_the_entities_of_a_post_adjacent():
     engine = ScriptedEngine()
-    other = np.ones((8, 8, 3), np.uint8)
+    other: np.ndarray = np.ones((8, 8, 3), np.uint8)
     _reranker(engine, "generate")([_post(_entity(3), _entity(5)), _post(_entity(3), image=other)])
     [(requests, mode)] = engine.calls
     assert mode == "generate"

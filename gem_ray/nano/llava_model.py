@@ -1,0 +1,131 @@
+"""A LLaVA small enough to be trained from scratch: its sizes, its tokenizer, and how it is written to disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from gem_ray.rerank.encoding import count_image_tokens
+from gem_ray.rerank.prompts import IMAGE_TOKEN
+
+_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
+
+
+def build_llava(
+    out: Path,
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 1536,
+    image_size: int = 120,
+    patch_size: int = 12,
+    vision_layers: int = 3,
+    vision_width: int = 128,
+    language_layers: int = 3,
+    language_width: int = 128,
+    head_width: int = 32,
+    max_length: int = 2048,
+    seed: int = 0,
+) -> None:
+    """Write a small LLaVA with random weights: model, tokenizer and processor, as published checkpoints have them.
+
+    Args:
+        out: folder to write, readable by transformers and by vLLM.
+        texts: what the byte-level BPE tokenizer is trained on.
+        vocab_size: tokens, special ones included; fewer if `texts` do not give as many.
+        image_size: side to which images are brought, in pixels.
+        patch_size: side of a patch, in pixels.
+        vision_layers: depth of the CLIP vision tower.
+        vision_width: its hidden size.
+        language_layers: depth of the LLaMA language model.
+        language_width: its hidden size.
+        head_width: size of an attention head of both.
+        max_length: positions of the language model.
+        seed: of the weights.
+    """
+    tokenizer = _train_tokenizer(texts, vocab_size)
+    vision = CLIPVisionConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        num_hidden_layers=vision_layers,
+        hidden_size=vision_width,
+        intermediate_size=4 * vision_width,
+        num_attention_heads=vision_width // head_width,
+        projection_dim=vision_width,
+    )
+    language = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=language_layers,
+        hidden_size=language_width,
+        intermediate_size=3 * language_width,
+        num_attention_heads=language_width // head_width,
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=language,
+        image_token_index=_SPECIAL_TOKENS.index(IMAGE_TOKEN),
+        vision_feature_layer=-1,  # published models skip the last layer of a tower trained for something else
+    )
+    config.image_seq_length = count_image_tokens(config)
+    torch.manual_seed(seed)
+    processor = LlavaProcessor(
+        # Squeezed, not cropped as published models do: what is at the edge of an image may be what a post is about.
+        image_processor=CLIPImageProcessor(
+            size={"height": image_size, "width": image_size}, do_center_crop=False, resample=2
+        ),
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+    )
+    save_llava(LlavaForConditionalGeneration(config), processor, out)
+
+
+def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write a checkpoint with weights named as published ones are; vLLM knows no other names."""
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    file = out / "model.safetensors"
+    # A model that was itself read from such a file comes with the right names already.
+    weights = {
+        re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name): weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, so that any post can be read, with LLaMA's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", _SPECIAL_TOKENS.index("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
