@@ -10,7 +10,8 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 	$(BIN)/gem-ray demo --out out/demo
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not vllm"
+	$(BIN)/pytest -m vllm
 
 lint: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -96,7 +96,9 @@ class RerankerConfig(_Section):
     mode: Literal["generate", "score"] = "score"
     batch_size: PositiveInt = Field(16, description="entities in one forward pass (transformers engine)")
     dtype: DType = "float32"
-    max_model_len: PositiveInt = Field(1024, description="vLLM: tokens of prompt and answer")
+    max_model_len: PositiveInt = Field(
+        1024, description="tokens of prompt, image and answer; longer ones are not reranked"
+    )
     max_lora_rank: PositiveInt = Field(64, description="vLLM: the largest adapter rank")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")
 
@@ -142,6 +144,7 @@ class BoxConfig(_Section):
         default_factory=lambda: ["person"],
         description="coarse or fine categories whose text-prompted instance wins over SAM's mask",
     )
+    largest_component: bool = Field(False, description="bound only the largest connected region of SAM's mask")
 
 
 class GrounderConfig(_Section):

@@ -24,11 +24,11 @@ def gem_ray(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    if isinstance(command, click.Group):
-        for name, child in command.commands.items():
-            yield from commands(child, (*path, name))
-    else:
+    children = getattr(command, "commands", None)  # a group's; typer brings a click of its own
+    if children is None:
         yield " ".join(path), command
+    for name, child in (children or {}).items():
+        yield from commands(child, (*path, name))
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands(typer.main.get_command(app))))

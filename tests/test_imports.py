@@ -18,7 +18,8 @@ LAYERS = [
     {"annotator"},
     {"pipeline", "serving", "evaluation"},
     {"nano"},
-    {"cli", "jobs"},
+    {"cli"},
+    {"jobs"},
 ]
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 HEAVY = ("torch", "transformers", "vllm", "ray", "peft", "torchvision")

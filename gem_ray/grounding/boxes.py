@@ -57,17 +57,25 @@ class BoxResult:
 class BoxMaker:
     """Makes boxes for the entities of many images; no model is run whose answer would not be used."""
 
-    def __init__(self, sam: SamSegmenter | None, text: TextSegmenter | None, text_first: Iterable[str]) -> None:
+    def __init__(
+        self,
+        sam: SamSegmenter | None,
+        text: TextSegmenter | None,
+        text_first: Iterable[str],
+        largest_component: bool = False,
+    ) -> None:
         """Combine segmenters.
 
         Args:
             sam: prompted with the peak; none: ablated.
             text: prompted with the category; none: ablated.
             text_first: coarse or fine categories whose text-prompted instance wins over SAM's mask.
+            largest_component: bound only the largest connected region of SAM's mask.
         """
         self._sam = sam
         self._text = text
         self._text_first = frozenset(text_first)
+        self._largest_component = largest_component
 
     @classmethod
     def from_config(cls, config: Config) -> BoxMaker:
@@ -84,6 +92,7 @@ class BoxMaker:
             SamSegmenter.from_config(config) if section.sam else None,
             load_text_segmenter(config) if section.text else None,
             text_first,
+            section.largest_component,
         )
 
     def boxes(self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest]) -> list[BoxResult]:
@@ -107,6 +116,7 @@ class BoxMaker:
                 self._is_text_first(request),
                 masks.get(row),
                 instances.get(row, ()),
+                self._largest_component,
             )
             for row, request in enumerate(requests)
         ]
@@ -149,6 +159,7 @@ def choose_box(
     text_first: bool,
     masks: PointMasks | None,
     instances: Sequence[Instance],
+    largest_component: bool = False,
 ) -> BoxResult:
     """Which prompt is believed.
 
@@ -158,12 +169,17 @@ def choose_box(
         text_first: its category is one whose objects SAM tends to cut into parts.
         masks: SAM's answer; none: it was not asked.
         instances: those of its category; empty: there are none, or they were not asked for.
+        largest_component: bound only the largest connected region of SAM's mask.
     """
     held = instance_at(instances, request.x, request.y)
     if text_first and held:
         return BoxResult(held.box, "text", held.score)
-    box = mask_box(masks.masks[masks.best]) if masks else None
-    if masks and box:
+    if masks and masks.masks[masks.best].any():
+        mask = masks.masks[masks.best]
+        if largest_component:
+            mask = max(connected_components(mask), key=np.count_nonzero)
+        box = mask_box(mask)
+        assert box is not None  # the mask is not empty
         return BoxResult(box, "sam", float(masks.iou[masks.best]))
     if not instances:
         return BoxResult(map_box(request.map, size), "map", None)

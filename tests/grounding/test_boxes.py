@@ -269,3 +269,13 @@ def test_the_box_of_the_map_bounds_the_region_around_the_peak():
 
 def test_a_flat_map_gives_the_whole_image():
     assert map_box(np.zeros((3, 3), dtype=np.float32), (12, 15)) == Box(0, 0, 15, 12)
+
+
+def test_specks_of_a_mask_can_be_left_out_of_its_box():
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[5:12, 4:10] = True
+    mask[18, 28] = True
+    masks = PointMasks(np.stack([mask] * 3), np.array([0.9, 0.5, 0.1]))
+    whole, largest = (choose_box(request(*TEAM), (20, 30), False, masks, [], flag) for flag in (False, True))
+    assert whole.box == Box(4, 5, 29, 19)
+    assert largest.box == Box(4, 5, 10, 12)

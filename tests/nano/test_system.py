@@ -72,6 +72,7 @@ def test_reranker_looks_at_the_image(gold: list[Post], annotate: Callable[..., l
     assert scores(gold, seeing).mner.f1 > scores(gold, blind).mner.f1 + 0.02
 
 
+@pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_engines_choose_the_same_categories(annotate: Callable[..., list[Post]]) -> None:
     plain = annotate("grounder.enabled=false")

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 
 pytest.importorskip("vllm")
@@ -7,14 +5,19 @@ pytest.importorskip("vllm")
 from gem_ray.rerank.engine import Request, RequestError
 from gem_ray.rerank.engine_transformers import TransformersEngine
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.fixture(scope="module")
 def engine(trained):
-    # In this process, so that the test leaves none behind.
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    from gem_ray.rerank.engine_vllm import VllmEngine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that the test leaves none behind
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        from gem_ray.rerank.engine_vllm import VllmEngine
 
-    return VllmEngine.from_config(trained)
+        yield VllmEngine.from_config(trained)
 
 
 @pytest.fixture(scope="module")
