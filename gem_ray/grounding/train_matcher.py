@@ -166,8 +166,8 @@ class _Trainer:
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()
+                self.schedule.step()
                 yield loss.item()
-            self.schedule.step()
 
     def save(self, out: Path) -> None:
         """Write the model, its tokenizer with `[ENC]`, and its image preprocessing."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipForImageTextRetrieval
 
-from gem_ray.data.emblems import EMBLEMS
+from gem_ray.data.emblems import EMBLEMS, Emblem
 from gem_ray.data.generated import Scene, make_scene
 from gem_ray.grounding.matcher import ImageProcessor, Match, Matcher, Query, TextProcessor, resize_square
 from gem_ray.grounding.trace import peak
@@ -37,16 +37,16 @@ class BlipRecipe:
         size: dimensions of the model.
         scenes: images rendered ahead, from which batches are drawn.
         images: a batch.
-        names: asked of each image: all that are present, their namesakes, a stranger, and random absent ones.
+        names: asked of each image: all that are present, those easily confused with them, a stranger, and random
+            absent ones.
         warm_up_steps: of the image encoder alone.
         warm_up_rate: its highest learning rate.
         steps: of image–text matching.
         rate: its highest learning rate.
         present_weight: of present names in the losses, as most names asked are absent.
         looking_weight: of a loss that asks the first cross-attention to look at image patches for present names and at
-            the class patch for absent ones. It says nothing of where, but gives the attention a gradient from the
-            start, which matching alone does not before it has left chance. Higher layers could meet it without finding
-            the right patch: their queries know from the first one whether the name is present.
+            the class patch for absent ones. It says nothing of where, but names are found sooner and better with it.
+            Higher layers could meet it anywhere: their queries know from the first one whether the name is present.
         fresh_scenes: on which the result is measured.
         processes: that render.
     """
@@ -55,9 +55,9 @@ class BlipRecipe:
     scenes: int = 10_000
     images: int = 32
     names: int = 16
-    warm_up_steps: int = 500
+    warm_up_steps: int = 1_000
     warm_up_rate: float = 2e-3
-    steps: int = 3_200
+    steps: int = 2_400
     rate: float = 1e-3
     present_weight: float = 4.0
     looking_weight: float = 0.5
@@ -112,9 +112,9 @@ def train(out: Path, seed: int, recipe: BlipRecipe | None = None, report: Report
     bank = name_bank(TextProcessor(BertTokenizer.from_pretrained(out), model.config.text_config.vocab_size), seed)
     scenes = render_scenes(recipe.scenes, seed, recipe.size.image_side, recipe.processes)
     report(f"matcher: {recipe.scenes} scenes rendered")
-    rng = np.random.default_rng(seed)
-    warm_up(model, images, scenes, recipe, rng, report)
-    fit_matching(model, images, bank, scenes, recipe, rng, report)
+    trainer = Trainer(model, images, bank, scenes, recipe, np.random.default_rng(seed), report)
+    trainer.warm_up()
+    trainer.fit_matching()
     model.save_pretrained(out)
     result = measure(model, out, recipe.fresh_scenes, seed + 1)
     report(f"matcher: {result}")
@@ -126,19 +126,19 @@ def render_scenes(count: int, seed: int, side: int, processes: int) -> Scenes:
     jobs = [(seed, index, side) for index in range(count)]
     # Workers start afresh: a fork of a process that has run torch may hang.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        rendered = pool.map(_render, jobs, chunksize=64)
+        rendered = pool.starmap(render_scene, jobs, chunksize=64)
     return Scenes(np.stack([square for square, _ in rendered]), np.stack([shows for _, shows in rendered]))
 
 
-def _render(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    seed, index, side = job
+def render_scene(seed: int, index: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """One scene of `Scenes`: a function of seed and index."""
     rng = np.random.default_rng([seed, index])
     scene = make_scene(rng, _pick_emblems(rng))
     shown = {instance.emblem for instance in scene.instances}
     return resize_square(scene.pixels, side), np.array([emblem in shown for emblem in EMBLEMS])
 
 
-def _pick_emblems(rng: np.random.Generator) -> list[Any]:
+def _pick_emblems(rng: np.random.Generator) -> list[Emblem]:
     count = int(rng.choice(5, p=[0.05, 0.2, 0.3, 0.25, 0.2]))
     return [EMBLEMS[index] for index in rng.choice(len(EMBLEMS), size=count, replace=False)]
 
@@ -163,65 +163,97 @@ def _emblem_texts() -> list[list[str]]:
     return [[Query(0, surface, emblem.fine).text for surface in emblem.surfaces] for emblem in EMBLEMS]
 
 
-def warm_up(
-    model: BlipForImageTextRetrieval,
-    images: ImageProcessor,
-    scenes: Scenes,
-    recipe: BlipRecipe,
-    rng: np.random.Generator,
-    report: Report,
-) -> list[float]:
-    """Teach the image encoder which emblems an image shows, by weak labels: some patch must say so.
+@dataclass(frozen=True)
+class Trainer:
+    """What both stages of training share."""
 
-    The emblems compete in a softmax. One binary loss for each stays at its base rate: an image shows few of many.
+    model: BlipForImageTextRetrieval
+    images: ImageProcessor
+    bank: NameBank
+    scenes: Scenes
+    recipe: BlipRecipe
+    rng: np.random.Generator
+    report: Report
 
-    Returns:
-        The loss of every step.
-    """
-    classifier = nn.Linear(recipe.size.width, scenes.shows.shape[1])
-    parameters = [*model.vision_model.parameters(), *classifier.parameters()]
+    def warm_up(self) -> list[float]:
+        """Teach the image encoder which emblems an image shows, by weak labels: some patch must say so.
 
-    def loss_of(picked: np.ndarray) -> Tensor:
-        picked = picked[scenes.shows[picked].any(axis=1)]
-        patches = encode_images(model, images.normalize(_mirrored(scenes.squares[picked], rng)))[:, 1:]  # (B, P, D)
-        logits = classifier(patches).logsumexp(dim=1)  # (B, E)
-        shows = torch.from_numpy(scenes.shows[picked]).float()
-        return F.cross_entropy(logits, shows / shows.sum(dim=1, keepdim=True))
+        The emblems compete in a softmax. A binary loss for each stays at its base rate, as an image shows few of many.
+        Patches see only their neighbours, so that what an emblem looks like is kept where it is.
 
-    return _fit("warm-up", loss_of, parameters, recipe.warm_up_steps, recipe.warm_up_rate, scenes, recipe, rng, report)
+        Returns:
+            The loss of every step.
+        """
+        classifier = nn.Linear(self.recipe.size.width, self.scenes.shows.shape[1])
+        parameters = [*self.model.vision_model.parameters(), *classifier.parameters()]
+
+        def loss_of(picked: np.ndarray) -> Tensor:
+            picked = picked[self.scenes.shows[picked].any(axis=1)]
+            logits = classifier(self._encode(picked, reach=1)[:, 1:]).logsumexp(dim=1)  # (B, P, E) to (B, E)
+            shows = torch.from_numpy(self.scenes.shows[picked]).float()
+            return F.cross_entropy(logits, shows / shows.sum(dim=1, keepdim=True))
+
+        return self._fit("warm-up", loss_of, parameters, self.recipe.warm_up_steps, self.recipe.warm_up_rate)
+
+    def fit_matching(self) -> list[float]:
+        """Train image–text matching, many names an image.
+
+        Returns:
+            The loss of every step.
+        """
+        weight = torch.tensor([1.0, self.recipe.present_weight])
+
+        def loss_of(picked: np.ndarray) -> Tensor:
+            asked = [ask_names(shows, self.bank, self.recipe.names, self.rng) for shows in self.scenes.shows[picked]]
+            rows = torch.from_numpy(np.stack([rows for rows, _ in asked]))  # (B, N)
+            present = torch.from_numpy(np.stack([present for _, present in asked])).long()
+            logits, looking = match_logits(
+                self.model, self._encode(picked), self.bank.input_ids[rows], self.bank.attention_mask[rows]
+            )
+            matching_loss = F.cross_entropy(logits.flatten(0, 1), present.flatten(), weight=weight)
+            looking_loss = F.binary_cross_entropy(looking.clamp(1e-5, 1 - 1e-5), present.float(), weight[present])
+            return matching_loss + self.recipe.looking_weight * looking_loss / weight[present].mean()
+
+        return self._fit("matching", loss_of, list(self.model.parameters()), self.recipe.steps, self.recipe.rate)
+
+    def _encode(self, picked: np.ndarray, reach: int | None = None) -> Tensor:
+        """Encode scenes, half of them turned left to right: emblems are the same then."""
+        squares = self.scenes.squares[picked]
+        turned = self.rng.random(len(picked)) < 0.5
+        squares[turned] = squares[turned, :, ::-1]
+        return encode_images(self.model, self.images.normalize(squares), reach)
+
+    def _fit(
+        self,
+        stage: str,
+        loss_of: Callable[[np.ndarray], Tensor],
+        parameters: list[nn.Parameter],
+        steps: int,
+        rate: float,
+    ) -> list[float]:
+        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle((step + 1) / (steps + 1)))
+        losses: list[float] = []
+        for step in range(steps):
+            loss = loss_of(self.rng.choice(len(self.scenes.squares), size=self.recipe.images, replace=False))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if (step + 1) % 100 == 0:
+                self.report(f"matcher {stage}: step {step + 1} of {steps}, loss {np.mean(losses[-100:]):.4f}")
+        return losses
 
 
-def fit_matching(
-    model: BlipForImageTextRetrieval,
-    images: ImageProcessor,
-    bank: NameBank,
-    scenes: Scenes,
-    recipe: BlipRecipe,
-    rng: np.random.Generator,
-    report: Report,
-) -> list[float]:
-    """Train image–text matching, many names an image.
-
-    Returns:
-        The loss of every step.
-    """
-    weight = torch.tensor([1.0, recipe.present_weight])
-
-    def loss_of(picked: np.ndarray) -> Tensor:
-        rows, present = zip(*(ask_names(shows, bank, recipe.names, rng) for shows in scenes.shows[picked]), strict=True)
-        states = encode_images(model, images.normalize(_mirrored(scenes.squares[picked], rng)))
-        asked = torch.from_numpy(np.stack(rows))
-        logits, on_image = match_logits(model, states, bank.input_ids[asked], bank.attention_mask[asked])
-        labels = torch.from_numpy(np.stack(present)).long()
-        matching = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
-        looking = F.binary_cross_entropy(on_image.clamp(1e-5, 1 - 1e-5), labels.float(), weight=weight[labels])
-        return matching + recipe.looking_weight * looking / weight[labels].mean()
-
-    return _fit("matching", loss_of, list(model.parameters()), recipe.steps, recipe.rate, scenes, recipe, rng, report)
+def _one_cycle(done: float) -> float:
+    """Up in a line for a tenth of the way, then down along a cosine."""
+    return done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
 
 
 def ask_names(shows: np.ndarray, bank: NameBank, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Names to ask of an image: all that it shows, their namesakes, a stranger, and random absent ones.
+    """Names to ask of an image: all that it shows, those easily confused with them, a stranger, and random absent ones.
 
     Args:
         shows: `(E,)` bool.
@@ -232,10 +264,9 @@ def ask_names(shows: np.ndarray, bank: NameBank, count: int, rng: np.random.Gene
     Returns:
         Rows of the bank and whether each is present, both `(count,)`.
     """
-    namesakes = np.array([not shows[e] and any(shows[o] for o in NAMESAKES[e]) for e in range(len(shows))])
-    first = np.flatnonzero(shows | namesakes)
-    others = rng.permutation(np.flatnonzero(~(shows | namesakes)))
-    asked = np.concatenate([first, others])[: count - 1]
+    first = list(dict.fromkeys([*np.flatnonzero(shows), *(o for e in np.flatnonzero(shows) for o in CONFUSABLE[e])]))
+    others = rng.permutation(np.setdiff1d(np.arange(len(shows)), first))
+    asked = np.concatenate([first, others])[: count - 1].astype(int)
     rows = [int(rng.choice(bank.rows[emblem])) for emblem in asked]
     stranger = int(rng.integers(bank.strangers, len(bank.input_ids)))
     return np.array([*rows, stranger]), np.array([*shows[asked], False])
@@ -294,47 +325,16 @@ def _peak_is_right(scene: Scene, query: Query, match: Match) -> bool:
     )
 
 
-def _mirrored(squares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Half of the images turned left to right: emblems are the same then."""
-    mirrored = squares.copy()
-    turned = rng.random(len(squares)) < 0.5
-    mirrored[turned] = mirrored[turned, :, ::-1]
-    return mirrored
-
-
-def _fit(
-    name: str,
-    loss_of: Callable[[np.ndarray], Tensor],
-    parameters: list[nn.Parameter],
-    steps: int,
-    rate: float,
-    scenes: Scenes,
-    recipe: BlipRecipe,
-    rng: np.random.Generator,
-    report: Report,
-) -> list[float]:
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle((step + 1) / (steps + 1)))
-    losses: list[float] = []
-    for step in range(steps):
-        loss = loss_of(rng.choice(len(scenes.squares), size=recipe.images, replace=False))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            report(f"matcher {name}: step {step + 1} of {steps}, loss {np.mean(losses[-100:]):.4f}")
-    return losses
-
-
-def _one_cycle(done: float) -> float:
-    """Up in a line for a tenth of the way, then down along a cosine."""
-    return done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
-
-
 NAMESAKES: tuple[tuple[int, ...], ...] = tuple(
     tuple(index for index, other in enumerate(EMBLEMS) if other.name == emblem.name and other != emblem)
+    for emblem in EMBLEMS
+)
+# Of the same name, or of the same category and so of the same shape.
+CONFUSABLE: tuple[tuple[int, ...], ...] = tuple(
+    tuple(
+        index
+        for index, other in enumerate(EMBLEMS)
+        if other != emblem and (other.name == emblem.name or other.fine == emblem.fine)
+    )
     for emblem in EMBLEMS
 )

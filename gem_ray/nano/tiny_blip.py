@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from torch.nn import functional as F
@@ -90,16 +91,27 @@ def _build_tokenizer(texts: Sequence[str]) -> BertTokenizer:
     return tokenizer
 
 
-def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor) -> Tensor:
-    """What `model.vision_model` computes, with fused attention: `(B, 3, S, S)` to `(B, 1 + P, D)`."""
+def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor, reach: int | None = None) -> Tensor:
+    """What `model.vision_model` computes, with fused attention: `(B, 3, S, S)` to `(B, 1 + P, D)`.
+
+    With a `reach`, a patch attends to patches at most so far away, and to the class patch.
+    """
     vision = model.vision_model
+    visible = None if reach is None else _neighbours(pixels.shape[-1] // model.config.vision_config.patch_size, reach)
     heads = model.config.vision_config.num_attention_heads
     hidden = vision.embeddings(pixels)
     for layer in vision.encoder.layers:
         query, key, value = layer.self_attn.qkv(layer.layer_norm1(hidden)).chunk(3, dim=-1)
-        hidden = hidden + layer.self_attn.projection(_attend(query, key, value, heads))
+        hidden = hidden + layer.self_attn.projection(_attend(query, key, value, heads, visible))
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
     return vision.post_layernorm(hidden)
+
+
+def _neighbours(side: int, reach: int) -> Tensor:
+    """Which of the class patch and `side × side` patches see which: `(1 + P, 1 + P)` bool."""
+    rows, columns = torch.arange(side * side) // side, torch.arange(side * side) % side
+    near = ((rows[:, None] - rows).abs() <= reach) & ((columns[:, None] - columns).abs() <= reach)
+    return F.pad(near, (1, 0, 1, 0), value=True)
 
 
 def match_logits(
@@ -123,32 +135,35 @@ def match_logits(
     images, names, _ = input_ids.shape
     heads = model.config.text_config.num_attention_heads
     layers = model.text_encoder.encoder.layer
-    visible = attention_mask.flatten(0, 1).bool()  # (B · N, T)
+    visible = attention_mask.flatten(0, 1)[:, None, None, :].bool()  # (B · N, 1, 1, T)
     hidden = model.text_encoder.embeddings(input_ids=input_ids.flatten(0, 1))  # (B · N, T, D)
-    for index, layer in enumerate(layers):
-        asking = hidden[:, :1] if index == len(layers) - 1 else hidden  # the head reads [ENC] only
+    for layer in layers:
+        asking = hidden[:, :1] if layer is layers[-1] else hidden  # the head reads [ENC] only
         own = layer.attention.self
-        context = _attend(own.query(asking), own.key(hidden), own.value(hidden), heads, visible[:, None, None, :])
+        context = _attend(own.query(asking), own.key(hidden), own.value(hidden), heads, visible)
         asking = layer.attention.output(context, asking).reshape(images, -1, hidden.shape[-1])  # (B, N · T, D)
         cross = layer.crossattention.self
         query, key = cross.query(asking), cross.key(states)
-        if index == 0:
-            on_image = _attention_on_patches(query, key, heads, visible)
+        if layer is layers[0]:
+            looking = _attention_on_patches(query, key, heads, attention_mask)
         asking = layer.crossattention.output(_attend(query, key, cross.value(states), heads), asking)
         hidden = layer.feed_forward_chunk(asking).view(images * names, -1, hidden.shape[-1])
-    return model.itm_head(hidden[:, 0]).view(images, names, 2), on_image.view(images, names)
+    return model.itm_head(hidden[:, 0]).view(images, names, 2), looking
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, visible: Tensor | None = None) -> Tensor:
-    """Multi-head attention of `(B, T, D)` on `(B, S, D)`; `visible` is `(B, 1, 1, S)` bool."""
+    """Multi-head attention of `(B, T, D)` on `(B, S, D)`; `visible`, bool, spreads to `(B, 1, T, S)`."""
     query, key, value = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).transpose(1, 2).flatten(2)
 
 
-def _attention_on_patches(query: Tensor, key: Tensor, heads: int, visible: Tensor) -> Tensor:
-    """The share of attention that is not on the class patch, a mean over heads and visible tokens: `(B · N,)`."""
+def _attention_on_patches(query: Tensor, key: Tensor, heads: int, attention_mask: Tensor) -> Tensor:
+    """The share of attention that is not on the class patch, a mean over heads and visible tokens.
+
+    `query` is `(B, N · T, D)`, `key` `(B, 1 + P, D)`, `attention_mask` `(B, N, T)`, the result `(B, N)`.
+    """
     query, key = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key))
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, N · T, 1 + P)
     on_patches = 1 - (scores[..., 0] - scores.logsumexp(dim=-1)).exp()  # (B, H, N · T)
-    of_text = on_patches.mean(dim=1).view(visible.shape)  # (B · N, T)
-    return (of_text * visible).sum(dim=1) / visible.sum(dim=1)
+    of_text = on_patches.mean(dim=1).view(attention_mask.shape) * attention_mask  # (B, N, T)
+    return of_text.sum(dim=-1) / attention_mask.sum(dim=-1)

@@ -9,15 +9,15 @@ from transformers import BertTokenizer, BlipForImageTextRetrieval
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.grounding.matcher import ImageProcessor, Query, TextProcessor
 from gem_ray.nano.blip import (
-    NAMESAKES,
+    CONFUSABLE,
     BlipRecipe,
     NameBank,
     Scenes,
+    Trainer,
     ask_names,
-    fit_matching,
     name_bank,
+    render_scene,
     render_scenes,
-    warm_up,
 )
 from gem_ray.nano.tiny_blip import BlipSize, build_blip, encode_images, match_logits
 from gem_ray.taxonomy import FMNERG
@@ -72,9 +72,7 @@ def test_fused_passes_equal_the_models_own(model, bank):
             row = rows[image, name]
             length = int(bank.attention_mask[row].sum())
             output = model.text_encoder(
-                bank.input_ids[row, None, :length],
-                encoder_hidden_states=states[image, None],
-                output_attentions=True,
+                bank.input_ids[row, None, :length], encoder_hidden_states=states[image, None], output_attentions=True
             )
             expected = model.itm_head(output.last_hidden_state[0, 0])
             torch.testing.assert_close(logits[image, name], expected, rtol=1e-4, atol=1e-4)
@@ -82,7 +80,20 @@ def test_fused_passes_equal_the_models_own(model, bank):
             torch.testing.assert_close(looking[image, name], on_patches, rtol=1e-4, atol=1e-4)
 
 
-def test_an_image_is_asked_for_all_it_shows_and_for_namesakes_that_it_does_not(bank):
+def test_with_a_reach_a_patch_depends_on_its_neighbourhood_alone(model):
+    pixels = torch.randn(1, 3, 32, 32)
+    changed = pixels.clone()
+    changed[..., :8, :8] = 0  # the first of 4 × 4 patches
+    vision = model.vision_model.encoder
+    vision.layers = vision.layers[:1]  # more layers reach further, and the class patch sees everything
+    with torch.no_grad():
+        one, other = (encode_images(model, each, reach=1)[0, 1:].view(4, 4, -1) for each in (pixels, changed))
+    differs = (one - other).abs().amax(dim=-1) > 1e-6
+    assert differs[:2, :2].all()
+    assert differs.sum() == 4
+
+
+def test_an_image_is_asked_for_all_it_shows_and_for_what_is_easily_confused(bank):
     rng = np.random.default_rng(0)
     emblem_of_row = {row: emblem for emblem, rows in enumerate(bank.rows) for row in rows}
     for _ in range(50):
@@ -93,7 +104,7 @@ def test_an_image_is_asked_for_all_it_shows_and_for_namesakes_that_it_does_not(b
         assert len(asked) == 15
         assert all(there == shows[emblem] for emblem, there in asked.items())
         assert set(np.flatnonzero(shows)) <= set(asked)
-        assert {other for emblem in np.flatnonzero(shows) for other in NAMESAKES[emblem]} <= set(asked)
+        assert {other for emblem in np.flatnonzero(shows) for other in CONFUSABLE[emblem]} <= set(asked)
         assert rows[-1] >= bank.strangers
         assert not present[-1]
 
@@ -106,17 +117,17 @@ def test_bank_holds_every_way_to_write_every_name(bank, folder):
     assert bank.input_ids[row, 1 : int(bank.attention_mask[row].sum())].tolist() == tokenizer(text)["input_ids"][1:]
 
 
-def test_rendered_scenes_are_the_same_for_the_same_seed_and_show_what_they_say():
-    one, two = render_scenes(6, 3, 32, 1), render_scenes(6, 3, 32, 1)
-    assert one.squares.shape == (6, 32, 32, 3)
-    assert (one.squares == two.squares).all()
-    assert (one.shows == two.shows).all()
-    assert one.shows.sum(axis=1).max() <= 4
-    assert one.shows.any()
+def test_scenes_are_rendered_in_order_whoever_renders_them():
+    scenes = render_scenes(6, 3, 32, processes=1)
+    assert scenes.squares.shape == (6, 32, 32, 3)
+    for index, (square, shows) in enumerate(zip(scenes.squares, scenes.shows, strict=True)):
+        expected_square, expected_shows = render_scene(3, index, 32)
+        assert (square == expected_square).all()
+        assert (shows == expected_shows).all()
+    assert 0 < scenes.shows.sum(axis=1).max() <= 4
 
 
 def test_both_stages_learn(model, folder, bank):
-    rng = np.random.default_rng(0)
     shows = np.zeros((8, len(EMBLEMS)), dtype=bool)
     shows[np.arange(8), np.arange(8) % 2 * 3] = True
     squares = np.where(shows[:, 0, None, None, None], (220, 20, 20), (20, 20, 220)).astype(np.uint8)
@@ -125,7 +136,8 @@ def test_both_stages_learn(model, folder, bank):
         BlipRecipe(), size=SIZE, images=8, names=6, warm_up_steps=30, warm_up_rate=1e-2, steps=60, rate=5e-3
     )
     images = ImageProcessor.from_pretrained(folder)
-    losses = warm_up(model, images, scenes, recipe, rng, lambda line: None)
+    trainer = Trainer(model, images, bank, scenes, recipe, np.random.default_rng(0), report=lambda line: None)
+    losses = trainer.warm_up()
     assert losses[-1] < 0.2 * losses[0]
-    losses = fit_matching(model, images, bank, scenes, recipe, rng, lambda line: None)
+    losses = trainer.fit_matching()
     assert losses[-1] < 0.7 * losses[0]
