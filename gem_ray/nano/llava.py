@@ -24,7 +24,7 @@ from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.candidates import training_candidates
 from gem_ray.rerank.engine import Choice, Request
 from gem_ray.rerank.engine_transformers import TransformersEngine
-from gem_ray.rerank.llava import image_features, load_llava
+from gem_ray.rerank.llava import image_features, load_llava, pixel_values
 from gem_ray.rerank.prompts import INSTRUCTION, build_prompt
 from gem_ray.rerank.train import AnswerLoss, RerankerTraining, Sample, batched, fit, train_reranker
 from gem_ray.taxonomy import FMNERG, GMNER
@@ -139,8 +139,7 @@ def learn_to_see(
     words = _emblem_directions(model, processor)  # (E, D)
 
     def loss(batch: list[Look]) -> torch.Tensor:
-        pixels = processor.image_processor(images=[look.pixels for look in batch], return_tensors="pt")["pixel_values"]
-        features = image_features(model, pixels)  # (I, P, D)
+        features = image_features(model, pixel_values(processor, [look.pixels for look in batch]))  # (I, P, D)
         # Where there is no emblem, a feature points nowhere; the constant is what it has to exceed to mean one.
         logits = F.pad(features @ words.T, (0, 1), value=2.0)  # (I, P, E + 1)
         emblems = torch.from_numpy(np.stack([look.emblems.flatten() for look in batch]))  # (I, P)

@@ -15,6 +15,8 @@ from gem_ray.rerank.prompts import ANSWER_CUE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Published processors bring the shorter side to 336 pixels before they crop: of a strip that makes gigabytes.
+_LONGEST_TO_SHORTEST = 50
 ROOT = -1  # the parent of the first tokens: the prompt itself
 
 
@@ -117,6 +119,9 @@ class RequestEncoder:
 
     def encode(self, request: Request) -> EncodedRequest | RequestError:
         """Token ids of the prompt and of its choices, or why the model cannot read them."""
+        height, width, _ = request.image.shape
+        if max(height, width) > _LONGEST_TO_SHORTEST * min(height, width):
+            return RequestError(f"the image is a strip of {width} × {height} pixels")
         prompt = self._tokenizer.encode(request.prompt)
         answers = [self.answer(choice) for choice in request.choices]
         length = len(prompt) - 1 + self.image_tokens + max(map(len, answers))

@@ -11,7 +11,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.rerank.encoding import ROOT, ChoiceTree, EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
-from gem_ray.rerank.llava import hidden_states, image_features, load_llava
+from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
 
 
 class TransformersEngine:
@@ -37,7 +37,7 @@ class TransformersEngine:
         batch_size: int = 16,
     ):
         self._model = model
-        self._image_processor = processor.image_processor
+        self._processor = processor
         self._batch_size = batch_size
         self._encoder = RequestEncoder(processor.tokenizer, model.config, max_length)
 
@@ -79,7 +79,7 @@ class TransformersEngine:
             features = {key: features[key] for key in images if key in features}
             unread = {key: image for key, image in images.items() if key not in features}
             if unread:
-                pixels = self._image_processor(images=list(unread.values()), return_tensors="pt")["pixel_values"]
+                pixels = pixel_values(self._processor, unread.values())
                 features |= zip(unread, image_features(self._model, pixels), strict=True)
             rows = self._log_probabilities([item for _, item in batch], [features[id(image)] for image, _ in batch])
             choices += [item.tree.choose(row, mode) for (_, item), row in zip(batch, rows, strict=True)]

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 
 def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
     """A checkpoint in evaluation mode, with attention that takes a boolean mask."""
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def pixel_values(processor: LlavaProcessor, images: Iterable[np.ndarray]) -> torch.Tensor:
+    """Images, `(h, w, 3)` uint8 of any size, as the model takes them: `(I, 3, S, S)`."""
+    # Said outright: an image of three rows would be taken for one with its channels first.
+    return processor.image_processor(images=list(images), input_data_format="channels_last", return_tensors="pt")[
+        "pixel_values"
+    ]
 
 
 def image_features(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:

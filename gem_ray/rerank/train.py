@@ -22,7 +22,7 @@ from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.candidates import training_candidates
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Request, RequestError
-from gem_ray.rerank.llava import hidden_states, image_features, load_llava
+from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
 from gem_ray.rerank.prompts import build_prompt
 from gem_ray.taxonomy import FMNERG, LabelSet
 
@@ -96,7 +96,7 @@ class AnswerLoss:
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, max_length: int = 1024):
         self._model = model
-        self._image_processor = processor.image_processor
+        self._processor = processor
         self._encoder = RequestEncoder(processor.tokenizer, model.config, max_length)
 
     def sample(self, image: np.ndarray, prompt: str, answer: str) -> Sample | None:
@@ -107,8 +107,7 @@ class AnswerLoss:
     def __call__(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Mean over the answers' tokens. Samples that hold the same array share its features."""
         images = {id(sample.image): sample.image for sample in samples}
-        pixels = self._image_processor(images=list(images.values()), return_tensors="pt")["pixel_values"]
-        features = image_features(self._model, pixels)  # (I, P, D)
+        features = image_features(self._model, pixel_values(self._processor, images.values()))  # (I, P, D)
         row_of = {key: row for row, key in enumerate(images)}
         rows = torch.tensor([row_of[id(sample.image)] for sample in samples], device=features.device)
         ids, labels = (array.to(features.device) for array in self._pack(samples))  # (B, L)

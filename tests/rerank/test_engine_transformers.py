@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,21 @@ def test_a_request_that_is_too_long_fails_alone(engine, requests):
     assert [answers[0].probabilities, answers[2].probabilities] == [
         pytest.approx(choice.probabilities, abs=1e-5) for choice in expected
     ]
+
+
+def test_an_image_of_three_rows_is_not_taken_for_one_of_three_channels(trained_engine, colored_requests):
+    flat = [replace(request, image=request.image[:3]) for request in colored_requests]
+    expected = trained_engine.choose(colored_requests, "score")
+    for choice, full in zip(trained_engine.choose(flat, "score"), expected, strict=True):
+        assert choice.probabilities == pytest.approx(full.probabilities, abs=1e-4)
+
+
+def test_a_strip_is_refused_before_it_is_enlarged(engine, requests):
+    strip = replace(requests[0], image=np.zeros((1, 1024, 3), np.uint8))
+    refused, answered = engine.choose([strip, requests[1]], "score")
+    assert isinstance(refused, RequestError)
+    assert "1024 × 1" in str(refused)
+    assert answered.probabilities == pytest.approx(engine.choose([requests[1]], "score")[0].probabilities, abs=1e-5)
 
 
 def test_a_trained_adapter_changes_the_answers_and_makes_them_right(engine, trained_engine, colored_requests):
