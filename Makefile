@@ -11,7 +11,7 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/pytest -m "not vllm"
-	$(BIN)/pytest -m vllm
+	$(BIN)/pytest -m vllm tests/rerank/test_engine_vllm.py tests/nano/test_system.py
 
 lint: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ from gem_ray.records import Box, Post
 
 @dataclass(frozen=True)
 class PromptSample:
-    """An image (h, w, 3) uint8, and for each prompt that it shows the mask (h, w) bool of all its instances."""
+    """An image (h, w, 3) uint8 and, for each prompt that it shows, at least one, the mask (h, w) bool of what it means."""
 
     pixels: np.ndarray
     masks: dict[str, np.ndarray]
@@ -85,7 +85,7 @@ def train_text_segmenter(
     path = resolve(base)
     model = CLIPSegForImageSegmentation.from_pretrained(path).to(torch_device(settings.device))
     processor = CLIPSegProcessor.from_pretrained(path)
-    losses = fit_clipseg(model, processor, _endless(samples, settings.seed), settings, report)
+    losses = fit_clipseg(model, processor, endless(samples, settings.seed), settings, report)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     return losses
@@ -111,7 +111,8 @@ def _fill(mask: np.ndarray, box: Box, scale_x: float, scale_y: float) -> None:
     mask[rows, round(box.x1 * scale_x) : round(box.x2 * scale_x)] = True
 
 
-def _endless(samples: Sequence[PromptSample], seed: int) -> Iterator[PromptSample]:
+def endless(samples: Sequence[PromptSample], seed: int) -> Iterator[PromptSample]:
+    """The samples again and again, each time in another order."""
     rng = np.random.default_rng(seed)
     while True:
         for index in rng.permutation(len(samples)):

@@ -329,7 +329,7 @@ def squares(count: int) -> list[PromptSample]:
     for _ in range(count):
         pixels, masks = rng.integers(0, 80, (80, 80, 3), dtype=np.uint8), {}
         for channel, (prompt, low) in enumerate((("person", 0), ("city", 40))):
-            if rng.random() < 0.7:
+            if not masks or rng.random() < 0.7:
                 x, y = rng.integers(0, 55), rng.integers(low, low + 15)
                 masks[prompt] = np.zeros((80, 80), dtype=bool)
                 masks[prompt][y : y + 25, x : x + 25] = True
