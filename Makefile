@@ -10,8 +10,8 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 	$(BIN)/gem-ray demo --out out/demo
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/pytest -m "not vllm"
-	$(BIN)/pytest -m vllm tests/rerank/test_engine_vllm.py tests/nano/test_system.py
+	$(BIN)/python -m pytest -m "not vllm"
+	$(BIN)/python -m pytest -m vllm tests/rerank/test_engine_vllm.py tests/nano/test_system.py
 
 lint: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ from gem_ray.records import Box, Post
 
 @dataclass(frozen=True)
 class PromptSample:
-    """An image (h, w, 3) uint8 and, for each prompt that it shows, at least one, the mask (h, w) bool of what it means."""
+    """An image (h, w, 3) uint8 and, for each of its prompts, at least one, the mask (h, w) bool of what it means."""
 
     pixels: np.ndarray
     masks: dict[str, np.ndarray]
