@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from transformers import (
 
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import Instance, Scene, make_scene
-from gem_ray.grounding.sam import SamSegmenter, SamSizes, build_sam, save_sam
+from gem_ray.grounding.sam import SamSegmenter, SamSizes, save_sam
+from gem_ray.grounding.sam import build_sam as untrained_sam
 from gem_ray.grounding.text_segmenter import CLIPSeg, category_prompt, mask_box
 from gem_ray.grounding.train_sam import PointTarget, SamSample, SamTraining
 from gem_ray.grounding.train_sam import train_sam as fit_sam
@@ -35,6 +37,16 @@ SAM_SIZES = SamSizes(image_size=256, patch_size=16, width=96, depth=4, window=4,
 _CLIPSEG_SIDE, _CLIPSEG_PATCH = 144, 8
 _SMALL = 1 / 50  # of the image's area, as the evaluation cuts it
 _PER_SCENE = 4  # emblems drawn into a training scene, if there is room
+
+
+def build_sam(weights: Path, seed: int, tweets: Path) -> dict[str, Any]:
+    """Train the embedded SAM into `weights/sam`; the `tweets`, which others learn from, have no images."""
+    return train_sam(weights / "sam", seed)
+
+
+def build_text_segmenter(weights: Path, seed: int, tweets: Path) -> dict[str, Any]:
+    """Train the embedded CLIPSeg into `weights/text-segmenter`; the `tweets` have no images."""
+    return train_clipseg(weights / "text-segmenter", seed)
 
 
 def train_sam(
@@ -61,7 +73,7 @@ def train_sam(
         `measure_sam` on fresh scenes, and the last loss.
     """
     torch.manual_seed(seed)
-    model = build_sam(SAM_SIZES)
+    model = untrained_sam(SAM_SIZES)
     settings = SamTraining(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     losses = fit_sam(model, sam_samples(seed, points), settings, report)
     save_sam(model, SAM_SIZES, out)
