@@ -55,9 +55,9 @@ class BlipRecipe:
     scenes: int = 10_000
     images: int = 32
     names: int = 16
-    warm_up_steps: int = 600
+    warm_up_steps: int = 700
     warm_up_rate: float = 2e-3
-    steps: int = 4_000
+    steps: int = 4_500
     rate: float = 1e-3
     present_weight: float = 4.0
     looking_weight: float = 0.5

@@ -70,7 +70,7 @@ class LlavaRecipe:
     scenes: int = 4_000
     scene_steps: int = 1_600
     scene_batch: int = 24
-    scene_rate: float = 1e-3
+    scene_rate: float = 1.5e-3
     answer_steps: int = 600
     answer_batch: int = 48
     answer_rate: float = 1e-3

@@ -24,7 +24,7 @@ _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789#@&'’-_.,:;!?/+*()\"$%…"
 class BlipSize:
     """Dimensions of a tiny BLIP; both encoders are `width` wide."""
 
-    image_side: int = 96
+    image_side: int = 128
     patch: int = 8
     width: int = 96
     heads: int = 3
