@@ -1,0 +1,201 @@
+"""S3 on this machine: moto's server, and a proxy in front of it that fails as S3 does."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+_SLOW_DOWN = (
+    b'<?xml version="1.0" encoding="UTF-8"?>\n'
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+_HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
+
+
+@dataclass(frozen=True)
+class S3:
+    """An S3 server.
+
+    Attributes:
+        endpoint: its URL.
+        client: a boto3 client of it.
+    """
+
+    endpoint: str
+    client: Any
+
+    def bucket(self, name: str) -> str:
+        """The URI of a new, empty bucket, whose name begins with `name`."""
+        bucket = f"{name}-{uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=bucket)
+        return f"s3://{bucket}"
+
+    def put(self, uri: str, body: bytes) -> str:
+        """Write an object; gives back its URI."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        self.client.put_object(Bucket=bucket, Key=key, Body=body)
+        return uri
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A server for the whole test session; every process that starts from now on finds it by its environment.
+
+    A Ray that runs already does not know it: request this fixture before the one that starts Ray.
+    """
+    # Imported here: in a process that has loaded moto, vLLM does not start.
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # nobody answers there, and asking takes seconds
+        yield S3(endpoint, boto3.session.Session().client("s3"))
+    server.stop()
+
+
+@dataclass
+class FaultyS3:
+    """A proxy in front of an S3 server that spoils a share of the requests. All but `counts` may be set at any time.
+
+    Attributes:
+        endpoint: the proxy's URL.
+        upstream: the server's URL.
+        share: of the requests that fail, from 0 to 1.
+        kinds: faults to choose from: `slow_down` (503), `reset` (before anything is done), `cut` (the connection is
+            reset midway through the answer), `stall` (the answer begins, and goes on after `stall_s` seconds).
+        stall_s: length of a stall, in seconds.
+        counts: faults so far by kind, and `passed`.
+    """
+
+    endpoint: str
+    upstream: str
+    share: float = 0.0
+    kinds: Sequence[str] = ("slow_down", "reset", "cut", "stall")
+    stall_s: float = 5.0
+    counts: Counter[str] = field(default_factory=Counter)
+    _random: random.Random = field(default_factory=lambda: random.Random(0))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def faults(self) -> int:
+        """Requests spoilt so far."""
+        return self.counts.total() - self.counts["passed"]
+
+    def next_fault(self, method: str) -> str:
+        """What happens to the next request, counted."""
+        with self._lock:
+            kind = self._random.choice(self.kinds) if self._random.random() < self.share else "passed"
+            # POST completes uploads, and moto does not let that be done twice as S3 does.
+            kind = "reset" if kind == "cut" and method == "POST" else kind
+            self.counts[kind] += 1
+            return kind
+
+
+@pytest.fixture
+def faulty_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """The same buckets as `s3` through a proxy, at which `AWS_ENDPOINT_URL` points; it fails when `share` is set."""
+    server = _ProxyServer(("127.0.0.1", 0), _Proxy)
+    server.faults = FaultyS3(f"http://127.0.0.1:{server.server_port}", s3.endpoint)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.faults.endpoint)
+    yield server.faults
+    server.shutdown()
+    server.server_close()
+
+
+class _ProxyServer(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+    faults: FaultyS3
+
+    def shutdown_request(self, request: Any) -> None:
+        self.close_request(request)  # without saying goodbye first, which would be no reset
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go away, which is what faults make them do, are no news."""
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _ProxyServer
+
+    def handle_any(self) -> None:
+        body = self._read_body()
+        kind = self.server.faults.next_fault(self.command)
+        if kind == "slow_down":
+            self._answer(503, [("content-type", "application/xml")], _SLOW_DOWN)
+        elif kind == "reset":
+            self._reset()
+        else:
+            status, headers, answer = self._forward(body)
+            self._answer(status, headers, answer, kind)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("transfer-encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("content-length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection(self.server.faults.upstream.removeprefix("http://"), timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
+        connection.request(self.command, self.path, body, headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        return answer.status, answer.getheaders(), data
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, kind: str = "passed") -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in _HOP_BY_HOP:
+                self.send_header(name, value)
+        # An answer to HEAD has the length of a body that does not come.
+        is_head = self.command == "HEAD"
+        self.send_header("Content-Length", dict(headers).get("Content-Length", "0") if is_head else str(len(body)))
+        self.end_headers()
+        half = 0 if is_head else len(body) // 2
+        self.wfile.write(body[:half])
+        if kind == "cut":
+            return self._reset()
+        if kind == "stall":
+            time.sleep(self.server.faults.stall_s)
+        self.wfile.write(b"" if is_head else body[half:])
+        return None
+
+    def _reset(self) -> None:
+        # Closing with a linger time of zero is a reset.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
