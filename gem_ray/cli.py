@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from gem_ray.pipeline.submit import LOCAL_ADDRESS, Job
+
 if TYPE_CHECKING:
     from gem_ray.pipeline.summary import RunSummary
     from gem_ray.records import Post
@@ -315,6 +317,35 @@ def train_text_segmenter_command(
     settings = _recipe(TextSegmenterTraining, set_)
     train_text_segmenter(list(samples_from_posts(posts)), base, out, settings, report=_print_step)
     typer.echo(f"model: {out}")
+
+
+@app.command(
+    epilog="Example: `gem-ray submit annotate --address http://127.0.0.1:8265 -- s3://bucket/posts/ s3://bucket/out/`"
+)
+def submit(
+    job: Annotated[Job, typer.Argument(help="What to run.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="After `--`: the command's own arguments.")] = None,
+    address: Annotated[
+        str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = LOCAL_ADDRESS,
+    working_dir: Annotated[Path, typer.Option(help="The checkout whose source runs.", file_okay=False)] = Path(),
+    include: Annotated[
+        list[str] | None, typer.Option(help="A file or folder in it that goes too: a config. Repeatable.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="`NAME=value` for the job, or `NAME` as it is here. Repeatable.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log and end as the job ends.")] = True,
+) -> None:
+    """Run a command as a job on a Ray cluster. With token authentication: `RAY_AUTH_MODE=token`, `RAY_AUTH_TOKEN=…`."""
+    from gem_ray.pipeline.submit import commands_for, follow_job, job_environment, submit_job
+
+    runtime_env = job_environment(working_dir, include or (), env or ())
+    submission_id = submit_job(job, arguments or (), address, runtime_env)
+    typer.echo(submission_id)
+    typer.echo(commands_for(submission_id, address), err=True)
+    if wait:
+        raise typer.Exit(follow_job(submission_id, address))
 
 
 @nano.command("build", epilog="Example: `gem-ray nano build --tweets data/twitter10000 --only matcher`")

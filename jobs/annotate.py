@@ -1,19 +1,6 @@
-"""What `ray job submit` runs: `python jobs/annotate.py INPUT OUTPUT …`, with the options of `gem-ray annotate`.
+"""`gem-ray annotate` as a Ray job: `python jobs/annotate.py INPUT OUTPUT …`."""
 
-Ray tells the job by `RAY_ADDRESS` which cluster it runs on. Unlike the command, a job in which some rows were rejected
-ends with 0: it has done all that can be done, and Ray must not run it again.
-"""
-
-from __future__ import annotations
-
-import sys
-
-from gem_ray.cli import EXIT_REJECTED, main
+from gem_ray.jobs import run_job
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "annotate")
-    try:
-        main()
-    except SystemExit as end:
-        if end.code != EXIT_REJECTED:
-            raise
+    run_job("annotate", stopped="stopped; the same command goes on where this one stopped")

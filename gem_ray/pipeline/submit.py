@@ -1,0 +1,188 @@
+"""Submit a job to a Ray cluster: package the source, follow the log, end as the job ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+LOCAL_ADDRESS = "http://127.0.0.1:8265"
+PACKAGE_LIMIT = 100 * 2**20  # bytes: the largest request that Ray's dashboard takes
+EXIT_DETACHED = 130  # what a shell reports after Ctrl-C
+
+_SOURCE = ("gem_ray", "jobs")
+
+
+class SubmitError(RuntimeError):
+    """A job that could not be submitted or followed; the message says how to mend it."""
+
+
+class Job(StrEnum):
+    """The jobs, each a script in `jobs/`."""
+
+    ANNOTATE = "annotate"
+    TRAIN_TAGGER = "train-tagger"
+    TRAIN_RERANKER = "train-reranker"
+    TRAIN_MATCHER = "train-matcher"
+    TRAIN_TEXT_SEGMENTER = "train-text-segmenter"
+    EVALUATE = "evaluate"
+
+    @property
+    def script(self) -> str:
+        """Path of the script, from the root of a checkout."""
+        return f"jobs/{self.value.replace('-', '_')}.py"
+
+
+def submit_job(job: Job, arguments: Iterable[str], address: str, runtime_env: dict[str, Any]) -> str:
+    """Start a job on a cluster and return its submission id.
+
+    Args:
+        job: which script runs.
+        arguments: the script's arguments; paths are the cluster's.
+        address: URL of the cluster's dashboard.
+        runtime_env: what `job_environment` makes.
+
+    Raises:
+        SubmitError: nothing answers at the address, or it refuses the token or the job.
+    """
+    with _explained(address):
+        return _connect(address).submit_job(
+            entrypoint=shlex.join(["python", job.script, *arguments]), runtime_env=runtime_env
+        )
+
+
+def job_environment(working_dir: Path, include: Iterable[str] = (), env: Iterable[str] = ()) -> dict[str, Any]:
+    """Ray's runtime environment of a job: the source, and nothing else that lies in the checkout.
+
+    Data, models, results, virtual environments and files with secrets stay behind, because only what is named goes.
+
+    Args:
+        working_dir: a checkout of gem-ray.
+        include: names of more files or folders in it that the job needs, such as a configuration.
+        env: variables for the job: `NAME=value`, or `NAME` for this process's own value.
+
+    Raises:
+        FileNotFoundError: something that is to go is not there.
+        ValueError: more than the cluster takes, a path instead of a name, or a variable that is not set.
+    """
+    names = [*_SOURCE, *include]
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"--include takes a name in {working_dir.resolve()}, not the path {name!r}")
+        if not (working_dir / name).exists():
+            raise FileNotFoundError(
+                f"there is no {name} in {working_dir.resolve()}; --working-dir takes a checkout of gem-ray"
+            )
+    size = sum(file.stat().st_size for name in names for file in _files(working_dir / name))
+    if size > PACKAGE_LIMIT:
+        raise ValueError(
+            f"{', '.join(names)} hold {size / 2**20:.0f} MiB, and Ray takes {PACKAGE_LIMIT / 2**20:.0f}; "
+            "put data and models where the cluster can read them, for example on S3"
+        )
+    # Git's patterns: nothing of the top level but the folder itself and what is named.
+    excludes = ["/*", "!/.", *(f"!/{name}" for name in names), "__pycache__"]
+    return {"working_dir": str(working_dir), "excludes": excludes, "env_vars": dict(map(_variable, env))}
+
+
+def follow_job(submission_id: str, address: str) -> int:
+    """Print a job's log until it ends, and return the exit code that says how it ended.
+
+    Ctrl-C leaves the job running.
+
+    Raises:
+        SubmitError: the cluster is gone, or refuses the token.
+    """
+    try:
+        with _explained(address):
+            client = _connect(address)
+            asyncio.run(_print_log(client, submission_id))
+            return _exit_code(client, submission_id)
+    except KeyboardInterrupt:
+        print("\nno longer following; the job goes on", file=sys.stderr)
+        return EXIT_DETACHED
+
+
+def commands_for(submission_id: str, address: str) -> str:
+    """Two lines that say how to follow and how to stop a job."""
+    return (
+        f"follow it: ray job logs --follow --address {address} {submission_id}\n"
+        f"stop it: ray job stop --address {address} {submission_id}"
+    )
+
+
+async def _print_log(client: JobSubmissionClient, submission_id: str) -> None:
+    async for lines in client.tail_job_logs(submission_id):
+        print(lines, end="", flush=True)
+
+
+def _exit_code(client: JobSubmissionClient, submission_id: str) -> int:
+    """The script's own exit code; 1 if it has none, because it was stopped or never ran."""
+    while not (details := client.get_job_info(submission_id)).status.is_terminal():
+        time.sleep(0.5)  # the log may end a moment before the job does
+    ended = details.status.value.lower()
+    if ended == "succeeded":
+        return 0
+    # The message of a script that ran repeats the log.
+    reason = f": {details.message}" if details.message and details.driver_exit_code is None else ""
+    print(f"job {submission_id} {ended}{reason}", file=sys.stderr)
+    return details.driver_exit_code or 1
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    """The client; it sends the token of `RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PATH` where `RAY_AUTH_MODE` is `token`."""
+    from ray.job_submission import JobSubmissionClient
+
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"{address!r} is no address of a dashboard; it looks like {LOCAL_ADDRESS}")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers its variables, RAY_ADDRESS too, to the argument
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)  # else each upload tells what it leaves out, and each log its socket
+    return JobSubmissionClient(address)
+
+
+@contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """Ray's and the network's errors as one sentence."""
+    from aiohttp import ClientError
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError:
+        raise SubmitError(
+            f"the cluster at {address} wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to what the cluster was started with"
+        ) from None
+    except (ClientError, OSError) as error:
+        raise SubmitError(
+            f"no Ray dashboard answers at {address} ({type(error).__name__}): is the cluster up, and the tunnel or "
+            "port-forward open? A job that runs there goes on"
+        ) from error
+    except RuntimeError as error:
+        raise SubmitError(f"the cluster at {address} refused: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The files that would be packaged."""
+    found = path.rglob("*") if path.is_dir() else [path]
+    return (file for file in found if file.is_file() and "__pycache__" not in file.parts)
+
+
+def _variable(setting: str) -> tuple[str, str]:
+    name, equals, value = setting.partition("=")
+    if equals:
+        return name, value
+    if name not in os.environ:
+        raise ValueError(f"--env {name}: the variable is not set here; set it, or give {name}=value")
+    return name, os.environ[name]
