@@ -10,11 +10,13 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 DType = Literal["float32", "bfloat16", "float16"]
+# `records.StageName`, in its order, without importing Arrow for `--help`.
+Stage = Literal["prepare", "knowledge", "tag", "load_image", "rerank", "ground"]
 
 DEFAULT_PRESET = "nano"
 
@@ -41,7 +43,8 @@ class ImageConfig(_Section):
     max_side: PositiveInt = Field(1024, description="decoded images are reduced to this longer side, in pixels")
     root: Path | None = Field(None, description="folder to which relative `image_uri` paths refer, and are confined")
     allow_http: bool = Field(False, description="fetch `https://` image URIs")
-    timeout_s: float = Field(10, gt=0, description="time for one fetch")
+    timeout_s: float = Field(10, gt=0, description="time for one try to fetch an image; S3 is tried several times")
+    fetch_concurrency: PositiveInt = Field(16, description="images of a batch that are fetched at once")
 
 
 class ExplainerConfig(_Section):
@@ -183,12 +186,37 @@ class PipelineConfig(_Section):
     """The Ray Data graph."""
 
     rows_per_block: PositiveInt = Field(64, description="posts in a block: the grain of streaming and of resume")
+    rows_per_group: PositiveInt = Field(1_000_000, description="posts of an execution, after which they are published")
     prepare: TaskPlacement = Field(default_factory=TaskPlacement)
     knowledge: StagePlacement = Field(default_factory=StagePlacement)
     tag: StagePlacement = Field(default_factory=StagePlacement)
     load_image: TaskPlacement = Field(default_factory=TaskPlacement)
     rerank: StagePlacement = Field(default_factory=StagePlacement)
     ground: StagePlacement = Field(default_factory=StagePlacement)
+    passes: list[list[Stage]] | None = Field(
+        None, description="stages that run at once, one list after the other; none: all at once"
+    )
+    built_like: dict[str, str] = Field(
+        default_factory=dict,
+        description="for `plan`, of models that are not there yet: reference -> published model of the same shape",
+    )
+
+    @field_validator("passes")
+    @classmethod
+    def _hold_every_stage(cls, passes: list[list[Stage]] | None) -> list[list[Stage]] | None:
+        """Each stage once and in order; only `load_image` may come again, because pixels do not outlive a pass."""
+        if passes is None:
+            return None
+        order = get_args(Stage)
+        for number, stages in enumerate(passes, start=1):
+            if not stages or stages != sorted(set(stages), key=order.index):
+                raise ValueError(f"pass {number} must hold stages in the order {', '.join(order)}")
+            if "load_image" not in stages and {"rerank", "ground"} & set(stages):
+                raise ValueError(f"pass {number} looks at images, so it must hold load_image too")
+        listed = [stage for stages in passes for stage in stages if stage != "load_image"]
+        if listed != [stage for stage in order if stage != "load_image"]:
+            raise ValueError(f"together the passes must hold {', '.join(order)}, each once and in this order")
+        return passes
 
 
 class Config(_Section):
