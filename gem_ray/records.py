@@ -173,8 +173,9 @@ class GoldEntity:
 class Post:
     """A row. Stages fill its fields; what is carried between stages but never written comes last.
 
-    `image_bytes` is the encoded image; `image` is the decoded, upright RGB image as `(h, w, 3)` uint8, perhaps smaller
-    than the original, whose size is `image_width` × `image_height`.
+    `row_id` tells rows of one input apart, as `post_id` need not: the number of the file, in the order of their names,
+    times 2³², plus the row's position in it. `image_bytes` is the encoded image; `image` is the decoded, upright RGB
+    image as `(h, w, 3)` uint8, perhaps smaller than the original, whose size is `image_width` × `image_height`.
     """
 
     post_id: str
@@ -186,6 +187,7 @@ class Post:
     image_height: int | None = None
     entities: list[Entity] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    row_id: int | None = None
     image_bytes: bytes | None = None
     image_uri: str | None = None
     image: np.ndarray | None = None
@@ -222,6 +224,7 @@ class Post:
             "entities": [entity.to_dict() for entity in self.entities],
             "status": str(self.status),
             "problems": [asdict(problem) for problem in self.problems],
+            "row_id": self.row_id,
         }
 
     @classmethod
@@ -239,6 +242,7 @@ class Post:
             problems=[
                 Problem(StageName(p["stage"]), ProblemKind(p["kind"]), p["message"]) for p in row["problems"] or ()
             ],
+            row_id=row.get("row_id"),
         )
 
 
@@ -311,6 +315,7 @@ ANNOTATION_SCHEMA = pa.schema(
         ("entities", pa.list_(ENTITY_TYPE)),
         ("status", pa.string()),
         ("problems", pa.list_(PROBLEM_TYPE)),
+        ("row_id", pa.int64()),
         ("run_id", pa.string()),
         ("models", pa.map_(pa.string(), pa.string())),
     ]

@@ -8,6 +8,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -42,7 +43,7 @@ def read_posts(path: str | Path, limit: int | None = None) -> Iterator[Post]:
     """
     filesystem, files = list_shards(path)
     rows = chain.from_iterable(shard_rows(filesystem, file) for file in files)
-    return islice(map(post_from_row, rows), limit)
+    return islice((post_from_row(row) for _, row in rows), limit)
 
 
 def list_shards(path: str | Path) -> tuple[fs.FileSystem, list[str]]:
@@ -67,8 +68,18 @@ def list_shards(path: str | Path) -> tuple[fs.FileSystem, list[str]]:
     return filesystem, sorted(files)
 
 
-def shard_rows(filesystem: fs.FileSystem, file: str) -> Iterator[dict[str, Any]]:
+def shard_rows(
+    filesystem: fs.FileSystem, file: str, wanted: np.ndarray | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of one shard with the types that it has; a cell that cannot be read is named in `ERROR_FIELD`.
+
+    Args:
+        filesystem: what the shard is on.
+        file: its path.
+        wanted: positions of the rows to read, sorted; all if None. Row groups without one are not read.
+
+    Yields:
+        The row's position in the shard, counted from 0, and its values.
 
     Raises:
         ValueError: the shard cannot be read; the message names it.
@@ -76,13 +87,28 @@ def shard_rows(filesystem: fs.FileSystem, file: str) -> Iterator[dict[str, Any]]
     with _naming(file):
         if file.endswith(TAR_SUFFIXES):
             with filesystem.open_input_stream(file, compression=None) as stream:
-                yield from rows_from_tar(stream)
+                positions = None if wanted is None else set(wanted.tolist())
+                for position, row in enumerate(rows_from_tar(stream)):
+                    if positions is None or position in positions:
+                        yield position, row
         else:
             with filesystem.open_input_file(file) as stream:
-                parquet = pq.ParquetFile(stream)
-                columns = [name for name in INPUT_SCHEMA.names if name in parquet.schema_arrow.names]
-                for batch in parquet.iter_batches(_ROWS_PER_BATCH, columns=columns):
-                    yield from _rows(batch)
+                yield from _parquet_rows(pq.ParquetFile(stream), wanted)
+
+
+def _parquet_rows(parquet: pq.ParquetFile, wanted: np.ndarray | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    columns = [name for name in INPUT_SCHEMA.names if name in parquet.schema_arrow.names]
+    end = 0
+    for group in range(parquet.num_row_groups):
+        first, end = end, end + parquet.metadata.row_group(group).num_rows
+        inside = np.arange(first, end) if wanted is None else wanted[(wanted >= first) & (wanted < end)]
+        if not len(inside):
+            continue
+        for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns):
+            positions = np.arange(first, first + batch.num_rows)
+            first += batch.num_rows
+            mask = np.isin(positions, inside)
+            yield from zip(positions[mask].tolist(), _rows(batch.filter(pa.array(mask))), strict=True)
 
 
 def count_rows(filesystem: fs.FileSystem, file: str) -> int:

@@ -1,17 +1,20 @@
-"""The Ray Data graph: read, one operator a stage, and the annotations that are written."""
+"""The Ray Data graph of a pass: read, one operator a stage, and the rows that are written."""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from gem_ray.annotator import GuardedStage, active_stages, build_stage
+from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config, StagePlacement
-from gem_ray.pipeline.tables import annotations_table, posts_to_table, table_to_posts
-from gem_ray.records import Post, StageName
+from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
+from gem_ray.records import Post, ProblemKind, StageName
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,18 +22,26 @@ if TYPE_CHECKING:
     from gem_ray.pipeline.ledger import Ledger
     from gem_ray.pipeline.source import PostSource
 
+logger = logging.getLogger(__name__)
+
 # Cheap stages without a model run as tasks: they hold no CPU while they wait, and spread over the whole cluster.
 TASK_STAGES = (StageName.PREPARE, StageName.LOAD_IMAGE)
-_IMAGE_STAGES = (StageName.LOAD_IMAGE, StageName.RERANK, StageName.GROUND)
+_READ_PIXELS = (StageName.RERANK, StageName.GROUND)
+_READ_ENCODED = (StageName.KNOWLEDGE, StageName.LOAD_IMAGE)
 
 
-def build_graph(source: PostSource, config: Config, run_id: str, models: dict[str, str], ledger: Ledger) -> Any:
-    """From input files to rows of `ANNOTATION_SCHEMA`; lazy, as every `ray.data.Dataset`."""
-    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.files)))
+def build_graph(source: PostSource, config: Config, stages: Sequence[StageName], ledger: Ledger) -> Any:
+    """From rows of the input to posts that have been through the stages; lazy, as every `ray.data.Dataset`."""
+    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.files))
     # Blocks are bounded by rows, because a block of short rows would be hours of work; small inputs are spread too.
     dataset = dataset.repartition(target_num_rows_per_block=config.pipeline.rows_per_block)
-    for name in active_stages(config):
-        dataset = _add_stage(dataset, name, config, ledger)
+    for name in stages:
+        dataset = _add_stage(dataset, name, config, _spent_after(name, stages), ledger)
+    return dataset
+
+
+def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Ledger) -> Any:
+    """Rows of `ANNOTATION_SCHEMA`, for the last pass to write."""
 
     def annotate_rows(table: pa.Table) -> pa.Table:
         ledger.add_done(table.num_rows)
@@ -39,10 +50,14 @@ def build_graph(source: PostSource, config: Config, run_id: str, models: dict[st
     return dataset.map_batches(annotate_rows, batch_format="pyarrow", batch_size=None)
 
 
-def _add_stage(dataset: Any, name: StageName, config: Config, ledger: Ledger) -> Any:
+def as_pass_results(dataset: Any) -> Any:
+    """Rows of `PASS_SCHEMA`, for another pass to go on with."""
+    return dataset.map_batches(pass_table, batch_format="pyarrow", batch_size=None)
+
+
+def _add_stage(dataset: Any, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> Any:
     placement = getattr(config.pipeline, name)
     common = {"batch_format": "pyarrow", "batch_size": placement.batch_size, "num_cpus": placement.num_cpus}
-    spent = _spent_after(name, config)
     if name in TASK_STAGES:
         arguments = {"name": name, "config_json": config.model_dump_json(), "spent": spent, "ledger": ledger}
         return dataset.map_batches(run_in_task, fn_kwargs=arguments, **common)
@@ -55,11 +70,11 @@ def _add_stage(dataset: Any, name: StageName, config: Config, ledger: Ledger) ->
     )
 
 
-def _spent_after(name: StageName, config: Config) -> tuple[str, ...]:
-    """The carried fields that no stage after this one reads: they need not travel on."""
-    encoded = ("image_bytes",) if name is StageName.LOAD_IMAGE else ()
-    last = [stage for stage in active_stages(config) if stage in _IMAGE_STAGES][-1]
-    return (*encoded, "image") if name is last else encoded
+def _spent_after(name: StageName, stages: Sequence[StageName]) -> tuple[str, ...]:
+    """The carried fields that no stage of the pass after this one reads: they need not travel on."""
+    later = stages[stages.index(name) + 1 :]
+    readers = {"image_bytes": _READ_ENCODED, "image": _READ_PIXELS}
+    return tuple(field for field, stages in readers.items() if not set(stages) & set(later))
 
 
 class StageActor:
@@ -85,17 +100,68 @@ class StageActor:
         """Run the stage on a batch of `TRANSIT_SCHEMA`.
 
         Raises:
-            RuntimeError: the stage could not be loaded.
+            RuntimeError: the stage could not be loaded, or its processes die whatever they are given.
         """
         if self._stage is None:
             self._ledger.set_failure(self._failure)
             raise RuntimeError(self._failure)
-        return _run_stage(self._stage, table, self._spent, self._ledger)
+        posts = table_to_posts(table)
+        before = self._stage.seconds
+        try:
+            run_watched(self._stage, posts, self._ledger)
+        except StageBrokenError as error:
+            self._ledger.set_failure(str(error))
+            raise RuntimeError(str(error)) from error
+        except Exception as error:
+            # The engine or the card is gone. A retry must not come back to this process: Ray starts another.
+            logger.exception("the process of stage %s ends", self._stage.name)
+            self._ledger.note_death(self._stage.name, f"{type(error).__name__}: {error}")
+            os._exit(1)
+        self._ledger.add_seconds(self._stage.name, self._stage.seconds - before)
+        return _leaving(posts, self._spent)
+
+
+class StageBrokenError(RuntimeError):
+    """A stage whose processes die one after the other, whatever the rows."""
+
+
+def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger) -> None:
+    """Run a stage on a batch so that a post which kills its process, as no exception handler can see, is found.
+
+    A batch over which a process has died is done again post by post; a post that kills a second one, alone, fails.
+
+    Raises:
+        StageBrokenError: processes of the stage died many times in a row.
+    """
+    rows = tuple(post.row_id or 0 for post in posts)
+    attempt = ledger.begin(stage.name, rows)
+    if attempt.failure:
+        raise StageBrokenError(attempt.failure)
+    if not attempt.deaths:
+        stage(posts)
+    else:
+        for post in posts:
+            _run_alone(stage, post, ledger)
+    ledger.end(stage.name, rows)
+
+
+def _run_alone(stage: GuardedStage, post: Post, ledger: Ledger) -> None:
+    alone = (-1, post.row_id or 0)  # not the key of a batch that happens to have one row
+    if ledger.begin(stage.name, alone).deaths:
+        post.fail(stage.name, ProblemKind.STAGE_FAILED, "the process of this stage died on this post, twice")
+    else:
+        stage([post])
+    ledger.end(stage.name, alone)
 
 
 def run_in_task(table: pa.Table, name: StageName, config_json: str, spent: tuple[str, ...], ledger: Ledger) -> pa.Table:
     """Run a stage on a batch of `TRANSIT_SCHEMA` in whichever worker process has time."""
-    return _run_stage(_stage_of_process(name, config_json), table, spent, ledger)
+    stage = _stage_of_process(name, config_json)
+    posts = table_to_posts(table)
+    before = stage.seconds
+    stage(posts)
+    ledger.add_seconds(name, stage.seconds - before)
+    return _leaving(posts, spent)
 
 
 @lru_cache(maxsize=4)
@@ -104,19 +170,8 @@ def _stage_of_process(name: StageName, config_json: str) -> GuardedStage:
     return build_stage(name, Config.model_validate_json(config_json))
 
 
-def _run_stage(stage: GuardedStage, table: pa.Table, spent: tuple[str, ...], ledger: Ledger) -> pa.Table:
-    before = stage.seconds
-    try:
-        posts = stage(table_to_posts(table))
-    except Exception as error:
-        ledger.set_failure(f"the stage {stage.name} cannot go on: {type(error).__name__}: {error}")
-        raise
-    ledger.add_seconds(stage.name, stage.seconds - before)
+def _leaving(posts: list[Post], spent: tuple[str, ...]) -> pa.Table:
     for post in posts:
-        _forget(post, spent)
+        for field in spent:
+            setattr(post, field, None)
     return posts_to_table(posts)
-
-
-def _forget(post: Post, fields: tuple[str, ...]) -> None:
-    for field in fields:
-        setattr(post, field, None)

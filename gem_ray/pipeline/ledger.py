@@ -1,7 +1,8 @@
-"""What the actors of a run report while it runs: seconds inside each stage, posts done, and why they cannot go on."""
+"""What the actors of a run report while it runs: seconds inside each stage, posts done, and what kills processes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import ray
@@ -25,9 +26,28 @@ class Progress:
     failure: str | None = None
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What the book knows of rows when a stage begins with them.
+
+    Attributes:
+        deaths: how often a process died over just these rows.
+        failure: set when the stage should give up: its processes die whatever they are given.
+    """
+
+    deaths: int
+    failure: str | None
+
+
+_MOST_DEATHS = 10  # of a stage's processes without a batch done in between
+
+
 class _Book:
     def __init__(self) -> None:
         self._progress = Progress()
+        self._unfinished: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self._deaths: Counter[str] = Counter()
+        self._last_words: dict[str, str] = {}
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         self._progress.stage_seconds[stage] = self._progress.stage_seconds.get(stage, 0.0) + seconds
@@ -37,6 +57,23 @@ class _Book:
 
     def set_failure(self, failure: str) -> None:
         self._progress.failure = self._progress.failure or failure
+
+    def begin(self, stage: str, rows: tuple[int, ...]) -> Attempt:
+        deaths = self._unfinished[stage, rows]
+        self._unfinished[stage, rows] += 1
+        self._deaths[stage] += deaths > 0
+        failure = None
+        if self._deaths[stage] > _MOST_DEATHS:
+            last = self._last_words.get(stage, "without a word; out of memory, perhaps")
+            failure = f"the processes of stage {stage} die one after the other, the last {last}"
+        return Attempt(deaths, failure)
+
+    def end(self, stage: str, rows: tuple[int, ...]) -> None:
+        del self._unfinished[stage, rows]
+        self._deaths[stage] = 0
+
+    def note_death(self, stage: str, words: str) -> None:
+        self._last_words[stage] = f"with {words}"
 
     def read(self) -> Progress:
         return self._progress
@@ -64,6 +101,18 @@ class Ledger:
     def set_failure(self, failure: str) -> None:
         """Say why the run cannot go on; the first to say so is believed."""
         ray.get(self._book.set_failure.remote(failure))
+
+    def begin(self, stage: StageName, rows: tuple[int, ...]) -> Attempt:
+        """Say that a stage begins with these rows, and hear what became of them before."""
+        return ray.get(self._book.begin.remote(str(stage), rows))
+
+    def end(self, stage: StageName, rows: tuple[int, ...]) -> None:
+        """Say that the stage has got through these rows, with or without an exception."""
+        self._book.end.remote(str(stage), rows)
+
+    def note_death(self, stage: StageName, words: str) -> None:
+        """Say why a process is about to end."""
+        ray.get(self._book.note_death.remote(str(stage), words))
 
     def read(self) -> Progress:
         """The book as it stands."""

@@ -1,31 +1,49 @@
-"""Annotate a data set: from input files to the run's folder, each row once."""
+"""Annotate a data set: from input files to the run's folder, each row once, whatever dies on the way."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayError
-
 from gem_ray.annotator import models_of
-from gem_ray.pipeline.graph import build_graph
+from gem_ray.data.shards import list_shards
+from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.progress import Report, reporting
-from gem_ray.pipeline.run_directory import RunDirectory
+from gem_ray.pipeline.run_directory import Manifest, RunDirectory, RunFolder
 from gem_ray.pipeline.session import ray_session
-from gem_ray.pipeline.source import PostSource
-from gem_ray.pipeline.summary import RunSummary, Tally, tally_annotations
+from gem_ray.pipeline.source import count_input
+from gem_ray.pipeline.summary import RunSummary, Tally, differences
+from gem_ray.records import Status
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pyarrow import fs
+
     from gem_ray.config import Config
 
+__all__ = ["RunError", "annotate_dataset"]
 
-class RunError(RuntimeError):
-    """A run that started and could not finish; annotations that its output held before are untouched."""
+# What may differ between two starts of a run: where and how fast it runs, not what it gives.
+_ONLY_PLACE = ("pipeline", "device")
+_ONLY_SPEED = (
+    "batch_size",
+    "captioner_batch_size",
+    "concurrency",
+    "fetch_concurrency",
+    "gpu_memory_utilization",
+    "image_batch_size",
+    "max_pause_s",
+    "retries",
+    "timeout_s",
+)
+# What may differ besides when failed rows are done again: which posts and images are accepted.
+_ONLY_LIMITS = ("image", "text")
 
 
 def annotate_dataset(
@@ -35,71 +53,171 @@ def annotate_dataset(
     *,
     limit: int | None = None,
     fresh: bool = False,
+    only_problems: bool = False,
     progress: Report | None = None,
 ) -> RunSummary:
-    """Annotate every post of a data set on Ray.
+    """Annotate every post of a data set on Ray, or go on where an earlier call with this output stopped.
 
     Args:
         input: a Parquet or WebDataset file, or a folder of them; a path or an `s3://` URI.
         output: the run's folder, a path or an `s3://` URI; gets `annotations/status=…/*.parquet` and `run.json`.
         config: models, thresholds and placement.
         limit: annotate only the first posts, in the order of the files' names.
-        fresh: replace the annotations that the output already holds, once the new ones are complete.
+        fresh: begin a new run; the annotations that the output holds are replaced once the new ones are complete.
+        only_problems: do again the degraded and rejected rows of a finished run, whose limits on texts and images may
+            be other ones now.
         progress: called now and then with posts done and posts in all; none: a bar, if standard error is a terminal.
 
     Raises:
-        FileNotFoundError: no input, or a model that is not there.
-        FileExistsError: the output holds annotations and `fresh` is not set.
-        ValueError: an input that is damaged or empty, an output inside the input, or actors that do not fit.
-        RunError: the run failed underway; the message says where.
+        FileNotFoundError: no input, a model that is not there, or no finished run to do problems of again.
+        FileExistsError: the output holds annotations that no run there made, and `fresh` is not set.
+        ValueError: the output belongs to a run with another input, configuration or models (the message shows the
+            difference); an input that is damaged or empty, an output inside the input, or actors that do not fit.
+        RunError: the run failed underway; the message says where. What is done stays done.
     """
-    started_at, clock = datetime.now(UTC), time.perf_counter()
+    clock = time.perf_counter()
     directory = RunDirectory(str(output))
-    directory.check(fresh)
-    source = PostSource.open(str(input), limit)
-    _check_apart(source, directory)
     models = models_of(config)
-    run_id = f"{started_at:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    filesystem, paths = list_shards(input)
+    _check_apart(paths, directory)
+    if fresh or not directory.run_ids():
+        folder = _begin(directory, filesystem, paths, str(input), config, models, limit, fresh)
+    else:
+        folder = directory.run(directory.run_ids()[-1])
+        allowed = _ONLY_LIMITS if only_problems else ()
+        _check_same(folder.manifest(), _listing(paths), limit, config, models, allowed)
+    manifest = folder.manifest()
+    finished = directory.summary()
+    is_finished = finished is not None and finished["run_id"] == folder.run_id
+    if only_problems and not is_finished:
+        raise FileNotFoundError(f"{output} holds no finished run; finish it, then do its problems again")
+    if is_finished and not only_problems:
+        return RunSummary.from_dict(finished or {})
     with ray_session(config):
-        directory.begin()
         ledger = Ledger()
-        with reporting(progress, lambda: ledger.read().done, source.rows):
-            _write(build_graph(source, config, run_id, models, ledger), directory, ledger)
-        stage_seconds = ledger.read().stage_seconds
-    tally = tally_annotations(directory.filesystem, directory.staging)
-    _check_complete(source, tally)
-    summary = RunSummary(
-        run_id=run_id,
-        input=str(input),
-        output=str(output),
-        started_at=started_at.isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - clock,
-        stage_seconds=stage_seconds,
-        tally=tally,
-        models=models,
-        config=config.model_dump(mode="json"),
-    )
-    directory.publish(summary.to_dict())
+        runner = GroupRunner(directory, folder, filesystem, config, models, ledger)
+        groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
+        with reporting(progress, runner.done, sum(group.rows for group in groups)):
+            _run_groups(runner, groups, directory)
+        summary = RunSummary(
+            run_id=folder.run_id,
+            input=str(input),
+            output=str(output),
+            started_at=manifest.started_at,
+            seconds=time.perf_counter() - clock,
+            annotated=runner.annotated,
+            stage_seconds=ledger.read().stage_seconds,
+            tally=_tally_of(folder),
+            models=models,
+            config=config.model_dump(mode="json"),
+        )
+    _check_complete(manifest, summary.tally)
+    directory.finish(summary.to_dict())
     return summary
 
 
-def _write(dataset: Any, directory: RunDirectory, ledger: Ledger) -> None:
-    try:
-        dataset.write_parquet(directory.staging, filesystem=directory.filesystem, partition_cols=["status"])
-    except RayError as error:
-        reason = ledger.read().failure or str(getattr(error, "cause", None) or error)
-        raise RunError(reason.strip().splitlines()[0]) from error  # the rest is Ray's frames and advice
+def _run_groups(runner: GroupRunner, groups: Sequence[Group], directory: RunDirectory) -> None:
+    """Annotate and publish groups; while another run's annotations are there, all are annotated before one is."""
+    foreign = [path for path in directory.published() if not runner.owns(path)]
+    for group in groups:
+        runner.annotate(group)
+        if not foreign:
+            runner.publish(group)
+    directory.delete_published(foreign)
+    for group in groups:
+        runner.publish(group)
 
 
-def _check_apart(source: PostSource, directory: RunDirectory) -> None:
+def _begin(
+    directory: RunDirectory,
+    filesystem: fs.FileSystem,
+    paths: Sequence[str],
+    input: str,
+    config: Config,
+    models: dict[str, str],
+    limit: int | None,
+    fresh: bool,
+) -> RunFolder:
+    if not fresh and directory.published():
+        raise FileExistsError(
+            f"{directory.output} already holds annotations; choose another output, or pass --fresh to replace them"
+        )
+    files = count_input(filesystem, paths, limit)
+    started_at = datetime.now(UTC)
+    directory.forget_unfinished()
+    folder = directory.run(f"{started_at:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
+    folder.begin(
+        Manifest(
+            run_id=folder.run_id,
+            started_at=started_at.isoformat(timespec="seconds"),
+            input=input,
+            limit=limit,
+            listing=_listing(paths),
+            files=files,
+            rows_per_group=config.pipeline.rows_per_group,
+            models=models,
+            config=config.model_dump(mode="json"),
+        )
+    )
+    return folder
+
+
+def _check_same(
+    manifest: Manifest,
+    listing: str,
+    limit: int | None,
+    config: Config,
+    models: dict[str, str],
+    allowed: tuple[str, ...],
+) -> None:
+    """Refuse to mix rows of two inputs, configurations or sets of models."""
+    before = {"models": manifest.models, "limit": manifest.limit, "files of the input": manifest.listing}
+    now: dict[str, Any] = {"models": models, "limit": limit, "files of the input": listing}
+    left_out = (*_ONLY_PLACE, *allowed)
+    different = [
+        *differences(before, now),
+        *differences(_shaping(manifest.config, left_out), _shaping(config.model_dump(mode="json"), left_out)),
+    ]
+    if different:
+        raise ValueError(
+            "the output belongs to a run that differs; choose another output, or pass --fresh to begin a new run:\n  "
+            + "\n  ".join(different)
+        )
+
+
+def _shaping(tree: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
+    """What of a configuration decides on the annotations."""
+    return {
+        key: _shaping(value, ()) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key not in left_out and key not in _ONLY_SPEED
+    }
+
+
+def _listing(paths: Sequence[str]) -> str:
+    digest = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:12]
+    return f"{len(paths)} ({digest})"
+
+
+def _check_apart(paths: Sequence[str], directory: RunDirectory) -> None:
     """A second run over a folder that holds the first one's output would annotate annotations."""
-    own = next((file.path for file in source.files if file.path.startswith(directory.annotations)), None)
+    own = next((path for path in paths if path.startswith(f"{directory.annotations}/")), None)
     if own:
         raise ValueError(f"the input holds {own}, which is output of this run's folder; keep the two apart")
 
 
-def _check_complete(source: PostSource, tally: Tally) -> None:
-    if tally.rows != source.rows:
-        raise RunError(
-            f"{source.rows} posts went in and {tally.rows} rows came out; nothing was published. This is a bug."
-        )
+def _tally_of(folder: RunFolder) -> Tally:
+    """What the published groups hold; a group of problems takes the place of all rows that had problems before."""
+    total: dict[str, Tally] = {}
+    for name in folder.marks("published"):
+        tallies = {s: Tally.from_dict(t) for s, t in (folder.read(f"marks/{name}.published") or {}).items()}
+        if name.startswith(Group.PROBLEMS):
+            total = {Status.OK: total.get(Status.OK, Tally())}
+        total = {status: total.get(status, Tally()) + tallies.get(status, Tally()) for status in Status}
+    return sum(total.values(), Tally())
+
+
+def _check_complete(manifest: Manifest, tally: Tally) -> None:
+    rows = sum(file.rows for file in manifest.files)
+    if tally.rows != rows:
+        raise RunError(f"{rows} posts went in and {tally.rows} rows came out. This is a bug.")

@@ -1,82 +1,186 @@
-"""The folder of a run: `annotations/status=…/`, and `run.json`, which is written last."""
+"""The folder of a run: `annotations/status=…/` for readers, `_run/` for going on where a run stopped, and `run.json`.
+
+    annotations/status=ok/part-RUN-g00000-0000.parquet    published: complete groups, a few large files
+    run.json                                              written last: the facts of the finished run
+    _run/RUN/manifest.json                                input files, groups, configuration, models
+    _run/RUN/marks/g00000.annotated.json                  every row of the group is staged
+    _run/RUN/marks/g00000.published.json                  ... and published; holds the group's counts
+    _run/RUN/{staged,checkpoint}/g00000-p0/               small files as they come, and the ids in them
+
+The marks decide what is left to do: each is written when what it says is on disk, and everything before it may be
+repeated. The run that was begun last is the one that goes on; what an earlier one finished stays until that is done.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyarrow import fs
 
 from gem_ray.data.files import open_filesystem
+from gem_ray.pipeline.source import InputFile
 
-_ANNOTATIONS = "annotations"
 _SUMMARY = "run.json"
 
 
 class RunDirectory:
-    """Where a run writes. A new result is built aside and takes the old one's place only when it is complete.
+    """Where runs write.
 
     Attributes:
-        filesystem: what the folder is on.
-        root: the folder's path on it.
+        output: the folder as the user named it.
+        filesystem: what it is on.
+        root: its path there.
     """
 
     def __init__(self, output: str) -> None:
         self.output = output
         self.filesystem, self.root = open_filesystem(output)
-
-    @property
-    def staging(self) -> str:
-        """Where a run that is not complete writes its annotations."""
-        return f"{self.root}/{_ANNOTATIONS}.partial"
+        if self.filesystem.get_file_info(self.root).type is fs.FileType.File:
+            raise NotADirectoryError(f"{output} is a file; the output must be a folder")
 
     @property
     def annotations(self) -> str:
-        """Where a complete run's annotations are."""
-        return f"{self.root}/{_ANNOTATIONS}"
+        """Where finished annotations are."""
+        return f"{self.root}/annotations"
 
-    def check(self, fresh: bool) -> None:
-        """Refuse to touch what is there.
+    def run(self, run_id: str) -> RunFolder:
+        """The folder of one run."""
+        return RunFolder(self.filesystem, f"{self.root}/_run/{run_id}")
 
-        Raises:
-            FileExistsError: there are annotations, and `fresh` does not allow to replace them.
-            NotADirectoryError: the output is a file.
-        """
-        if self.filesystem.get_file_info(self.root).type is fs.FileType.File:
-            raise NotADirectoryError(f"{self.output} is a file; the output must be a folder")
-        if self._exists(self.annotations) and not fresh:
-            raise FileExistsError(
-                f"{self.output} already holds annotations; choose another output, or pass --fresh to replace them"
-            )
+    def run_ids(self) -> list[str]:
+        """Runs that were begun here, in the order of their beginning."""
+        names = (path.rsplit("/", 1)[-1] for path in self._entries(f"{self.root}/_run", fs.FileType.Directory))
+        return sorted(name for name in names if self.run(name).has("manifest"))
 
-    def begin(self) -> None:
-        """Clear what an interrupted run left."""
-        self._delete(self.staging)
-        self.filesystem.create_dir(self.staging, recursive=True)
+    def published(self) -> list[str]:
+        """The files of annotations."""
+        return [path for path in self._entries(self.annotations, fs.FileType.File) if path.endswith(".parquet")]
 
-    def publish(self, summary: Mapping[str, Any]) -> None:
-        """Put the finished annotations in their place, then write the summary."""
-        old = f"{self.annotations}.old"
-        self._delete(old)
-        if self._exists(self.annotations):
-            self._move(self.annotations, old)
-        self._move(self.staging, self.annotations)
-        with self.filesystem.open_output_stream(f"{self.root}/{_SUMMARY}") as stream:
-            stream.write((json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
-        self._delete(old)
+    def delete_published(self, paths: Sequence[str]) -> None:
+        """Take files of annotations away."""
+        for path in paths:
+            self.filesystem.delete_file(path)
 
-    def _exists(self, path: str) -> bool:
-        return self.filesystem.get_file_info(path).type is not fs.FileType.NotFound
+    def summary(self) -> dict[str, Any] | None:
+        """What `run.json` says, if a run has finished."""
+        return _read_json(self.filesystem, f"{self.root}/{_SUMMARY}")
 
-    def _delete(self, path: str) -> None:
-        if self._exists(path):
-            self.filesystem.delete_dir(path)
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `run.json`, and forget earlier runs."""
+        _write_json(self.filesystem, f"{self.root}/{_SUMMARY}", summary)
+        self.forget_unfinished()
 
-    def _move(self, source: str, target: str) -> None:
-        if isinstance(self.filesystem, fs.LocalFileSystem):
-            self.filesystem.move(source, target)
-            return
-        # An object store has no folders to rename.
-        fs.copy_files(source, target, source_filesystem=self.filesystem, destination_filesystem=self.filesystem)
-        self.filesystem.delete_dir(source)
+    def forget_unfinished(self) -> None:
+        """Delete the folders of runs that did not finish; what they have published stays."""
+        finished = (self.summary() or {}).get("run_id")
+        for run_id in self.run_ids():
+            if run_id != finished:
+                self.filesystem.delete_dir(f"{self.root}/_run/{run_id}")
+
+    def _entries(self, folder: str, kind: fs.FileType) -> Iterator[str]:
+        selector = fs.FileSelector(folder, recursive=kind is fs.FileType.File, allow_not_found=True)
+        return (entry.path for entry in self.filesystem.get_file_info(selector) if entry.type is kind)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run is: with the same input, models and configuration it gives the same rows.
+
+    Attributes:
+        listing: how many input files there are, and a hash of their names.
+        files: those with rows that are read.
+        rows_per_group: about how many rows a group has.
+    """
+
+    run_id: str
+    started_at: str
+    input: str
+    limit: int | None
+    listing: str
+    files: list[InputFile]
+    rows_per_group: int
+    models: dict[str, str]
+    config: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**values, "files": [InputFile(**file) for file in values["files"]]})
+
+
+class RunFolder:
+    """`_run/RUN/`: the manifest, the marks, and what is not yet published."""
+
+    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
+        self.filesystem = filesystem
+        self.root = root
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run."""
+        return self.root.rsplit("/", 1)[-1]
+
+    def has(self, name: str) -> bool:
+        """Whether a file of facts is there: `manifest`, or a mark."""
+        return self.filesystem.get_file_info(f"{self.root}/{name}.json").type is fs.FileType.File
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The facts in a file; None if it is not there."""
+        return _read_json(self.filesystem, f"{self.root}/{name}.json")
+
+    def write(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write a file of facts."""
+        _write_json(self.filesystem, f"{self.root}/{name}.json", facts)
+
+    def manifest(self) -> Manifest:
+        """The run's manifest."""
+        values = self.read("manifest")
+        assert values is not None  # a run without manifest is none
+        return Manifest.from_dict(values)
+
+    def begin(self, manifest: Manifest) -> None:
+        """Write the manifest: from now on the run can be gone on with."""
+        self.write("manifest", asdict(manifest))
+
+    def marks(self, kind: str) -> list[str]:
+        """Names of the groups that are marked so, in order."""
+        selector = fs.FileSelector(f"{self.root}/marks", allow_not_found=True)
+        names = [entry.base_name.removesuffix(".json") for entry in self.filesystem.get_file_info(selector)]
+        return sorted(name.removesuffix(f".{kind}") for name in names if name.endswith(f".{kind}"))
+
+    def staged(self, group: str, number: int) -> str:
+        """Where a pass over a group writes its rows."""
+        return f"{self.root}/staged/{group}-p{number}"
+
+    def checkpoint(self, group: str, number: int) -> str:
+        """Where Ray keeps the ids of these rows."""
+        return f"{self.root}/checkpoint/{group}-p{number}"
+
+    def clear(self, group: str, passes: int) -> None:
+        """Delete what is staged of a group."""
+        for number in range(passes):
+            for folder in (self.staged(group, number), self.checkpoint(group, number)):
+                if self.filesystem.get_file_info(folder).type is not fs.FileType.NotFound:
+                    self.filesystem.delete_dir(folder)
+
+
+def _read_json(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return json.loads(stream.read())
+    except FileNotFoundError:
+        return None
+
+
+def _write_json(filesystem: fs.FileSystem, path: str, values: Mapping[str, Any]) -> None:
+    """A file that is whole or not there: objects in S3 are, and local files are renamed into place."""
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+    target = f"{path}.partial" if local else path
+    with filesystem.open_output_stream(target) as stream:
+        stream.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    if local:
+        filesystem.move(target, path)

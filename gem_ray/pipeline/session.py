@@ -12,9 +12,9 @@ from typing import Any
 import ray
 from ray.data import DataContext
 
-from gem_ray.annotator import active_stages
 from gem_ray.config import Config
 from gem_ray.pipeline.graph import TASK_STAGES
+from gem_ray.pipeline.plan import passes_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,13 @@ logger = logging.getLogger(__name__)
 _CPUS_FOR_TASKS = 1
 _SPARE_CPUS = 1
 _MIN_CPUS = 4  # with fewer, Ray Data can hang
+
+_SETTINGS = {
+    "enable_progress_bars": False,  # we have our own
+    "max_errored_blocks": 0,  # a block that fails is rows that are lost
+    # What is queued before a stage, as a multiple of what it has in hand: rows under way are lost when a run is killed.
+    "downstream_capacity_backpressure_ratio": 1.0,
+}
 
 
 @contextmanager
@@ -59,28 +66,30 @@ def _start(config: Config) -> None:
 
 @contextmanager
 def _own_settings() -> Iterator[None]:
-    """Ray Data's bars and logs stay off the terminal (its log file keeps them), and no block may be lost."""
+    """Ray Data as a run needs it; its logs stay off the terminal (its log file keeps them)."""
     context = DataContext.get_current()
-    before = context.enable_progress_bars, context.max_errored_blocks
+    before = {name: getattr(context, name) for name in _SETTINGS}
     consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
     levels = [console.level for console in consoles]
     try:
-        context.enable_progress_bars, context.max_errored_blocks = False, 0
+        for name, value in _SETTINGS.items():
+            setattr(context, name, value)
         for console in consoles:
             console.setLevel(logging.CRITICAL)
         yield
     finally:
-        context.enable_progress_bars, context.max_errored_blocks = before
+        for name, value in before.items():
+            setattr(context, name, value)
         for console, level in zip(consoles, levels, strict=True):
             console.setLevel(level)
 
 
 def _reserved(config: Config) -> dict[str, float]:
-    """What the actors of all stages hold at the least, for as long as the run takes."""
-    placements = [getattr(config.pipeline, name) for name in active_stages(config) if name not in TASK_STAGES]
+    """What the actors of a pass hold at the least, for as long as it takes; the most of any pass."""
+    passes = [[getattr(config.pipeline, name) for name in p if name not in TASK_STAGES] for p in passes_of(config)]
     return {
-        "CPU": sum(placement.min_actors * placement.num_cpus for placement in placements),
-        "GPU": sum(placement.min_actors * placement.num_gpus for placement in placements),
+        "CPU": max(sum(stage.min_actors * stage.num_cpus for stage in stages) for stages in passes),
+        "GPU": max(sum(stage.min_actors * stage.num_gpus for stage in stages) for stages in passes),
     }
 
 

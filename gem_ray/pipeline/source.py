@@ -1,78 +1,126 @@
 """The posts of Parquet and WebDataset files, as a Ray datasource with one read task a file.
 
 Ray's own Parquet reader takes one schema for all files, so that a file whose `post_id` is a number stops a run; and its
-errors do not name the file. Here each row is read with the types that its file has, and judged by itself.
+errors do not name the file. Here each row is read with the types that its file has, and judged by itself. Rows that a
+run has finished are left out while reading: Ray's own filter would fetch their images first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from gem_ray.data.prepare import post_from_row
-from gem_ray.data.shards import count_rows, list_shards, shard_rows
+from gem_ray.data.shards import count_rows, shard_rows
 from gem_ray.pipeline.tables import TRANSIT_SCHEMA, posts_to_table
+from gem_ray.records import Post
+
+if TYPE_CHECKING:
+    from gem_ray.pipeline.passes import PassResults
 
 _ROWS_AT_A_TIME = 64
 _COUNTING_THREADS = 16
+ROWS_BITS = 32  # of a row's id, for its position in its file
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file, and how many of its first rows are read."""
+    """A file of the input.
+
+    Attributes:
+        path: on the input's file system.
+        number: its place in the order of the names; the upper half of its rows' ids.
+        rows: how many of its first rows are read.
+    """
 
     path: str
+    number: int
     rows: int
 
+    @property
+    def row_ids(self) -> np.ndarray:
+        """The ids of its rows, `(rows,)` int64, in order."""
+        return np.arange(self.rows, dtype=np.int64) + (self.number << ROWS_BITS)
 
-class PostSource(Datasource):
-    """Reads input files as blocks of `TRANSIT_SCHEMA`.
+
+def count_input(filesystem: fs.FileSystem, paths: Sequence[str], limit: int | None = None) -> list[InputFile]:
+    """Count the rows of input files: a Parquet file's from its footer, a tar's by walking through its headers.
 
     Args:
         filesystem: what the files are on.
-        files: the files, in order.
+        paths: the files, as `list_shards` gives them.
+        limit: read only the first rows, in the order of the files' names.
+
+    Returns:
+        The files that have rows.
+
+    Raises:
+        ValueError: a file is damaged (the message names it), or there are no rows.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit must be at least 1, not {limit}")
+    with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
+        counts = threads.map(partial(count_rows, filesystem), paths)
+        files = list(_within(limit, paths, counts))
+    if not files:
+        raise ValueError("the input holds no posts: its files are empty")
+    return files
+
+
+def _within(limit: int | None, paths: Sequence[str], counts: Iterator[int]) -> Iterator[InputFile]:
+    left = limit
+    for number, (path, count) in enumerate(zip(paths, counts, strict=True)):
+        rows = count if left is None else min(count, left)
+        if rows:
+            yield InputFile(path, number, rows)
+        if left is not None:
+            left -= rows
+            if not left:
+                return
+
+
+class PostSource(Datasource):
+    """Reads rows of input files as blocks of `TRANSIT_SCHEMA`.
+
+    Args:
+        filesystem: what the files are on.
+        files: the files.
+        wanted: ids of the rows to read, `(N,)` int64, sorted; all if None.
+        earlier: what earlier passes made of the rows.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, files: list[InputFile]) -> None:
+    def __init__(
+        self,
+        filesystem: fs.FileSystem,
+        files: Sequence[InputFile],
+        wanted: np.ndarray | None = None,
+        earlier: PassResults | None = None,
+    ) -> None:
         super().__init__()
-        self.filesystem = filesystem
-        self.files = files
+        self._filesystem = filesystem
+        self._earlier = earlier
+        self._reads = [(file, _positions(file, wanted)) for file in files]
+        self._reads = [(file, positions) for file, positions in self._reads if len(positions)]
 
-    @classmethod
-    def open(cls, location: str, limit: int | None = None) -> PostSource:
-        """Find the files of a folder, or the one file, and count their rows.
-
-        Args:
-            location: a path or an `s3://` URI.
-            limit: read only the first rows, in the order of the files' names.
-
-        Raises:
-            FileNotFoundError: there is nothing at the location, or no Parquet or WebDataset file.
-            ValueError: a file is damaged (the message names it), or there are no rows.
-        """
-        if limit is not None and limit < 1:
-            raise ValueError(f"the limit must be at least 1, not {limit}")
-        filesystem, paths = list_shards(location)
-        with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
-            counts = threads.map(partial(count_rows, filesystem), paths)
-            files = list(_within(limit, map(InputFile, paths, counts)))
-        if not files:
-            raise ValueError(f"{location} holds no posts: its files are empty")
-        return cls(filesystem, files)
+    @property
+    def files(self) -> int:
+        """How many files there is something to read in."""
+        return len(self._reads)
 
     @property
     def rows(self) -> int:
-        """How many posts there are."""
-        return sum(file.rows for file in self.files)
+        """How many rows are read."""
+        return sum(len(positions) for _, positions in self._reads)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
@@ -80,12 +128,12 @@ class PostSource(Datasource):
         """One task a file, whatever parallelism is asked: blocks are cut by rows after reading."""
         return [
             ReadTask(
-                partial(_read_blocks, self.filesystem, file),
-                BlockMetadata(num_rows=file.rows, size_bytes=None, input_files=[file.path], exec_stats=None),
+                partial(_read_blocks, self._filesystem, file, positions, self._earlier),
+                BlockMetadata(num_rows=len(positions), size_bytes=None, input_files=[file.path], exec_stats=None),
                 schema=TRANSIT_SCHEMA,
                 per_task_row_limit=per_task_row_limit,
             )
-            for file in self.files
+            for file, positions in self._reads
         ]
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -93,21 +141,28 @@ class PostSource(Datasource):
         return None
 
 
-def _within(limit: int | None, files: Iterator[InputFile]) -> Iterator[InputFile]:
-    left = limit
-    for file in files:
-        rows = file.rows if left is None else min(file.rows, left)
-        if rows:
-            yield InputFile(file.path, rows)
-        if left is not None:
-            left -= rows
-            if not left:
-                return
+def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray:
+    """Which rows of a file are wanted, counted from 0."""
+    if wanted is None:
+        return np.arange(file.rows)
+    first = file.number << ROWS_BITS
+    return wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + file.rows)] - first
 
 
-def _read_blocks(filesystem: fs.FileSystem, file: InputFile) -> Iterator[pa.Table]:
-    rows = islice(shard_rows(filesystem, file.path), file.rows)
-    # Gold is for evaluation: whatever is wrong with it is no reason to reject the post.
-    posts = (post_from_row({name: value for name, value in row.items() if name != "gold"}) for row in rows)
+def _read_blocks(
+    filesystem: fs.FileSystem, file: InputFile, positions: np.ndarray, earlier: PassResults | None
+) -> Iterator[pa.Table]:
+    whole = len(positions) == file.rows
+    rows = islice(shard_rows(filesystem, file.path, None if whole else positions), len(positions))
+    posts = (_post(file, position, row) for position, row in rows)
+    if earlier is not None:
+        posts = earlier.merged(file, posts)
     while block := list(islice(posts, _ROWS_AT_A_TIME)):
         yield posts_to_table(block)
+
+
+def _post(file: InputFile, position: int, row: dict[str, Any]) -> Post:
+    # Gold is for evaluation: whatever is wrong with it is no reason to reject the post.
+    post = post_from_row({name: value for name, value in row.items() if name != "gold"})
+    post.row_id = (file.number << ROWS_BITS) + position
+    return post

@@ -1,29 +1,27 @@
-"""What a run did: counted from the files that it wrote, and kept as `run.json`."""
+"""What a run did: counted from the rows that it wrote, and kept as `run.json`."""
 
 from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pyarrow import fs
 
 from gem_ray.records import Status
 
 _LIBRARIES = ("gem-ray", "ray", "torch", "transformers", "pyarrow")
-# Only these leaves are read back; texts and heat maps stay on disk.
-_LEAVES = ["problems.list.element.kind", "entities.list.element.reranked", "entities.list.element.box.x1"]
+_EXAMPLES = 5  # kept of each kind of problem
+_EXAMPLE_CHARS = 200
 
 
 @dataclass
 class Tally:
-    """Counts over annotations.
+    """Counts over annotations; tallies of several files add up.
 
     Attributes:
         rows: posts.
@@ -32,6 +30,7 @@ class Tally:
         entities: mentions found.
         grounded: mentions with a box.
         reranked: mentions that the reranker decided.
+        examples: by kind of problem, a few rows that have it.
     """
 
     rows: int = 0
@@ -40,6 +39,48 @@ class Tally:
     entities: int = 0
     grounded: int = 0
     reranked: int = 0
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: pa.Table, status: Status) -> Tally:
+        """Count a table of annotations that all have one status."""
+        tally = cls(rows=table.num_rows)
+        tally.statuses[status] = table.num_rows
+        entities = pc.list_flatten(table["entities"]).combine_chunks()
+        tally.entities = len(entities)
+        tally.reranked = pc.sum(entities.field("reranked")).as_py() or 0
+        tally.grounded = len(entities) - entities.field("box").null_count
+        for row in table.filter(pc.greater(pc.list_value_length(table["problems"]), 0)).to_pylist():
+            tally._count_problems(row, status)
+        return tally
+
+    def _count_problems(self, row: Mapping[str, Any], status: Status) -> None:
+        for problem in row["problems"]:
+            self.problems[problem["kind"]] += 1
+            examples = self.examples.setdefault(problem["kind"], [])
+            if len(examples) < _EXAMPLES:
+                shown = {"post_id": row["post_id"], "row_id": row["row_id"], "text": row["text"][:_EXAMPLE_CHARS]}
+                examples.append({**shown, "status": str(status), **problem})
+
+    def __add__(self, other: Tally) -> Tally:
+        """Both together."""
+        kinds = self.examples.keys() | other.examples.keys()
+        return Tally(
+            rows=self.rows + other.rows,
+            statuses={status: count + other.statuses[status] for status, count in self.statuses.items()},
+            problems=self.problems + other.problems,
+            entities=self.entities + other.entities,
+            grounded=self.grounded + other.grounded,
+            reranked=self.reranked + other.reranked,
+            examples={
+                kind: (self.examples.get(kind, []) + other.examples.get(kind, []))[:_EXAMPLES] for kind in sorted(kinds)
+            },
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Tally:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**values, "problems": Counter(values["problems"])})
 
 
 @dataclass(frozen=True)
@@ -47,7 +88,8 @@ class RunSummary:
     """A finished run; `to_dict` is the content of `run.json`.
 
     Attributes:
-        stage_seconds: wall time inside each stage, summed over its actors.
+        seconds: wall time of the last start, of which `annotated` rows were the work; others were done before.
+        stage_seconds: wall time inside each stage in the last start, summed over its actors.
         models: what made the output, as in its `models` column.
     """
 
@@ -56,6 +98,7 @@ class RunSummary:
     output: str
     started_at: str
     seconds: float
+    annotated: int
     stage_seconds: dict[str, float]
     tally: Tally
     models: dict[str, str]
@@ -69,7 +112,7 @@ class RunSummary:
     @property
     def rows_per_second(self) -> float:
         """Posts a second of wall time, start-up included."""
-        return self.rows / self.seconds
+        return self.annotated / self.seconds
 
     @property
     def rejected(self) -> int:
@@ -85,6 +128,7 @@ class RunSummary:
             "output": self.output,
             "started_at": self.started_at,
             "seconds": round(self.seconds, 3),
+            "annotated": self.annotated,
             "rows_per_second": round(self.rows_per_second, 3),
             **tally,
             "reranked_share": self.tally.reranked / self.tally.entities if self.tally.entities else 0.0,
@@ -94,24 +138,24 @@ class RunSummary:
             "config": self.config,
         }
 
-
-def tally_annotations(filesystem: fs.FileSystem, folder: str) -> Tally:
-    """Count what is on disk in an annotations folder, `status=…/*.parquet`."""
-    tally = Tally()
-    for status in Status:
-        for batch in _batches(filesystem, f"{folder}/status={status}"):
-            tally.rows += batch.num_rows
-            tally.statuses[status] += batch.num_rows
-            tally.problems.update(pc.list_flatten(batch["problems"]).field("kind").to_pylist())
-            entities = pc.list_flatten(batch["entities"])
-            tally.entities += len(entities)
-            tally.reranked += pc.sum(entities.field("reranked")).as_py() or 0
-            tally.grounded += len(entities) - pc.struct_field(entities, "box").null_count
-    return tally
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSummary:
+        """The inverse of `to_dict`."""
+        own = {name: values[name] for name in cls.__dataclass_fields__ if name != "tally"}
+        return cls(**own, tally=Tally.from_dict({name: values[name] for name in Tally.__dataclass_fields__}))
 
 
-def _batches(filesystem: fs.FileSystem, folder: str) -> Iterator[pa.RecordBatch]:
-    for entry in filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True)):
-        if entry.type is fs.FileType.File:
-            with filesystem.open_input_file(entry.path) as stream:
-                yield from pq.ParquetFile(stream).iter_batches(columns=_LEAVES)
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
+    """One line for every leaf that differs between two trees: `filter.gamma: 0.2 → 0.3`."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"{key}: {old.get(key)} → {new.get(key)}"
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

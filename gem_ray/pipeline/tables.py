@@ -44,6 +44,10 @@ TRANSIT_SCHEMA = pa.schema(
 )
 
 
+# What a pass leaves for the next one, which reads the images from the input again.
+PASS_SCHEMA = pa.schema([field for field in TRANSIT_SCHEMA if field.name not in dict(_CARRIED)])
+
+
 def posts_to_table(posts: Sequence[Post]) -> pa.Table:
     """Posts as a table of `TRANSIT_SCHEMA`; `gold` and `Entity.logits` do not travel."""
     return _table([_transit_row(post) for post in posts], TRANSIT_SCHEMA)
@@ -67,6 +71,11 @@ def annotations_table(posts: Sequence[Post], run_id: str, models: Mapping[str, s
     """Posts as a table of `ANNOTATION_SCHEMA`."""
     ending = {"run_id": run_id, "models": list(models.items())}
     return _table([post.annotation() | ending for post in posts], ANNOTATION_SCHEMA)
+
+
+def pass_table(table: pa.Table) -> pa.Table:
+    """From a table of `TRANSIT_SCHEMA` to one of `PASS_SCHEMA`."""
+    return table.select(PASS_SCHEMA.names)
 
 
 def _transit_row(post: Post) -> dict[str, Any]:

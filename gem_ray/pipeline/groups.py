@@ -1,0 +1,209 @@
+"""Groups of input files: each is annotated in executions of its own, and published when all its rows are there.
+
+Ray Data keeps the ids of a checkpoint in memory and small files on disk; a group bounds both, whatever the input's
+size, and is large enough that loading the models for each costs little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow.parquet as pq
+from ray.exceptions import RayError
+
+from gem_ray.pipeline.checkpoint import ID_COLUMN, checkpointing, committed_ids
+from gem_ray.pipeline.compaction import compact
+from gem_ray.pipeline.graph import as_annotations, as_pass_results, build_graph
+from gem_ray.pipeline.passes import PassResults
+from gem_ray.pipeline.plan import passes_of
+from gem_ray.pipeline.source import InputFile, PostSource
+from gem_ray.records import Status
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+    from gem_ray.config import Config
+    from gem_ray.pipeline.ledger import Ledger
+    from gem_ray.pipeline.run_directory import Manifest, RunDirectory, RunFolder
+    from gem_ray.records import StageName
+
+
+class RunError(RuntimeError):
+    """A run that started and could not finish; what is done stays done, and a new start goes on from there."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files whose rows are annotated and published together.
+
+    Attributes:
+        name: `g00000` and so on; `p000` and so on for problems that are done again.
+        files: the files.
+        wanted: ids of the rows, `(N,)` int64, sorted; None: all rows of the files.
+    """
+
+    PROBLEMS: ClassVar = "p"
+
+    name: str
+    files: list[InputFile]
+    wanted: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return sum(file.rows for file in self.files) if self.wanted is None else len(self.wanted)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids of the rows; not kept, because all groups together may have a great many."""
+        return np.concatenate([file.row_ids for file in self.files]) if self.wanted is None else self.wanted
+
+
+def cut_groups(manifest: Manifest) -> list[Group]:
+    """The files of a run in groups of about `rows_per_group` rows, in order; a file is never cut."""
+    chunks = _chunks(manifest.files, manifest.rows_per_group)
+    return [Group(f"g{number:05d}", files) for number, files in enumerate(chunks)]
+
+
+def _chunks(files: list[InputFile], most: int) -> Iterator[list[InputFile]]:
+    chunk: list[InputFile] = []
+    rows = 0
+    for file in files:
+        if chunk and rows + file.rows > most:
+            yield chunk
+            chunk, rows = [], 0
+        chunk.append(file)
+        rows += file.rows
+    yield chunk
+
+
+def problem_group(directory: RunDirectory, folder: RunFolder, manifest: Manifest) -> Group:
+    """The rows of a finished run that are degraded or rejected, as one group."""
+    rounds = [name for name in folder.marks("published") if name.startswith(Group.PROBLEMS)]
+    name = f"{Group.PROBLEMS}{len(rounds):03d}"
+    ids = [_ids_in(directory.filesystem, path) for path in _with_problems(directory, folder, name)]
+    wanted = np.sort(np.concatenate([np.array([], dtype=np.int64), *ids]))
+    return Group(name, manifest.files, wanted)
+
+
+def _with_problems(directory: RunDirectory, folder: RunFolder, but: str) -> list[str]:
+    """Published files of rows with problems, but for those of one group."""
+    folders = [f"/status={status}/" for status in Status if status is not Status.OK]
+    own = f"/{file_prefix(folder, but)}-"
+    return [path for path in directory.published() if any(f in path for f in folders) and own not in path]
+
+
+def _ids_in(filesystem: fs.FileSystem, path: str) -> np.ndarray:
+    with filesystem.open_input_file(path) as stream:
+        return pq.ParquetFile(stream).read([ID_COLUMN])[ID_COLUMN].to_numpy()
+
+
+def file_prefix(folder: RunFolder, group: str) -> str:
+    """How the names of a group's published files begin."""
+    return f"part-{folder.run_id}-{group}"
+
+
+class GroupRunner:
+    """Annotates and publishes the groups of a run; what the marks say is done is not done again.
+
+    Attributes:
+        annotated: rows that this runner has brought through all stages.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        folder: RunFolder,
+        input_filesystem: fs.FileSystem,
+        config: Config,
+        models: dict[str, str],
+        ledger: Ledger,
+    ) -> None:
+        self.annotated = 0
+        self._directory = directory
+        self._folder = folder
+        self._input = input_filesystem
+        self._config = config
+        self._models = models
+        self._ledger = ledger
+        self._passes = passes_of(config)
+        self._done_before = 0
+
+    def done(self) -> int:
+        """Rows that have been through all stages, in this start or an earlier one; for progress."""
+        return self._done_before + self._ledger.read().done
+
+    def owns(self, path: str) -> bool:
+        """Whether a published file is of this run."""
+        return path.rsplit("/", 1)[-1].startswith(f"part-{self._folder.run_id}-")
+
+    def annotate(self, group: Group) -> None:
+        """Bring every row of a group through every pass.
+
+        Raises:
+            RunError: a stage or a file gave up.
+        """
+        if group.name in self._folder.marks("annotated"):
+            self._done_before += group.rows
+            return
+        earlier = None
+        for number, stages in enumerate(self._passes):
+            earlier = self._run_pass(group, number, stages, earlier)
+        self._folder.write(f"marks/{group.name}.annotated", {"rows": group.rows})
+
+    def publish(self, group: Group) -> None:
+        """Move the staged rows of an annotated group to where readers look for them."""
+        if group.name not in self._folder.marks("published"):
+            staged = self._folder.staged(group.name, len(self._passes) - 1)
+            prefix = file_prefix(self._folder, group.name)
+            try:
+                tallies = compact(self._directory.filesystem, staged, self._directory.annotations, prefix)
+            except RayError as error:
+                raise self._run_error(error) from error
+            self._folder.write(f"marks/{group.name}.published", {s: asdict(t) for s, t in tallies.items()})
+        if group.name.startswith(Group.PROBLEMS):
+            self._directory.delete_published(_with_problems(self._directory, self._folder, group.name))
+        self._folder.clear(group.name, len(self._passes))
+
+    def _run_pass(
+        self, group: Group, number: int, stages: tuple[StageName, ...], earlier: PassResults | None
+    ) -> PassResults:
+        filesystem, is_last = self._directory.filesystem, number == len(self._passes) - 1
+        staged, checkpoint = self._folder.staged(group.name, number), self._folder.checkpoint(group.name, number)
+        filesystem.create_dir(staged, recursive=True)
+        todo = np.setdiff1d(group.ids, committed_ids(filesystem, checkpoint), assume_unique=True)
+        self._done_before += (group.rows - len(todo)) * is_last
+        if len(todo):
+            with checkpointing(filesystem, checkpoint):
+                source = PostSource(self._input, group.files, todo, earlier)
+                dataset = build_graph(source, self._config, stages, self._ledger)
+                if is_last:
+                    dataset = as_annotations(dataset, self._folder.run_id, self._models, self._ledger)
+                    self._write(dataset, staged, partition_cols=["status"])
+                else:
+                    self._write(as_pass_results(dataset), staged)
+            _check_complete(group, committed_ids(filesystem, checkpoint))
+            self.annotated += len(todo) * is_last
+        return PassResults.open(filesystem, staged) if not is_last else PassResults(filesystem, [])
+
+    def _write(self, dataset: Any, folder: str, **options: Any) -> None:
+        try:
+            dataset.write_parquet(folder, filesystem=self._directory.filesystem, **options)
+        except RayError as error:
+            raise self._run_error(error) from error
+
+    def _run_error(self, error: RayError) -> RunError:
+        reason = self._ledger.read().failure or str(getattr(error, "cause", None) or error)
+        return RunError(reason.strip().splitlines()[0])  # the rest is Ray's frames and advice
+
+
+def _check_complete(group: Group, committed: np.ndarray) -> None:
+    """Every row once: rows that are there twice were written by two runs at a time."""
+    there = np.unique(committed)
+    if len(there) != len(committed):
+        raise RunError("rows were written twice: does another process annotate to the same output?")
+    if len(there) != group.rows:
+        raise RunError(f"{group.rows} posts went in and {len(there)} came out. This is a bug.")
