@@ -9,6 +9,10 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+from pyarrow import fs
+
+from gem_ray.s3 import S3Uri, open_bucket
+
 _STAGING = "GEM_RAY_CACHE"
 
 
@@ -21,6 +25,7 @@ def resolve(reference: str) -> Path:
 
     Raises:
         FileNotFoundError: there is nothing at the reference; the message says what was tried.
+        ValueError: an `s3://` reference without a bucket, or with credentials in it.
     """
     if Path(reference).exists():
         return Path(reference)
@@ -82,18 +87,17 @@ def _staged_from_s3(reference: str) -> Path:
 
 def _fetch(reference: str, folder: Path) -> Path:
     """Copy a file or a prefix into `folder`, which may hold what a fetch that broke off has left."""
-    from pyarrow import fs
-
+    uri = S3Uri.parse(reference)
     shutil.rmtree(folder, ignore_errors=True)
     target = folder / "model"
     try:
-        source, path = fs.FileSystem.from_uri(reference.rstrip("/"))
-        info = source.get_file_info(path)
+        source = open_bucket(uri)
+        info = source.get_file_info(uri.path)
         if info.type is fs.FileType.NotFound:
             raise FileNotFoundError("there is nothing")
         # Arrow makes the folders below the first, and not the first.
         (folder if info.type is fs.FileType.File else target).mkdir(parents=True)
-        fs.copy_files(path, str(target), source_filesystem=source)
+        fs.copy_files(uri.path, str(target), source_filesystem=source)
     except OSError as error:
         raise FileNotFoundError(f"no model at {reference!r}: {error}") from None
     return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import random
 import socket
 import struct
@@ -17,10 +18,7 @@ from uuid import uuid4
 
 import pytest
 
-_SLOW_DOWN = (
-    b'<?xml version="1.0" encoding="UTF-8"?>\n'
-    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
+_REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
 
 
@@ -47,6 +45,13 @@ class S3:
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         self.client.put_object(Bucket=bucket, Key=key, Body=body)
         return uri
+
+    def forbid(self, uri: str, *actions: str) -> None:
+        """Refuse actions, as `s3:GetObject`, on a bucket or on the objects that `uri` matches; `*` stands for any."""
+        resource = uri.removeprefix("s3://")
+        denied = {"Effect": "Deny", "Principal": "*", "Action": list(actions), "Resource": f"arn:aws:s3:::{resource}"}
+        policy = {"Version": "2012-10-17", "Statement": [denied]}
+        self.client.put_bucket_policy(Bucket=resource.partition("/")[0], Policy=json.dumps(policy))
 
 
 @pytest.fixture(scope="session")
@@ -77,23 +82,27 @@ def s3() -> Iterator[S3]:
 
 @dataclass
 class FaultyS3:
-    """A proxy in front of an S3 server that spoils a share of the requests. All but `counts` may be set at any time.
+    """A proxy in front of an S3 server that spoils a share of the requests. What is not a count may be set at any time.
 
     Attributes:
         endpoint: the proxy's URL.
         upstream: the server's URL.
         share: of the requests that fail, from 0 to 1.
-        kinds: faults to choose from: `slow_down` (503), `reset` (before anything is done), `cut` (the connection is
-            reset midway through the answer), `stall` (the answer begins, and goes on after `stall_s` seconds).
+        kinds: faults to choose from: `slow_down` (503), `forbidden` (403), `reset` (before anything is done), `cut`
+            (a reset midway through the answer), `stall` (midway through the answer, for `stall_s` seconds).
+        plan: what happens to the next requests, by kind, before chance decides.
         stall_s: length of a stall, in seconds.
         counts: faults so far by kind, and `passed`.
+        unsigned: requests so far that came without credentials.
     """
 
     endpoint: str
     upstream: str
     share: float = 0.0
     kinds: Sequence[str] = ("slow_down", "reset", "cut", "stall")
+    plan: list[str] = field(default_factory=list)
     stall_s: float = 5.0
+    unsigned: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -103,13 +112,15 @@ class FaultyS3:
         """Requests spoilt so far."""
         return self.counts.total() - self.counts["passed"]
 
-    def next_fault(self, method: str) -> str:
+    def next_fault(self, method: str, signed: bool) -> str:
         """What happens to the next request, counted."""
         with self._lock:
             kind = self._random.choice(self.kinds) if self._random.random() < self.share else "passed"
+            kind = self.plan.pop(0) if self.plan else kind
             # POST completes uploads, and moto does not let that be done twice as S3 does.
             kind = "reset" if kind == "cut" and method == "POST" else kind
             self.counts[kind] += 1
+            self.unsigned += not signed
             return kind
 
 
@@ -144,9 +155,10 @@ class _Proxy(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self._read_body()
-        kind = self.server.faults.next_fault(self.command)
-        if kind == "slow_down":
-            self._answer(503, [("content-type", "application/xml")], _SLOW_DOWN)
+        kind = self.server.faults.next_fault(self.command, "authorization" in self.headers)
+        if kind in _REFUSALS:
+            status, code = _REFUSALS[kind]
+            self._answer(status, [("content-type", "application/xml")], b"<Error><Code>%s</Code></Error>" % code)
         elif kind == "reset":
             self._reset()
         else:
@@ -182,12 +194,14 @@ class _Proxy(BaseHTTPRequestHandler):
         # An answer to HEAD has the length of a body that does not come.
         is_head = self.command == "HEAD"
         self.send_header("Content-Length", dict(headers).get("Content-Length", "0") if is_head else str(len(body)))
+        if kind == "stall" and not body:
+            time.sleep(self.server.faults.stall_s)
         self.end_headers()
         half = 0 if is_head else len(body) // 2
         self.wfile.write(body[:half])
         if kind == "cut":
             return self._reset()
-        if kind == "stall":
+        if kind == "stall" and body:
             time.sleep(self.server.faults.stall_s)
         self.wfile.write(b"" if is_head else body[half:])
         return None

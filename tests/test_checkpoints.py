@@ -72,81 +72,91 @@ def test_describe_names_the_reference_and_the_hash(tmp_path):
 
 
 @pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """An S3 endpoint that really listens, with a bucket `models`; the node's staging folder is empty."""
-    moto = pytest.importorskip("moto.server", reason="moto is not installed")
-    pytest.importorskip("flask", reason="moto's server needs flask")
-    import boto3
-
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "GEM_RAY_CACHE": str(tmp_path / "staged"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="models")
-    client.put_object(Bucket="models", Key="tagger/config.json", Body=b"{}")
-    client.put_object(Bucket="models", Key="tagger/sub/weights", Body=b"123")
-    yield client
-    server.stop()
+def models(s3, monkeypatch, tmp_path):
+    """The URI of a bucket with a model in it; the node's staging folder is empty."""
+    monkeypatch.setenv("GEM_RAY_CACHE", str(tmp_path / "staged"))
+    uri = s3.bucket("models")
+    s3.put(f"{uri}/tagger/config.json", b"{}")
+    s3.put(f"{uri}/tagger/sub/weights", b"123")
+    return uri
 
 
-def test_an_s3_prefix_is_fetched_once(bucket, tmp_path):
-    folder = resolve("s3://models/tagger")
+def test_an_s3_prefix_is_fetched_once(models, faulty_s3, tmp_path):
+    folder = resolve(f"{models}/tagger")
     assert content_hash(folder) == content_hash(
         _folder(tmp_path / "same", {"config.json": b"{}", "sub/weights": b"123"})
     )
-    bucket.delete_object(Bucket="models", Key="tagger/config.json")
-    assert resolve("s3://models/tagger") == folder
-    assert (folder / "config.json").is_file()
+    requests = faulty_s3.counts.total()
+    assert requests > 0
+    assert resolve(f"{models}/tagger") == folder
+    assert faulty_s3.counts.total() == requests
 
 
-def test_a_single_file_on_s3_keeps_its_name(bucket):
-    file = resolve("s3://models/tagger/sub/weights")
+def test_a_single_file_on_s3_keeps_its_name(models):
+    file = resolve(f"{models}/tagger/sub/weights")
     assert (file.name, file.read_bytes()) == ("weights", b"123")
 
 
-def test_two_prefixes_of_one_name_are_two_models(bucket):
-    bucket.put_object(Bucket="models", Key="other/tagger/config.json", Body=b"other")
-    assert resolve("s3://models/other/tagger") != resolve("s3://models/tagger")
+def test_two_prefixes_of_one_name_are_two_models(models, s3):
+    s3.put(f"{models}/other/tagger/config.json", b"other")
+    assert resolve(f"{models}/other/tagger") != resolve(f"{models}/tagger")
 
 
-def test_a_flat_prefix_is_fetched(bucket):
+def test_a_flat_prefix_is_fetched(models, s3):
     """As model directories are; Arrow by itself makes only the folders below the first."""
-    bucket.put_object(Bucket="models", Key="flat/config.json", Body=b"flat")
-    assert (resolve("s3://models/flat") / "config.json").read_bytes() == b"flat"
+    s3.put(f"{models}/flat/config.json", b"flat")
+    assert (resolve(f"{models}/flat") / "config.json").read_bytes() == b"flat"
 
 
-def test_a_fetch_that_broke_off_is_done_again(bucket):
-    target = resolve("s3://models/tagger")
+def test_a_model_arrives_whole_whatever_happens_to_some_requests(models, s3, faulty_s3):
+    files = {f"part-{index}": bytes([index]) * 500_000 for index in range(8)}
+    for name, content in files.items():
+        s3.put(f"{models}/large/{name}", content)
+    faulty_s3.share, faulty_s3.kinds = 0.3, ["slow_down", "reset", "cut"]
+    folder = resolve(f"{models}/large")
+    assert {entry.name: entry.read_bytes() for entry in folder.iterdir()} == files
+    assert faulty_s3.faults >= 3
+
+
+def test_a_model_of_which_a_part_could_not_be_fetched_is_not_there_until_it_is_whole(models, s3, faulty_s3):
+    s3.forbid(f"{models}/tagger/sub/*", "s3:GetObject")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="ACCESS_DENIED"):
+            resolve(f"{models}/tagger")
+    s3.client.delete_bucket_policy(Bucket=models.removeprefix("s3://"))
+    assert (resolve(f"{models}/tagger") / "sub" / "weights").read_bytes() == b"123"
+
+
+def test_a_fetch_that_broke_off_is_done_again(models):
+    target = resolve(f"{models}/tagger")
     broken_off = target.parent / ".partial" / "model"
     target.rename(broken_off)
     (broken_off / "config.json").write_bytes(b"{trunc")
     (broken_off / "of an older version").write_bytes(b"")
-    again = resolve("s3://models/tagger")
+    again = resolve(f"{models}/tagger")
     assert (again / "config.json").read_bytes() == b"{}"
     assert sorted(entry.name for entry in again.iterdir()) == ["config.json", "sub"]
 
 
-@pytest.mark.parametrize("reference", ["s3://models/nothing", "s3://no-such-bucket/model"])
-def test_nothing_at_an_s3_prefix_is_said_so(bucket, reference):
-    with pytest.raises(FileNotFoundError, match=reference):
-        resolve(reference)
+def test_nothing_at_an_s3_prefix_is_said_so(models):
+    for reference in (f"{models}/nothing", "s3://no-such-bucket/model"):
+        with pytest.raises(FileNotFoundError, match=reference):
+            resolve(reference)
+
+
+def test_credentials_in_a_reference_are_refused_and_not_repeated():
+    with pytest.raises(ValueError, match="credentials come from the environment") as caught:
+        resolve("s3://key:secret@models/tagger")
+    assert "secret" not in str(caught.value)
 
 
 def _resolve_and_check(reference):
     assert (resolve(reference) / "sub" / "weights").read_bytes() == b"123"
 
 
-def test_processes_of_one_node_that_ask_at_once_all_get_the_whole_model(bucket):
+def test_processes_of_one_node_that_ask_at_once_all_get_the_whole_model(models):
     context = multiprocessing.get_context("spawn")  # Arrow's threads do not survive a fork
-    workers = [context.Process(target=_resolve_and_check, args=("s3://models/tagger",)) for _ in range(3)]
+    workers = [context.Process(target=_resolve_and_check, args=(f"{models}/tagger",)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:

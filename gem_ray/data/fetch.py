@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 import re
 import socket
 import time
-from contextlib import AbstractContextManager
-from functools import cached_property, lru_cache
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, closing
+from functools import cached_property
+from typing import Any
 from urllib.parse import urljoin
 
 import httpx
-from pyarrow import fs
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+)
 
+from gem_ray import s3
 from gem_ray.config import ImageConfig
 from gem_ray.records import ProblemKind
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_USERINFO = re.compile(r"//[^/]*@")
 _MAX_REDIRECTS = 4
+
+# boto3 asks again when a request fails, until its budget for that is used up, and never for a body that breaks off.
+_PAUSES_S = (1, 2, 4, 8, 16)
+_BROKEN_OFF = (HTTPClientError, IncompleteReadError, FlexibleChecksumError, TimeoutError)
+_CHUNK = 1 << 16
 
 
 class ImageError(Exception):
@@ -33,6 +48,10 @@ class ImageError(Exception):
         """The encoded image holds `size` bytes or more."""
         message = f"the encoded image has {size:,} bytes or more; image.max_bytes allows {config.max_bytes:,}"
         return cls(ProblemKind.IMAGE_TOO_LARGE, message)
+
+
+class _TransientError(ImageError):
+    """A failure that may be over at the next try."""
 
 
 class Fetcher:
@@ -56,7 +75,7 @@ class Fetcher:
         if not scheme:
             return read_local(uri, self._config)
         if scheme == "s3":
-            return _read_s3(uri, self._config)
+            return self._read_s3(uri)
         if scheme == "https" and self._config.allow_http:
             return self._read_https(uri)
         if scheme == "https":
@@ -91,14 +110,51 @@ class Fetcher:
             raise _missing(uri)
         if answer.status_code != 200:
             raise _unreadable(uri, f"the server answered {answer.status_code}")
+        return self._collect(answer.iter_raw(), deadline)  # raw: a compressed body could be far larger than received
+
+    def _collect(self, chunks: Iterable[bytes], deadline: float) -> bytes:
         data = bytearray()
-        for chunk in answer.iter_raw():  # raw: a compressed body could be far larger than what was received
+        for chunk in chunks:
             data += chunk
             if len(data) > self._config.max_bytes:
                 raise ImageError.over_max_bytes(len(data), self._config)
             if time.monotonic() > deadline:
-                raise _unreadable(uri, f"not received within {self._config.timeout_s:g} s")
+                raise TimeoutError(f"not received within {self._config.timeout_s:g} s")
         return bytes(data)
+
+    def _read_s3(self, uri: str) -> bytes:
+        place = _s3_object(uri)
+        for pause in _PAUSES_S:
+            try:
+                return self._get_object(place, uri)
+            except _TransientError:
+                time.sleep(random.uniform(0, pause))  # so that those who failed together do not return together
+        return self._get_object(place, uri)
+
+    def _get_object(self, place: s3.S3Uri, uri: str) -> bytes:
+        client = self._anonymous_s3 if place.anonymous else self._s3
+        deadline = time.monotonic() + self._config.timeout_s
+        try:
+            answer = client.get_object(Bucket=place.bucket, Key=place.key)
+            with closing(answer["Body"]) as body:
+                return self._collect(body.iter_chunks(_CHUNK), deadline)
+        except ClientError as error:
+            raise _refusal(uri, error) from error
+        except _BROKEN_OFF as error:
+            raise _unreadable(uri, str(error), _TransientError) from error
+        except (BotoCoreError, ValueError) as error:  # no credentials, a key that is no text
+            raise _unreadable(uri, str(error)) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._config,)  # connections stay in the process that made them
+
+    @cached_property
+    def _s3(self) -> Any:
+        return s3.client(False, self._config.timeout_s, self._config.fetch_concurrency)
+
+    @cached_property
+    def _anonymous_s3(self) -> Any:
+        return s3.client(True, self._config.timeout_s, self._config.fetch_concurrency)
 
     @cached_property
     def _client(self) -> httpx.Client:
@@ -134,25 +190,6 @@ def read_local(uri: str, config: ImageConfig) -> bytes:
         raise _unreadable(uri, str(error)) from error
 
 
-def _read_s3(uri: str, config: ImageConfig) -> bytes:
-    bucket, _, key = uri.partition("://")[2].partition("/")
-    if not _BUCKET.fullmatch(bucket) or not key:
-        raise _forbidden(uri, "it is not s3://bucket/key")
-    try:
-        with _s3_filesystem(bucket).open_input_file(f"{bucket}/{key}") as file:
-            return _bounded(file.read(config.max_bytes + 1), config)
-    except FileNotFoundError as error:
-        raise _missing(uri) from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(uri, str(error)) from error
-
-
-@lru_cache(maxsize=64)
-def _s3_filesystem(bucket: str) -> fs.FileSystem:
-    # Only the bucket's checked name: the query of a URI may name another endpoint, which would be sent our credentials.
-    return fs.FileSystem.from_uri(f"s3://{bucket}")[0]
-
-
 def _public_address(url: httpx.URL) -> str:
     """An address of the URL's host, all of whose addresses are on the public internet."""
     if url.scheme != "https" or not url.host:
@@ -180,6 +217,27 @@ def _bounded(data: bytes, config: ImageConfig) -> bytes:
     return data
 
 
+def _s3_object(uri: str) -> s3.S3Uri:
+    # Only bucket and key: nothing else in a URI may say where our credentials are sent.
+    try:
+        place = s3.S3Uri.parse(uri)
+    except ValueError:
+        raise _forbidden(uri, "it is not s3://bucket/key") from None
+    if not place.key:
+        raise _forbidden(uri, "it is a bucket, not an image in one")
+    return place
+
+
+def _refusal(uri: str, error: ClientError) -> ImageError:
+    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+    reason = f"S3 answered {error.response['Error']['Code']}"
+    if status == 404:
+        return _missing(uri)
+    if status == 403:
+        return _forbidden(uri, reason)
+    return _unreadable(uri, reason, _TransientError if status >= 500 else ImageError)
+
+
 def _forbidden(uri: str, reason: str) -> ImageError:
     return ImageError(ProblemKind.IMAGE_FORBIDDEN, f"{_short(uri)} may not be read: {reason}")
 
@@ -188,11 +246,11 @@ def _missing(uri: str) -> ImageError:
     return ImageError(ProblemKind.IMAGE_MISSING, f"there is no image at {_short(uri)}")
 
 
-def _unreadable(uri: str, reason: str) -> ImageError:
-    return ImageError(ProblemKind.IMAGE_UNREADABLE, f"{_short(uri)} could not be read: {reason}")
+def _unreadable(uri: str, reason: str, kind: type[ImageError] = ImageError) -> ImageError:
+    return kind(ProblemKind.IMAGE_UNREADABLE, f"{_short(uri)} could not be read: {reason}")
 
 
 def _short(uri: str) -> str:
-    """The URI as messages show it: without its query, which may hold a signature, and not endless."""
-    bare = uri.partition("?")[0]
+    """The URI as messages show it: without password and query, which may hold a signature, and not endless."""
+    bare = _USERINFO.sub("//", uri.partition("?")[0])
     return repr(bare if len(bare) <= 120 else bare[:117] + "…")

@@ -6,16 +6,28 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from gem_ray.s3 import S3Uri, open_bucket
+
 
 def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
-    """The file system of a local path or an `s3://` URI, and the absolute path on it.
+    """The file system of a local path or a URI, and the absolute path on it.
 
-    `AWS_ENDPOINT_URL` and the usual AWS variables and roles are honoured.
+    `s3://bucket/path` finds endpoint, region, profile, credentials and roles as every AWS tool does;
+    `s3://anonymous@bucket/path` reads without credentials. Requests that fail are tried again, with growing pauses.
 
     Raises:
         ValueError: a URI that is not understood.
+        FileNotFoundError: there is no such bucket.
+        PermissionError: the bucket may not be listed.
+        ConnectionError: S3 cannot be asked.
     """
-    if "://" not in str(location):
+    uri = str(location)
+    if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(location).absolute())
-    filesystem, path = fs.FileSystem.from_uri(str(location))
-    return filesystem, path.rstrip("/")
+    if not uri.startswith("s3://"):
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        return filesystem, path.rstrip("/")
+    if "?" in uri:
+        raise ValueError(f"{uri.partition('?')[0]}: leave out the `?…`; AWS_ENDPOINT_URL names another server")
+    place = S3Uri.parse(uri)
+    return open_bucket(place), place.path

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from threading import Semaphore
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -60,8 +63,8 @@ _MAGIC = (
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")
 
-# Fetching waits for the network and Pillow decodes outside the interpreter's lock.
-_THREADS = 8
+# Pillow decodes outside the interpreter's lock. Each decoding may hold a full-size image for a moment.
+_DECODED_AT_ONCE = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class ImageLoader:
     def __init__(self, config: ImageConfig):
         self._config = config
         self._fetcher = Fetcher(config)
+        self._decoding = Semaphore(_DECODED_AT_ONCE)
 
     @classmethod
     def from_config(cls, config: Config) -> ImageLoader:
@@ -119,17 +123,25 @@ class ImageLoader:
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Load the image of every post that is not rejected and has entities."""
-        wanted = [post for post in posts if not post.is_rejected and post.entities]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(self.load, wanted))
+        self.load_all(post for post in posts if not post.is_rejected and post.entities)
         return posts
+
+    def load_all(self, posts: Iterable[Post]) -> None:
+        """As `load`, for many: while some images are decoded, others are on their way.
+
+        Only `image.fetch_concurrency` encoded images are in memory at a time, besides those that the posts bring.
+        """
+        with ThreadPoolExecutor(self._config.fetch_concurrency) as pool:
+            list(pool.map(self.load, posts))
 
     def load(self, post: Post) -> None:
         """Fill `image`, `image_width` and `image_height`, or record the problem; once a post has either, do nothing."""
         if post.image is not None or any(problem.kind.startswith("image_") for problem in post.problems):
             return
         try:
-            decoded = decode_image(self._encoded(post), self._config)
+            encoded = self._encoded(post)
+            with self._decoding:
+                decoded = decode_image(encoded, self._config)
         except ImageError as error:
             post.fail(StageName.LOAD_IMAGE, error.kind, str(error))
             return

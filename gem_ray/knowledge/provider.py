@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from gem_ray import checkpoints
@@ -17,9 +16,6 @@ from gem_ray.records import Post, ProblemKind, StageName
 
 if TYPE_CHECKING:
     from gem_ray.knowledge.captioner import Captioner
-
-# Fetching waits for the network, and decoding runs outside the interpreter's lock.
-_LOADING_THREADS = 8
 
 
 class KnowledgeProvider:
@@ -93,9 +89,9 @@ class KnowledgeProvider:
         return posts
 
     def _fill_captions(self, posts: list[Post], captioner: Captioner) -> None:
-        self._load_images([post for post in posts if post.image_bytes is None])
+        self._loader.load_all([post for post in posts if post.image_bytes is None])
         new = [post for post in posts if not self._recall_caption(post)]
-        self._load_images(new)
+        self._loader.load_all(new)
         same_image: dict[str | None, list[Post]] = defaultdict(list)  # reposts are captioned once
         for post in new:
             if post.image is not None:
@@ -111,10 +107,6 @@ class KnowledgeProvider:
         known = self._recall("caption", self._captioner_id, digest) if digest else None
         post.caption = known or None
         return known is not None
-
-    def _load_images(self, posts: list[Post]) -> None:
-        with ThreadPoolExecutor(_LOADING_THREADS) as pool:
-            list(pool.map(self._loader.load, posts))
 
     def _fill_knowledge(self, posts: list[Post], explainer: Explainer) -> None:
         waiting: dict[Query, list[Post]] = defaultdict(list)  # by question: reposts are asked about once

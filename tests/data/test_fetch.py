@@ -4,15 +4,14 @@ import os
 import pickle
 import ssl
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from gem_ray.config import ImageConfig
 from gem_ray.data import fetch
@@ -237,31 +236,96 @@ def test_a_server_that_drips_is_given_up(site):
     assert kind_of_failure(f"{site}/drip", allow_http=True, timeout_s=0.5) is UNREADABLE
 
 
-def test_images_are_read_from_s3(monkeypatch):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        httpx.put(f"http://{host}:{port}/photos")
-        bucket, _ = fs.FileSystem.from_uri("s3://photos")
-        with bucket.open_output_stream("photos/sub/a b?.jpg") as stream:
-            stream.write(b"pixels")
-        assert Fetcher(ImageConfig()).fetch("s3://photos/sub/a b?.jpg") == b"pixels"
-        assert kind_of_failure("s3://photos/sub/a b?.jpg", max_bytes=5) is TOO_LARGE
-        assert kind_of_failure("s3://photos/none.jpg") is MISSING
-        assert kind_of_failure("s3://no-such-bucket/none.jpg") is MISSING
-        assert kind_of_failure("s3://photos/a.jpg?endpoint_override=evil.test") is MISSING
-    finally:
-        fetch._s3_filesystem.cache_clear()
-        server.stop()
+def test_images_are_read_from_s3(s3):
+    bucket = s3.bucket("photos")
+    uri = s3.put(f"{bucket}/sub/a b?.jpg", b"pixels")
+    assert Fetcher(ImageConfig(max_bytes=6)).fetch(uri) == b"pixels"
+    assert kind_of_failure(uri, max_bytes=5) is TOO_LARGE
+    assert kind_of_failure(f"{bucket}/none.jpg") is MISSING
+    assert kind_of_failure("s3://no-such-bucket/none.jpg") is MISSING
+    assert kind_of_failure(f"{bucket}/\ud800") is UNREADABLE
+
+
+def test_one_request_is_made_for_an_image_in_s3(s3, faulty_s3):
+    uri = s3.put(f"{s3.bucket('photos')}/a.jpg", b"pixels")
+    Fetcher(ImageConfig()).fetch(uri)
+    assert faulty_s3.counts == {"passed": 1}
+
+
+def test_a_uri_of_the_data_cannot_choose_the_server(s3, faulty_s3, monkeypatch):
+    """Whoever can name the server is sent our signature."""
+    uri = s3.put(f"{s3.bucket('photos')}/a.jpg", b"pixels")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    port = faulty_s3.endpoint.rpartition(":")[2]
+    for query in (f"endpoint_override=127.0.0.1:{port}&scheme=http", f"endpoint={faulty_s3.endpoint}"):
+        assert kind_of_failure(f"{uri}?{query}") is MISSING
+    assert kind_of_failure(f"s3://127.0.0.1:{port}/photos/a.jpg") is FORBIDDEN
+    assert faulty_s3.counts.total() == 0
+
+
+def test_an_image_that_the_bucket_does_not_give_is_forbidden(s3):
+    bucket = s3.bucket("photos")
+    uri = s3.put(f"{bucket}/private/a.jpg", b"pixels")
+    s3.forbid(f"{bucket}/private/*", "s3:GetObject")
+    with pytest.raises(ImageError, match="S3 answered") as caught:
+        Fetcher(ImageConfig()).fetch(uri)
+    assert caught.value.kind is FORBIDDEN
+    assert Fetcher(ImageConfig()).fetch(s3.put(f"{bucket}/public/a.jpg", b"public")) == b"public"
+
+
+def test_without_credentials_only_what_is_public_is_read(s3, faulty_s3):
+    uri = s3.put(f"{s3.bucket('photos')}/a.jpg", b"pixels")
+    public = uri.replace("s3://", "s3://anonymous@")
+    assert kind_of_failure(public) is FORBIDDEN
+    bucket, key = uri.removeprefix("s3://").split("/")
+    s3.client.put_object_acl(Bucket=bucket, Key=key, ACL="public-read")
+    assert Fetcher(ImageConfig()).fetch(public) == b"pixels"
+    assert (faulty_s3.unsigned, faulty_s3.counts.total()) == (2, 2)
+
+
+def test_an_image_cannot_be_read_without_credentials_where_they_are_needed(s3, monkeypatch):
+    uri = s3.put(f"{s3.bucket('photos')}/a.jpg", b"pixels")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(ImageError, match="credentials") as caught:
+        Fetcher(ImageConfig()).fetch(uri)
+    assert caught.value.kind is UNREADABLE
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Pauses of hundredths of a second."""
+    monkeypatch.setattr(fetch, "_PAUSES_S", (0.01,) * 8)
+
+
+@pytest.mark.parametrize("fault", ["slow_down", "reset", "cut"])
+def test_images_arrive_whole_whatever_happens_to_some_requests(s3, faulty_s3, hasty, fault):
+    bucket = s3.bucket("photos")
+    images = {s3.put(f"{bucket}/{i}", bytes([i]) * 300_000): bytes([i]) * 300_000 for i in range(20)}
+    faulty_s3.share, faulty_s3.kinds = 0.3, [fault]
+    fetcher = Fetcher(ImageConfig())
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fetcher.fetch, images)) == list(images.values())
+    assert faulty_s3.counts[fault] >= 3
+
+
+def test_a_stalled_image_is_asked_for_again(s3, faulty_s3, hasty):
+    uri = s3.put(f"{s3.bucket('photos')}/a.jpg", b"pixels" * 100_000)
+    faulty_s3.stall_s, faulty_s3.plan = 30, ["stall", "stall"]
+    started = time.monotonic()
+    assert Fetcher(ImageConfig(timeout_s=0.3)).fetch(uri) == b"pixels" * 100_000
+    assert time.monotonic() - started < 15
+    assert faulty_s3.counts == {"stall": 2, "passed": 1}
+
+
+def test_an_image_that_never_arrives_is_unreadable_in_the_end(s3, faulty_s3, hasty):
+    uri = s3.put(f"{s3.bucket('photos')}/a.jpg", b"pixels" * 1000)
+    faulty_s3.share, faulty_s3.kinds = 1, ["cut"]
+    assert kind_of_failure(uri) is UNREADABLE
+    assert faulty_s3.counts["cut"] == 1 + len(fetch._PAUSES_S)
 
 
 def test_a_fetcher_can_be_sent_to_another_process():
-    assert isinstance(pickle.loads(pickle.dumps(Fetcher(ImageConfig()))), Fetcher)
+    fetcher = Fetcher(ImageConfig())
+    assert fetcher._client  # connections that are open stay behind
+    assert isinstance(pickle.loads(pickle.dumps(fetcher)), Fetcher)

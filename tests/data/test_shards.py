@@ -1,10 +1,8 @@
 import tarfile
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from gem_ray.data.generated import generate
 from gem_ray.data.prepare import post_from_row
@@ -136,29 +134,31 @@ def test_text_that_is_not_utf8_spoils_only_its_own_row(tmp_path):
     assert "text cannot be read" in bad.problems[0].message
 
 
-def test_shards_live_in_s3_too(monkeypatch):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        httpx.put(f"http://{host}:{port}/corpus")
-        posts = posts_of(5)
-        write_posts(posts, "s3://corpus/shards/", per_shard=3)
-        assert list(read_posts("s3://corpus/shards")) == posts
-        assert list(read_posts("s3://corpus/shards/part-00001.parquet")) == posts[3:]
-        with pytest.raises(FileExistsError):
-            write_posts(posts, "s3://corpus/shards")
-        with pytest.raises(FileNotFoundError):
-            list(read_posts("s3://corpus/none"))
-    finally:
-        server.stop()
+def test_shards_live_in_s3_too(s3, faulty_s3):
+    bucket = s3.bucket("corpus")
+    posts = posts_of(5)
+    faulty_s3.share, faulty_s3.kinds = 0.2, ["slow_down", "reset", "cut"]
+    write_posts(posts, f"{bucket}/shards/", per_shard=3)
+    assert list(read_posts(f"{bucket}/shards")) == posts
+    assert list(read_posts(f"{bucket}/shards/part-00001.parquet")) == posts[3:]
+    with pytest.raises(FileExistsError):
+        write_posts(posts, f"{bucket}/shards")
+    with pytest.raises(FileNotFoundError, match="there is nothing at"):
+        list(read_posts(f"{bucket}/none"))
+    with pytest.raises(FileNotFoundError, match="there is no bucket"):
+        list(read_posts("s3://no-such-bucket/none"))
+    assert faulty_s3.faults >= 3
+
+
+def test_a_bucket_itself_holds_shards_and_tars(s3, tmp_path):
+    bucket = s3.bucket("corpus")
+    write_posts(posts_of(2), bucket)
+    assert list(read_posts(bucket)) == posts_of(2)
+    (tmp_path / "z.txt").write_text("Lyon")
+    with tarfile.open(tmp_path / "z.tar", "w") as tar:
+        tar.add(tmp_path / "z.txt", "z.txt")
+    s3.put(f"{bucket}/tars/z.tar", (tmp_path / "z.tar").read_bytes())
+    assert [post.post_id for post in read_posts(bucket)][-1] == "z"
 
 
 def test_columns_are_those_of_the_contract(tmp_path):

@@ -1,0 +1,146 @@
+"""Connections to S3 that outlast throttling, resets and stalls: Arrow's for files, boto3's for single objects."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+
+# A server that is silent for so long is asked again. Arrow measures it over about five seconds more.
+CONNECT_TIMEOUT_S = 5.0
+SILENCE_TIMEOUT_S = 10.0
+# Pauses between attempts double, up to 20 s. boto3 is used where callers try again themselves, or wait for an answer.
+_FILE_ATTEMPTS = 10
+_OBJECT_ATTEMPTS = 5
+
+_ANONYMOUS = "anonymous@"
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_AWS_HOST = re.compile(r"s3[a-z0-9.-]*\.amazonaws\.com(\.cn)?")
+
+
+@dataclass(frozen=True)
+class S3Uri:
+    """`s3://bucket/key`, or `s3://anonymous@bucket/key` to read what is public without credentials."""
+
+    bucket: str
+    key: str
+    anonymous: bool
+
+    @classmethod
+    def parse(cls, uri: str) -> S3Uri:
+        """Take a URI apart. The key is everything behind the bucket, as it stands: nothing is decoded.
+
+        Raises:
+            ValueError: no bucket, or credentials in the URI.
+        """
+        place = uri.partition("://")[2]
+        bucket, _, key = place.removeprefix(_ANONYMOUS).partition("/")
+        if not _BUCKET.fullmatch(bucket):
+            shown = place.rpartition("@")[2]  # nobody's password
+            raise ValueError(f"s3://{shown} is not s3://bucket/key; credentials come from the environment or a profile")
+        return cls(bucket, key, place.startswith(_ANONYMOUS))
+
+    @property
+    def path(self) -> str:
+        """Bucket and key, as Arrow names files."""
+        return f"{self.bucket}/{self.key}".rstrip("/")
+
+
+class RetryingFileSystem(fs.S3FileSystem):
+    """Arrow's file system with patience.
+
+    Args:
+        region: where the bucket is.
+        endpoint: URL of the server; none: AWS.
+        anonymous: send no credentials.
+    """
+
+    def __init__(self, region: str, endpoint: str | None, anonymous: bool) -> None:
+        self._arguments = (region, endpoint, anonymous)
+        server = {}
+        if endpoint:
+            parts = urlsplit(endpoint)
+            server = {"scheme": parts.scheme, "endpoint_override": parts.netloc}
+        super().__init__(
+            region=region,
+            anonymous=anonymous,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            request_timeout=SILENCE_TIMEOUT_S,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_FILE_ATTEMPTS),
+            **server,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Arrow's own forgets the retry strategy on the way to another process.
+        return type(self), self._arguments
+
+
+def open_bucket(uri: S3Uri) -> RetryingFileSystem:
+    """The file system that a bucket is on, asked once whether the bucket is there.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+        PermissionError: it may not be listed.
+        ConnectionError: S3 cannot be asked.
+    """
+    s3 = client(uri.anonymous)
+    _check_bucket(s3, uri)
+    url = s3.meta.endpoint_url
+    endpoint = None if _AWS_HOST.fullmatch(urlsplit(url).hostname or "") else url
+    region = s3.meta.region_name or "us-east-1"
+    if endpoint is None:
+        with suppress(OSError):  # what is not found that way, as in China, has to be configured
+            region = fs.resolve_s3_region(uri.bucket)
+    return RetryingFileSystem(region, endpoint, uri.anonymous)
+
+
+def client(anonymous: bool = False, silence_timeout_s: float | None = None, connections: int = 10) -> Any:
+    """A boto3 client, which threads may share.
+
+    Args:
+        anonymous: send no credentials.
+        silence_timeout_s: how long to wait for a server that says nothing; none: `SILENCE_TIMEOUT_S`.
+        connections: kept open at once.
+    """
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=silence_timeout_s or SILENCE_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": _OBJECT_ATTEMPTS},
+        max_pool_connections=connections,
+        signature_version=UNSIGNED if anonymous else None,
+    )
+    # A session of its own: boto3's default one may not be used by two threads at once.
+    return boto3.session.Session().client("s3", config=config)
+
+
+def _check_bucket(s3: Any, uri: S3Uri) -> None:
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    # Listing, and only where the URI leads: what a policy for one prefix allows, which a look at the bucket is not.
+    prefix = f"{uri.key.rstrip('/')}/" if uri.key else ""
+    try:
+        s3.list_objects_v2(Bucket=uri.bucket, Prefix=prefix, MaxKeys=1)
+    except NoCredentialsError:
+        raise PermissionError(
+            f"there are no credentials for s3://{uri.bucket}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            f"AWS_PROFILE, or write s3://{_ANONYMOUS}{uri.bucket} to read what is public"
+        ) from None
+    except ClientError as error:
+        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if code == "NoSuchBucket":
+            raise FileNotFoundError(f"there is no bucket s3://{uri.bucket} at {s3.meta.endpoint_url}") from None
+        if status in (401, 403):
+            raise PermissionError(
+                f"s3://{uri.bucket}/{prefix} may not be listed ({code}): check the credentials and their policy"
+            ) from None
+        raise ConnectionError(f"s3://{uri.bucket} cannot be read: {error}") from None
+    except BotoCoreError as error:
+        raise ConnectionError(f"s3://{uri.bucket} cannot be reached: {error}") from None

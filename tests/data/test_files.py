@@ -1,0 +1,151 @@
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+from pyarrow import fs
+
+import gem_ray.s3
+from gem_ray.data.files import open_filesystem
+
+CONTENT = bytes(range(256)) * 8000
+
+
+def read(location):
+    filesystem, path = open_filesystem(location)
+    with filesystem.open_input_file(path) as stream:
+        return stream.read()
+
+
+def bucket_of(uri):
+    return uri.removeprefix("s3://").partition("/")[0]
+
+
+def test_a_path_is_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b?.txt").write_bytes(b"here")
+    assert read("a b?.txt") == read(tmp_path / "a b?.txt") == read(f"file://{tmp_path}/a%20b%3F.txt") == b"here"
+
+
+@pytest.mark.parametrize(("key", "path"), [("", ""), ("/", ""), ("/posts/", "/posts"), ("/a b%20+", "/a b%20+")])
+def test_a_path_in_s3_is_the_bucket_and_the_key_as_written(s3, key, path):
+    bucket = s3.bucket("data")
+    assert open_filesystem(f"{bucket}{key}")[1] == f"{bucket_of(bucket)}{path}"
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3://UPPER/key", "s3://key:secret@bucket/key", "nonsense://a"])
+def test_what_is_no_location_is_refused_without_repeating_secrets(uri):
+    with pytest.raises(ValueError, match=r"s3://bucket/key|nonsense") as caught:
+        open_filesystem(uri)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_location_cannot_choose_the_server():
+    with pytest.raises(ValueError, match="AWS_ENDPOINT_URL") as caught:
+        open_filesystem("s3://bucket/key?endpoint_override=evil.test&secret_key=secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_files_are_written_and_read_whole_whatever_happens_to_some_requests(s3, faulty_s3):
+    bucket = s3.bucket("data")
+    filesystem, root = open_filesystem(f"{bucket}/files")
+    faulty_s3.share, faulty_s3.kinds = 0.3, ["slow_down", "reset", "cut"]
+    for index in range(6):
+        with filesystem.open_output_stream(f"{root}/{index}") as stream:
+            stream.write(CONTENT[index:])
+    assert all(read(f"{bucket}/files/{index}") == CONTENT[index:] for index in range(6))
+    assert len(filesystem.get_file_info(fs.FileSelector(root))) == 6
+    assert faulty_s3.faults >= 5
+
+
+def test_a_stalled_request_is_made_again(s3, faulty_s3, monkeypatch):
+    monkeypatch.setattr(gem_ray.s3, "SILENCE_TIMEOUT_S", 1.0)
+    filesystem, path = open_filesystem(s3.put(f"{s3.bucket('data')}/file", CONTENT))
+    faulty_s3.stall_s = 120
+    with filesystem.open_input_file(path) as stream:
+        faulty_s3.plan = ["stall"]
+        started = time.monotonic()
+        assert stream.read() == CONTENT
+    assert time.monotonic() - started < 60
+    assert faulty_s3.counts["stall"] == 1
+
+
+def test_patience_survives_the_way_to_another_process(s3, faulty_s3):
+    """Arrow's own file system is back at three attempts when it arrives there."""
+    opened, path = open_filesystem(s3.put(f"{s3.bucket('data')}/file", CONTENT))
+    filesystem = pickle.loads(pickle.dumps(opened))
+    assert filesystem == opened
+    faulty_s3.plan = ["slow_down"] * 3
+    assert filesystem.get_file_info(path).size == len(CONTENT)
+    assert faulty_s3.counts["slow_down"] == 3
+
+
+def test_a_missing_bucket_is_said_to_be_missing(s3):
+    with pytest.raises(FileNotFoundError, match="there is no bucket s3://no-such-bucket"):
+        open_filesystem("s3://no-such-bucket/posts")
+
+
+def test_a_forbidden_bucket_is_said_to_be_forbidden(s3, faulty_s3):
+    bucket = s3.bucket("data")
+    faulty_s3.plan = ["forbidden"]
+    with pytest.raises(PermissionError, match=rf"{bucket}/posts/ may not be listed \(AccessDenied\)"):
+        open_filesystem(f"{bucket}/posts")
+
+
+def test_missing_credentials_are_said_to_be_missing(s3, monkeypatch):
+    bucket = s3.bucket("data")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(PermissionError, match="set AWS_ACCESS_KEY_ID"):
+        open_filesystem(bucket)
+
+
+def test_a_server_that_is_not_there_is_named(s3, monkeypatch):
+    monkeypatch.setattr(gem_ray.s3, "_OBJECT_ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match=r"s3://data cannot be reached: .*127\.0\.0\.1:9"):
+        open_filesystem("s3://data")
+
+
+def test_what_is_public_is_read_without_credentials(s3, faulty_s3):
+    uri = s3.put(f"{s3.bucket('data')}/file", CONTENT)
+    public = uri.replace("s3://", "s3://anonymous@")
+    s3.client.put_object_acl(Bucket=bucket_of(uri), Key="file", ACL="public-read")
+    assert read(public) == CONTENT
+    assert faulty_s3.unsigned == faulty_s3.counts.total()
+
+
+def test_a_profile_gives_server_and_credentials(s3, tmp_path):
+    uri = s3.put(f"{s3.bucket('data')}/file", b"content")
+    (tmp_path / "config").write_text(f"[profile posts]\nregion = us-east-1\nendpoint_url = {s3.endpoint}\n")
+    (tmp_path / "credentials").write_text("[posts]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
+        "AWS_PROFILE": "posts",
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    code = (
+        "import sys; from gem_ray.data.files import open_filesystem; f, path = open_filesystem(sys.argv[1]);"
+        "sys.stdout.write(f.open_input_file(path).read().decode())"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, uri], env=environment, capture_output=True, text=True)
+    assert (answer.stdout, answer.returncode) == ("content", 0), answer.stderr
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_both_libraries_ask_the_server_that_the_environment_names(s3, faulty_s3, monkeypatch, name):
+    uri = s3.put(f"{s3.bucket('data')}/file", CONTENT)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv(name, faulty_s3.endpoint)
+    assert read(uri) == CONTENT
+    assert faulty_s3.counts["passed"] >= 3  # a listing, the size, the content
+
+
+def test_without_a_server_of_our_own_the_bucket_says_in_which_region_it_is(s3, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setattr(gem_ray.s3, "_check_bucket", lambda *_: None)  # which would ask AWS
+    monkeypatch.setattr(fs, "resolve_s3_region", {"there": "eu-west-3"}.__getitem__)
+    assert open_filesystem("s3://there")[0].region == "eu-west-3"
