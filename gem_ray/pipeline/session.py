@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
+from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
 
 from gem_ray.config import Config
 from gem_ray.pipeline.graph import TASK_STAGES
@@ -74,6 +75,8 @@ def _own_settings() -> Iterator[None]:
     try:
         for name, value in _SETTINGS.items():
             setattr(context, name, value)
+        # By default queues are bounded only when memory is short, which short texts never make it.
+        DownstreamCapacityBackpressurePolicy.OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
         for console in consoles:
             console.setLevel(logging.CRITICAL)
         yield

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,28 @@ from gem_ray.pipeline.summary import RunSummary
 from gem_ray.records import Post
 
 GOOD_POSTS = 24
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Any, Any], None]:
+    """Equal up to the float noise of other batches."""
+    return _assert_same
+
+
+def _assert_same(left: Any, right: Any, where: str = "") -> None:
+    """Equal up to the float noise of other batches."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            _assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            _assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(left, float):
+        assert left == pytest.approx(right, abs=1e-4, rel=1e-4), where
+    else:
+        assert left == right, where
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from gem_ray.data.generated import generate
-from gem_ray.data.shards import read_posts, write_posts
-from gem_ray.pipeline.source import PostSource
+from gem_ray.data.shards import list_shards, read_posts, write_posts
+from gem_ray.pipeline.source import PostSource, count_input
 from gem_ray.pipeline.tables import table_to_posts
 from gem_ray.records import Post
+
+
+def open_source(folder: Path, limit: int | None = None, wanted: np.ndarray | None = None) -> PostSource:
+    filesystem, paths = list_shards(folder)
+    return PostSource(filesystem, count_input(filesystem, paths, limit), wanted)
 
 
 def posts_of(source: PostSource) -> list[Post]:
@@ -20,14 +27,15 @@ def posts_of(source: PostSource) -> list[Post]:
 
 
 def test_reads_what_the_plain_reader_reads(dataset: Path) -> None:
-    read = posts_of(PostSource.open(str(dataset)))
+    read = posts_of(open_source(dataset))
     expected = list(read_posts(dataset))
-    assert [post.annotation() for post in read] == [post.annotation() for post in expected]
+    unnumbered = [replace(post, row_id=None).annotation() for post in read]
+    assert unnumbered == [post.annotation() for post in expected]
     assert [post.image_bytes for post in read] == [post.image_bytes for post in expected]
 
 
 def test_knows_its_rows_beforehand(dataset: Path) -> None:
-    source = PostSource.open(str(dataset))
+    source = open_source(dataset)
     assert source.rows == len(list(read_posts(dataset)))
 
 
@@ -35,7 +43,7 @@ def test_knows_its_rows_beforehand(dataset: Path) -> None:
 def test_limit_is_the_first_rows_in_order(tmp_path: Path, limit: int) -> None:
     posts = list(generate(9, seed=4))
     write_posts(posts, tmp_path, per_shard=4)
-    source = PostSource.open(str(tmp_path), limit)
+    source = open_source(tmp_path, limit)
     assert [post.post_id for post in posts_of(source)] == [post.post_id for post in posts[:limit]]
     assert source.rows == min(limit, 9)
 
@@ -43,7 +51,7 @@ def test_limit_is_the_first_rows_in_order(tmp_path: Path, limit: int) -> None:
 def test_gold_is_not_looked_at(tmp_path: Path) -> None:
     table = pa.table({"post_id": ["1"], "text": ["Lyon"], "gold": ["unusable"]})
     pq.write_table(table, tmp_path / "posts.parquet")
-    (post,) = posts_of(PostSource.open(str(tmp_path)))
+    (post,) = posts_of(open_source(tmp_path))
     assert not post.is_rejected
 
 
@@ -52,12 +60,12 @@ def test_hidden_files_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "_temporary").mkdir()
     (tmp_path / "_temporary" / "x.parquet").write_text("half written")
     (tmp_path / ".part.parquet").write_text("half written")
-    assert PostSource.open(str(tmp_path)).rows == 2
+    assert open_source(tmp_path).rows == 2
 
 
 def test_folder_with_a_hidden_name_can_be_the_input(tmp_path: Path) -> None:
     write_posts(generate(2, seed=4), tmp_path / "_posts")
-    assert PostSource.open(str(tmp_path / "_posts")).rows == 2
+    assert open_source(tmp_path / "_posts").rows == 2
 
 
 @pytest.mark.parametrize("name", ["cut.parquet", "cut.tar"])
@@ -65,16 +73,32 @@ def test_damaged_file_is_named(tmp_path: Path, dataset: Path, name: str) -> None
     whole = dataset / ("more.tar" if name.endswith("tar") else "bad_rows.parquet")
     (tmp_path / name).write_bytes(whole.read_bytes()[:1000])
     with pytest.raises(ValueError, match=name):
-        PostSource.open(str(tmp_path))
+        open_source(tmp_path)
 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        PostSource.open(str(tmp_path / "nowhere"))
+        open_source(tmp_path / "nowhere")
     with pytest.raises((FileNotFoundError, ValueError), match="gem-ray shards"):
-        PostSource.open(str(tmp_path))
+        open_source(tmp_path)
     pq.write_table(pa.table({"post_id": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="no posts"):
-        PostSource.open(str(tmp_path))
+        open_source(tmp_path)
     with pytest.raises(ValueError, match="at least 1"):
-        PostSource.open(str(tmp_path), limit=0)
+        open_source(tmp_path, limit=0)
+
+
+def test_rows_have_ids_by_file_and_position(tmp_path: Path) -> None:
+    write_posts(generate(5, seed=4), tmp_path, per_shard=2)
+    assert [post.row_id for post in posts_of(open_source(tmp_path))] == [0, 1, 2**32, 2**32 + 1, 2 * 2**32]
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [1, 3, 2**32], [2**32 + 4, 3 * 2**32 + 1], list(range(300))])
+def test_only_wanted_rows_are_read(tmp_path: Path, dataset: Path, wanted: list[int]) -> None:
+    write_posts(generate(300, seed=4), tmp_path / "a", per_shard=300)  # several row groups
+    for folder in (dataset, tmp_path / "a"):
+        everything = {post.row_id: post for post in posts_of(open_source(folder))}
+        read = posts_of(open_source(folder, wanted=np.array(wanted, dtype=np.int64)))
+        assert [post.row_id for post in read] == [row_id for row_id in wanted if row_id in everything]
+        assert all(post.annotation() == everything[post.row_id].annotation() for post in read)
+        assert all(post.image_bytes == everything[post.row_id].image_bytes for post in read)
