@@ -133,9 +133,9 @@ def _exit_code(client: JobSubmissionClient, submission_id: str) -> int:
     ended = details.status.value.lower()
     if ended == "succeeded":
         return 0
-    # The message of a script that ran repeats the log.
-    reason = f": {details.message}" if details.message and details.driver_exit_code is None else ""
-    print(f"job {submission_id} {ended}{reason}", file=sys.stderr)
+    # The message of a script that ran repeats the log; else it is Ray's account, whose last line says why.
+    ran = details.driver_exit_code is not None
+    print(f"job {submission_id} {ended}" + ("" if ran else _reason(details.message)), file=sys.stderr)
     return details.driver_exit_code or 1
 
 
@@ -170,7 +170,13 @@ def _explained(address: str) -> Iterator[None]:
             "port-forward open? A job that runs there goes on"
         ) from error
     except RuntimeError as error:
-        raise SubmitError(f"the cluster at {address} refused: {str(error).strip().splitlines()[-1]}") from error
+        raise SubmitError(f"the cluster at {address} refused{_reason(str(error))}") from error
+
+
+def _reason(account: str | None) -> str:
+    """The last line of what Ray has to say, which may begin with a traceback."""
+    lines = (account or "").strip().splitlines()
+    return f": {lines[-1]}" if lines else ""
 
 
 def _files(path: Path) -> Iterator[Path]:

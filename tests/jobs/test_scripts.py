@@ -1,0 +1,54 @@
+"""The scripts in `jobs/`, and how their ends differ from the commands'."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gem_ray.pipeline.submit import Job
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("job", list(Job))
+def test_every_job_has_a_script_that_takes_its_commands_options(job):
+    done = python(job.script, "--help")
+    assert done.returncode == 0, done.stderr
+    words = job.value.split("-", 1) if job.value.startswith("train-") else [job.value]
+    assert f"Example: gem-ray {' '.join(words)} " in done.stdout
+
+
+@pytest.mark.parametrize(("command", "job"), [(0, 0), (1, 1), (2, 2), (3, 0)])
+def test_a_job_with_rejected_rows_is_done_and_other_codes_stay(command, job):
+    code = f"import sys, gem_ray.jobs as jobs; jobs.main = lambda: sys.exit({command}); jobs.run_job('annotate')"
+    assert python("-c", code).returncode == job
+
+
+def test_a_stopped_job_says_so_and_fails():
+    code = (
+        "import time, gem_ray.jobs as jobs\n"
+        "jobs.main = lambda: (print('running', flush=True), time.sleep(60))\n"
+        "jobs.run_job('annotate', stopped='stopped here')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[1] == "stopped here\n"
+    assert process.returncode == 1
+
+
+def test_nothing_at_the_address_is_said_in_one_sentence():
+    submit = ("-c", "from gem_ray.cli import main; main()", "submit", "evaluate", "--address")
+    done = python(*submit, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "no Ray dashboard answers at http://127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "is no address of a dashboard" in python(*submit, "127.0.0.1:9").stderr
