@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pyarrow.parquet as pq
@@ -51,6 +52,17 @@ def test_missing_input_fails_with_its_path_and_debug_shows_the_traceback(tmp_pat
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Traceback" in gem_ray("--debug", "annotate", tmp_path / "nowhere", tmp_path / "out").stderr
+
+
+def test_missing_and_forbidden_buckets_fail_with_a_sentence(s3: Any, faulty_s3: Any, tmp_path: Path) -> None:
+    bucket = s3.bucket("posts")
+    done = gem_ray("annotate", bucket, "s3://no-such-bucket/out")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "there is no bucket s3://no-such-bucket" in done.stderr
+    faulty_s3.share, faulty_s3.kinds = 1, ["forbidden"]
+    done = gem_ray("annotate", f"{bucket}/posts", tmp_path / "out")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "may not be listed (AccessDenied)" in done.stderr
 
 
 def test_unknown_option_is_a_usage_error() -> None:

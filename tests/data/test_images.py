@@ -1,6 +1,8 @@
 import contextlib
 import io
 import struct
+import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -270,3 +272,68 @@ def test_only_posts_with_something_to_ground_are_loaded_and_failures_stay_alone(
     problems = [list(post.problems) for post in posts]
     loader(posts)
     assert [post.problems for post in posts] == problems
+
+
+def post_of(uri, entities=(ENTITY,)):
+    return Post(uri, "Rihanna", entities=list(entities), image_uri=uri)
+
+
+def test_images_in_s3_are_loaded_in_order_and_failures_stay_alone(s3, faulty_s3):
+    bucket = s3.bucket("photos")
+    uris = [s3.put(f"{bucket}/{width}.png", encoded(scene(width, 8), "PNG")) for width in range(1, 31)]
+    s3.put(f"{bucket}/broken.png", encoded(scene(), "PNG")[:60])
+    s3.put(f"{bucket}/private/a.png", encoded(scene(), "PNG"))
+    s3.forbid(f"{bucket}/private/*", "s3:GetObject")
+    bad = {
+        f"{bucket}/broken.png": UNREADABLE,
+        f"{bucket}/none.png": ProblemKind.IMAGE_MISSING,
+        f"{bucket}/private/a.png": ProblemKind.IMAGE_FORBIDDEN,
+        "s3://no-such-bucket/a.png": ProblemKind.IMAGE_MISSING,
+    }
+    faulty_s3.share, faulty_s3.kinds, faulty_s3.stall_s = 0.3, ["slow_down", "reset", "cut", "stall"], 0.5
+    posts = [post_of(uri) for uri in [*uris[:15], *bad, *uris[15:]]]
+    ImageLoader(ImageConfig())(posts)
+    good = posts[:15] + posts[-15:]
+    assert [(post.image_width, post.status) for post in good] == [(width, Status.OK) for width in range(1, 31)]
+    assert [[problem.kind for problem in post.problems] for post in posts[15:19]] == [[kind] for kind in bad.values()]
+    assert faulty_s3.faults >= 3
+
+
+def test_images_of_posts_without_entities_are_not_fetched(s3, faulty_s3):
+    uri = s3.put(f"{s3.bucket('photos')}/a.png", encoded(scene(), "PNG"))
+    rejected = post_of(uri)
+    rejected.fail(StageName.TAG, ProblemKind.STAGE_FAILED, "no tags")
+    posts = [post_of(uri, []), post_of(uri), rejected, post_of(uri, [])]
+    ImageLoader(ImageConfig())(posts)
+    assert [post.image is not None for post in posts] == [False, True, False, False]
+    assert faulty_s3.counts.total() == 1
+
+
+def test_images_are_fetched_side_by_side(s3, faulty_s3):
+    uri = s3.put(f"{s3.bucket('photos')}/a.png", encoded(scene(), "PNG"))
+    faulty_s3.share, faulty_s3.kinds, faulty_s3.stall_s = 1, ["stall"], 0.25  # of every answer
+
+    def seconds(concurrency):
+        posts = [post_of(uri) for _ in range(16)]
+        started = time.monotonic()
+        ImageLoader(ImageConfig(fetch_concurrency=concurrency))(posts)
+        assert all(post.image is not None for post in posts)
+        return time.monotonic() - started
+
+    one_by_one = seconds(1)
+    assert one_by_one > 16 * 0.25
+    assert seconds(16) < one_by_one / 2
+
+
+def test_a_batch_of_encoded_images_is_never_all_in_memory(s3):
+    data = encoded(scene(1000, 1000), "BMP")
+    uri = s3.put(f"{s3.bucket('photos')}/a.bmp", data)
+    loader = ImageLoader(ImageConfig(fetch_concurrency=2, max_side=16))
+    loader([post_of(uri)])  # libraries and connections are there
+    posts = [post_of(uri) for _ in range(40)]
+    tracemalloc.start()
+    loader(posts)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(post.image is not None for post in posts)
+    assert peak < len(posts) * len(data) / 3
