@@ -93,17 +93,66 @@ def annotate(
     config: ConfigOption = None,
     set_: SetOption = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N posts.", min=1)] = None,
-    fresh: Annotated[bool, typer.Option(help="Replace what is at OUTPUT.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Begin anew; what is at OUTPUT is replaced when that is done.")] = False,
+    only_problems: Annotated[
+        bool, typer.Option(help="Do again the rows of a finished run that were degraded or rejected.")
+    ] = False,
 ) -> None:
-    """Annotate every post of a data set. Exit code 3: done, but some rows were rejected."""
+    """Annotate every post of a data set, or go on where this command stopped.
+
+    Exit code 3: done, but some rows were rejected.
+    """
     from gem_ray.config import load_config
+    from gem_ray.pipeline.progress import json_lines
     from gem_ray.pipeline.run import annotate_dataset
 
     settings = load_config(preset, config, set_ or ())
-    summary = annotate_dataset(input, output, settings, limit=limit, fresh=fresh)
-    _print_summary(summary, output, context.obj["json_logs"])
+    as_json = context.obj["json_logs"]
+    progress = json_lines() if as_json else None
+    summary = annotate_dataset(
+        input, output, settings, limit=limit, fresh=fresh, only_problems=only_problems, progress=progress
+    )
+    _print_summary(summary, output, as_json)
     if summary.rejected:
         raise typer.Exit(EXIT_REJECTED)
+
+
+@app.command(epilog="Example: `gem-ray plan --preset one-gpu --gpus 1 --gpu-memory 24`")
+def plan(
+    preset: PresetOption = "nano",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    gpus: Annotated[int, typer.Option(help="Cards.", min=0)] = 0,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="Memory of a card, in GB; the card's, or 24, if not given.", min=1)
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(help="CPUs; as many as it takes if not given.", min=1)] = None,
+    card: Annotated[
+        str | None, typer.Option(help="Which card, for its speed: `rtx-4090`, `a100-80gb`, `h100`, …")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="`run.json` of an earlier run, for its speeds.", exists=True)
+    ] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(help="For the cost of a million posts.", min=0)] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What runs where, with which batch, and what it will cost. Exit code 2: it does not fit.
+
+    The `config` of the JSON, given to `annotate --config`, bounds the pools as they were planned.
+    """
+    import json as json_library
+
+    from gem_ray.config import load_config
+    from gem_ray.pipeline.plan import make_plan, measured_seconds
+    from gem_ray.pipeline.plan_table import print_plan
+
+    speeds = measured_seconds(measured) if measured else None
+    result = make_plan(load_config(preset, config, set_ or ()), gpus, gpu_memory, cpus, card, speeds)
+    if json:
+        typer.echo(json_library.dumps(result.to_dict(), indent=2))
+    else:
+        print_plan(result, price_per_gpu_hour)
+    result.check()
 
 
 @app.command(epilog="Example: `gem-ray evaluate posts/ out/ --json scores.json`")
@@ -375,7 +424,7 @@ def main() -> None:
 
     try:
         app()
-    except (ConfigError, FileNotFoundError, FileExistsError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if "--debug" in sys.argv:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)
@@ -443,7 +492,8 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
         return
     tally = summary.tally
     typer.echo(
-        f"{summary.rows} posts in {summary.seconds:.1f} s ({summary.rows_per_second:.1f} a second): "
+        f"{summary.annotated} posts in {summary.seconds:.1f} s ({summary.rows_per_second:.1f} a second), "
+        f"{summary.rows} in all: "
         f"{tally.entities} entities, {tally.grounded} seen in the image, {tally.reranked} reranked"
     )
     for kind, count in sorted(tally.problems.items()):

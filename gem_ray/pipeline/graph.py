@@ -13,6 +13,8 @@ from ray.data import ActorPoolStrategy
 
 from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config, StagePlacement
+from gem_ray.pipeline.logs import log_as_json, log_problems
+from gem_ray.pipeline.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.records import Post, ProblemKind, StageName
 
@@ -43,11 +45,23 @@ def build_graph(source: PostSource, config: Config, stages: Sequence[StageName],
 def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Ledger) -> Any:
     """Rows of `ANNOTATION_SCHEMA`, for the last pass to write."""
 
-    def annotate_rows(table: pa.Table) -> pa.Table:
-        ledger.add_done(table.num_rows)
-        return annotations_table(table_to_posts(table), run_id, models)
+    arguments = {"run_id": run_id, "models": models, "ledger": ledger}
+    return dataset.map_batches(finish_rows, fn_kwargs=arguments, batch_format="pyarrow", batch_size=None)
 
-    return dataset.map_batches(annotate_rows, batch_format="pyarrow", batch_size=None)
+
+def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Ledger) -> pa.Table:
+    """From a batch of `TRANSIT_SCHEMA` to one of `ANNOTATION_SCHEMA`; counts and logs what became of the posts."""
+    posts = table_to_posts(table)
+    ledger.add_done(len(posts))
+    _observers_of_process().count(posts)
+    log_problems(run_id, posts)
+    return annotations_table(posts, run_id, models)
+
+
+@lru_cache(maxsize=1)
+def _observers_of_process() -> PostMetrics:
+    log_as_json()
+    return PostMetrics()
 
 
 def as_pass_results(dataset: Any) -> Any:
@@ -95,6 +109,8 @@ class StageActor:
             self._failure = f"the stage {name} cannot be loaded: {error}"
         self._spent = spent
         self._ledger = ledger
+        self._metrics = StageMetrics(name)
+        log_as_json()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Run the stage on a batch of `TRANSIT_SCHEMA`.
@@ -105,6 +121,7 @@ class StageActor:
         if self._stage is None:
             self._ledger.set_failure(self._failure)
             raise RuntimeError(self._failure)
+        self._metrics.begin()
         posts = table_to_posts(table)
         before = self._stage.seconds
         try:
@@ -118,6 +135,7 @@ class StageActor:
             self._ledger.note_death(self._stage.name, f"{type(error).__name__}: {error}")
             os._exit(1)
         self._ledger.add_seconds(self._stage.name, self._stage.seconds - before)
+        self._metrics.end(len(posts))
         return _leaving(posts, self._spent)
 
 

@@ -54,7 +54,7 @@ class PassResults:
     def _rows_of(self, file: InputFile) -> dict[int, dict[str, Any]]:
         ids = file.row_ids
         first, last = int(ids[0]), int(ids[-1])
-        rows = {}
+        rows: dict[int, dict[str, Any]] = {}
         for each in self._files:
             if each.first <= last and each.last >= first:
                 inside = [("row_id", ">=", first), ("row_id", "<=", last)]

@@ -1,13 +1,26 @@
-"""A progress bar for people at a terminal, and silence for everyone else."""
+"""Progress with rate and time left: a bar for people at a terminal, JSON lines for machines, silence otherwise."""
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 Report = Callable[[int, int], None]  # posts done, posts in all
 
@@ -25,6 +38,37 @@ def reporting(report: Report | None, done: Callable[[], int], total: int, every_
         with _polling(lambda: show(min(done(), total), total), every_s):
             yield
         show(total, total)
+
+
+def json_lines(every_s: float = 10) -> Report:
+    """A report that writes a line of JSON to standard error, at most every so many seconds and at the end.
+
+    The rate is of posts done since the first report, so that what an earlier start did does not count.
+    """
+    first: tuple[float, int] | None = None
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        first = first or (now, done)
+        if done < total and now - last < every_s:
+            return
+        last = now
+        rate = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
+        left = round((total - done) / rate) if rate else None
+        line = {"done": done, "total": total, "posts_per_second": round(rate, 2), "seconds_left": left}
+        print(json.dumps({"event": "progress"} | line), file=sys.stderr, flush=True)
+
+    return report
+
+
+class _RateColumn(ProgressColumn):
+    """Posts a second, of late."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, or a dash while it is not known."""
+        return Text(f"{task.speed:.1f} posts/s" if task.speed else "– posts/s")
 
 
 @contextmanager
@@ -54,6 +98,7 @@ def _bar() -> Iterator[Report | None]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _RateColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

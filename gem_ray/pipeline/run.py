@@ -14,6 +14,7 @@ from gem_ray.data.shards import list_shards
 from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.progress import Report, reporting
+from gem_ray.pipeline.report import write_report
 from gem_ray.pipeline.run_directory import Manifest, RunDirectory, RunFolder
 from gem_ray.pipeline.session import ray_session
 from gem_ray.pipeline.source import count_input
@@ -112,6 +113,7 @@ def annotate_dataset(
             config=config.model_dump(mode="json"),
         )
     _check_complete(manifest, summary.tally)
+    write_report(directory, summary.to_dict())
     directory.finish(summary.to_dict())
     return summary
 

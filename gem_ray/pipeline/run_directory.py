@@ -68,9 +68,17 @@ class RunDirectory:
         """What `run.json` says, if a run has finished."""
         return _read_json(self.filesystem, f"{self.root}/{_SUMMARY}")
 
+    def write_json(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write a file of facts, by its path in the folder."""
+        self.write_bytes(name, _as_json(facts))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file, by its path in the folder."""
+        _write_bytes(self.filesystem, f"{self.root}/{name}", content)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `run.json`, and forget earlier runs."""
-        _write_json(self.filesystem, f"{self.root}/{_SUMMARY}", summary)
+        self.write_json(_SUMMARY, summary)
         self.forget_unfinished()
 
     def forget_unfinished(self) -> None:
@@ -133,7 +141,7 @@ class RunFolder:
 
     def write(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write a file of facts."""
-        _write_json(self.filesystem, f"{self.root}/{name}.json", facts)
+        _write_bytes(self.filesystem, f"{self.root}/{name}.json", _as_json(facts))
 
     def manifest(self) -> Manifest:
         """The run's manifest."""
@@ -175,12 +183,16 @@ def _read_json(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
         return None
 
 
-def _write_json(filesystem: fs.FileSystem, path: str, values: Mapping[str, Any]) -> None:
+def _as_json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     """A file that is whole or not there: objects in S3 are, and local files are renamed into place."""
     local = isinstance(filesystem, fs.LocalFileSystem)
     filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
     target = f"{path}.partial" if local else path
     with filesystem.open_output_stream(target) as stream:
-        stream.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+        stream.write(content)
     if local:
         filesystem.move(target, path)

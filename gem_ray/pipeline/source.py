@@ -154,7 +154,7 @@ def _read_blocks(
 ) -> Iterator[pa.Table]:
     whole = len(positions) == file.rows
     rows = islice(shard_rows(filesystem, file.path, None if whole else positions), len(positions))
-    posts = (_post(file, position, row) for position, row in rows)
+    posts: Iterator[Post] = (_post(file, position, row) for position, row in rows)
     if earlier is not None:
         posts = earlier.merged(file, posts)
     while block := list(islice(posts, _ROWS_AT_A_TIME)):
