@@ -1,0 +1,348 @@
+"""What each stage's models need of a card: memory while they run, and operations for a post."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from gem_ray.config import Config
+from gem_ray.pipeline import stacks
+from gem_ray.pipeline.cards import GIB, Card
+from gem_ray.pipeline.model_facts import ModelFacts, model_facts
+from gem_ray.records import StageName
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Assumed: the CUDA context, the libraries' workspaces and what the allocator holds back, for each process. Without a
+# card: the interpreter with its libraries.
+PROCESS_OVERHEAD = int(0.6 * GIB)
+# Assumed: what a model reaches of a card's peak FLOP/s, and of its memory's bandwidth.
+UTILISATION, BANDWIDTH_UTILISATION = 0.35, 0.6
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An average post. Entities and boxes: gold of the 7,000 training tweets of FMNERG (Wang et al. 2023).
+
+    Attributes:
+        entities: mentions in a post.
+        with_entities: share of posts that have any.
+        hard: hard mentions in a post: of the embedded tagger at γ = 0.2, on 600 of FMNERG's dev tweets.
+        with_hard: share of posts that have any; likewise.
+        with_boxes: share of posts with an entity that is seen.
+        with_other_boxes: the same, persons aside, for whom the text prompt goes first.
+        person_prompts: categories of seen persons in a post.
+        text_tokens: subwords of a tweet and of its knowledge: 16 words and 570 characters there, 4 to a subword.
+        caption_tokens: assumed; a batch goes on until its longest caption is done.
+        prompt_tokens: of the reranker's prompt without the image, with a tweet of 16 words; estimated.
+        query_tokens: of the matcher's sentence; estimated.
+    """
+
+    entities: float = 1.68
+    with_entities: float = 0.95
+    hard: float = 1.35
+    with_hard: float = 0.85
+    with_boxes: float = 0.56
+    with_other_boxes: float = 0.19
+    person_prompts: float = 0.42
+    text_tokens: int = 165
+    caption_tokens: int = 15
+    prompt_tokens: int = 130
+    query_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class ModelNeed:
+    """A model in an actor. Bytes, and work for an average post.
+
+    Attributes:
+        role: as in the output's `models` column.
+        name: short, of the model.
+        source: where its size is from.
+        parameters: weights.
+        dtype: in which it is loaded.
+        batch: what runs in one forward pass.
+        weights, activations, kv_cache: bytes on the card.
+        flops: operations for a post.
+        traffic: bytes that decoding reads for a post, over and over, beside the operations.
+    """
+
+    role: str
+    name: str
+    source: str
+    parameters: int
+    dtype: str
+    batch: int
+    weights: int
+    activations: int
+    kv_cache: int = 0
+    flops: float = 0
+    traffic: float = 0
+
+    def seconds(self, card: Card) -> float:
+        """Estimated time of a whole card for a post."""
+        return self.flops / (card.flops(self.dtype) * UTILISATION) + self.traffic / (
+            card.bandwidth * BANDWIDTH_UTILISATION
+        )
+
+
+@dataclass(frozen=True)
+class StageNeed:
+    """The models of a stage, which share an actor's process and run one after the other.
+
+    Attributes:
+        stage: which.
+        models: its models.
+        reserved: bytes that its engine takes at the start, whatever it needs; 0: it takes what it needs.
+    """
+
+    stage: StageName
+    models: tuple[ModelNeed, ...]
+    reserved: int = 0
+    overhead: int = field(default=PROCESS_OVERHEAD)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of an actor: all weights and caches stay, activations are given back between models."""
+        fixed = sum(model.weights + model.kv_cache for model in self.models)
+        return self.overhead + fixed + max((model.activations for model in self.models), default=0)
+
+    def seconds(self, card: Card) -> float:
+        """Estimated time of a whole card for a post."""
+        return sum(model.seconds(card) for model in self.models)
+
+
+def stage_need(stage: StageName, config: Config, card_memory: int = 0, work: Workload | None = None) -> StageNeed:
+    """What an actor of a stage needs.
+
+    Args:
+        stage: one with a model.
+        config: the models, batches and dtypes.
+        card_memory: bytes of a card, of which vLLM takes a share; 0: there is none.
+        work: an average post.
+
+    Raises:
+        ConfigError: a model is neither there nor known.
+    """
+    return _NEEDS[stage](config, card_memory, work or Workload())
+
+
+def _knowledge(config: Config, card_memory: int, work: Workload) -> StageNeed:
+    settings = config.knowledge
+    if settings.captioner is None:  # the explainer runs behind its endpoint
+        return StageNeed(StageName.KNOWLEDGE, ())
+    facts = _facts(config, "knowledge.captioner", settings.captioner, "Salesforce/blip2-opt-2.7b")
+    size, batch = BYTES[settings.captioner_dtype], settings.captioner_batch_size
+    images = stacks.vision(facts.shape["vision_config"])
+    queries = stacks.encoder(facts.shape["qformer_config"], facts.shape["num_query_tokens"])
+    prompt = facts.shape["num_query_tokens"] + 2  # a start token and a newline follow the image
+    language = stacks.opt(facts.shape["text_config"], prompt)
+    logits = 2 * facts.shape["text_config"]["vocab_size"]
+    captioner = _model(
+        facts,
+        "captioner",
+        settings.captioner_dtype,
+        batch,
+        activations=batch * size * max(images.activations, language.activations + logits),
+        kv_cache=batch * size * (prompt + _CAPTION_LIMIT) * language.kv_per_token,
+        flops=images.flops + queries.flops + language.flops + 2 * work.caption_tokens * language.parameters,
+        traffic=work.caption_tokens * language.parameters * size / batch,
+    )
+    return StageNeed(StageName.KNOWLEDGE, (captioner,))
+
+
+def _tag(config: Config, card_memory: int, work: Workload) -> StageNeed:
+    settings = config.tagger
+    facts = _facts(config, "tagger.model", settings.model, "google-bert/bert-base-uncased")
+    longest = stacks.encoder(facts.shape, settings.max_length)
+    usual = stacks.encoder(facts.shape, min(settings.max_length, work.text_tokens))
+    tagger = _model(
+        facts,
+        "tagger",
+        settings.dtype,
+        settings.batch_size,
+        activations=settings.batch_size * BYTES[settings.dtype] * longest.activations,
+        flops=usual.flops,
+    )
+    return StageNeed(StageName.TAG, (tagger,))
+
+
+def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
+    settings = config.reranker
+    facts = _facts(config, "reranker.model", settings.model, "llava-hf/llava-1.5-7b-hf")
+    size = BYTES[settings.dtype]
+    images, text = stacks.vision(facts.shape["vision_config"]), facts.shape["text_config"]
+    language = partial(stacks.llama, text)
+    image_tokens = images.tokens - 1
+    whole, shared = language(image_tokens + work.prompt_tokens), language(work.prompt_tokens)
+    model = partial(_model, facts, "reranker", settings.dtype)
+    if settings.engine == "transformers":
+        per_request = language(settings.max_model_len).activations + images.activations + _logits(text)
+        reranker = model(
+            settings.batch_size,
+            activations=settings.batch_size * size * per_request,
+            flops=work.with_hard * images.flops + work.hard * whole.flops,
+        )
+        return StageNeed(StageName.RERANK, (reranker,))
+    # vLLM runs as many tokens at once as it allows, and fills what is left of its share with cached keys and values.
+    # A post's questions share the image's prefix.
+    tokens = _VLLM_TOKENS_LARGE if card_memory >= _VLLM_LARGE_CARD else _VLLM_TOKENS
+    reranker = model(
+        tokens // settings.max_model_len,
+        activations=size * (language(tokens).activations + tokens / image_tokens * images.activations),
+        kv_cache=size * settings.max_model_len * whole.kv_per_token,
+        flops=work.with_hard * (images.flops + whole.flops) + (work.hard - work.with_hard) * shared.flops,
+    )
+    adapter = _adapter(config, language(1), size)
+    reserved = int(settings.gpu_memory_utilization * card_memory)
+    return StageNeed(StageName.RERANK, (reranker, *adapter), reserved)
+
+
+def _logits(text: dict[str, int]) -> int:
+    """Values of the logits, and their logarithms, of a request's answers: about six tokens for each of five."""
+    return 2 * 30 * text["vocab_size"]
+
+
+def _adapter(config: Config, language: stacks.Stack, size: int) -> tuple[ModelNeed, ...]:
+    """vLLM holds the adapter beside the weights, padded to the largest rank; transformers merges it into them."""
+    settings = config.reranker
+    if settings.adapter is None:
+        return ()
+    ins_and_outs = 9 * language.width + 2 * language.kv_width + 3 * language.mlp  # of the seven linear layers
+    parameters = settings.max_lora_rank * language.layers * ins_and_outs
+    name = settings.adapter.rpartition("/")[2]
+    source = f"rank {settings.max_lora_rank} on the language model's linear layers"
+    return (ModelNeed("reranker_adapter", name, source, parameters, settings.dtype, 0, size * parameters, 0),)
+
+
+def _ground(config: Config, card_memory: int, work: Workload) -> StageNeed:
+    boxes = config.grounder.boxes
+    models = [_matcher(config, work)]
+    if boxes.sam is not None:
+        models.append(_sam(config, work))
+    if boxes.text is not None:
+        models.append(_text_segmenter(config, work))
+    return StageNeed(StageName.GROUND, tuple(models))
+
+
+def _matcher(config: Config, work: Workload) -> ModelNeed:
+    settings = config.grounder.matcher
+    facts = _facts(config, "grounder.matcher.model", settings.model, "Salesforce/blip-itm-base-coco")
+    size = BYTES[settings.dtype]
+    images = stacks.vision(facts.shape["vision_config"], stacks.EAGER)
+    text = stacks.encoder(facts.shape["text_config"], work.query_tokens)
+    depth = text.layers
+    # As `trace.middle_upper_layer`, which would bring torch.
+    layer = min(round(depth * 7 / 12), depth - 1) if settings.layer is None else settings.layer
+    # Each layer from the traced one up keeps the image's keys and values for the gradient, beside the image itself.
+    traced = (2 * (depth - layer) + 4) * images.tokens * text.width
+    kept = config.pipeline.ground.batch_size * images.tokens * images.width
+    cross_attention = 4 * images.tokens * images.width * text.width * depth
+    return _model(
+        facts,
+        "matcher",
+        settings.dtype,
+        settings.image_batch_size,
+        activations=size * (kept + max(settings.image_batch_size * images.activations, settings.batch_size * traced)),
+        flops=work.with_entities * images.flops + work.entities * (text.flops + cross_attention),
+    )
+
+
+def _sam(config: Config, work: Workload) -> ModelNeed:
+    settings = config.grounder.boxes.sam
+    assert settings is not None
+    facts = _facts(config, "grounder.boxes.sam.model", settings.model, "sam_vit_h_4b8939.pth")
+    layers = stacks.sam_encoder(facts.shape)
+    size = BYTES[settings.dtype]
+    return _model(
+        facts,
+        "sam",
+        settings.dtype,
+        settings.batch_size,
+        activations=settings.batch_size * size * max(stack.activations for stack in layers),
+        flops=(work.with_other_boxes if _persons_first(config) else work.with_boxes)
+        * sum(stack.flops for stack in layers),
+    )
+
+
+def _text_segmenter(config: Config, work: Workload) -> ModelNeed:
+    settings = config.grounder.boxes.text
+    assert settings is not None
+    facts = _facts(config, "grounder.boxes.text.model", settings.model, _TEXT_LIKE[settings.kind])
+    layers, extra = _text_layers(settings.kind, facts)
+    size = BYTES[settings.dtype]
+    return _model(
+        facts,
+        "text_segmenter",
+        settings.dtype,
+        settings.batch_size,
+        activations=settings.batch_size * size * (max(stack.activations for stack in layers) + extra),
+        flops=(work.person_prompts if _persons_first(config) else 0) * sum(stack.flops for stack in layers),
+    )
+
+
+def _text_layers(kind: str, facts: ModelFacts) -> tuple[list[stacks.Stack], float]:
+    """The layers that cost most, and values that stay beside them."""
+    shape = facts.shape
+    if kind == "grounding-dino":
+        return stacks.grounding_dino(shape), 0
+    if kind == "sam3":
+        encoder = shape["vision_config"]["backbone_config"]
+        # Its pyramid is 256 wide and four times finer than the patches, and about three of that size exist at once.
+        finest = 4 * encoder["image_size"] // encoder["patch_size"]
+        return stacks.sam3_encoder(encoder), 3 * 256 * finest**2
+    images = stacks.vision(shape["vision_config"])
+    return [images], images.layers * images.tokens * images.width  # the states of all layers are kept
+
+
+def _persons_first(config: Config) -> bool:
+    boxes = config.grounder.boxes
+    return boxes.text is not None and "person" in boxes.text_first
+
+
+def _facts(config: Config, key: str, reference: str, like: str) -> ModelFacts:
+    return model_facts(key, reference, like, config.pipeline.built_like)
+
+
+def _model(
+    facts: ModelFacts,
+    role: str,
+    dtype: str,
+    batch: int,
+    *,
+    activations: float,
+    kv_cache: float = 0,
+    flops: float = 0,
+    traffic: float = 0,
+) -> ModelNeed:
+    weights = facts.parameters * BYTES[dtype]
+    return ModelNeed(
+        role,
+        facts.name,
+        facts.source,
+        facts.parameters,
+        dtype,
+        batch,
+        weights,
+        int(activations),
+        int(kv_cache),
+        flops,
+        traffic,
+    )
+
+
+_CAPTION_LIMIT = 30  # new tokens, as the captioner asks for; from there it would bring torch
+# vLLM's defaults of `max_num_batched_tokens` for its LLM class: on cards of 70 GiB and more that are no A100, else.
+_VLLM_LARGE_CARD, _VLLM_TOKENS_LARGE, _VLLM_TOKENS = 70 * GIB, 16384, 8192
+_TEXT_LIKE = {
+    "clipseg": "CIDAS/clipseg-rd64-refined",
+    "sam3": "facebook/sam3",
+    "grounding-dino": "IDEA-Research/grounding-dino-base",
+    "owlv2": "google/owlv2-base-patch16-ensemble",
+}
+_NEEDS: dict[StageName, Callable[[Config, int, Workload], StageNeed]] = {
+    StageName.KNOWLEDGE: _knowledge,
+    StageName.TAG: _tag,
+    StageName.RERANK: _rerank,
+    StageName.GROUND: _ground,
+}

@@ -1,0 +1,135 @@
+"""How large a model is and what shape it has: from its own files where they are, else from the published table."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gem_ray.checkpoints import resolve
+from gem_ray.config import ConfigError
+from gem_ray.pipeline.published import PUBLISHED, Published
+
+_BYTES_OF_A_PTH_WEIGHT = 4  # SAM's are in float32
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan needs of a model.
+
+    Attributes:
+        name: short, for a table.
+        parameters: weights in its files.
+        shape: its `config.json`, complete.
+        source: where both are from.
+    """
+
+    name: str
+    parameters: int
+    shape: dict[str, Any]
+    source: str
+
+
+def model_facts(key: str, reference: str, like: str, built_like: dict[str, str]) -> ModelFacts:
+    """The facts of the model that a configuration names.
+
+    Args:
+        key: of the configuration, for the message.
+        reference: what the key says.
+        like: a published model; what a `config.json` leaves out is as in this one.
+        built_like: what models that are not there are built like.
+
+    Raises:
+        ConfigError: the model is neither there nor known.
+    """
+    name = reference.rstrip("/").rpartition("/")[2]
+    path = _local_path(reference)
+    if path is not None:
+        shape = _merged(PUBLISHED[like].shape, read_shape(path))
+        return ModelFacts(name, count_parameters(path), shape, "its files")
+    published = _published(reference)
+    if published is not None:
+        return ModelFacts(name, published.parameters, published.shape, published.source)
+    stand_in = built_like.get(reference)
+    published = _published(stand_in) if stand_in else None
+    if published is not None:
+        return ModelFacts(name, published.parameters, published.shape, f"not there yet; as {stand_in}")
+    raise ConfigError(
+        f"{key}: there is no model at {reference!r}, and it is none of the published models whose size is known "
+        f"({', '.join(PUBLISHED)}); get it, or say what it will be built like: "
+        f"--set 'pipeline.built_like={{{reference}: {like}}}'"
+    )
+
+
+def count_parameters(path: Path) -> int:
+    """Weights in a checkpoint's files, counted from their headers; a tagger's base encoder is counted in."""
+    if path.is_file():
+        return path.stat().st_size // _BYTES_OF_A_PTH_WEIGHT
+    if checkpoint := next(path.glob("sam_vit_*.pth"), None):
+        return count_parameters(checkpoint)
+    own = sum(_sizes(path).values())
+    shape = _read_json(path / "config.json")
+    if base := shape.get("base_encoder"):
+        sizes = _sizes(resolve(base))
+        own += sum(sizes[name.removeprefix("encoder.")] for name in shape["from_base"])
+    return own
+
+
+def read_shape(path: Path) -> dict[str, Any]:
+    """A checkpoint's `config.json`; of a tagger, its encoder's; of a published SAM, the one that is as large."""
+    if path.is_file() or next(path.glob("sam_vit_*.pth"), None):
+        size = count_parameters(path)
+        sams = [published for name, published in PUBLISHED.items() if name.startswith("sam_vit_")]
+        return min(sams, key=lambda each: abs(each.parameters - size)).shape
+    shape = _read_json(path / "config.json")
+    if base := shape.get("base_encoder"):
+        return read_shape(resolve(base))
+    return shape.get("encoder") or shape
+
+
+def _local_path(reference: str) -> Path | None:
+    """Where a model is on this machine. Nothing is fetched for a plan."""
+    if Path(reference).exists() or reference.startswith(("nano:", "package:")):
+        return resolve(reference)
+    if "://" in reference:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(reference, local_files_only=True))
+    except (HFValidationError, OSError, ValueError):
+        return None
+
+
+def _published(reference: str) -> Published | None:
+    return PUBLISHED.get(reference) or PUBLISHED.get(reference.rpartition("/")[2])
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The number of values in each tensor of a folder's safetensors files, from the files' headers."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("adapter_model*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder} holds no safetensors file, so its size is not known")
+    return {name: size for file in files for name, size in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, int]:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {name: math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

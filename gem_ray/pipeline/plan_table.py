@@ -1,0 +1,125 @@
+"""A plan as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gem_ray.pipeline.cards import CARDS
+from gem_ray.pipeline.costs import BANDWIDTH_UTILISATION, PROCESS_OVERHEAD, UTILISATION, ModelNeed, Workload
+from gem_ray.pipeline.plan import PassPlan, Plan
+from gem_ray.pipeline.pools import Pool
+from gem_ray.pipeline.refusals import gib
+
+_WIDTH = 100
+_MODEL_WIDTH = 22
+_COLUMNS = ("weights", "activ.", "KV", "total", "GPUs", "actors", "batch", "posts/s", "source")
+
+
+def print_plan(plan: Plan, price: float | None = None) -> None:
+    """Print what runs where, then what it comes to.
+
+    Args:
+        plan: also one that cannot run.
+        price: of an hour of a GPU, in any currency.
+    """
+    terminal = Console()
+    # Redirected output has no width of its own: what the table needs.
+    console = terminal if terminal.is_terminal else Console(width=_WIDTH)
+    console.print(_table(plan))
+    for line in _lines(plan, price):
+        console.print(Text(line))
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("stage")
+    table.add_column("model", max_width=_MODEL_WIDTH, overflow="ellipsis", no_wrap=True)
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
+    for number, one in enumerate(plan.passes, start=1):
+        if len(plan.passes) > 1:
+            table.add_row(Text(f"pass {number}", style="bold"))
+        for pool in one.pools:
+            _add_pool(table, pool, fits=not plan.problems)
+    return table
+
+
+def _add_pool(table: Table, pool: Pool, fits: bool) -> None:
+    """The stage's total beside its first model, then its other models."""
+    first, *others = pool.need.models or (None,)
+    rate = pool.posts_per_second if fits else None
+    reserves = [
+        gib(max(pool.need.memory, pool.need.reserved)),
+        f"{pool.placement.num_gpus:g}",
+        str(pool.actors),
+    ]
+    speed = ["?" if rate is None else f"{rate:.3g}", pool.source]
+    table.add_row(str(pool.stage), *_sizes(first, pool), *reserves, _batch(first), *speed)
+    for model in others:
+        table.add_row("", *_sizes(model, pool), "", "", "", _batch(model), "", "")
+
+
+def _sizes(model: ModelNeed | None, pool: Pool) -> list[str]:
+    if model is None:
+        return ["behind its endpoint", "", "", ""]
+    cache = model.kv_cache
+    if cache and pool.need.reserved:
+        cache += max(0, pool.need.reserved - pool.need.memory)  # vLLM fills its share
+    return [model.name, gib(model.weights), gib(model.activations), gib(cache) if cache else ""]
+
+
+def _batch(model: ModelNeed | None) -> str:
+    return str(model.batch) if model and model.batch else ""
+
+
+def _lines(plan: Plan, price: float | None) -> Iterator[str]:
+    yield ""
+    where = f"{plan.gpus} × {plan.gpu_memory_gb:g} GB" if plan.gpus else "CPUs"
+    yield f"on {where}" + (f" (speed of {plan.card})" if plan.card else "") + "; memory in GiB, of an actor;"
+    yield f"total: with {gib(PROCESS_OVERHEAD)} for the process and the largest activations of the stage"
+    for number, one in enumerate(plan.passes, start=1):
+        yield f"pass {number}: {' → '.join(one.names)}{'' if plan.problems else _slowest(one)}"
+    yield from plan.notes
+    if plan.problems:
+        yield "verdict: it does not fit"
+        return
+    yield from _basis(plan)
+    yield "verdict: it fits"
+    if plan.bottleneck is None or plan.posts_per_hour is None:
+        yield "bottleneck: not known; `--measured RUN` takes the speeds of an earlier run"
+        return
+    yield f"bottleneck: {plan.bottleneck.stage}; about {_rounded(plan.posts_per_hour)} posts an hour"
+    if plan.gpu_hours_per_million is not None:
+        hours = plan.gpu_hours_per_million
+        cost = f", {_rounded(hours * price)} at {price:g} an hour" if price is not None else ""
+        yield f"a million posts: about {_rounded(hours)} GPU-hours{cost}"
+
+
+def _rounded(value: float) -> str:
+    """To two digits: an estimate has no more."""
+    return f"{float(f'{value:.2g}'):,.10g}"
+
+
+def _slowest(one: PassPlan) -> str:
+    if one.bottleneck is None:
+        return ""
+    return f"; {one.posts_per_second:.3g} posts/s, the slowest is {one.bottleneck.stage}"
+
+
+def _basis(plan: Plan) -> Iterator[str]:
+    sources = {pool.source for one in plan.passes for pool in one.pools}
+    if "estimate" in sources and plan.card:
+        card, work = CARDS[plan.card], Workload()
+        yield (
+            f"estimate, not measured: the models' operations at {UTILISATION:.0%} of the card's peak "
+            f"({card.half / 1e12:g} TFLOP/s in half, {card.single / 1e12:g} in single precision: {card.source}), "
+            f"decoding at {BANDWIDTH_UTILISATION:.0%} of its bandwidth, a share of a card as that share of its speed; "
+            f"for posts with {work.entities} entities, {work.hard} of them hard. Reading, decoding images and masks on "
+            "CPUs are not in it"
+        )
+    if "measured" in sources:
+        yield "measured: seconds inside each stage of an earlier run, for each of its posts"
