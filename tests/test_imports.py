@@ -17,6 +17,7 @@ LAYERS = [
     {"knowledge", "tagger", "rerank", "grounding"},
     {"annotator"},
     {"pipeline", "serving", "evaluation"},
+    {"benchmarks"},
     {"nano"},
     {"cli"},
     {"jobs"},

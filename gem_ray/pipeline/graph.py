@@ -32,13 +32,18 @@ _READ_PIXELS = (StageName.RERANK, StageName.GROUND)
 _READ_ENCODED = (StageName.KNOWLEDGE, StageName.LOAD_IMAGE)
 
 
-def build_graph(source: PostSource, config: Config, stages: Sequence[StageName], ledger: Ledger) -> Any:
-    """From rows of the input to posts that have been through the stages; lazy, as every `ray.data.Dataset`."""
+def build_graph(
+    source: PostSource, config: Config, stages: Sequence[StageName], ledger: Ledger, actor: type | None = None
+) -> Any:
+    """From rows of the input to posts that have been through the stages; lazy, as every `ray.data.Dataset`.
+
+    `actor` takes the place of `StageActor`, with its signature.
+    """
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.files))
     # Blocks are bounded by rows, because a block of short rows would be hours of work; small inputs are spread too.
     dataset = dataset.repartition(target_num_rows_per_block=config.pipeline.rows_per_block)
     for name in stages:
-        dataset = _add_stage(dataset, name, config, _spent_after(name, stages), ledger)
+        dataset = _add_stage(dataset, name, config, _spent_after(name, stages), ledger, actor or StageActor)
     return dataset
 
 
@@ -69,14 +74,16 @@ def as_pass_results(dataset: Any) -> Any:
     return dataset.map_batches(pass_table, batch_format="pyarrow", batch_size=None)
 
 
-def _add_stage(dataset: Any, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> Any:
+def _add_stage(
+    dataset: Any, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger, actor: type
+) -> Any:
     placement = getattr(config.pipeline, name)
     common = {"batch_format": "pyarrow", "batch_size": placement.batch_size, "num_cpus": placement.num_cpus}
     if name in TASK_STAGES:
         arguments = {"name": name, "config_json": config.model_dump_json(), "spent": spent, "ledger": ledger}
         return dataset.map_batches(run_in_task, fn_kwargs=arguments, **common)
     return dataset.map_batches(
-        StageActor,
+        actor,
         fn_constructor_kwargs={"name": name, "config": config, "spent": spent, "ledger": ledger},
         compute=ActorPoolStrategy(min_size=placement.min_actors, max_size=placement.max_actors),
         num_gpus=placement.num_gpus or None,

@@ -121,8 +121,10 @@ class GroupRunner:
         config: Config,
         models: dict[str, str],
         ledger: Ledger,
+        actor: type | None = None,
     ) -> None:
         self.annotated = 0
+        self._actor = actor
         self._directory = directory
         self._folder = folder
         self._input = input_filesystem
@@ -179,7 +181,7 @@ class GroupRunner:
         if len(todo):
             with checkpointing(filesystem, checkpoint):
                 source = PostSource(self._input, group.files, todo, earlier)
-                dataset = build_graph(source, self._config, stages, self._ledger)
+                dataset = build_graph(source, self._config, stages, self._ledger, self._actor)
                 if is_last:
                     dataset = as_annotations(dataset, self._folder.run_id, self._models, self._ledger)
                     self._write(dataset, staged, partition_cols=["status"])

@@ -56,6 +56,7 @@ def annotate_dataset(
     fresh: bool = False,
     only_problems: bool = False,
     progress: Report | None = None,
+    actor: type | None = None,
 ) -> RunSummary:
     """Annotate every post of a data set on Ray, or go on where an earlier call with this output stopped.
 
@@ -68,6 +69,7 @@ def annotate_dataset(
         only_problems: do again the degraded and rejected rows of a finished run, whose limits on texts and images may
             be other ones now.
         progress: called now and then with posts done and posts in all; none: a bar, if standard error is a terminal.
+        actor: stands in for `StageActor`; benchmarks of everything but the models use it.
 
     Raises:
         FileNotFoundError: no input, a model that is not there, or no finished run to do problems of again.
@@ -96,7 +98,7 @@ def annotate_dataset(
         return RunSummary.from_dict(finished or {})
     with ray_session(config):
         ledger = Ledger()
-        runner = GroupRunner(directory, folder, filesystem, config, models, ledger)
+        runner = GroupRunner(directory, folder, filesystem, config, models, ledger, actor)
         groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
         with reporting(progress, runner.done, sum(group.rows for group in groups)):
             _run_groups(runner, groups, directory)

@@ -1,0 +1,85 @@
+"""Scale-out on a pretended cluster, whose slow stage sleeps as long as a card would work."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from gem_ray.benchmarks.memory import write_texts
+from gem_ray.benchmarks.standins import Diary, sleeper
+from gem_ray.config import Config, load_config
+from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.records import StageName
+
+_GPUS_PER_NODE = 8
+_BATCHES_PER_ACTOR = 8
+_ROWS_PER_BATCH = 32
+
+
+def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str, Any]:
+    """How busy the cards of a cluster are that grounding keeps busy, a card an actor.
+
+    Everything but the models is the real pipeline, from the input's files to the published annotations.
+
+    Args:
+        folder: gets posts and annotations.
+        gpus: cards, eight a node.
+        batch_seconds: time that a card takes for a batch.
+
+    Returns:
+        `efficiency`: the share of the steady state, after every actor's first batch and before the first actor runs out
+        of work, in which cards are busy; `start_up_seconds`: until the last actor has its first batch.
+    """
+    rows = gpus * _BATCHES_PER_ACTOR * _ROWS_PER_BATCH
+    write_texts(folder / "posts", rows)
+    cluster = _start_cluster(gpus)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        diary: Any = ray.remote(num_cpus=0)(Diary).remote()
+        actor = sleeper(StageName.GROUND, batch_seconds / _ROWS_PER_BATCH, diary)
+        started = time.time()
+        annotate_dataset(folder / "posts", folder / "out", _config(gpus), fresh=True, actor=actor)
+        entries = ray.get(diary.read.remote())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    return {"gpus": gpus, "batch_seconds": batch_seconds, "rows": rows, **_busy(entries, gpus, started)}
+
+
+def _start_cluster(gpus: int) -> Cluster:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 0})
+    for first in range(0, gpus, _GPUS_PER_NODE):
+        cluster.add_node(num_cpus=2, num_gpus=min(_GPUS_PER_NODE, gpus - first))
+    cluster.wait_for_nodes()
+    return cluster
+
+
+def _config(gpus: int) -> Config:
+    place = {"min_actors": gpus, "max_actors": gpus, "num_gpus": 1, "num_cpus": 0.1, "batch_size": _ROWS_PER_BATCH}
+    return load_config(
+        overrides=[
+            "reranker.enabled=false",
+            f"pipeline.rows_per_block={_ROWS_PER_BATCH}",
+            *(f"pipeline.ground.{name}={value}" for name, value in place.items()),
+        ]
+    )
+
+
+def _busy(entries: list[tuple[str, float, float]], gpus: int, started: float) -> dict[str, Any]:
+    batches = defaultdict(list)
+    for actor, begin, end in sorted(entries, key=lambda entry: entry[1]):
+        batches[actor].append((begin, end))
+    first_begins = max(times[0][0] for times in batches.values())
+    steady, over = max(times[0][1] for times in batches.values()), min(times[-1][1] for times in batches.values())
+    inside = (max(0.0, min(end, over) - max(begin, steady)) for times in batches.values() for begin, end in times)
+    return {
+        "actors": len(batches),
+        "start_up_seconds": first_begins - started,
+        "steady_seconds": over - steady,
+        "efficiency": sum(inside) / (gpus * (over - steady)),
+    }

@@ -1,0 +1,59 @@
+"""Actors that stand in for stages with models: they cost what they are told to cost, and no GPU."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import ray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from gem_ray.config import Config
+    from gem_ray.pipeline.ledger import Ledger
+    from gem_ray.records import StageName
+
+
+class PassThrough:
+    """A stage that costs nothing and changes nothing."""
+
+    def __init__(self, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> None:
+        pass
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The batch as it is."""
+        return table
+
+
+class Diary:
+    """When each actor of the slow stage began and ended each batch."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[str, float, float]] = []
+
+    def add(self, actor: str, begin: float, end: float) -> None:
+        """A batch of an actor, in seconds since 1970."""
+        self._entries.append((actor, begin, end))
+
+    def read(self) -> list[tuple[str, float, float]]:
+        """All batches."""
+        return self._entries
+
+
+def sleeper(stage: StageName, seconds_per_post: float, diary: ray.actor.ActorHandle) -> type:
+    """A class of actors that sleep for every batch of one stage, and pass those of all others through."""
+
+    class Sleeper(PassThrough):
+        def __init__(self, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> None:
+            self._seconds_per_post = seconds_per_post if name is stage else 0.0
+            self._actor = ray.get_runtime_context().get_actor_id()
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            if self._seconds_per_post:
+                begin = time.time()
+                time.sleep(self._seconds_per_post * table.num_rows)
+                diary.add.remote(self._actor, begin, time.time())
+            return table
+
+    return Sleeper

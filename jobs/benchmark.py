@@ -1,0 +1,60 @@
+"""What the system costs and gains: `python jobs/benchmark.py {throughput,memory,scale-out} --out DIR …`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+OutOption = Annotated[Path, typer.Option(help="Folder for inputs, outputs and `NAME.json`.")]
+
+
+@app.command()
+def throughput(
+    out: OutOption = Path("out/benchmark"),
+    posts: Annotated[int, typer.Option(help="Generated posts.", min=16)] = 2000,
+    plain_posts: Annotated[int, typer.Option(help="Of which the plain way is timed on so many.", min=1)] = 200,
+    preset: Annotated[str, typer.Option(help="Models and placement.")] = "nano",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,
+) -> None:
+    """The pipeline against one process that takes one post and one entity at a time, and against its slowest stage."""
+    from gem_ray.benchmarks.throughput import measure_throughput
+    from gem_ray.config import load_config
+
+    _write(out, "throughput", measure_throughput(out, load_config(preset, overrides=set_ or ()), posts, plain_posts))
+
+
+@app.command()
+def memory(
+    out: OutOption = Path("out/benchmark"),
+    rows: Annotated[list[int] | None, typer.Option(help="Length of an input. Repeatable.")] = None,
+) -> None:
+    """Peak memory of the driver over short and long inputs."""
+    from gem_ray.benchmarks.memory import measure_memory
+
+    _write(out, "memory", measure_memory(out, tuple(rows or (20_000, 200_000))))
+
+
+@app.command("scale-out")
+def scale_out(
+    out: OutOption = Path("out/benchmark"),
+    gpus: Annotated[int, typer.Option(help="Pretended GPUs.", min=1)] = 16,
+    batch_seconds: Annotated[float, typer.Option(help="Time that a GPU takes for a batch.", min=0)] = 8.0,
+) -> None:
+    """How busy the GPUs of a pretended cluster are."""
+    from gem_ray.benchmarks.scale_out import measure_scale_out
+
+    _write(out, f"scale-out-{gpus}", measure_scale_out(out / f"scale-out-{gpus}", gpus, batch_seconds))
+
+
+def _write(out: Path, name: str, result: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2)
+    (out / f"{name}.json").write_text(text + "\n")
+    typer.echo(text)
+
+
+if __name__ == "__main__":
+    app()
