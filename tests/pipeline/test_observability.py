@@ -1,0 +1,122 @@
+"""What a run tells: metrics that Prometheus can read, JSON logs, progress lines, and the report."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+
+from gem_ray.pipeline.logs import JsonFormatter, log_problems
+from gem_ray.pipeline.metrics import PostMetrics, StageMetrics
+from gem_ray.pipeline.progress import json_lines
+from gem_ray.pipeline.summary import RunSummary
+from gem_ray.records import Box, Entity, Post, ProblemKind, StageName
+
+DASHBOARD = Path(__file__).parents[2] / "clusters" / "grafana-dashboard.json"
+
+
+def entity(**values) -> Entity:
+    return Entity("Lyon", 0, 4, 0, 1, "location", "city", 0.9, **values)
+
+
+def failed_post(stage: StageName, kind: ProblemKind) -> Post:
+    post = Post("7", "Lyon", row_id=3)
+    post.fail(stage, kind, "why")
+    return post
+
+
+def exported() -> str:
+    """What Prometheus would read from this node."""
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    return httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+
+
+def sample(text: str, metric: str, label: str) -> float | None:
+    lines = [line for line in text.splitlines() if line.startswith(metric) and label in line]
+    return float(lines[0].rsplit(" ", 1)[1]) if lines else None
+
+
+def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> None:
+    @ray.remote(num_cpus=0)
+    def work() -> None:
+        stage = StageMetrics(StageName.RERANK)
+        time.sleep(0.05)
+        stage.begin()
+        stage.end(posts=5)
+        seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
+        PostMetrics().count([seen, failed_post(StageName.PREPARE, ProblemKind.BAD_RECORD)])
+        time.sleep(3)  # exported from time to time
+
+    working = work.remote()
+    deadline = time.monotonic() + 60
+    text = ""
+    while time.monotonic() < deadline and "ray_gem_ray_entities_total" not in text:
+        time.sleep(0.5)
+        text = exported()
+    ray.get(working)
+    assert sample(text, "ray_gem_ray_posts_total", 'status="rejected"') == 1
+    assert sample(text, "ray_gem_ray_problems_total", 'kind="bad_record"') == 1
+    assert sample(text, "ray_gem_ray_entities_total", 'what="found"') == 2
+    assert sample(text, "ray_gem_ray_entities_total", 'what="grounded"') == 1
+    assert sample(text, "ray_gem_ray_batch_posts_sum", 'stage="rerank"') == 5
+    assert (sample(text, "ray_gem_ray_idle_seconds_total", 'stage="rerank"') or 0) >= 0.05
+    asked = set(re.findall(r"ray_gem_ray_\w+", DASHBOARD.read_text()))
+    assert asked
+    assert all(f"{name}{{" in text for name in asked)
+
+
+def test_log_lines_name_run_post_and_reason() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logger = logging.getLogger("gem_ray.posts")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        rejected = failed_post(StageName.PREPARE, ProblemKind.BAD_RECORD)
+        log_problems("run-1", [rejected, failed_post(StageName.LOAD_IMAGE, ProblemKind.IMAGE_MISSING), Post("8", "x")])
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert {
+        "run_id": "run-1",
+        "post_id": "7",
+        "row_id": 3,
+        "kind": "bad_record",
+        "level": "WARNING",
+    }.items() <= first.items()
+    assert {"stage": "load_image", "kind": "image_missing", "level": "INFO", "message": "why"}.items() <= second.items()
+
+
+def test_progress_lines_have_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    report = json_lines(every_s=0)
+    report(10, 100)
+    time.sleep(0.01)
+    report(60, 100)
+    report(100, 100)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["done"] for line in lines] == [10, 60, 100]
+    assert lines[0]["seconds_left"] is None
+    assert lines[1]["posts_per_second"] > 0
+    assert lines[-1]["seconds_left"] == 0
+
+
+def test_report_shows_every_kind_of_problem_with_examples(run: tuple[Path, RunSummary]) -> None:
+    output, summary = run
+    facts = json.loads((output / "_run" / "report.json").read_text())
+    page = (output / "_run" / "report.html").read_text()
+    assert facts["problems"] == dict(summary.tally.problems)
+    for kind in facts["problems"]:
+        assert f'id="{kind}"' in page
+        examples = facts["examples"][kind]
+        assert 1 <= len(examples) <= 5
+        assert all(example["message"] for example in examples)
+    assert "<script" not in page
