@@ -1,0 +1,190 @@
+"""Runs that are interrupted, by damage and by SIGKILL, and started again: every row once, little done twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from gem_ray.config import Config
+from gem_ray.data.generated import generate
+from gem_ray.data.shards import write_posts
+from gem_ray.pipeline.checkpoint import committed_ids
+from gem_ray.pipeline.run import RunError, annotate_dataset
+from gem_ray.pipeline.run_directory import RunDirectory
+from gem_ray.records import Status
+
+Same = Callable[[Any, Any], None]
+
+TEXT_ONLY = ("reranker.enabled=false", "grounder.enabled=false")
+
+
+def rows_of(output: Path) -> dict[int, dict[str, Any]]:
+    """Rows by id; each id is there once."""
+    tables = [pq.ParquetFile(path).read() for path in (output / "annotations").rglob("part-*.parquet")]
+    rows = [row for table in tables for row in table.to_pylist()]
+    by_id = {row["row_id"]: row for row in rows}
+    assert len(by_id) == len(rows)
+    return by_id
+
+
+def without_run(rows: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {row_id: {**row, "run_id": None} for row_id, row in rows.items()}
+
+
+def files_of(output: Path) -> set[Path]:
+    return {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
+
+
+def damage(shard: Path) -> bytes:
+    """Break a page of a Parquet file, but not its footer; gives back the sound file."""
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:4] + bytes(56) + sound[60:])
+    return sound
+
+
+@pytest.fixture
+def posts(tmp_path: Path) -> Path:
+    write_posts(generate(30, seed=5), tmp_path / "posts", per_shard=10)
+    return tmp_path / "posts"
+
+
+def test_failed_run_goes_on_where_it_stopped(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path, assert_same: Same
+) -> None:
+    """Two groups are published before the third fails; after it is mended, only its rows are annotated."""
+    config = text_config.model_copy(deep=True)
+    config.pipeline.rows_per_group = 10
+    sound = damage(posts / "part-00002.parquet")
+    with pytest.raises(RunError, match=r"part-00002\.parquet") as error:
+        annotate_dataset(posts, tmp_path / "out", config)
+    assert "\n" not in str(error.value)
+    assert len(rows_of(tmp_path / "out")) == 20
+    (posts / "part-00002.parquet").write_bytes(sound)
+    before = files_of(tmp_path / "out" / "annotations")
+    summary = annotate_dataset(posts, tmp_path / "out", config)
+    assert (summary.annotated, summary.rows) == (10, 30)
+    assert before < files_of(tmp_path / "out" / "annotations")
+    annotate_dataset(posts, tmp_path / "undisturbed", text_config)
+    assert_same(without_run(rows_of(tmp_path / "out")), without_run(rows_of(tmp_path / "undisturbed")))
+    assert not list((tmp_path / "out" / "_run").rglob("staged/*"))
+
+
+def test_old_annotations_stay_until_a_fresh_run_is_complete(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = annotate_dataset(posts, out, text_config, limit=12)
+    published = files_of(out / "annotations")
+    sound = damage(posts / "part-00002.parquet")
+    config = text_config.model_copy(deep=True)
+    config.pipeline.rows_per_group = 10
+    with pytest.raises(RunError):
+        annotate_dataset(posts, out, config, fresh=True)
+    assert files_of(out / "annotations") == published
+    assert {row["run_id"] for row in rows_of(out).values()} == {first.run_id}
+    (posts / "part-00002.parquet").write_bytes(sound)
+    summary = annotate_dataset(posts, out, config)  # goes on with the fresh run
+    assert summary.annotated == 10
+    assert {row["run_id"] for row in rows_of(out).values()} == {summary.run_id} != {first.run_id}
+    assert len(rows_of(out)) == 30
+    assert RunDirectory(str(out)).run_ids() == [summary.run_id]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": {"max_chars": 99}}, "text.max_chars: 10000 → 99"),
+        ({"tagger": {"max_length": 64}}, "tagger.max_length: 112 → 64"),
+    ],
+)
+def test_other_settings_on_the_same_output_are_refused(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path, change: dict[str, dict[str, Any]], message: str
+) -> None:
+    annotate_dataset(posts, tmp_path / "out", text_config, limit=3)
+    before = files_of(tmp_path / "out")
+    sections = {name: getattr(text_config, name).model_copy(update=values) for name, values in change.items()}
+    with pytest.raises(ValueError, match=message):
+        annotate_dataset(posts, tmp_path / "out", text_config.model_copy(update=sections), limit=3)
+    with pytest.raises(ValueError, match="limit: 3 → None"):
+        annotate_dataset(posts, tmp_path / "out", text_config)
+    assert files_of(tmp_path / "out") == before
+    faster = text_config.model_copy(deep=True)
+    faster.tagger.batch_size = faster.pipeline.rows_per_block = 3  # changes no annotation
+    assert annotate_dataset(posts, tmp_path / "out", faster, limit=3).rows == 3
+
+
+def test_only_problems_are_done_again(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path, assert_same: Same
+) -> None:
+    out = tmp_path / "out"
+    strict = text_config.model_copy(deep=True)
+    strict.text.max_chars = 60
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        annotate_dataset(posts, out, strict, only_problems=True)
+    RunDirectory(str(out)).forget_unfinished()
+    first = annotate_dataset(posts, out, strict)
+    kept = {row_id: row for row_id, row in rows_of(out).items() if not row["problems"]}
+    assert 0 < first.rejected < 30
+    second = annotate_dataset(posts, out, text_config, only_problems=True)
+    assert (second.rejected, second.annotated, second.rows) == (0, first.rejected, 30)
+    assert second.tally.entities > first.tally.entities
+    assert second.tally.statuses[Status.OK] == 30
+    rows = rows_of(out)
+    assert len(rows) == 30
+    assert {row_id: rows[row_id] for row_id in kept} == kept
+    annotate_dataset(posts, tmp_path / "undisturbed", text_config)
+    assert_same(without_run(rows), without_run(rows_of(tmp_path / "undisturbed")))
+    assert annotate_dataset(posts, out, text_config, only_problems=True).annotated == 0
+
+
+def test_ids_of_a_rename_that_was_cut_short_count_as_committed(tmp_path: Path) -> None:
+    """To rename in S3 is to copy and delete: with the copy there, Ray must not undo the rows."""
+    filesystem = fs.LocalFileSystem()
+    for name, ids in (("a.parquet", [1, 2]), ("a.pending.parquet", [1, 2]), ("b.pending.parquet", [3])):
+        pq.write_table(pq.pa.table({"row_id": pq.pa.array(ids, pq.pa.int64())}), tmp_path / name)
+    assert sorted(committed_ids(filesystem, str(tmp_path))) == [1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.parquet", "b.pending.parquet"}
+    assert len(committed_ids(filesystem, str(tmp_path / "nowhere"))) == 0
+
+
+def test_killed_run_keeps_what_it_has_done(text_config: Config, tmp_path: Path) -> None:
+    """SIGKILL to the driver of a run on its own Ray, then the same command again."""
+    posts, out = tmp_path / "posts", tmp_path / "out"
+    write_posts(generate(600, seed=6), posts, per_shard=100)
+    command = [sys.executable, "-m", "gem_ray.cli", "annotate", str(posts), str(out)]
+    for setting in (*TEXT_ONLY, "pipeline.rows_per_block=8", "pipeline.tag.batch_size=8", "tagger.batch_size=1"):
+        command += ["--set", setting]
+    driver = subprocess.Popen(command, env=_environment(), start_new_session=True, stdout=subprocess.DEVNULL)
+    done = 0
+    while done < 100:
+        assert driver.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.2)
+        done = len(_committed(out))
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    time.sleep(2)  # Ray's processes notice, and end
+    done = len(_committed(out))
+    second = subprocess.run([*command], env=_environment(), capture_output=True, text=True, check=True)
+    annotated = int(second.stdout.split()[0])
+    assert annotated == 600 - done
+    assert len(rows_of(out)) == 600
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def _committed(output: Path) -> np.ndarray:
+    folders = list((output / "_run").glob("*/checkpoint/*"))
+    return committed_ids(fs.LocalFileSystem(), str(folders[0])) if folders else np.array([])
