@@ -57,8 +57,8 @@ def model_facts(key: str, reference: str, like: str, built_like: dict[str, str])
     if published is not None:
         return ModelFacts(name, published.parameters, published.shape, f"not there yet; as {stand_in}")
     raise ConfigError(
-        f"{key}: there is no model at {reference!r}, and it is none of the published models whose size is known "
-        f"({', '.join(PUBLISHED)}); get it, or say what it will be built like: "
+        f"{key}: there is no model at {reference!r}, and it is none of the published models whose size is known; "
+        f"get it, or say what it will be built like: "
         f"--set 'pipeline.built_like={{{reference}: {like}}}'"
     )
 

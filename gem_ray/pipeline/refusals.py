@@ -83,12 +83,13 @@ def too_many(label: str, pools: Sequence[Pool], gpus: int, cpus: int | None) -> 
     """
     if any(pool.placement.num_gpus for pool in pools) and not Cards.holding(gpus, pools):
         asked = ", ".join(f"{pool.stage} {pool.actors} × {pool.placement.num_gpus:g}" for pool in pools)
-        yield f"{label} needs at least {_cards_for(pools)} GPUs ({asked}), and there are {gpus}; {_passes(pools, gpus)}"
-    needed = CPUS_FOR_TASKS + sum(pool.cpus for pool in pools)
-    if cpus is not None and needed > cpus:
+        needed = _cards_for(pools)
+        yield f"{label} needs {needed} GPUs or more ({asked}); --gpus says {gpus}. {_passes(pools, gpus)}"
+    reserved = CPUS_FOR_TASKS + sum(pool.cpus for pool in pools)
+    if cpus is not None and reserved > cpus:
         yield (
-            f"{label} needs at least {needed:g} CPUs, {CPUS_FOR_TASKS} of them for tasks, and there are {cpus}; "
-            "lower num_cpus or min_actors under `pipeline`, or give it more"
+            f"{label} needs {reserved:g} CPUs or more, {CPUS_FOR_TASKS} of them for tasks; --cpus says {cpus}. "
+            "Lower num_cpus or min_actors under `pipeline`, or give it more"
         )
 
 
@@ -145,9 +146,9 @@ def _passes(pools: Sequence[Pool], gpus: int) -> str:
         else:
             groups.append([pool])
     if not all(Cards.holding(gpus, group) for group in groups):
-        return "lower min_actors or num_gpus under `pipeline`, or give it more"
+        return "Lower min_actors or num_gpus under `pipeline`, or give it more"
     firsts = {group[0].stage for group in groups[1:]}
-    return f"it fits in {len(groups)} passes: --set 'pipeline.passes=[{', '.join(_listed(firsts))}]'"
+    return f"It fits in {len(groups)} passes: --set 'pipeline.passes=[{', '.join(_listed(firsts))}]'"
 
 
 def _listed(firsts: set[StageName]) -> Iterator[str]:
