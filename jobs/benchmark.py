@@ -1,4 +1,4 @@
-"""What the system costs and gains: `python jobs/benchmark.py {throughput,memory,scale-out} --out DIR …`."""
+"""What the system costs and gains: `python jobs/benchmark.py {throughput,memory,scale-out,chaos} --out DIR …`."""
 
 import json
 from pathlib import Path
@@ -47,6 +47,20 @@ def scale_out(
     from gem_ray.benchmarks.scale_out import measure_scale_out
 
     _write(out, f"scale-out-{gpus}", measure_scale_out(out / f"scale-out-{gpus}", gpus, batch_seconds))
+
+
+@app.command()
+def chaos(
+    location: Annotated[str, typer.Argument(help="A folder, local or `s3://`, for posts and annotations.")],
+    out: OutOption = Path("out/benchmark"),
+    posts: Annotated[int, typer.Option(help="Generated posts.", min=100)] = 5000,
+    shards: Annotated[int, typer.Option(help="Files that hold them.", min=1)] = 50,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,
+) -> None:
+    """A run whose driver, an actor and a node are killed, against an undisturbed one."""
+    from gem_ray.benchmarks.chaos import measure_chaos
+
+    _write(out, "chaos", measure_chaos(location, posts, shards, tuple(set_ or ())))
 
 
 def _write(out: Path, name: str, result: dict[str, Any]) -> None:
