@@ -87,8 +87,7 @@ def open_bucket(uri: S3Uri) -> RetryingFileSystem:
         PermissionError: it may not be listed.
         ConnectionError: S3 cannot be asked.
     """
-    s3 = client(uri.anonymous)
-    _check_bucket(s3, uri)
+    s3 = _client_of(uri)
     url = s3.meta.endpoint_url
     endpoint = None if _AWS_HOST.fullmatch(urlsplit(url).hostname or "") else url
     region = s3.meta.region_name or "us-east-1"
@@ -121,12 +120,14 @@ def client(anonymous: bool = False, silence_timeout_s: float | None = None, conn
     return boto3.session.Session().client("s3", config=config)
 
 
-def _check_bucket(s3: Any, uri: S3Uri) -> None:
+def _client_of(uri: S3Uri) -> Any:
+    """A client that has been answered by the bucket."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     # Listing, and only where the URI leads: what a policy for one prefix allows, which a look at the bucket is not.
     prefix = f"{uri.key.rstrip('/')}/" if uri.key else ""
     try:
+        s3 = client(uri.anonymous)
         s3.list_objects_v2(Bucket=uri.bucket, Prefix=prefix, MaxKeys=1)
     except NoCredentialsError:
         raise PermissionError(
@@ -142,5 +143,6 @@ def _check_bucket(s3: Any, uri: S3Uri) -> None:
                 f"s3://{uri.bucket}/{prefix} may not be listed ({code}): check the credentials and their policy"
             ) from None
         raise ConnectionError(f"s3://{uri.bucket} cannot be read: {error}") from None
-    except BotoCoreError as error:
+    except BotoCoreError as error:  # also an unknown profile
         raise ConnectionError(f"s3://{uri.bucket} cannot be reached: {error}") from None
+    return s3

@@ -102,6 +102,12 @@ def test_missing_credentials_are_said_to_be_missing(s3, monkeypatch):
         open_filesystem(bucket)
 
 
+def test_an_unknown_profile_is_named(s3, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(ConnectionError, match="nobody"):
+        open_filesystem("s3://data")
+
+
 def test_a_server_that_is_not_there_is_named(s3, monkeypatch):
     monkeypatch.setattr(gem_ray.s3, "_OBJECT_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -146,6 +152,6 @@ def test_both_libraries_ask_the_server_that_the_environment_names(s3, faulty_s3,
 
 def test_without_a_server_of_our_own_the_bucket_says_in_which_region_it_is(s3, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    monkeypatch.setattr(gem_ray.s3, "_check_bucket", lambda *_: None)  # which would ask AWS
+    monkeypatch.setattr(gem_ray.s3, "_client_of", lambda _: gem_ray.s3.client())  # without asking AWS
     monkeypatch.setattr(fs, "resolve_s3_region", {"there": "eu-west-3"}.__getitem__)
     assert open_filesystem("s3://there")[0].region == "eu-west-3"
