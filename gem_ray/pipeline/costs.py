@@ -19,6 +19,16 @@ PROCESS_OVERHEAD = int(0.6 * GIB)
 # Assumed: what a model reaches of a card's peak FLOP/s, and of its memory's bandwidth.
 UTILISATION, BANDWIDTH_UTILISATION = 0.35, 0.6
 
+_CAPTION_LIMIT = 30  # new tokens, as the captioner asks for; from there it would bring torch
+# vLLM's defaults of `max_num_batched_tokens` for its LLM class: on cards of 70 GiB and more that are no A100, else.
+_VLLM_LARGE_CARD, _VLLM_TOKENS_LARGE, _VLLM_TOKENS = 70 * GIB, 16384, 8192
+_TEXT_LIKE = {
+    "clipseg": "CIDAS/clipseg-rd64-refined",
+    "sam3": "facebook/sam3",
+    "grounding-dino": "IDEA-Research/grounding-dino-base",
+    "owlv2": "google/owlv2-base-patch16-ensemble",
+}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -331,15 +341,6 @@ def _model(
     )
 
 
-_CAPTION_LIMIT = 30  # new tokens, as the captioner asks for; from there it would bring torch
-# vLLM's defaults of `max_num_batched_tokens` for its LLM class: on cards of 70 GiB and more that are no A100, else.
-_VLLM_LARGE_CARD, _VLLM_TOKENS_LARGE, _VLLM_TOKENS = 70 * GIB, 16384, 8192
-_TEXT_LIKE = {
-    "clipseg": "CIDAS/clipseg-rd64-refined",
-    "sam3": "facebook/sam3",
-    "grounding-dino": "IDEA-Research/grounding-dino-base",
-    "owlv2": "google/owlv2-base-patch16-ensemble",
-}
 _NEEDS: dict[StageName, Callable[[Config, int, Workload], StageNeed]] = {
     StageName.KNOWLEDGE: _knowledge,
     StageName.TAG: _tag,

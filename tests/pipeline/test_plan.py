@@ -1,0 +1,477 @@
+"""Plans: sizes against counted models, memory and operations against what torch does, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import transformers
+from segment_anything import sam_model_registry
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from gem_ray import config as configuration
+from gem_ray.checkpoints import resolve
+from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.grounding.sam import load_sam
+from gem_ray.knowledge import captioner
+from gem_ray.pipeline import costs, stacks
+from gem_ray.pipeline.cards import GIB
+from gem_ray.pipeline.costs import stage_need
+from gem_ray.pipeline.model_facts import count_parameters
+from gem_ray.pipeline.plan import Plan, PlanError, make_plan, measured_seconds, passes_of
+from gem_ray.pipeline.pools import Pool
+from gem_ray.pipeline.published import PUBLISHED
+from gem_ray.records import StageName
+from gem_ray.tagger.checkpoint import load_tagger
+
+PASSES = "pipeline.passes=[[prepare, knowledge], [tag, load_image, rerank], [load_image, ground]]"
+USABLE = 0.95
+Shape = dict[str, Any]
+
+
+def pools_of(plan: Plan) -> dict[str, Pool]:
+    return {str(pool.stage): pool for one in plan.passes for pool in one.pools}
+
+
+def refusal(config: Config, **cluster: float) -> str:
+    with pytest.raises(PlanError) as caught:
+        make_plan(config, **cluster).check()
+    return str(caught.value)
+
+
+# Passes
+
+
+def test_the_configuration_knows_the_stages_and_their_order() -> None:
+    assert list(get_args(configuration.Stage)) == list(StageName)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ["prepare tag load_image rerank ground"]),
+        (
+            [PASSES, "knowledge.captioner=x"],
+            ["prepare knowledge", "tag load_image rerank", "load_image ground"],
+        ),
+        ([PASSES], ["prepare tag load_image rerank", "load_image ground"]),
+        ([PASSES, "reranker.enabled=false"], ["prepare tag", "load_image ground"]),
+        ([PASSES, "reranker.enabled=false", "grounder.enabled=false"], ["prepare tag load_image"]),
+    ],
+)
+def test_passes_hold_the_active_stages_and_load_images_where_they_are_looked_at(
+    overrides: list[str], expected: list[str]
+) -> None:
+    assert [" ".join(stages) for stages in passes_of(load_config(overrides=overrides))] == expected
+
+
+@pytest.mark.parametrize(
+    ("passes", "says"),
+    [
+        ("[]", "together the passes must hold"),
+        ("[[prepare, knowledge, tag]]", "together the passes must hold"),
+        ("[[prepare, tag, load_image, rerank], [knowledge, load_image, ground]]", "in this order"),
+        ("[[knowledge, prepare]]", "pass 1 must hold stages in the order"),
+        ("[[prepare, knowledge, tag], []]", "pass 2 must hold stages"),
+        ("[[prepare, knowledge, tag, load_image, rerank], [ground]]", "pass 2 looks at images"),
+        ("[[prepare, prepare]]", "pass 1 must hold stages"),
+        ("[[prepare, bake]]", "ground"),
+    ],
+)
+def test_passes_that_are_no_partition_are_refused_by_key(passes: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=r"pipeline\.passes") as caught:
+        load_config(overrides=[f"pipeline.passes={passes}"])
+    assert says in str(caught.value)
+
+
+# Sizes
+
+
+def values_in(model: torch.nn.Module) -> int:
+    """Parameters and buffers that are saved, each once however many names it has."""
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("nano:tagger", lambda path: load_tagger(path)[0]),
+        ("nano:reranker", transformers.LlavaForConditionalGeneration.from_pretrained),
+        ("nano:matcher", transformers.BlipForImageTextRetrieval.from_pretrained),
+        ("nano:text-segmenter", transformers.CLIPSegForImageSegmentation.from_pretrained),
+        ("nano:sam", load_sam),
+    ],
+)
+def test_embedded_models_are_as_large_as_when_they_are_loaded(name: str, load) -> None:
+    assert count_parameters(resolve(name)) == values_in(load(resolve(name)))
+
+
+def llava(layers: int) -> torch.nn.Module:
+    """A LLaVA-1.5-7B of fewer layers, without memory."""
+    shape = PUBLISHED["llava-hf/llava-1.5-7b-hf"].shape
+    with torch.device("meta"):
+        return llava_of(shape | {"text_config": shape["text_config"] | {"num_hidden_layers": layers}})
+
+
+def llava_of(shape: Shape) -> torch.nn.Module:
+    vision = shape["vision_config"] | {"model_type": "clip_vision_model"}
+    text = shape["text_config"] | {"model_type": "llama"}
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text))
+
+
+def blip2_of(shape: Shape) -> torch.nn.Module:
+    text = shape["text_config"] | {"model_type": "opt", "word_embed_proj_dim": shape["text_config"]["hidden_size"]}
+    settings = transformers.Blip2Config(**shape | {"text_config": text}, image_token_index=50265)
+    return transformers.Blip2ForConditionalGeneration(settings)
+
+
+def roberta_of(shape: Shape) -> torch.nn.Module:
+    sizes = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+    return transformers.RobertaModel(transformers.RobertaConfig(**sizes, **shape))
+
+
+def blip_of(shape: Shape) -> torch.nn.Module:
+    vision = shape["vision_config"]
+    text = shape["text_config"] | {"vocab_size": 30524, "encoder_hidden_size": vision["hidden_size"]}
+    settings = transformers.BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=256)
+    return transformers.BlipForImageTextRetrieval(settings)
+
+
+def clipseg_of(shape: Shape) -> torch.nn.Module:
+    vision = shape["vision_config"] | {"image_size": 224}  # its positions are interpolated to 352
+    settings = transformers.CLIPSegConfig(vision_config=vision, use_complex_transposed_convolution=True)
+    return transformers.CLIPSegForImageSegmentation(settings)
+
+
+def grounding_dino_of(shape: Shape) -> torch.nn.Module:
+    backbone = transformers.SwinConfig(out_indices=[2, 3, 4], **shape["backbone_config"])
+    return transformers.GroundingDinoForObjectDetection(transformers.GroundingDinoConfig(backbone_config=backbone))
+
+
+ARCHITECTURES = {
+    "google-bert/bert": lambda shape: transformers.BertModel(transformers.BertConfig(**shape)),
+    "FacebookAI/roberta": roberta_of,
+    "Salesforce/blip2": blip2_of,
+    "llava-hf/llava": llava_of,
+    "Salesforce/blip-itm": blip_of,
+    "sam_vit_b": lambda _: sam_model_registry["vit_b"](),
+    "sam_vit_l": lambda _: sam_model_registry["vit_l"](),
+    "sam_vit_h": lambda _: sam_model_registry["vit_h"](),
+    "CIDAS/clipseg": clipseg_of,
+    "IDEA-Research/grounding-dino": grounding_dino_of,
+    "google/owlv2": lambda shape: transformers.Owlv2ForObjectDetection(transformers.Owlv2Config(**shape)),
+    "facebook/sam3": lambda shape: transformers.Sam3Model(transformers.Sam3Config(**shape)),
+    "meta-llama/": lambda shape: transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)),
+}
+
+
+def on_meta(reference: str) -> torch.nn.Module:
+    """The published architecture, without memory, from the shape that the plan knows."""
+    build = next(build for start, build in ARCHITECTURES.items() if reference.startswith(start))
+    with torch.device("meta"):
+        return build(PUBLISHED[reference].shape)
+
+
+@pytest.mark.parametrize("reference", PUBLISHED)
+def test_published_sizes_are_those_of_the_architecture(reference: str) -> None:
+    assert PUBLISHED[reference].parameters == sum(weight.numel() for weight in on_meta(reference).parameters())
+
+
+def test_weights_of_llava_are_two_bytes_for_each_of_its_published_parameters() -> None:
+    (model, _adapter) = stage_need(StageName.RERANK, load_config("one-gpu"), 24 * GIB).models
+    assert model.weights == pytest.approx(7.06e9 * 2, rel=0.02)  # "7.06B params", says the hub
+
+
+def test_an_adapter_of_vllm_is_as_large_as_peft_makes_it() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    linear = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    with torch.device("meta"):
+        model = get_peft_model(llava(layers=2), LoraConfig(r=64, target_modules=linear))
+    (_llava, adapter) = stage_need(StageName.RERANK, load_config("one-gpu"), 24 * GIB).models
+    assert adapter.parameters == 16 * model.get_nb_trainable_parameters()[0]  # 32 layers
+
+
+def test_cached_keys_and_values_by_hand() -> None:
+    # A key and a value of 128 numbers for each of 32 heads in 32 layers, in two bytes, for 1,024 tokens.
+    (model, _adapter) = stage_need(StageName.RERANK, load_config("one-gpu"), 24 * GIB).models
+    assert model.kv_cache == 2 * 128 * 32 * 32 * 2 * 1024 == GIB // 2
+    # Eight heads share each key and value of Llama 3: 128 KiB a token.
+    grouped = stacks.llama(PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"].shape, tokens=1)
+    assert grouped.kv_per_token * 2 == 128 * 1024
+
+
+def test_a_captions_length_is_the_captioners() -> None:
+    assert costs._CAPTION_LIMIT == captioner._MAX_NEW_TOKENS
+
+
+# Memory and operations
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of new tensors that existed at once."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.peak = 0
+        self._weights = {each.untyped_storage()._cdata for each in [*model.parameters(), *model.buffers()]}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        new = [each.untyped_storage() for each in tree_leaves(output) if isinstance(each, torch.Tensor)]
+        for storage in new:
+            if storage._cdata not in self._weights:
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._live = {key: value for key, value in self._live.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return output
+
+
+def observed(model: torch.nn.Module, run) -> tuple[int, int]:
+    """Operations and peak bytes of a forward pass."""
+    flops, memory = FlopCounterMode(display=False), PeakMemory(model)
+    with torch.no_grad(), torch.device("meta"), flops, memory:
+        run(model)
+    return flops.get_total_flops(), memory.peak
+
+
+@pytest.mark.parametrize("reference", ["sam_vit_b_01ec64.pth", "sam_vit_l_0b3195.pth"])
+def test_sams_memory_and_operations_are_those_of_its_encoder(reference: str) -> None:
+    flops, peak = observed(on_meta(reference), lambda model: model.image_encoder(torch.empty(2, 3, 1024, 1024)))
+    layers = stacks.sam_encoder(PUBLISHED[reference].shape)
+    assert 2 * sum(layer.flops for layer in layers) == pytest.approx(flops, rel=0.12)
+    assert 2 * 4 * max(layer.activations for layer in layers) == pytest.approx(peak, rel=0.1)
+
+
+def test_operations_of_a_language_model_are_those_of_its_layers() -> None:
+    text = PUBLISHED["llava-hf/llava-1.5-7b-hf"].shape["text_config"]
+
+    def run(model: torch.nn.Module) -> None:
+        mask = torch.ones(1, 1, 768, 768, dtype=torch.bool)
+        model.model.language_model(inputs_embeds=torch.empty(1, 768, 4096), attention_mask=mask, use_cache=False)
+
+    flops, _ = observed(llava(layers=2), run)
+    assert stacks.llama(text, 768).flops == pytest.approx(16 * flops, rel=0.02)  # 32 layers
+
+
+def test_memory_and_operations_of_the_embedded_matchers_image_encoder() -> None:
+    model = transformers.BlipForImageTextRetrieval.from_pretrained(resolve("nano:matcher")).to("meta")
+    settings = model.config.vision_config
+    side = settings.image_size
+    flops, peak = observed(model, lambda each: each.vision_model(torch.empty(16, 3, side, side)))
+    layers = stacks.vision(settings.to_dict(), stacks.EAGER)
+    assert 16 * layers.flops == pytest.approx(flops, rel=0.1)
+    assert 16 * 4 * layers.activations == pytest.approx(peak, rel=0.25)
+
+
+def test_a_larger_batch_or_a_wider_dtype_needs_more() -> None:
+    config = load_config("one-gpu")
+    base = stage_need(StageName.GROUND, config).memory
+    for change in ("grounder.boxes.sam.batch_size=8", "grounder.boxes.sam.dtype=float32"):
+        assert stage_need(StageName.GROUND, load_config("one-gpu", overrides=[change])).memory > 1.5 * base
+
+
+# Fitting
+
+
+def test_one_card_of_24_gb_holds_every_pass() -> None:
+    plan = make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=24)
+    plan.check()
+    assert [" ".join(one.names) for one in plan.passes] == [
+        "prepare knowledge",
+        "tag load_image rerank",
+        "load_image ground",
+    ]
+    for one in plan.passes:
+        assert sum(pool.actors * pool.placement.num_gpus for pool in one.pools) <= 1
+        held = sum(pool.actors * max(pool.need.memory, pool.need.reserved) for pool in one.pools)
+        assert held <= USABLE * 24 * GIB
+    assert plan.bottleneck is not None
+    rates = [one.posts_per_second for one in plan.passes]
+    assert plan.posts_per_hour == pytest.approx(3600 / sum(1 / rate for rate in rates if rate))
+    assert plan.gpu_hours_per_million == pytest.approx(1e6 / plan.posts_per_hour)
+
+
+def test_a_card_of_12_gb_is_refused_with_numbers_and_what_would_fit() -> None:
+    message = refusal(load_config("one-gpu"), gpus=1, gpu_memory_gb=12)
+    assert "rerank needs 15.4 GiB" in message
+    assert "weights 13.5" in message
+    assert "a 12 GB card has 11.4 usable" in message
+    assert "on a card of 24 GB" in message
+    make_plan(load_config("one-gpu", overrides=["reranker.enabled=false"]), gpus=1, gpu_memory_gb=12).check()
+
+
+def test_the_smaller_settings_of_a_refusal_do_fit() -> None:
+    wide = ["reranker.enabled=false", "grounder.boxes.sam.dtype=float32", "grounder.boxes.sam.batch_size=8"]
+    message = refusal(load_config("one-gpu", overrides=wide), gpus=1, gpu_memory_gb=12)
+    changes = [word for before, word in zip(message.split(), message.split()[1:], strict=False) if before == "--set"]
+    sam = [change.rstrip(",") for change in changes if "sam" in change]
+    assert sam
+    make_plan(load_config("one-gpu", overrides=[*wide, *sam]), gpus=1, gpu_memory_gb=12).check()
+
+
+def test_stages_that_do_not_fit_at_once_are_refused_with_passes_that_do() -> None:
+    at_once = ["pipeline.passes=null"]
+    message = refusal(load_config("one-gpu", overrides=at_once), gpus=1, gpu_memory_gb=24)
+    assert "pass 1 needs 3 GPUs or more" in message
+    passes = message.partition("--set '")[2].rstrip("'")
+    make_plan(load_config("one-gpu", overrides=[passes]), gpus=1, gpu_memory_gb=24).check()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("pipeline.ground.num_gpus=0.1", "set pipeline.ground.num_gpus to 0.41 or more"),
+        ("pipeline.rerank.num_gpus=0.7", "set pipeline.rerank.num_gpus to as much"),
+        ("reranker.gpu_memory_utilization=0.5", "set reranker.gpu_memory_utilization to 0.65 or more"),
+    ],
+)
+def test_a_share_that_is_too_small_is_refused_with_the_one_that_is_not(override: str, says: str) -> None:
+    assert says in refusal(load_config("one-gpu", overrides=[override]), gpus=1, gpu_memory_gb=24)
+
+
+def test_no_card_at_all_is_refused_where_one_is_asked_for() -> None:
+    assert "--gpus says 0" in refusal(load_config("one-gpu"))
+
+
+# Sharing
+
+
+def test_64_cards_make_all_stages_equally_fast() -> None:
+    config = load_config("cluster")
+    plan = make_plan(config, gpus=64, gpu_memory_gb=80)
+    plan.check()
+    pools = pools_of(plan)
+    assert sum(pool.actors * pool.placement.num_gpus for pool in pools.values()) == pytest.approx(64, abs=0.5)
+    rates = [pool.posts_per_second for pool in pools.values()]
+    assert max(rates) / min(rates) < 1.25
+    for name, pool in pools.items():
+        placement = getattr(config.pipeline, name)
+        assert placement.min_actors <= pool.actors <= placement.max_actors
+        assert pool.source == "estimate"
+    half = make_plan(config, gpus=32, gpu_memory_gb=80)
+    assert plan.passes[0].posts_per_second == pytest.approx(2 * half.passes[0].posts_per_second, rel=0.1)
+
+
+def test_the_planned_pools_can_be_run_as_configuration(tmp_path: Path) -> None:
+    plan = make_plan(load_config("cluster"), gpus=16, gpu_memory_gb=80)
+    file = tmp_path / "planned.yaml"
+    file.write_text(json.dumps(plan.to_dict()["config"]))
+    planned = load_config("cluster", file)
+    for name, pool in pools_of(plan).items():
+        assert getattr(planned.pipeline, name).max_actors == pool.actors
+
+
+def test_a_pool_never_outgrows_its_bound() -> None:
+    config = load_config("cluster", overrides=["pipeline.rerank.max_actors=3"])
+    plan = make_plan(config, gpus=64, gpu_memory_gb=80)
+    assert pools_of(plan)["rerank"].actors == 3
+    assert plan.bottleneck.stage == "rerank"
+
+
+def test_speeds_follow_the_card() -> None:
+    config = load_config("cluster")
+    slow, fast = (make_plan(config, gpus=8, card=card) for card in ("a100-80gb", "h100"))
+    assert fast.gpu_memory_gb == 80
+    ratio = fast.passes[0].posts_per_second / slow.passes[0].posts_per_second
+    assert 1.6 < ratio < 989 / 312 + 0.2  # between their bandwidths and their operations
+    assert make_plan(config, gpus=8, gpu_memory_gb=81).bottleneck is None  # no such card is known
+    with pytest.raises(ConfigError, match="no such card 'voodoo'"):
+        make_plan(config, gpus=8, card="voodoo")
+
+
+# Without a card
+
+
+def test_the_embedded_models_fit_on_cpus_at_speeds_that_nobody_claims_to_know() -> None:
+    plan = make_plan(load_config())
+    plan.check()
+    assert {pool.source for pool in pools_of(plan).values()} == {"unknown"}
+    assert plan.posts_per_hour is None
+
+
+def test_too_few_cpus_are_refused() -> None:
+    assert "pass 1 needs 4 CPUs or more" in refusal(load_config(), cpus=2)
+    make_plan(load_config(), cpus=4).check()
+
+
+def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run(tmp_path: Path) -> None:
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps({"annotated": 100, "stage_seconds": {"tag": 1, "rerank": 2, "ground": 8}}))
+    wide = [f"pipeline.{stage}.max_actors=16" for stage in ("tag", "rerank", "ground")]
+    plan = make_plan(load_config(overrides=wide), cpus=12, measured=measured_seconds(run))
+    assert {name: pool.actors for name, pool in pools_of(plan).items()} == {"tag": 1, "rerank": 2, "ground": 8}
+    assert plan.passes[0].posts_per_second == pytest.approx(100)
+    assert plan.posts_per_hour == pytest.approx(360_000)
+
+
+# What is not there
+
+
+def test_an_unknown_model_is_named_with_its_key_and_a_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"tagger\.model: there is no model at 'models/none'") as caught:
+        make_plan(load_config(overrides=["tagger.model=models/none"]))
+    assert "pipeline.built_like={models/none: " in str(caught.value)
+    known = ["tagger.model=models/none", "pipeline.built_like={models/none: FacebookAI/roberta-base}"]
+    (tagger,) = pools_of(make_plan(load_config(overrides=known)))["tag"].need.models
+    assert tagger.parameters == PUBLISHED["FacebookAI/roberta-base"].parameters
+
+
+def test_a_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no safetensors"):
+        make_plan(load_config(overrides=[f"tagger.model={tmp_path}"]))
+
+
+def test_an_explainer_is_noted_and_not_planned() -> None:
+    explainer = "knowledge.explainer={base_url: http://127.0.0.1:9/v1, model: meta-llama/Meta-Llama-3-8B-Instruct}"
+    plan = make_plan(load_config(overrides=[explainer]))
+    assert "15.0 GiB" in plan.notes[0]
+
+
+# The command
+
+
+def gem_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", "plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_prints_a_table_that_a_terminal_of_100_columns_holds() -> None:
+    arguments = ["--preset", "one-gpu", "--gpus", "1", "--gpu-memory", "24", "--price-per-gpu-hour", "0.5"]
+    done = gem_ray(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    for words in ("pass 3", "llava-1.5-7b-hf", "estimate, not measured", "verdict: it fits", "bottleneck: rerank"):
+        assert words in done.stdout
+
+
+def test_the_command_gives_json() -> None:
+    done = gem_ray("--preset", "cluster", "--gpus", "64", "--gpu-memory", "80", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["problems"] == []
+    assert [pool["stage"] for pool in plan["passes"][0]["pools"]] == ["knowledge", "tag", "rerank", "ground"]
+
+
+def test_the_command_ends_with_2_where_it_does_not_fit() -> None:
+    done = gem_ray("--preset", "one-gpu", "--gpus", "1", "--gpu-memory", "12")
+    assert done.returncode == 2
+    assert "verdict: it does not fit" in done.stdout
+    assert "11.4 usable" in done.stderr
+
+
+def test_a_plan_loads_no_heavy_library() -> None:
+    code = (
+        "import sys; from gem_ray.config import load_config; from gem_ray.pipeline.plan import make_plan; "
+        "make_plan(load_config()); print(*{'torch', 'transformers', 'ray', 'vllm'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
