@@ -20,7 +20,8 @@ PROCESS_OVERHEAD = int(0.6 * GIB)
 UTILISATION, BANDWIDTH_UTILISATION = 0.35, 0.6
 
 _CAPTION_LIMIT = 30  # new tokens, as the captioner asks for; from there it would bring torch
-# vLLM's defaults of `max_num_batched_tokens` for its LLM class: on cards of 70 GiB and more that are no A100, else.
+# vLLM's defaults of `max_num_batched_tokens` for its LLM class, on cards of 70 GiB and more and on others. An A100
+# of 80 GB takes the smaller one; it is planned with the larger, which is on the safe side.
 _VLLM_LARGE_CARD, _VLLM_TOKENS_LARGE, _VLLM_TOKENS = 70 * GIB, 16384, 8192
 _TEXT_LIKE = {
     "clipseg": "CIDAS/clipseg-rd64-refined",
