@@ -7,7 +7,7 @@ size, and is large enough that loading the models for each costs little.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -165,7 +165,7 @@ class GroupRunner:
                 tallies = compact(self._directory.filesystem, staged, self._directory.annotations, prefix)
             except RayError as error:
                 raise self._run_error(error) from error
-            self._folder.write(f"marks/{group.name}.published", {s: asdict(t) for s, t in tallies.items()})
+            self._folder.write(f"marks/{group.name}.published", {s: t.to_dict() for s, t in tallies.items()})
         if group.name.startswith(Group.PROBLEMS):
             self._directory.delete_published(_with_problems(self._directory, self._folder, group.name))
         self._folder.clear(group.name, len(self._passes))

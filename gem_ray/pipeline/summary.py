@@ -77,9 +77,14 @@ class Tally:
             },
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        # `asdict` of Python 3.11 counts the pairs of a Counter.
+        return asdict(self) | {"problems": dict(sorted(self.problems.items()))}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Tally:
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `to_dict`."""
         return cls(**{**values, "problems": Counter(values["problems"])})
 
 
@@ -121,7 +126,6 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        tally = asdict(self.tally) | {"problems": dict(sorted(self.tally.problems.items()))}
         return {
             "run_id": self.run_id,
             "input": self.input,
@@ -130,7 +134,7 @@ class RunSummary:
             "seconds": round(self.seconds, 3),
             "annotated": self.annotated,
             "rows_per_second": round(self.rows_per_second, 3),
-            **tally,
+            **self.tally.to_dict(),
             "reranked_share": self.tally.reranked / self.tally.entities if self.tally.entities else 0.0,
             "stage_seconds": {stage: round(seconds, 3) for stage, seconds in self.stage_seconds.items()},
             "models": self.models,
