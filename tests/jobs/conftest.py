@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -11,13 +12,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = Path(sys.executable).parent  # where `ray`, `gem-ray` and the jobs' `python` are
+
+PORTS = ("--port", "--dashboard-agent-listen-port", "--runtime-env-agent-port", "--ray-client-server-port")
 
 
 @dataclass(frozen=True)
@@ -75,48 +80,50 @@ def head(checkout: Path) -> Iterator[Head]:
     """What `clusters/local.sh` starts, with a home and thus a token of its own."""
     # Not pytest's folder: a socket's path may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        for attempt in range(3):  # its processes give each other 30 s, which may be too short on a busy machine
-            home = Path(folder) / str(attempt)
-            head, process = start_head(home, checkout)
-            if process.poll() is None:
-                break
-        else:
-            pytest.fail((home / "log").read_text())
-        yield head
-        process.terminate()  # it ends what it started
+        home = Path(folder)
+        dashboard, *ports = map(str, free_ports(5))
+        head = Head(f"http://127.0.0.1:{dashboard}", home, checkout)
+        process = start_head(
+            head, ["--dashboard-port", dashboard, *chain.from_iterable(zip(PORTS, ports, strict=True))]
+        )
         try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            wait_until_started(process, home / "log")
+            yield head
+        finally:
+            process.terminate()  # it ends what it started
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def start_head(home: Path, checkout: Path) -> tuple[Head, subprocess.Popen[bytes]]:
-    """Start a head and wait until it is up, or has ended."""
-    home.mkdir()
-    dashboard, gcs, agent, environments, client = map(str, free_ports(5))
-    head = Head(f"http://127.0.0.1:{dashboard}", home, checkout)
-    log = home / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [
-                *(ROOT / "clusters" / "local.sh", "--num-cpus", "4", "--temp-dir", home),
-                *("--dashboard-port", dashboard, "--port", gcs),
-                *("--dashboard-agent-listen-port", agent, "--runtime-env-agent-port", environments),
-                *("--ray-client-server-port", client),
-            ],
-            # Nothing has to drain, and a process group of its own can be ended without touching another Ray.
-            env=head.environment | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
+def start_head(head: Head, ports: list[str]) -> subprocess.Popen[bytes]:
+    patience = {
+        "RAY_raylet_start_wait_time_s": "300",  # on a busy machine
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at the end, nothing has to drain
+    }
+    with (head.home / "log").open("wb") as output:
+        return subprocess.Popen(
+            [ROOT / "clusters" / "local.sh", "--num-cpus", "4", "--temp-dir", head.home, *ports],
+            env=head.environment | patience,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True,  # a process group that can be ended without touching another Ray
         )
-    while process.poll() is None and "Ray runtime started" not in log.read_text():
+
+
+def wait_until_started(process: subprocess.Popen[bytes], log: Path) -> None:
+    while "Ray runtime started" not in log.read_text():
+        assert process.poll() is None, log.read_text()
         time.sleep(0.25)
-    return head, process
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Below the range from which the kernel gives ports to others before Ray takes these."""
+    sockets: list[socket.socket] = []
+    while len(sockets) < count:
+        with suppress(OSError):  # in use
+            sockets.append(socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))))
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
         each.close()

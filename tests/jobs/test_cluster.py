@@ -15,14 +15,14 @@ import pytest
 from gem_ray.pipeline.submit import job_environment
 
 TEXT_ONLY = ("--set", "reranker.enabled=false", "--set", "grounder.enabled=false")
-GOOD_POSTS = 15
+POSTS = 15
 
 
 @pytest.fixture(scope="module")
 def posts(tmp_path_factory):
-    """Good posts, and one that has to be rejected."""
+    """Posts without an image, and one that has to be rejected."""
     folder = tmp_path_factory.mktemp("posts")
-    texts = [f"Angela Merkel visits Lyon, day {day}" for day in range(GOOD_POSTS)]
+    texts = [f"Angela Merkel visits Lyon, day {day}" for day in range(POSTS)]
     write_texts(folder, [*texts, ""])
     return folder
 
@@ -37,9 +37,9 @@ def test_submitted_annotation_shows_its_log_and_ends_with_0_although_a_row_was_r
         "gem-ray", "submit", "annotate", "--address", head.address, "--", posts, tmp_path / "out", *TEXT_ONLY
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"degraded 0, ok {GOOD_POSTS}, rejected 1" in done.stdout
+    assert f"degraded {POSTS}, ok 0, rejected 1" in done.stdout
     rows = pq.read_table(tmp_path / "out" / "annotations").to_pylist()
-    assert {row["post_id"] for row in rows} == {str(number) for number in range(GOOD_POSTS + 1)}
+    assert {row["post_id"] for row in rows} == {str(number) for number in range(POSTS + 1)}
     assert any(entity["text"] == "Angela Merkel" for row in rows for entity in row["entities"] or ())
     assert head.token.read_text() not in done.stdout + done.stderr
 
