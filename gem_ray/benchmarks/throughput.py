@@ -74,12 +74,13 @@ class _Clock:
 
 
 def _plain_seconds(annotator: Annotator, posts: Iterable[Post]) -> float:
-    def annotate(post: Post) -> None:
-        for stage in annotator.stages:
-            for part in _entity_by_entity(post) if stage.name in _ENTITY_STAGES else [post]:
-                stage([part])
+    def annotate() -> None:
+        for post in map(_copy, posts):
+            for stage in annotator.stages:
+                for part in _entity_by_entity(post) if stage.name in _ENTITY_STAGES else [post]:
+                    stage([part])
 
-    return _seconds(lambda: [annotate(_copy(post)) for post in posts])
+    return _seconds(annotate)
 
 
 def _entity_by_entity(post: Post) -> list[Post]:

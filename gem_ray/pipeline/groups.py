@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from gem_ray.config import Config
     from gem_ray.pipeline.ledger import Ledger
     from gem_ray.pipeline.run_directory import Manifest, RunDirectory, RunFolder
-    from gem_ray.records import StageName
 
 
 class RunError(RuntimeError):
@@ -151,9 +150,8 @@ class GroupRunner:
         if group.name in self._folder.marks("annotated"):
             self._done_before += group.rows
             return
-        earlier = None
-        for number, stages in enumerate(self._passes):
-            earlier = self._run_pass(group, number, stages, earlier)
+        for number in range(len(self._passes)):
+            self._run_pass(group, number)
         self._folder.write(f"marks/{group.name}.annotated", {"rows": group.rows})
 
     def publish(self, group: Group) -> None:
@@ -170,26 +168,32 @@ class GroupRunner:
             self._directory.delete_published(_with_problems(self._directory, self._folder, group.name))
         self._folder.clear(group.name, len(self._passes))
 
-    def _run_pass(
-        self, group: Group, number: int, stages: tuple[StageName, ...], earlier: PassResults | None
-    ) -> PassResults:
+    def _run_pass(self, group: Group, number: int) -> None:
         filesystem, is_last = self._directory.filesystem, number == len(self._passes) - 1
         staged, checkpoint = self._folder.staged(group.name, number), self._folder.checkpoint(group.name, number)
         filesystem.create_dir(staged, recursive=True)
         todo = np.setdiff1d(group.ids, committed_ids(filesystem, checkpoint), assume_unique=True)
         self._done_before += (group.rows - len(todo)) * is_last
-        if len(todo):
-            with checkpointing(filesystem, checkpoint):
-                source = PostSource(self._input, group.files, todo, earlier)
-                dataset = build_graph(source, self._config, stages, self._ledger, self._actor)
-                if is_last:
-                    dataset = as_annotations(dataset, self._folder.run_id, self._models, self._ledger)
-                    self._write(dataset, staged, partition_cols=["status"])
-                else:
-                    self._write(as_pass_results(dataset), staged)
-            _check_complete(group, committed_ids(filesystem, checkpoint))
-            self.annotated += len(todo) * is_last
-        return PassResults.open(filesystem, staged) if not is_last else PassResults(filesystem, [])
+        if not len(todo):
+            return
+        with checkpointing(filesystem, checkpoint):
+            source = PostSource(self._input, group.files, todo, self._earlier(group, number))
+            dataset = build_graph(source, self._config, self._passes[number], self._ledger, self._actor)
+            if is_last:
+                dataset = as_annotations(dataset, self._folder.run_id, self._models, self._ledger)
+                self._write(dataset, staged, partition_cols=["status"])
+            else:
+                self._write(as_pass_results(dataset), staged)
+        _check_complete(group, committed_ids(filesystem, checkpoint))
+        self.annotated += len(todo) * is_last
+
+    def _earlier(self, group: Group, number: int) -> PassResults | None:
+        """What the pass before this one made of the group."""
+        if not number:
+            return None
+        done = {stage for stages in self._passes[:number] for stage in stages}
+        staged = self._folder.staged(group.name, number - 1)
+        return PassResults.open(self._directory.filesystem, staged, again=done & set(self._passes[number]))
 
     def _write(self, dataset: Any, folder: str, **options: Any) -> None:
         try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from gem_ray.records import Post
+from gem_ray.records import Post, StageName
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.source import InputFile
@@ -30,17 +30,19 @@ class PassResults:
     Args:
         filesystem: what the files are on.
         files: the files.
+        again: stages that the next pass runs again; what went wrong in them is forgotten.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, files: Sequence[ResultFile]) -> None:
+    def __init__(self, filesystem: fs.FileSystem, files: Sequence[ResultFile], again: Collection[StageName]) -> None:
         self._filesystem = filesystem
         self._files = files
+        self._again = again
 
     @classmethod
-    def open(cls, filesystem: fs.FileSystem, folder: str) -> PassResults:
+    def open(cls, filesystem: fs.FileSystem, folder: str, again: Collection[StageName]) -> PassResults:
         """The files of a folder; reads only their footers."""
         entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-        return cls(filesystem, [_result_file(filesystem, entry.path) for entry in entries if entry.is_file])
+        return cls(filesystem, [_result_file(filesystem, entry.path) for entry in entries if entry.is_file], again)
 
     def merged(self, file: InputFile, posts: Iterator[Post]) -> Iterator[Post]:
         """Posts of an input file as the earlier pass left them, with their images as the input has them."""
@@ -49,6 +51,7 @@ class PassResults:
             assert post.row_id is not None  # the source numbers its rows
             result = Post.from_annotation(rows[post.row_id])
             result.image_bytes, result.image_uri = post.image_bytes, post.image_uri
+            result.problems = [problem for problem in result.problems if problem.stage not in self._again]
             yield result
 
     def _rows_of(self, file: InputFile) -> dict[int, dict[str, Any]]:

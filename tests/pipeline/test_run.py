@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gem_ray.annotator import Annotator, models_of
-from gem_ray.config import Config
+from gem_ray.config import Config, PipelineConfig
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.pipeline.run import RunError, annotate_dataset
@@ -49,6 +49,22 @@ def test_pipeline_and_annotator_give_the_same_rows(
     for row in expected:
         del row["row_id"]  # given by files, which one process need not have
     assert_same(in_order(rows), in_order(expected))
+
+
+def test_passes_give_the_rows_of_one_execution(
+    run: Run, dataset: Path, config: Config, tmp_path: Path, assert_same: Callable[[Any, Any], None]
+) -> None:
+    in_passes = config.model_copy(deep=True)
+    in_passes.pipeline = PipelineConfig.model_validate(
+        config.pipeline.model_dump()
+        | {"passes": [["prepare", "knowledge", "tag", "load_image", "rerank"], ["load_image", "ground"]]}
+    )
+    summary = annotate_dataset(dataset, tmp_path / "out", in_passes)
+    rows, expected = in_order(read_output(tmp_path / "out")), in_order(read_output(run[0]))
+    for row in (*rows, *expected):
+        del row["run_id"]
+    assert_same(rows, expected)
+    assert summary.tally.problems == run[1].tally.problems
 
 
 def test_every_row_leaves_once_and_bad_rows_say_why(run: Run, dataset: Path) -> None:
