@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -94,6 +95,7 @@ class FaultyS3:
         stall_s: length of a stall, in seconds.
         counts: faults so far by kind, and `passed`.
         unsigned: requests so far that came without credentials.
+        at_once: the most requests that were under way at a time.
     """
 
     endpoint: str
@@ -103,9 +105,23 @@ class FaultyS3:
     plan: list[str] = field(default_factory=list)
     stall_s: float = 5.0
     unsigned: int = 0
+    at_once: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _under_way: int = 0
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """While a request is answered."""
+        with self._lock:
+            self._under_way += 1
+            self.at_once = max(self.at_once, self._under_way)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
 
     @property
     def faults(self) -> int:
@@ -154,6 +170,12 @@ class _Proxy(BaseHTTPRequestHandler):
     server: _ProxyServer
 
     def handle_any(self) -> None:
+        with self.server.faults.under_way():
+            self._handle()
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
+
+    def _handle(self) -> None:
         body = self._read_body()
         kind = self.server.faults.next_fault(self.command, "authorization" in self.headers)
         if kind in _REFUSALS:
@@ -164,8 +186,6 @@ class _Proxy(BaseHTTPRequestHandler):
         else:
             status, headers, answer = self._forward(body)
             self._answer(status, headers, answer, kind)
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
 
     def _read_body(self) -> bytes:
         if self.headers.get("transfer-encoding", "").lower() != "chunked":

@@ -1,7 +1,6 @@
 import contextlib
 import io
 import struct
-import time
 import tracemalloc
 import zlib
 
@@ -309,20 +308,15 @@ def test_images_of_posts_without_entities_are_not_fetched(s3, faulty_s3):
     assert faulty_s3.counts.total() == 1
 
 
-def test_images_are_fetched_side_by_side(s3, faulty_s3):
+@pytest.mark.parametrize(("concurrency", "least"), [(1, 1), (3, 2), (16, 4)])
+def test_images_are_fetched_side_by_side(s3, faulty_s3, concurrency, least):
     uri = s3.put(f"{s3.bucket('photos')}/a.png", encoded(scene(), "PNG"))
-    faulty_s3.share, faulty_s3.kinds, faulty_s3.stall_s = 1, ["stall"], 0.25  # of every answer
-
-    def seconds(concurrency):
-        posts = [post_of(uri) for _ in range(16)]
-        started = time.monotonic()
-        ImageLoader(ImageConfig(fetch_concurrency=concurrency))(posts)
-        assert all(post.image is not None for post in posts)
-        return time.monotonic() - started
-
-    one_by_one = seconds(1)
-    assert one_by_one > 16 * 0.25
-    assert seconds(16) < one_by_one / 2
+    faulty_s3.plan, faulty_s3.stall_s = ["stall"] * 16, 1 if concurrency > 1 else 0
+    posts = [post_of(uri) for _ in range(16)]
+    ImageLoader(ImageConfig(fetch_concurrency=concurrency))(posts)
+    assert all(post.image is not None for post in posts)
+    # The next request may come before the proxy has noticed that it is done with the last.
+    assert least <= faulty_s3.at_once <= 2 * concurrency
 
 
 def test_a_batch_of_encoded_images_is_never_all_in_memory(s3):
