@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
@@ -144,7 +145,7 @@ def test_ids_of_a_rename_that_was_cut_short_count_as_committed(tmp_path: Path) -
     """To rename in S3 is to copy and delete: with the copy there, Ray must not undo the rows."""
     filesystem = fs.LocalFileSystem()
     for name, ids in (("a.parquet", [1, 2]), ("a.pending.parquet", [1, 2]), ("b.pending.parquet", [3])):
-        pq.write_table(pq.pa.table({"row_id": pq.pa.array(ids, pq.pa.int64())}), tmp_path / name)
+        pq.write_table(pa.table({"row_id": pa.array(ids, pa.int64())}), tmp_path / name)
     assert sorted(committed_ids(filesystem, str(tmp_path))) == [1, 2]
     assert {path.name for path in tmp_path.iterdir()} == {"a.parquet", "b.pending.parquet"}
     assert len(committed_ids(filesystem, str(tmp_path / "nowhere"))) == 0
