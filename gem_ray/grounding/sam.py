@@ -188,8 +188,9 @@ class SamSegmenter:
             rows = prompted[start : start + self._batch_size]
             resized = [self._to_input(images[row]) for row in rows]
             embeddings = self.encode(torch.stack([self.model.preprocess(image) for image in resized]))
-            for row, image, embedding in zip(rows, resized, embeddings, strict=True):
-                found[row] = self._decode(embedding, points[row], image.shape[-2:], images[row].shape[:2])
+            answers = self._decode(embeddings, [points[row] for row in rows], [images[row].shape[:2] for row in rows])
+            for row, image, (logits, iou) in zip(rows, resized, answers, strict=True):
+                found[row] = self._to_masks(logits, iou, image.shape[-2:], images[row].shape[:2])
         return found
 
     def encode(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -202,14 +203,23 @@ class SamSegmenter:
 
     def _decode(
         self,
-        embedding: torch.Tensor,
-        points: Sequence[tuple[float, float]],
-        input_size: tuple[int, ...],
-        image_size: tuple[int, ...],
+        embeddings: torch.Tensor,
+        points: Sequence[Sequence[tuple[float, float]]],
+        sizes: Sequence[tuple[int, ...]],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Mask logits and predicted IoU of the points of each image: one pass for all points of all images."""
+        scaled = [
+            self._resize.apply_coords(np.asarray(p, dtype=np.float64), s) for p, s in zip(points, sizes, strict=True)
+        ]
+        counts = [len(each) for each in points]
+        coordinates = torch.as_tensor(np.concatenate(scaled), dtype=torch.float32, device=self.model.device)[:, None]
+        repeated = embeddings.repeat_interleave(torch.tensor(counts, device=embeddings.device), dim=0)  # (P, D, G, G)
+        logits, iou = decode_points(self.model, repeated, coordinates)
+        return list(zip(logits.split(counts), iou.split(counts), strict=True))
+
+    def _to_masks(
+        self, logits: torch.Tensor, iou: torch.Tensor, input_size: tuple[int, ...], image_size: tuple[int, ...]
     ) -> list[PointMasks]:
-        scaled = self._resize.apply_coords(np.asarray(points, dtype=np.float64), image_size)
-        coordinates = torch.as_tensor(scaled, dtype=torch.float32, device=self.model.device)[:, None]  # (P, 1, 2)
-        logits, iou = decode_points(self.model, embedding.expand(len(points), -1, -1, -1), coordinates)
         masks = self.model.postprocess_masks(logits, input_size, image_size) > self.model.mask_threshold
         return [PointMasks(*pair) for pair in zip(masks.cpu().numpy(), iou.cpu().numpy(), strict=True)]
 

@@ -1,0 +1,75 @@
+"""The plain way to write the system: one post and one entity at a time, nothing shared, every gradient computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gem_ray.annotator import GuardedStage, active_stages, build_stage
+from gem_ray.config import Config
+from gem_ray.grounding.grounder import Grounder
+from gem_ray.grounding.matcher import Match, Matcher, Query
+from gem_ray.grounding.trace import MATCH, patch_scores
+from gem_ray.records import Post, StageName
+
+_ENTITY_STAGES = (StageName.RERANK, StageName.GROUND)
+
+
+class PlainMatcher(Matcher):
+    """Eq. 11 by the whole model forward and backward, for every entity again."""
+
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+        """As `Matcher.match`, with the same answers."""
+        self.model.requires_grad_(True)
+        return [self._match_one(images[query.image], query.text) for query in queries]
+
+    def _match_one(self, image: np.ndarray, text: str) -> Match:
+        batch = self.texts([text], self.model.device)
+        pixels = self.images([image]).to(self.model.device, self.model.dtype)
+        states = self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
+        encoded = self.model.text_encoder(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            encoder_hidden_states=states,
+            output_attentions=True,
+        )
+        attention = encoded.cross_attentions[self.layer]  # (1, H, T, 1 + P)
+        attention.retain_grad()
+        probability = self.model.itm_head(encoded.last_hidden_state[:, 0]).softmax(-1)[0, MATCH]  # P_T
+        probability.backward()
+        probability = probability.detach()
+        counted = batch.inner if self.tokens == "inner" else batch.attention_mask.bool()
+        scores = patch_scores(attention.detach().float(), attention.grad.float(), counted)  # (11)
+        self.model.zero_grad()
+        side = self.images.side // self.model.config.vision_config.patch_size
+        return Match(float(probability), scores.view(side, side).cpu().numpy())
+
+
+class PlainAnnotator:
+    """`Annotator` written the plain way; the same annotations."""
+
+    def __init__(self, config: Config) -> None:
+        self._stages = [_plain_stage(name, config) for name in active_stages(config)]
+
+    def annotate(self, posts: Sequence[Post]) -> list[Post]:
+        """Annotate posts in place, one after the other."""
+        for post in posts:
+            for stage in self._stages:
+                for part in _entity_by_entity(post) if stage.name in _ENTITY_STAGES else [post]:
+                    stage([part])
+        return list(posts)
+
+
+def _plain_stage(name: StageName, config: Config) -> GuardedStage:
+    if name is not StageName.GROUND:
+        return build_stage(name, config)
+    grounder = Grounder.from_config(config)
+    grounder.matcher = PlainMatcher.from_config(config)
+    return GuardedStage(name, grounder)
+
+
+def _entity_by_entity(post: Post) -> list[Post]:
+    """The post once for every entity, with that entity alone; entities and problems are the post's own."""
+    return [replace(post, entities=[entity]) for entity in post.entities]
