@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 # Cheap stages without a model run as tasks: they hold no CPU while they wait, and spread over the whole cluster.
 TASK_STAGES = (StageName.PREPARE, StageName.LOAD_IMAGE)
+# So little that a block which is done never waits for a CPU that reading holds: what is not written is done again.
+WRITING_CPUS = 0.1
+_READING_CPUS = 0.5
 _READ_PIXELS = (StageName.RERANK, StageName.GROUND)
 _READ_ENCODED = (StageName.KNOWLEDGE, StageName.LOAD_IMAGE)
 
@@ -39,7 +42,7 @@ def build_graph(
 
     `actor` takes the place of `StageActor`, with its signature.
     """
-    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.files))
+    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.files), num_cpus=_READING_CPUS)
     # Blocks are bounded by rows, because a block of short rows would be hours of work; small inputs are spread too.
     dataset = dataset.repartition(target_num_rows_per_block=config.pipeline.rows_per_block)
     for name in stages:
@@ -51,7 +54,9 @@ def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Le
     """Rows of `ANNOTATION_SCHEMA`, for the last pass to write."""
 
     arguments = {"run_id": run_id, "models": models, "ledger": ledger}
-    return dataset.map_batches(finish_rows, fn_kwargs=arguments, batch_format="pyarrow", batch_size=None)
+    return dataset.map_batches(
+        finish_rows, fn_kwargs=arguments, batch_format="pyarrow", batch_size=None, num_cpus=WRITING_CPUS
+    )
 
 
 def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Ledger) -> pa.Table:
@@ -71,7 +76,7 @@ def _observers_of_process() -> PostMetrics:
 
 def as_pass_results(dataset: Any) -> Any:
     """Rows of `PASS_SCHEMA`, for another pass to go on with."""
-    return dataset.map_batches(pass_table, batch_format="pyarrow", batch_size=None)
+    return dataset.map_batches(pass_table, batch_format="pyarrow", batch_size=None, num_cpus=WRITING_CPUS)
 
 
 def _add_stage(

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from gem_ray.pipeline.checkpoint import ID_COLUMN, checkpointing, committed_ids
 from gem_ray.pipeline.compaction import compact
-from gem_ray.pipeline.graph import as_annotations, as_pass_results, build_graph
+from gem_ray.pipeline.graph import WRITING_CPUS, as_annotations, as_pass_results, build_graph
 from gem_ray.pipeline.passes import PassResults
 from gem_ray.pipeline.plan import passes_of
 from gem_ray.pipeline.source import InputFile, PostSource
@@ -197,7 +197,12 @@ class GroupRunner:
 
     def _write(self, dataset: Any, folder: str, **options: Any) -> None:
         try:
-            dataset.write_parquet(folder, filesystem=self._directory.filesystem, **options)
+            dataset.write_parquet(
+                folder,
+                filesystem=self._directory.filesystem,
+                num_cpus=WRITING_CPUS,
+                **options,
+            )
         except RayError as error:
             raise self._run_error(error) from error
 
