@@ -200,7 +200,7 @@ class GroupRunner:
             dataset.write_parquet(
                 folder,
                 filesystem=self._directory.filesystem,
-                num_cpus=WRITING_CPUS,
+                ray_remote_args={"num_cpus": WRITING_CPUS},
                 **options,
             )
         except RayError as error:
