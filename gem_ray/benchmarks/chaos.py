@@ -29,6 +29,7 @@ from gem_ray.records import Post
 
 _SEED = 7
 _NODES, _CPUS_PER_NODE = 3, 4
+_DONE = b"done: "
 _KILLS = ("driver", "actor", "node")
 
 
@@ -59,7 +60,7 @@ def measure_chaos(location: str, posts: int, shards: int, settings: tuple[str, .
         kills = []
         for kill in _KILLS:
             driver = _drive(cluster, location, "killed", settings)
-            kills.append(_kill(kill, driver, cluster, nodes, location, rng.uniform(0.2, 0.4) * posts))
+            kills.append(_kill(kill, driver, cluster, nodes, location, rng.uniform(0.12, 0.2) * posts))
         started = time.perf_counter()
         _drive(cluster, location, "killed", settings).wait()
     finally:
@@ -122,7 +123,8 @@ def _wait_for(driver: subprocess.Popen[bytes], posts: float) -> int:
     assert driver.stdout is not None  # a pipe
     done = 0
     for line in driver.stdout:
-        done = int(line)
+        if line.startswith(_DONE):  # Ray writes there, too
+            done = int(line.removeprefix(_DONE))
         if done >= posts:
             return done
     raise RuntimeError(f"the run ended at {done} posts with exit code {driver.wait()}, before it was killed")
@@ -171,7 +173,11 @@ def _said(post: Post) -> tuple[Any, ...]:
 def _main() -> None:
     """One driver: annotates, and prints how many posts are done whenever that changes."""
     source, output, *settings = sys.argv[1:]
-    annotate_dataset(source, output, load_config(overrides=settings), progress=lambda done, _: print(done, flush=True))
+    annotate_dataset(source, output, load_config(overrides=settings), progress=_print_progress)
+
+
+def _print_progress(done: int, total: int) -> None:
+    print(f"{_DONE.decode()}{done}", flush=True)
 
 
 if __name__ == "__main__":
