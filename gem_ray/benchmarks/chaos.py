@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,14 @@ def _kill(
     """Wait until so many posts more are done, kill, and see what is left; a driver that goes on is stopped then."""
     before = _committed(location)
     done = _wait_for(driver, before + after)
+    if driver.poll() is not None:
+        raise RuntimeError(f"the run ended at {done} posts, before it was killed")
     if kill == "node":
         cluster.remove_node(nodes.pop(), allow_graceful=False)
     elif kill == "actor":
         os.kill(_an_actor(), signal.SIGKILL)
     if kill != "driver":
-        done = _wait_for(driver, done + after / 2)  # it goes on without
+        done = max(done, _wait_for(driver, done + after / 2))  # it goes on without
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     time.sleep(5)  # what the cluster still had in hand ends
@@ -119,7 +122,7 @@ def _kill(
 
 
 def _wait_for(driver: subprocess.Popen[bytes], posts: float) -> int:
-    """Read the driver's progress until so many posts are done."""
+    """Read the driver's progress until so many posts are done, or it ends; how many are done."""
     assert driver.stdout is not None  # a pipe
     done = 0
     for line in driver.stdout:
@@ -127,14 +130,16 @@ def _wait_for(driver: subprocess.Popen[bytes], posts: float) -> int:
             done = int(line.removeprefix(_DONE))
         if done >= posts:
             return done
-    raise RuntimeError(f"the run ended at {done} posts with exit code {driver.wait()}, before it was killed")
+    driver.wait()
+    return done
 
 
 def _an_actor() -> int:
     """The process of an actor that runs a stage with a model."""
     for folder in Path("/proc").glob("[0-9]*"):
-        if b"StageActor" in (folder / "cmdline").read_bytes():
-            return int(folder.name)
+        with suppress(OSError):  # it has ended meanwhile
+            if b"StageActor" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
     raise RuntimeError("no actor's process was found")
 
 
