@@ -172,16 +172,17 @@ def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger) -> None:
     else:
         for post in posts:
             _run_alone(stage, post, ledger)
-    ledger.end(stage.name, rows)
+    ledger.end(stage.name, rows, worked=not attempt.deaths)
 
 
 def _run_alone(stage: GuardedStage, post: Post, ledger: Ledger) -> None:
     alone = (-1, post.row_id or 0)  # not the key of a batch that happens to have one row
-    if ledger.begin(stage.name, alone).deaths:
+    died = ledger.begin(stage.name, alone).deaths
+    if died:
         post.fail(stage.name, ProblemKind.STAGE_FAILED, "the process of this stage died on this post, twice")
     else:
         stage([post])
-    ledger.end(stage.name, alone)
+    ledger.end(stage.name, alone, worked=not died)
 
 
 def run_in_task(table: pa.Table, name: StageName, config_json: str, spent: tuple[str, ...], ledger: Ledger) -> pa.Table:

@@ -68,9 +68,10 @@ class _Book:
             failure = f"the processes of stage {stage} die one after the other, the last {last}"
         return Attempt(deaths, failure)
 
-    def end(self, stage: str, rows: tuple[int, ...]) -> None:
+    def end(self, stage: str, rows: tuple[int, ...], worked: bool) -> None:
         del self._unfinished[stage, rows]
-        self._deaths[stage] = 0
+        if worked:
+            self._deaths[stage] = 0
 
     def note_death(self, stage: str, words: str) -> None:
         self._last_words[stage] = f"with {words}"
@@ -106,9 +107,9 @@ class Ledger:
         """Say that a stage begins with these rows, and hear what became of them before."""
         return ray.get(self._book.begin.remote(str(stage), rows))
 
-    def end(self, stage: StageName, rows: tuple[int, ...]) -> None:
-        """Say that the stage has got through these rows, with or without an exception."""
-        self._book.end.remote(str(stage), rows)
+    def end(self, stage: StageName, rows: tuple[int, ...], worked: bool) -> None:
+        """Say that the stage is through with these rows, and whether it has worked on them or given them up."""
+        self._book.end.remote(str(stage), rows, worked)
 
     def note_death(self, stage: StageName, words: str) -> None:
         """Say why a process is about to end."""
