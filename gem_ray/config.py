@@ -254,10 +254,10 @@ def load_config(
     if file is not None:
         if not file.is_file():
             raise ConfigError(f"there is no config file {file}")
-        values = _merge(values, _read_mapping(file))
+        values = merge_trees(values, _read_mapping(file))
     for override in overrides:
-        values = _merge(values, _parse_override(override))
-    return parse_config(_merge(values, sections))
+        values = merge_trees(values, _parse_override(override))
+    return parse_config(merge_trees(values, sections))
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -298,11 +298,12 @@ def _parse_override(override: str) -> dict[str, Any]:
     return nested
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with the leaves of another put over it."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge_trees(merged[key], value) if both else value
     return merged
 
 

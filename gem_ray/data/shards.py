@@ -108,7 +108,9 @@ def _parquet_rows(parquet: pq.ParquetFile, wanted: np.ndarray | None) -> Iterato
             positions = np.arange(first, first + batch.num_rows)
             first += batch.num_rows
             mask = np.isin(positions, inside)
-            yield from zip(positions[mask].tolist(), _rows(batch.filter(pa.array(mask))), strict=True)
+            if not mask.all():  # filtering copies the images
+                batch, positions = batch.filter(pa.array(mask)), positions[mask]
+            yield from zip(positions.tolist(), _rows(batch), strict=True)
 
 
 def count_rows(filesystem: fs.FileSystem, file: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import ConfigError
+from gem_ray.config import ConfigError, merge_trees
 from gem_ray.pipeline.published import PUBLISHED, Published
 
 _BYTES_OF_A_PTH_WEIGHT = 4  # SAM's are in float32
@@ -47,7 +47,7 @@ def model_facts(key: str, reference: str, like: str, built_like: dict[str, str])
     name = reference.rstrip("/").rpartition("/")[2]
     path = _local_path(reference)
     if path is not None:
-        shape = _merged(PUBLISHED[like].shape, read_shape(path))
+        shape = merge_trees(PUBLISHED[like].shape, read_shape(path))
         return ModelFacts(name, count_parameters(path), shape, "its files")
     published = _published(reference)
     if published is not None:
@@ -125,11 +125,3 @@ def _header(file: Path) -> dict[str, int]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged

@@ -83,19 +83,20 @@ def annotate_dataset(
     models = models_of(config)
     filesystem, paths = list_shards(input)
     _check_apart(paths, directory)
-    if fresh or not directory.run_ids():
-        folder = _begin(directory, filesystem, paths, str(input), config, models, limit, fresh)
-    else:
-        folder = directory.run(directory.run_ids()[-1])
-        allowed = _ONLY_LIMITS if only_problems else ()
-        _check_same(folder.manifest(), _listing(paths), limit, config, models, allowed)
-    manifest = folder.manifest()
-    finished = directory.summary()
-    is_finished = finished is not None and finished["run_id"] == folder.run_id
+    run_ids = directory.run_ids()
+    finished = directory.summary() or {}
+    is_finished = not fresh and bool(run_ids) and finished.get("run_id") == run_ids[-1]
     if only_problems and not is_finished:
         raise FileNotFoundError(f"{output} holds no finished run; finish it, then do its problems again")
+    if fresh or not run_ids:
+        folder = _begin(directory, filesystem, paths, str(input), config, models, limit, fresh)
+    else:
+        folder = directory.run(run_ids[-1])
+        allowed = _ONLY_LIMITS if only_problems else ()
+        _check_same(folder.manifest(), _listing(paths), limit, config, models, allowed)
     if is_finished and not only_problems:
-        return RunSummary.from_dict(finished or {})
+        return RunSummary.from_dict(finished)
+    manifest = folder.manifest()
     with ray_session(config):
         ledger = Ledger()
         runner = GroupRunner(directory, folder, filesystem, config, models, ledger, actor)
@@ -127,9 +128,10 @@ def _run_groups(runner: GroupRunner, groups: Sequence[Group], directory: RunDire
         runner.annotate(group)
         if not foreign:
             runner.publish(group)
-    directory.delete_published(foreign)
-    for group in groups:
-        runner.publish(group)
+    if foreign:
+        directory.delete_published(foreign)
+        for group in groups:
+            runner.publish(group)
 
 
 def _begin(
