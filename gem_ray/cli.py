@@ -143,8 +143,8 @@ def plan(
     import json as json_library
 
     from gem_ray.config import load_config
-    from gem_ray.pipeline.plan import make_plan, measured_seconds
-    from gem_ray.pipeline.plan_table import print_plan
+    from gem_ray.planning.plan import make_plan, measured_seconds
+    from gem_ray.planning.table import print_plan
 
     speeds = measured_seconds(measured) if measured else None
     result = make_plan(load_config(preset, config, set_ or ()), gpus, gpu_memory, cpus, card, speeds)

@@ -1,4 +1,4 @@
-"""What the system costs and gains: `python jobs/benchmark.py {throughput,memory,scale-out,chaos} --out DIR …`."""
+"""What the system costs and gains: `python jobs/benchmark.py {throughput,memory,resume,scale-out,chaos} …`."""
 
 import json
 from pathlib import Path
@@ -47,6 +47,17 @@ def scale_out(
     from gem_ray.benchmarks.scale_out import measure_scale_out
 
     _write(out, f"scale-out-{gpus}", measure_scale_out(out / f"scale-out-{gpus}", gpus, batch_seconds))
+
+
+@app.command()
+def resume(
+    out: OutOption = Path("out/benchmark"),
+    rows: Annotated[int, typer.Option(help="Posts of text.", min=1000)] = 50_000,
+) -> None:
+    """What it costs to be killed half-way and started again."""
+    from gem_ray.benchmarks.resume import measure_resume
+
+    _write(out, "resume", measure_resume(out / "resume", rows))
 
 
 @app.command()

@@ -12,10 +12,11 @@ PACKAGE = ROOT / "gem_ray"
 
 # A module may import what lies below its own layer, and its own part. Parts of one layer do not know each other.
 LAYERS = [
-    {"records", "taxonomy", "config", "checkpoints", "s3"},
+    {"records", "taxonomy", "config", "checkpoints", "device", "s3"},
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},
     {"annotator"},
+    {"planning"},
     {"pipeline", "serving", "evaluation"},
     {"benchmarks"},
     {"nano"},

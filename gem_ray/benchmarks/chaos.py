@@ -1,7 +1,4 @@
-"""A run that is killed again and again: its driver, an actor's process, a whole node. What is lost, and what is kept?
-
-python -m gem_ray.benchmarks.chaos INPUT OUTPUT SETTING…     one driver, as `measure_chaos` starts it
-"""
+"""A run that is killed again and again: its driver, an actor's process, a whole node. What is lost, what is kept?"""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,19 +14,15 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from gem_ray.config import load_config
+from gem_ray.benchmarks.driver import committed_rows, start_driver, wait_for
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.evaluation.predictions import iterate_predictions
-from gem_ray.pipeline.checkpoint import committed_ids
-from gem_ray.pipeline.run import annotate_dataset
-from gem_ray.pipeline.run_directory import RunDirectory
 from gem_ray.records import Post
 
 _SEED = 7
 _NODES, _CPUS_PER_NODE = 3, 4
-_DONE = b"done: "
 _KILLS = ("driver", "actor", "node")
 
 
@@ -96,16 +88,17 @@ def _write_input(location: str, posts: int, shards: int) -> None:
 
 def _drive(cluster: Cluster, location: str, name: str, settings: tuple[str, ...]) -> subprocess.Popen[bytes]:
     images = () if location.startswith("s3://") else (f"image.root={location}/images",)
-    command = [sys.executable, "-m", __name__, f"{location}/posts", f"{location}/{name}", *settings, *images]
-    return subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": cluster.address}, stdout=subprocess.PIPE)
+    settings = (*settings, *images)
+    environment = {"RAY_ADDRESS": cluster.address}
+    return start_driver(f"{location}/posts", f"{location}/{name}", settings, environment=environment)
 
 
 def _kill(
     kill: str, driver: subprocess.Popen[bytes], cluster: Cluster, nodes: list[Any], location: str, after: float
 ) -> dict[str, Any]:
     """Wait until so many posts more are done, kill, and see what is left; a driver that goes on is stopped then."""
-    before = _committed(location)
-    done = _wait_for(driver, before + after)
+    before = committed_rows(f"{location}/killed")
+    done = wait_for(driver, before + after)
     if driver.poll() is not None:
         raise RuntimeError(f"the run ended at {done} posts, before it was killed")
     if kill == "node":
@@ -113,25 +106,12 @@ def _kill(
     elif kill == "actor":
         os.kill(_an_actor(), signal.SIGKILL)
     if kill != "driver":
-        done = max(done, _wait_for(driver, done + after / 2))  # it goes on without
+        done = max(done, wait_for(driver, done + after / 2))  # it goes on without
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     time.sleep(5)  # what the cluster still had in hand ends
-    kept = _committed(location)
+    kept = committed_rows(f"{location}/killed")
     return {"killed": kill, "done": done, "kept": kept, "kept_share": min(1.0, kept / done)}
-
-
-def _wait_for(driver: subprocess.Popen[bytes], posts: float) -> int:
-    """Read the driver's progress until so many posts are done, or it ends; how many are done."""
-    assert driver.stdout is not None  # a pipe
-    done = 0
-    for line in driver.stdout:
-        if line.startswith(_DONE):  # Ray writes there, too
-            done = int(line.removeprefix(_DONE))
-        if done >= posts:
-            return done
-    driver.wait()
-    return done
 
 
 def _an_actor() -> int:
@@ -141,18 +121,6 @@ def _an_actor() -> int:
             if b"StageActor" in (folder / "cmdline").read_bytes():
                 return int(folder.name)
     raise RuntimeError("no actor's process was found")
-
-
-def _committed(location: str) -> int:
-    """Rows that a new start would not do again."""
-    directory = RunDirectory(f"{location}/killed")
-    if not directory.run_ids():
-        return 0
-    folder = directory.run(directory.run_ids()[-1])
-    published = sum(
-        mark["rows"] for name in folder.marks("annotated") if (mark := folder.read(f"marks/{name}.annotated"))
-    )
-    return published + len(committed_ids(folder.filesystem, folder.checkpoint("g00000", 0)))
 
 
 def _annotations(output: str) -> dict[int, Post]:
@@ -173,17 +141,3 @@ def _same(left: Post, right: Post) -> bool:
 def _said(post: Post) -> tuple[Any, ...]:
     entities = [(e.start, e.end, e.fine, e.reranked, e.box, e.box_source) for e in post.entities]
     return post.post_id, post.status, post.tokens, entities, post.problems
-
-
-def _main() -> None:
-    """One driver: annotates, and prints how many posts are done whenever that changes."""
-    source, output, *settings = sys.argv[1:]
-    annotate_dataset(source, output, load_config(overrides=settings), progress=_print_progress)
-
-
-def _print_progress(done: int, total: int) -> None:
-    print(f"{_DONE.decode()}{done}", flush=True)
-
-
-if __name__ == "__main__":
-    _main()

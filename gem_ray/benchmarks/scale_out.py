@@ -52,9 +52,9 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str
 
 
 def _start_cluster(gpus: int) -> Cluster:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0})
     for first in range(0, gpus, _GPUS_PER_NODE):
-        cluster.add_node(num_cpus=2, num_gpus=min(_GPUS_PER_NODE, gpus - first))
+        cluster.add_node(num_cpus=1, num_gpus=min(_GPUS_PER_NODE, gpus - first))
     cluster.wait_for_nodes()
     return cluster
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyarrow import fs
@@ -31,3 +33,18 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
         raise ValueError(f"{uri.partition('?')[0]}: leave out the `?…`; AWS_ENDPOINT_URL names another server")
     place = S3Uri.parse(uri)
     return open_bucket(place), place.path
+
+
+@contextmanager
+def whole_file(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
+    """A path to write to, in a folder that is there; what is written is at `path` once the block ends well.
+
+    Readers never see half a file: an object in S3 appears when it is whole, a local file is renamed into place.
+    """
+    folder, _, name = path.rpartition("/")
+    filesystem.create_dir(folder, recursive=True)
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    target = f"{folder}/.{name}.partial" if is_local else path
+    yield target
+    if is_local:
+        filesystem.move(target, path)

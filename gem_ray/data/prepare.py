@@ -33,6 +33,8 @@ def post_from_row(row: Mapping[str, Any]) -> Post:
         return post
     if isinstance(row.get(ERROR_FIELD), str):
         post.fail(_STAGE, _BAD, _encodable(row[ERROR_FIELD]))
+        if len(row) == 1:
+            return post
     post.post_id = _post_id(row, post)
     post.tokens = _tokens(row, post)
     post.text = _string(row, "text", post) or ""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.prepare import ERROR_FIELD, post_from_row, row_from_post
@@ -24,6 +24,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Rows carry images: small groups and batches keep memory low and let a reader split a shard.
 _ROWS_PER_GROUP = 128
 _ROWS_PER_BATCH = 64
+_PIECE_BYTES = 8 * 2**20
 
 _UNREADABLE = (ValueError, OverflowError)  # text that is no UTF-8, a date out of range
 
@@ -79,7 +80,8 @@ def shard_rows(
         wanted: positions of the rows to read, sorted; all if None. Row groups without one are not read.
 
     Yields:
-        The row's position in the shard, counted from 0, and its values.
+        The row's position in the shard, counted from 0, and its values. Where a row group of a Parquet file is damaged,
+        its rows have no values but `ERROR_FIELD`.
 
     Raises:
         ValueError: the shard cannot be read; the message names it.
@@ -93,24 +95,55 @@ def shard_rows(
                         yield position, row
         else:
             with filesystem.open_input_file(file) as stream:
-                yield from _parquet_rows(pq.ParquetFile(stream), wanted)
+                yield from _parquet_rows(stream, wanted)
 
 
-def _parquet_rows(parquet: pq.ParquetFile, wanted: np.ndarray | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    columns = [name for name in INPUT_SCHEMA.names if name in parquet.schema_arrow.names]
+def _parquet_rows(stream: NativeFile, wanted: np.ndarray | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    parquet = pq.ParquetFile(stream)
     end = 0
     for group in range(parquet.num_row_groups):
         first, end = end, end + parquet.metadata.row_group(group).num_rows
         inside = np.arange(first, end) if wanted is None else wanted[(wanted >= first) & (wanted < end)]
         if not len(inside):
             continue
-        for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns):
-            positions = np.arange(first, first + batch.num_rows)
-            first += batch.num_rows
-            mask = np.isin(positions, inside)
-            if not mask.all():  # filtering copies the images
-                batch, positions = batch.filter(pa.array(mask)), positions[mask]
-            yield from zip(positions.tolist(), _rows(batch), strict=True)
+        done = first
+        try:
+            for positions, batch in _batches(parquet, group, first, inside):
+                done = int(positions[-1]) + 1
+                yield from zip(positions.tolist(), _rows(batch), strict=True)
+        except (pa.ArrowException, OSError) as error:
+            _check_readable(stream, parquet.metadata.row_group(group))
+            reason = f"row group {group} of the file is damaged: {error}"
+            yield from ((position, {ERROR_FIELD: reason}) for position in inside[inside >= done].tolist())
+
+
+def _batches(
+    parquet: pq.ParquetFile, group: int, first: int, inside: np.ndarray
+) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """A row group's rows `inside`, with their positions; `first` is the position of its first row."""
+    columns = [name for name in INPUT_SCHEMA.names if name in parquet.schema_arrow.names]
+    for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns):
+        positions = np.arange(first, first + batch.num_rows)
+        first += batch.num_rows
+        mask = np.isin(positions, inside)
+        if not mask.all():  # filtering copies the images
+            batch, positions = batch.filter(pa.array(mask)), positions[mask]
+        if len(positions):
+            yield positions, batch
+
+
+def _check_readable(stream: NativeFile, group: pq.RowGroupMetaData) -> None:
+    """Tell a storage that does not answer from bytes that are wrong: only the latter are the rows' own problem.
+
+    Raises:
+        OSError: the bytes of the row group cannot be read.
+    """
+    for index in range(group.num_columns):
+        column = group.column(index)
+        stream.seek(column.dictionary_page_offset or column.data_page_offset)
+        left = column.total_compressed_size
+        while left > 0 and (piece := stream.read(min(left, _PIECE_BYTES))):
+            left -= len(piece)
 
 
 def count_rows(filesystem: fs.FileSystem, file: str) -> int:

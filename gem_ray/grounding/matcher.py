@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProc
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
+from gem_ray.device import torch_device
 from gem_ray.grounding.trace import Target, match_and_trace, middle_upper_layer
 
 ENC_TOKEN = "[ENC]"
@@ -223,10 +224,3 @@ class Matcher:
         side = self.images.side // self.model.config.vision_config.patch_size
         maps = scores.view(-1, side, side).cpu().numpy()
         return [Match(float(p), m) for p, m in zip(probabilities.tolist(), maps, strict=True)]
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of a configuration: `auto` is the GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

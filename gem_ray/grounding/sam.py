@@ -17,6 +17,7 @@ from torch import nn
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, SamConfig
+from gem_ray.device import torch_device
 
 # Width of the image encoder -> its name in the package's registry.
 _PUBLISHED = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -247,10 +248,3 @@ def decode_points(
         dense_prompt_embeddings=dense + embeddings,
         multimask_output=True,
     )
-
-
-def torch_device(name: str) -> torch.device:
-    """The device that a config's `device` names; `auto` is the first GPU, or the CPU where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

@@ -23,7 +23,7 @@ from transformers import (
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, TextSegmenterConfig
-from gem_ray.grounding.sam import torch_device
+from gem_ray.device import torch_device
 from gem_ray.records import Box
 
 Features = TypeVar("Features")

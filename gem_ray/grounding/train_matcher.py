@@ -18,7 +18,8 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import ImageConfig
 from gem_ray.data.images import ImageLoader
 from gem_ray.data.tokenize import word_spans
-from gem_ray.grounding.matcher import ImageProcessor, Query, TextProcessor, torch_device
+from gem_ray.device import torch_device
+from gem_ray.grounding.matcher import ImageProcessor, Query, TextProcessor
 from gem_ray.records import Post
 
 

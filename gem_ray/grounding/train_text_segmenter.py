@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from gem_ray.checkpoints import resolve
-from gem_ray.grounding.sam import torch_device
+from gem_ray.device import torch_device
 from gem_ray.grounding.text_segmenter import category_prompt, image_activations, mask_logits, prompt_conditions
 from gem_ray.records import Box, Post
 

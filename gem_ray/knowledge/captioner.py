@@ -11,6 +11,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from gem_ray import checkpoints
 from gem_ray.config import Config
+from gem_ray.device import torch_device
 
 _MAX_NEW_TOKENS = 30
 
@@ -42,9 +43,8 @@ class Captioner:
         folder = checkpoints.resolve(config.knowledge.captioner)
         dtype = getattr(torch, config.knowledge.captioner_dtype)
         model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         processor = Blip2Processor.from_pretrained(folder)
-        return cls(model.to(device), processor, config.knowledge.captioner_batch_size)
+        return cls(model.to(torch_device(config.device)), processor, config.knowledge.captioner_batch_size)
 
     def caption(self, images: Sequence[np.ndarray]) -> list[str]:
         """One caption an image, stripped, perhaps empty.

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import ray
 from pyarrow import fs
 
+from gem_ray.data.files import whole_file
 from gem_ray.pipeline.summary import Tally
 from gem_ray.records import ANNOTATION_SCHEMA, Status
 
@@ -72,18 +73,14 @@ def _bins(filesystem: fs.FileSystem, folder: str) -> Iterator[list[str]]:
 
 @ray.remote(num_cpus=_CPUS)
 def _merge_in_task(filesystem: fs.FileSystem, merge: _Merge) -> Tally:
-    folder, name = merge.target.rsplit("/", 1)
-    filesystem.create_dir(folder, recursive=True)
-    # An object in S3 appears when it is whole; a local file gets its name when it is.
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    target = f"{folder}/.{name}" if local else merge.target
     tally = Tally()
-    with pq.ParquetWriter(target, _SCHEMA, filesystem=filesystem, compression="zstd") as writer:
+    with (
+        whole_file(filesystem, merge.target) as target,
+        pq.ParquetWriter(target, _SCHEMA, filesystem=filesystem, compression="zstd") as writer,
+    ):
         for table in _row_groups(filesystem, merge.sources):
             writer.write_table(table)
             tally += Tally.of(table, merge.status)
-    if local:
-        filesystem.move(target, merge.target)
     return tally
 
 

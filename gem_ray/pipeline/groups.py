@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pyarrow.parquet as pq
 from ray.exceptions import RayError
 
-from gem_ray.pipeline.checkpoint import ID_COLUMN, checkpointing, committed_ids
+from gem_ray.pipeline.checkpoint import checkpointing, committed_ids, read_ids
 from gem_ray.pipeline.compaction import compact
 from gem_ray.pipeline.graph import WRITING_CPUS, as_annotations, as_pass_results, build_graph
 from gem_ray.pipeline.passes import PassResults
-from gem_ray.pipeline.plan import passes_of
 from gem_ray.pipeline.source import InputFile, PostSource
+from gem_ray.planning.plan import passes_of
 from gem_ray.records import Status
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def problem_group(directory: RunDirectory, folder: RunFolder, manifest: Manifest
     """The rows of a finished run that are degraded or rejected, as one group."""
     rounds = [name for name in folder.marks("published") if name.startswith(Group.PROBLEMS)]
     name = f"{Group.PROBLEMS}{len(rounds):03d}"
-    ids = [_ids_in(directory.filesystem, path) for path in _with_problems(directory, folder, name)]
+    ids = [read_ids(directory.filesystem, path) for path in _with_problems(directory, folder, name)]
     wanted = np.sort(np.concatenate([np.array([], dtype=np.int64), *ids]))
     return Group(name, manifest.files, wanted)
 
@@ -93,11 +92,6 @@ def _with_problems(directory: RunDirectory, folder: RunFolder, but: str) -> list
     folders = [f"/status={status}/" for status in Status if status is not Status.OK]
     own = f"/{file_prefix(folder, but)}-"
     return [path for path in directory.published() if any(f in path for f in folders) and own not in path]
-
-
-def _ids_in(filesystem: fs.FileSystem, path: str) -> np.ndarray:
-    with filesystem.open_input_file(path) as stream:
-        return pq.ParquetFile(stream).read([ID_COLUMN])[ID_COLUMN].to_numpy()
 
 
 def file_prefix(folder: RunFolder, group: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gem_ray.annotator import models_of
 from gem_ray.data.shards import list_shards
 from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group
+from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.progress import Report, reporting
 from gem_ray.pipeline.report import write_report
@@ -73,7 +74,8 @@ def annotate_dataset(
 
     Raises:
         FileNotFoundError: no input, a model that is not there, or no finished run to do problems of again.
-        FileExistsError: the output holds annotations that no run there made, and `fresh` is not set.
+        FileExistsError: the output holds annotations that no run there made, and `fresh` is not set; or another
+            process is writing to it.
         ValueError: the output belongs to a run with another input, configuration or models (the message shows the
             difference); an input that is damaged or empty, an output inside the input, or actors that do not fit.
         RunError: the run failed underway; the message says where. What is done stays done.
@@ -83,26 +85,29 @@ def annotate_dataset(
     models = models_of(config)
     filesystem, paths = list_shards(input)
     _check_apart(paths, directory)
-    run_ids = directory.run_ids()
-    finished = directory.summary() or {}
-    is_finished = not fresh and bool(run_ids) and finished.get("run_id") == run_ids[-1]
-    if only_problems and not is_finished:
-        raise FileNotFoundError(f"{output} holds no finished run; finish it, then do its problems again")
-    if fresh or not run_ids:
-        folder = _begin(directory, filesystem, paths, str(input), config, models, limit, fresh)
-    else:
-        folder = directory.run(run_ids[-1])
-        allowed = _ONLY_LIMITS if only_problems else ()
-        _check_same(folder.manifest(), _listing(paths), limit, config, models, allowed)
-    if is_finished and not only_problems:
-        return RunSummary.from_dict(finished)
-    manifest = folder.manifest()
-    with ray_session(config):
-        ledger = Ledger()
-        runner = GroupRunner(directory, folder, filesystem, config, models, ledger, actor)
-        groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
-        with reporting(progress, runner.done, sum(group.rows for group in groups)):
-            _run_groups(runner, groups, directory)
+    lease = Lease(directory)
+    with lease.held():
+        begun = [] if fresh else directory.run_ids()
+        finished = directory.summary() or {}
+        is_finished = bool(begun) and finished.get("run_id") == begun[-1]
+        if only_problems and not is_finished:
+            raise FileNotFoundError(f"{output} holds no finished run; finish it, then do its problems again")
+        if begun:
+            folder = directory.run(begun[-1])
+            allowed = _ONLY_LIMITS if only_problems else ()
+            _check_same(folder.manifest(), _listing(paths), limit, config, models, allowed)
+        else:
+            folder = _begin(directory, filesystem, paths, str(input), config, models, limit, fresh)
+        if is_finished and not only_problems:
+            return RunSummary.from_dict(finished)
+        manifest = folder.manifest()
+        with ray_session(config):
+            ledger = Ledger()
+            runner = GroupRunner(directory, folder, filesystem, config, models, ledger, actor)
+            groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
+            with reporting(progress, runner.done, sum(group.rows for group in groups)):
+                _run_groups(runner, groups, directory, lease)
+            stage_seconds = ledger.read().stage_seconds
         summary = RunSummary(
             run_id=folder.run_id,
             input=str(input),
@@ -110,22 +115,24 @@ def annotate_dataset(
             started_at=manifest.started_at,
             seconds=time.perf_counter() - clock,
             annotated=runner.annotated,
-            stage_seconds=ledger.read().stage_seconds,
+            stage_seconds=stage_seconds,
             tally=_tally_of(folder),
             models=models,
             config=config.model_dump(mode="json"),
         )
-    _check_complete(manifest, summary.tally)
-    write_report(directory, summary.to_dict())
-    directory.finish(summary.to_dict())
-    return summary
+        _check_complete(manifest, summary.tally)
+        lease.check()
+        write_report(directory, summary.to_dict())
+        directory.finish(summary.to_dict())
+        return summary
 
 
-def _run_groups(runner: GroupRunner, groups: Sequence[Group], directory: RunDirectory) -> None:
+def _run_groups(runner: GroupRunner, groups: Sequence[Group], directory: RunDirectory, lease: Lease) -> None:
     """Annotate and publish groups; while another run's annotations are there, all are annotated before one is."""
     foreign = [path for path in directory.published() if not runner.owns(path)]
     for group in groups:
         runner.annotate(group)
+        lease.check()
         if not foreign:
             runner.publish(group)
     if foreign:

@@ -2,6 +2,7 @@
 
     annotations/status=ok/part-RUN-g00000-0000.parquet    published: complete groups, a few large files
     run.json                                              written last: the facts of the finished run
+    _run/lease.json                                       which process is writing, while one is
     _run/RUN/manifest.json                                input files, groups, configuration, models
     _run/RUN/marks/g00000.annotated.json                  every row of the group is staged
     _run/RUN/marks/g00000.published.json                  ... and published; holds the group's counts
@@ -20,7 +21,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from gem_ray.data.files import open_filesystem
+from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.pipeline.source import InputFile
 
 _SUMMARY = "run.json"
@@ -66,7 +67,15 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any] | None:
         """What `run.json` says, if a run has finished."""
-        return _read_json(self.filesystem, f"{self.root}/{_SUMMARY}")
+        return self.read_json(_SUMMARY)
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The facts in a file, by its path in the folder; None if it is not there."""
+        return _read_json(self.filesystem, f"{self.root}/{name}")
+
+    def delete(self, name: str) -> None:
+        """Delete a file, by its path in the folder."""
+        self.filesystem.delete_file(f"{self.root}/{name}")
 
     def write_json(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write a file of facts, by its path in the folder."""
@@ -188,11 +197,5 @@ def _as_json(values: Mapping[str, Any]) -> bytes:
 
 
 def _write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    """A file that is whole or not there: objects in S3 are, and local files are renamed into place."""
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    target = f"{path}.partial" if local else path
-    with filesystem.open_output_stream(target) as stream:
+    with whole_file(filesystem, path) as target, filesystem.open_output_stream(target) as stream:
         stream.write(content)
-    if local:
-        filesystem.move(target, path)

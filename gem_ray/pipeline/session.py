@@ -12,10 +12,12 @@ from typing import Any
 import ray
 from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from gem_ray.config import Config
 from gem_ray.pipeline.graph import TASK_STAGES
-from gem_ray.pipeline.plan import passes_of
+from gem_ray.planning.cards import GIB
+from gem_ray.planning.plan import make_plan, passes_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,17 @@ _CPUS_FOR_TASKS = 1
 _SPARE_CPUS = 1
 _MIN_CPUS = 4  # with fewer, Ray Data can hang
 
+
+class _ForgetBlocks(ExecutionCallback):
+    """Ray keeps facts of every block for `Dataset.stats`, which nobody asks for: memory that grows with the input."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        for operator in executor._topology or ():
+            getattr(operator, "_output_blocks_stats", []).clear()
+
+
 _SETTINGS = {
+    "custom_execution_callback_classes": [_ForgetBlocks],
     "enable_progress_bars": False,  # we have our own
     "max_errored_blocks": 0,  # a block that fails is rows that are lost
     # What is queued before a stage, as a multiple of what it has in hand: rows under way are lost when a run is killed.
@@ -42,12 +54,15 @@ def ray_session(config: Config) -> Iterator[None]:
 
     Raises:
         ValueError: the actors ask for more CPUs or GPUs than the local Ray has.
+        PlanError: the models do not fit on this machine's cards.
     """
     started_here = not ray.is_initialized()
     if started_here:
         _start(config)
     try:
         _check_resources(config, can_grow="RAY_ADDRESS" in os.environ)
+        if started_here and "RAY_ADDRESS" not in os.environ:
+            _check_cards(config, gpus=int(ray.cluster_resources().get("GPU", 0)))
         with _own_settings():
             yield
     finally:
@@ -111,3 +126,18 @@ def _check_resources(config: Config, can_grow: bool) -> None:
         if not can_grow:
             raise ValueError(message)
         logger.warning(message)
+
+
+def _check_cards(config: Config, gpus: int) -> None:
+    """Refuse what this machine's cards cannot hold before a model is loaded; a cluster's cards are not known here."""
+    memory_gb = _card_memory_gb() if _reserved(config)["GPU"] else None
+    if memory_gb is not None:
+        make_plan(config, gpus, memory_gb).check()
+
+
+def _card_memory_gb() -> float | None:
+    """Of the smallest card, in units of 2³⁰ bytes."""
+    import torch
+
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return min(sizes) / GIB if sizes else None

@@ -9,6 +9,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
+from gem_ray.device import torch_device
 from gem_ray.rerank.encoding import ROOT, ChoiceTree, EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
@@ -49,9 +50,8 @@ class TransformersEngine:
         model = load_llava(folder, getattr(torch, settings.dtype))
         if settings.adapter:
             model = PeftModel.from_pretrained(model, str(resolve(settings.adapter))).merge_and_unload()
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(
-            model.to(automatic if config.device == "auto" else config.device).eval(),
+            model.to(torch_device(config.device)).eval(),
             LlavaProcessor.from_pretrained(folder),
             settings.max_model_len,
             settings.batch_size,

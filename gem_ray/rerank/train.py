@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, get_line
 from gem_ray.checkpoints import resolve
 from gem_ray.config import DType, ImageConfig
 from gem_ray.data.images import ImageLoader
+from gem_ray.device import torch_device
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.candidates import training_candidates
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
@@ -160,9 +161,7 @@ def train_reranker(
     rule = candidates or (lambda post, gold, rng: training_candidates(gold.fine, labels, settings.k, rng))
     torch.manual_seed(settings.seed)
     folder = resolve(base)
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_llava(folder, getattr(torch, settings.dtype))
-    model = model.to(automatic if settings.device == "auto" else settings.device)
+    model = load_llava(folder, getattr(torch, settings.dtype)).to(torch_device(settings.device))
     adapted = get_peft_model(model, _lora(settings)).train()
     # What a reader of the adapter can look for; the path on this machine would tell them nothing.
     adapted.peft_config["default"].base_model_name_or_path = folder.name if Path(base).exists() else base

@@ -8,6 +8,7 @@ import torch
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.data.tokenize import word_spans
+from gem_ray.device import torch_device
 from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.tagger.checkpoint import load_tagger
 from gem_ray.tagger.features import SubwordEncoder
@@ -51,7 +52,7 @@ class Tagger:
         model, tokenizer = load_tagger(resolve(config.tagger.model))
         if model.labels.name != config.labels:
             raise ValueError(f"{config.tagger.model} tags {model.labels.name}, the configuration asks {config.labels}")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = torch_device(config.device)
         features = SubwordEncoder(tokenizer, config.tagger.max_length)
         return cls(model, features, config.tagger.batch_size, device, getattr(torch, config.tagger.dtype))
 

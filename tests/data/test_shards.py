@@ -1,12 +1,16 @@
+import io
 import tarfile
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gem_ray.data.files import open_filesystem
 from gem_ray.data.generated import generate
 from gem_ray.data.prepare import post_from_row
-from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.data.shards import read_posts, shard_rows, write_posts
 from gem_ray.records import INPUT_SCHEMA, Box, GoldEntity, Post
 
 
@@ -123,6 +127,48 @@ def test_a_damaged_shard_is_named(tmp_path, suffix, damage):
     (folder / f"bad.{suffix}").write_bytes(data)
     with pytest.raises(ValueError, match=rf"bad\.{suffix} is not a readable"):
         list(read_posts(folder))
+
+
+def test_a_damaged_row_group_rejects_its_own_rows_and_the_rest_is_read(tmp_path):
+    posts = posts_of(300)
+    write_posts(posts, tmp_path)
+    file = tmp_path / "part-00000.parquet"
+    group = pq.ParquetFile(file).metadata.row_group(1)
+    texts = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "text")
+    start = texts.dictionary_page_offset or texts.data_page_offset
+    damaged = bytearray(file.read_bytes())
+    damaged[start : start + texts.total_compressed_size] = b"\xff" * texts.total_compressed_size
+    file.write_bytes(damaged)
+
+    read = list(read_posts(tmp_path))
+    end = 128 + group.num_rows
+    assert (read[:128], read[end:]) == (posts[:128], posts[end:])
+    assert all(post.is_rejected for post in read[128:end])
+    assert {post.problems[0].message for post in read[128:end]} == {read[128].problems[0].message}
+    assert read[128].problems[0].message.startswith("row group 1 of the file is damaged: ")
+    filesystem, _ = open_filesystem(tmp_path)
+    some = [position for position, _ in shard_rows(filesystem, str(file), np.array([3, 130, 290]))]
+    assert some == [3, 130, 290]
+
+
+class Unplugged(io.BytesIO):
+    """A file whose storage answers for its end, where the footer is, and then no more."""
+
+    reads = 0
+
+    def read(self, size=-1):
+        self.reads += 1
+        if self.reads > 3:
+            raise OSError("connection lost")
+        return super().read(size)
+
+
+def test_a_storage_that_stops_answering_is_no_damage_of_rows(tmp_path):
+    write_posts(posts_of(300), tmp_path)
+    content = (tmp_path / "part-00000.parquet").read_bytes()
+    filesystem = SimpleNamespace(open_input_file=lambda path: pa.PythonFile(Unplugged(content), "r"))
+    with pytest.raises(ValueError, match=r"posts\.parquet is not a readable Parquet file: .*connection lost"):
+        list(shard_rows(filesystem, "posts.parquet"))
 
 
 def test_text_that_is_not_utf8_spoils_only_its_own_row(tmp_path):

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gem_ray.pipeline.cards import CARDS
-from gem_ray.pipeline.costs import BANDWIDTH_UTILISATION, PROCESS_OVERHEAD, UTILISATION, ModelNeed, Workload
-from gem_ray.pipeline.plan import PassPlan, Plan
-from gem_ray.pipeline.pools import Pool
-from gem_ray.pipeline.refusals import gib
+from gem_ray.planning.cards import CARDS
+from gem_ray.planning.costs import BANDWIDTH_UTILISATION, PROCESS_OVERHEAD, UTILISATION, ModelNeed, Workload
+from gem_ray.planning.plan import PassPlan, Plan
+from gem_ray.planning.pools import Pool
+from gem_ray.planning.refusals import gib
 
 _WIDTH = 100
 _MODEL_WIDTH = 22

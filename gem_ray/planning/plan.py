@@ -10,11 +10,11 @@ from typing import Any
 
 from gem_ray.annotator import active_stages
 from gem_ray.config import Config, ConfigError, StagePlacement
-from gem_ray.pipeline.cards import GIB, Card, find_card
-from gem_ray.pipeline.costs import stage_need
-from gem_ray.pipeline.pools import Pool, Source, allocate
-from gem_ray.pipeline.published import PUBLISHED
-from gem_ray.pipeline.refusals import gib, too_large, too_many
+from gem_ray.planning.cards import GIB, Card, find_card
+from gem_ray.planning.costs import stage_need
+from gem_ray.planning.pools import Pool, Source, allocate
+from gem_ray.planning.published import PUBLISHED
+from gem_ray.planning.refusals import gib, too_large, too_many
 from gem_ray.records import StageName
 
 MODEL_STAGES = {StageName.KNOWLEDGE, StageName.TAG, StageName.RERANK, StageName.GROUND}

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gem_ray.config import Config, parse_config
-from gem_ray.pipeline.cards import CARDS, GIB
-from gem_ray.pipeline.costs import StageNeed, stage_need
-from gem_ray.pipeline.pools import CPUS_FOR_TASKS, Cards, Pool
+from gem_ray.planning.cards import CARDS, GIB
+from gem_ray.planning.costs import StageNeed, stage_need
+from gem_ray.planning.pools import CPUS_FOR_TASKS, Cards, Pool
 from gem_ray.records import StageName
 
 # Assumed: the driver and the gaps between the allocator's blocks take the rest of a card.

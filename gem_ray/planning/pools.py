@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gem_ray.config import StagePlacement
-from gem_ray.pipeline.costs import StageNeed
+from gem_ray.planning.costs import StageNeed
 from gem_ray.records import StageName
 
 CPUS_FOR_TASKS = 1  # reading, writing and the stages without a model

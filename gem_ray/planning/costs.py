@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from gem_ray.config import Config
-from gem_ray.pipeline import stacks
-from gem_ray.pipeline.cards import GIB, Card
-from gem_ray.pipeline.model_facts import ModelFacts, model_facts
+from gem_ray.planning import stacks
+from gem_ray.planning.cards import GIB, Card
+from gem_ray.planning.model_facts import ModelFacts, model_facts
 from gem_ray.records import StageName
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

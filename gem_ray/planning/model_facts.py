@@ -10,7 +10,7 @@ from typing import Any
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import ConfigError, merge_trees
-from gem_ray.pipeline.published import PUBLISHED, Published
+from gem_ray.planning.published import PUBLISHED, Published
 
 _BYTES_OF_A_PTH_WEIGHT = 4  # SAM's are in float32
 

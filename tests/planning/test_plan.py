@@ -23,12 +23,12 @@ from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.grounding.sam import load_sam
 from gem_ray.knowledge import captioner
 from gem_ray.pipeline import costs, stacks
-from gem_ray.pipeline.cards import GIB
-from gem_ray.pipeline.costs import stage_need
-from gem_ray.pipeline.model_facts import count_parameters
-from gem_ray.pipeline.plan import Plan, PlanError, make_plan, measured_seconds, passes_of
-from gem_ray.pipeline.pools import Pool
-from gem_ray.pipeline.published import PUBLISHED
+from gem_ray.planning.cards import GIB
+from gem_ray.planning.costs import stage_need
+from gem_ray.planning.model_facts import count_parameters
+from gem_ray.planning.plan import Plan, PlanError, make_plan, measured_seconds, passes_of
+from gem_ray.planning.pools import Pool
+from gem_ray.planning.published import PUBLISHED
 from gem_ray.records import StageName
 from gem_ray.tagger.checkpoint import load_tagger
 
@@ -470,7 +470,7 @@ def test_the_command_ends_with_2_where_it_does_not_fit() -> None:
 
 def test_a_plan_loads_no_heavy_library() -> None:
     code = (
-        "import sys; from gem_ray.config import load_config; from gem_ray.pipeline.plan import make_plan; "
+        "import sys; from gem_ray.config import load_config; from gem_ray.planning.plan import make_plan; "
         "make_plan(load_config()); print(*{'torch', 'transformers', 'ray', 'vllm'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

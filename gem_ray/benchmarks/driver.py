@@ -1,0 +1,79 @@
+"""A run in a process of its own, which can be watched and killed.
+
+python -m gem_ray.benchmarks.driver INPUT OUTPUT ACTOR SETTING…     as `start_driver` starts it
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from gem_ray.benchmarks.standins import PassThrough
+from gem_ray.config import load_config
+from gem_ray.pipeline.checkpoint import committed_ids
+from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.pipeline.run_directory import RunDirectory
+
+_DONE = b"done: "
+_ACTORS = {"models": None, "pass-through": PassThrough}
+
+
+def start_driver(
+    source: str,
+    output: str,
+    settings: Sequence[str],
+    actor: str = "models",
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Annotate in another process, which reports its progress to `wait_for`.
+
+    Args:
+        source: the input.
+        output: the run's folder.
+        settings: overrides of the configuration, as `filter.gamma=0.3`.
+        actor: `models`, or `pass-through` where only the flow of rows matters.
+        environment: variables besides this process'.
+    """
+    command = [sys.executable, "-m", __name__, source, output, actor, *settings]
+    return subprocess.Popen(command, env=os.environ | dict(environment or {}), stdout=subprocess.PIPE)
+
+
+def wait_for(driver: subprocess.Popen[bytes], posts: float) -> int:
+    """Read the driver's progress until so many posts are done, or it ends; how many are done."""
+    assert driver.stdout is not None  # a pipe
+    done = 0
+    for line in driver.stdout:
+        if line.startswith(_DONE):  # Ray writes there, too
+            done = int(line.removeprefix(_DONE))
+        if done >= posts:
+            return done
+    driver.wait()
+    return done
+
+
+def committed_rows(output: str) -> int:
+    """Rows that a new start would not do again."""
+    directory = RunDirectory(output)
+    if not directory.run_ids():
+        return 0
+    folder = directory.run(directory.run_ids()[-1])
+    annotated = sum(
+        mark["rows"] for name in folder.marks("annotated") if (mark := folder.read(f"marks/{name}.annotated"))
+    )
+    return annotated + len(committed_ids(folder.filesystem, folder.checkpoint("g00000", 0)))
+
+
+def _main() -> None:
+    source, output, actor, *settings = sys.argv[1:]
+    config = load_config(overrides=settings)
+    annotate_dataset(source, output, config, actor=_ACTORS[actor], progress=_print_progress)
+
+
+def _print_progress(done: int, total: int) -> None:
+    print(f"{_DONE.decode()}{done}", flush=True)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,1 @@
+"""What runs where, with which batch, and what it will cost."""
