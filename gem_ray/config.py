@@ -185,7 +185,11 @@ class StagePlacement(_Section):
 class PipelineConfig(_Section):
     """The Ray Data graph."""
 
-    rows_per_block: PositiveInt = Field(64, description="posts in a block: the grain of streaming and of resume")
+    rows_per_block: PositiveInt | None = Field(
+        None,
+        description="posts in a block, the grain of streaming and of resume; none: 64 where a stage looks at images or "
+        "asks a language model, else 64 to 512, more for longer inputs",
+    )
     rows_per_group: PositiveInt = Field(1_000_000, description="posts of an execution, after which they are published")
     prepare: TaskPlacement = Field(default_factory=TaskPlacement)
     knowledge: StagePlacement = Field(default_factory=StagePlacement)

@@ -31,6 +31,9 @@ TASK_STAGES = (StageName.PREPARE, StageName.LOAD_IMAGE)
 # So little that a block which is done never waits for a CPU that reading holds: what is not written is done again.
 WRITING_CPUS = 0.1
 _READING_CPUS = 0.5
+_SLOW_STAGES = {StageName.KNOWLEDGE, StageName.RERANK, StageName.GROUND}
+_FEW_ROWS, _MANY_ROWS = 64, 512  # in a block
+_MANY_BLOCKS = 64
 _READ_PIXELS = (StageName.RERANK, StageName.GROUND)
 _READ_ENCODED = (StageName.KNOWLEDGE, StageName.LOAD_IMAGE)
 
@@ -43,11 +46,20 @@ def build_graph(
     `actor` takes the place of `StageActor`, with its signature.
     """
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.files), num_cpus=_READING_CPUS)
-    # Blocks are bounded by rows, because a block of short rows would be hours of work; small inputs are spread too.
-    dataset = dataset.repartition(target_num_rows_per_block=config.pipeline.rows_per_block)
+    rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, stages)
+    dataset = dataset.repartition(target_num_rows_per_block=rows)
     for name in stages:
         dataset = _add_stage(dataset, name, config, _spent_after(name, stages), ledger, actor or StageActor)
     return dataset
+
+
+def _rows_per_block(rows: int, stages: Sequence[StageName]) -> int:
+    """Blocks are bounded by rows, not by bytes as Ray does: a block of short rows would be hours of work.
+
+    Few where a post takes long; else as many as still spread over the actors, because the driver keeps a few kilobytes
+    for every block.
+    """
+    return _FEW_ROWS if {*stages} & _SLOW_STAGES else min(max(_FEW_ROWS, rows // _MANY_BLOCKS), _MANY_ROWS)
 
 
 def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Ledger) -> Any:
