@@ -73,7 +73,9 @@ def count_input(filesystem: fs.FileSystem, paths: Sequence[str], limit: int | No
         counts = threads.map(partial(count_rows, filesystem), paths)
         files = list(_within(limit, paths, counts))
     if not files:
-        raise ValueError("the input holds no posts: its files are empty")
+        raise ValueError(
+            f"the input holds no posts: none in {paths[0]}" + (" and the files after it" * (len(paths) > 1))
+        )
     return files
 
 
