@@ -15,7 +15,7 @@ from gem_ray.pipeline.submit import LOCAL_ADDRESS, Job
 if TYPE_CHECKING:
     from gem_ray.pipeline.summary import RunSummary
     from gem_ray.records import Post
-    from gem_ray.tagger.train import Progress
+    from gem_ray.tagger.trainer import Progress
 
 T = TypeVar("T")
 

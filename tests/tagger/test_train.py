@@ -11,8 +11,11 @@ from gem_ray.tagger.checkpoint import load_encoder, load_tagger
 from gem_ray.tagger.features import SubwordEncoder
 from gem_ray.tagger.model import DualPathTagger
 from gem_ray.tagger.predict import predict_words
+from gem_ray.tagger.recipe import TaggerTraining
+from gem_ray.tagger.scores import score_with_and_without_knowledge
 from gem_ray.tagger.tagger import Tagger
-from gem_ray.tagger.train import Progress, TaggerTraining, score_with_and_without_knowledge, train_tagger
+from gem_ray.tagger.train import train_tagger
+from gem_ray.tagger.trainer import Progress
 from gem_ray.taxonomy import FMNERG, decode_bio
 
 PERFECT = {name: {"fine": 1.0, "coarse": 1.0, "span": 1.0} for name in ("with_knowledge", "without_knowledge")}
