@@ -129,7 +129,7 @@ def _without_adapter(encoder: Any, out: Path, base_encoder: str | None) -> PreTr
     if base_encoder is None:
         return encoder.merge_and_unload()
     encoder.peft_config["default"].base_model_name_or_path = base_encoder  # not where it happens to be here
-    encoder.save_pretrained(out / _ADAPTER)
+    encoder.save_pretrained(out / _ADAPTER, save_embedding_layers=False)
     (out / _ADAPTER / "README.md").unlink()  # an empty form
     return encoder.unload()
 
