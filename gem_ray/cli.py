@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,7 +15,8 @@ from gem_ray.pipeline.submit import LOCAL_ADDRESS, Job
 if TYPE_CHECKING:
     from gem_ray.pipeline.summary import RunSummary
     from gem_ray.records import Post
-    from gem_ray.tagger.train import Progress
+    from gem_ray.tagger.trainer import Progress
+    from gem_ray.taxonomy import LabelSet
 
 T = TypeVar("T")
 
@@ -297,16 +298,32 @@ RecipeOption = Annotated[
 def train_tagger_command(
     data: DataOption,
     out: OutOption,
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="A recipe: `nano`, `paper-bert`, `paper-roberta`.")
+    ] = None,
     split: SplitOption = "train",
     dev: Annotated[Path | None, typer.Option(help="Shards to choose the epoch by.")] = None,
     dev_split: Annotated[str, typer.Option(help="The same, as a split of a Twitter10000 root.")] = "dev",
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)
+    ] = 1,
     set_: RecipeOption = None,
 ) -> None:
-    """The dual-path CRF tagger (§3.2)."""
-    from gem_ray.tagger.train import TaggerTraining, train_tagger
+    """The dual-path CRF tagger (§3.2). Stopped, the same command goes on from the last checkpoint."""
+    from gem_ray.tagger.recipe import load_recipe
+    from gem_ray.taxonomy import LABEL_SETS
 
-    settings = _recipe(TaggerTraining, set_)
-    report = train_tagger(_labelled(data, split), _labelled(dev or data, dev_split), out, settings, _tagger_progress())
+    settings = load_recipe(preset, **_overrides(set_))
+    labels = LABEL_SETS[settings.labels]
+    posts = _labelled(data, split, labels=labels), _labelled(dev or data, dev_split, labels=labels)
+    if workers > 1:
+        from gem_ray.pipeline.train_tagger import train_tagger_on_workers
+
+        report = train_tagger_on_workers(*posts, out, settings, workers)
+    else:
+        from gem_ray.tagger.train import train_tagger
+
+        report = train_tagger(*posts, out, settings, _tagger_progress())
     typer.echo(f"kept epoch {report['best_epoch']}: F1 on dev {report['dev']}\nmodel: {out}")
 
 
@@ -397,6 +414,34 @@ def submit(
         raise typer.Exit(follow_job(submission_id, address))
 
 
+@app.command(epilog="Example: `gem-ray experiment tagger --data data/twitter10000 --out out/tagger --seeds 3`")
+def experiment(
+    name: Annotated[str, typer.Argument(help="`tagger`, `tagger-recipe`, or a YAML file of the same form.")],
+    data: Annotated[Path, typer.Option(help="A Twitter10000 root.")],
+    out: Annotated[Path, typer.Option(help="Folder for the table and the runs.")],
+    seeds: Annotated[int, typer.Option(help="Trainings of each variant.", min=1)] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Just this variant. Repeatable.")] = None,
+    set_: RecipeOption = None,
+) -> None:
+    """Variants of a recipe over several seeds, in one table. What is done is not done again."""
+    from gem_ray.experiments.definition import load_experiment
+    from gem_ray.experiments.run import run_experiment
+    from gem_ray.tagger.scores import one_line
+
+    definition, overrides = load_experiment(name), _overrides(set_)
+    run_experiment(
+        definition,
+        _labelled(data, "train"),
+        _labelled(data, "dev"),
+        out,
+        seeds=seeds,
+        overrides=overrides,
+        only=only or (),
+        on_done=lambda variant, seed, result: typer.echo(f"{variant}, seed {seed}: {one_line(result['dev'])}"),
+    )
+    typer.echo(f"table: {out / 'table.md'}")
+
+
 @nano.command("build", epilog="Example: `gem-ray nano build --tweets data/twitter10000 --only matcher`")
 def nano_build(
     out: Annotated[Path | None, typer.Option(help="Folder for the models; the package's own if not given.")] = None,
@@ -437,16 +482,34 @@ def _write_shards(posts: Iterable[Post], out: str, per_shard: int) -> None:
     typer.echo(f"{write_posts(posts, out, per_shard)} posts in {out}")
 
 
-def _labelled(data: Path, split: str, images: Path | None = None) -> list[Post]:
-    """Posts with gold, from shards or from a Twitter10000 root."""
+def _labelled(data: Path, split: str, images: Path | None = None, labels: LabelSet | None = None) -> list[Post]:
+    """Posts with gold, from shards or from a Twitter10000 root; its labels are FMNERG's if none are given."""
     from gem_ray.data.convert import embedded
     from gem_ray.data.shards import read_posts
     from gem_ray.data.twitter10000 import read_split
+    from gem_ray.taxonomy import FMNERG
 
     if not (data / "txt_fine").is_dir():
         return list(read_posts(data))
-    posts = read_split(data, split, images=images)
+    posts = read_split(data, split, labels or FMNERG, images)
     return list(embedded(posts, images)) if images else posts
+
+
+def _overrides(overrides: list[str] | None) -> dict[str, Any]:
+    """Values of `key=value` arguments.
+
+    Raises:
+        ConfigError: an override that is no `key=value`.
+    """
+    import yaml
+
+    from gem_ray.config import ConfigError
+
+    for override in overrides or ():
+        if "=" not in override:
+            raise ConfigError(f"--set takes key=value, not {override!r}")
+    pairs = (override.split("=", 1) for override in overrides or ())
+    return {name.strip(): yaml.safe_load(value) for name, value in pairs}
 
 
 def _recipe(kind: type[T], overrides: list[str] | None) -> T:
@@ -455,18 +518,17 @@ def _recipe(kind: type[T], overrides: list[str] | None) -> T:
     Raises:
         ConfigError: an override that is no `key=value`, or names no setting, or has a value of the wrong kind.
     """
-    import yaml
     from pydantic import TypeAdapter, ValidationError
 
     from gem_ray.config import ConfigError
 
-    values = dict(override.partition("=")[::2] for override in overrides or ())
+    values = _overrides(overrides)
     known = list(TypeAdapter(kind).json_schema()["properties"])
     for name in values:
         if name not in known:
             raise ConfigError(f"{name}: no such setting; expected one of {', '.join(known)}")
     try:
-        return TypeAdapter(kind).validate_python({name: yaml.safe_load(value) for name, value in values.items()})
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise ConfigError(str(error)) from None
 

@@ -97,3 +97,19 @@ def test_unknown_embedded_model_is_named(tmp_path: Path) -> None:
     done = gem_ray("nano", "build", "--out", tmp_path, "--only", "taggger")
     assert done.returncode == 1
     assert "taggger" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "tagger", "--preset", "papr-bert"), "expected one of nano, paper-bert, paper-roberta"),
+        (("train", "tagger", "--set", "coarse_path=false"), "set augmentation=false with coarse_path=false"),
+        (("experiment", "tagr"), "give a YAML file, or one of tagger, tagger-recipe"),
+    ],
+)
+def test_recipes_and_experiments_that_are_not_there_are_usage_errors(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = gem_ray(*arguments, "--data", tmp_path, "--out", tmp_path / "out")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert message in done.stderr

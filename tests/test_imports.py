@@ -18,7 +18,7 @@ LAYERS = [
     {"annotator"},
     {"planning"},
     {"pipeline", "serving", "evaluation"},
-    {"benchmarks"},
+    {"benchmarks", "experiments"},
     {"nano"},
     {"cli"},
     {"jobs"},
@@ -102,7 +102,8 @@ def test_package_inits_hold_a_docstring_and_import_nothing(file):
 
 
 @pytest.mark.parametrize(
-    "module", ["records", "taxonomy", "config", "checkpoints", "cli", "data.images", "knowledge.provider"]
+    "module",
+    ["records", "taxonomy", "config", "checkpoints", "cli", "data.images", "knowledge.provider", "tagger.recipe"],
 )
 def test_light_modules_load_no_heavy_library(module):
     """`gem-ray --help` answers at once, and workers that only read rows stay small."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 from gem_ray.checkpoints import resolve
 from gem_ray.tagger.features import load_tokenizer
 from gem_ray.tagger.model import DualPathTagger
+from gem_ray.tagger.recipe import Design, TaggerTraining
 from gem_ray.taxonomy import LABEL_SETS
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG, _WEIGHTS, _ADAPTER = "config.json", "model.safetensors", "adapter"
 
 
 class TaggerFileConfig(BaseModel):
@@ -29,6 +31,8 @@ class TaggerFileConfig(BaseModel):
     alpha: float
     beta: float
     dropout: float
+    design: Design = Design()
+    recipe: dict[str, Any] | None = None  # how it was trained, for the reader
     encoder: dict[str, Any] | None = None  # the complete form: the encoder's own configuration
     base_encoder: str | None = None  # the other: where the encoder and its tokenizer are
     from_base: list[str] = []  # the weights that are not here because they are the base's
@@ -50,9 +54,15 @@ def load_encoder(reference: str, attention_dropout: float | None = None) -> PreT
 
 
 def save_tagger(
-    model: DualPathTagger, tokenizer: PreTrainedTokenizerBase, out: Path, base_encoder: str | None = None
+    model: DualPathTagger,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    base_encoder: str | None = None,
+    recipe: TaggerTraining | None = None,
 ) -> None:
     """Write a model directory.
+
+    A LoRA adapter on the encoder is merged into it; on a base encoder, it is kept apart, in `adapter/`.
 
     Args:
         model: what to save.
@@ -61,11 +71,21 @@ def save_tagger(
         base_encoder: a reference that `checkpoints.resolve` understands: only the weights that differ from it are
             written, in half precision, and neither the tokenizer nor the encoder's configuration. None: everything is
             written as it is, and the directory needs nothing else.
+        recipe: how the model was trained, to be stored with it.
     """
     out.mkdir(parents=True, exist_ok=True)
     config = TaggerFileConfig(
-        labels=model.labels.name, alpha=model.alpha, beta=model.beta, dropout=model.dropout.p, base_encoder=base_encoder
+        labels=model.labels.name,
+        alpha=model.alpha,
+        beta=model.beta,
+        dropout=model.dropout.p,
+        design=model.design,
+        recipe=recipe.model_dump(exclude_defaults=True) if recipe else None,
+        base_encoder=base_encoder,
     )
+    if hasattr(model.encoder, "merge_and_unload"):  # a LoRA adapter
+        model = copy.deepcopy(model)
+        model.encoder = _without_adapter(model.encoder, out, base_encoder)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if base_encoder is None:
         config.encoder = model.encoder.config.to_dict()
@@ -93,10 +113,25 @@ def load_tagger(path: Path) -> tuple[DualPathTagger, PreTrainedTokenizerBase]:
         encoder = load_encoder(config.base_encoder)
         base = _encoder_weights(encoder)
         weights.update({name: base[name] for name in config.from_base if name in base})
-    model = DualPathTagger(encoder, LABEL_SETS[config.labels], config.alpha, config.beta, config.dropout)
+    labels = LABEL_SETS[config.labels]
+    model = DualPathTagger(encoder, labels, config.alpha, config.beta, config.dropout, design=config.design)
     _load_strictly(model, weights, path)
+    if (path / _ADAPTER).is_dir():
+        from peft import PeftModel  # slow to import, and few models need it
+
+        model.encoder = PeftModel.from_pretrained(model.encoder, path / _ADAPTER).merge_and_unload()
     tokenizer = load_tokenizer(path if config.base_encoder is None else resolve(config.base_encoder))
     return model.eval(), tokenizer
+
+
+def _without_adapter(encoder: Any, out: Path, base_encoder: str | None) -> PreTrainedModel:
+    """The encoder with its adapter merged, or as it was before it; the adapter is then in a folder of its own."""
+    if base_encoder is None:
+        return encoder.merge_and_unload()
+    encoder.peft_config["default"].base_model_name_or_path = base_encoder  # not where it happens to be here
+    encoder.save_pretrained(out / _ADAPTER, save_embedding_layers=False)
+    (out / _ADAPTER / "README.md").unlink()  # an empty form
+    return encoder.unload()
 
 
 def _read_config(path: Path) -> TaggerFileConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,16 +11,20 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gem_ray.records import Post
+from gem_ray.tagger.recipe import Design, KnowledgeSource
+from gem_ray.tagger.shapes import case_of, cases_of, input_shapes
 
 _SPECIAL_TOKENS = 2  # [CLS] and the [SEP] after the text
 
 
 @dataclass(frozen=True)
 class SubwordPost:
-    """A post's subword ids: one list a word, never empty, and those of its knowledge."""
+    """A post's subword ids: one list a word, never empty, and those of its knowledge; cases only if asked for."""
 
     words: list[list[int]]
     knowledge: list[int]
+    word_cases: list[list[int]] = field(default_factory=list)
+    knowledge_cases: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Window:
     input_ids: list[int]
     first_subwords: list[int]
     tags: list[int] = field(default_factory=list)  # gold fine tags, when training
+    shapes: list[int] = field(default_factory=list)  # one a subword, if the model reads them
 
     @property
     def word_end(self) -> int:
@@ -51,6 +56,7 @@ class Batch:
     first_subwords: Tensor  # (B, W), 0 past the end
     word_mask: Tensor  # (B, W) bool: the words that have a tag
     tags: Tensor | None = None  # (B, W), 0 past the end
+    shapes: Tensor | None = None  # (B, S), 0 past the end
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -73,42 +79,59 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 class SubwordEncoder:
     """Turns posts into input sequences of at most `max_length` subwords.
 
-    Knowledge is what `post.knowledge` holds; a caption alone is not used. The text is never cut for the knowledge's
-    sake: the knowledge gets the room that the text leaves. A text longer than `max_length` is read in consecutive
-    windows of whole words, each tagged by itself.
+    The text is never cut for the knowledge's sake: the knowledge gets the room that the text leaves. A text longer than
+    `max_length` is read in consecutive windows of whole words, each tagged by itself.
 
     Args:
         tokenizer: as `load_tokenizer` gives it.
         max_length: subwords of text, knowledge and special tokens together.
+        design: which columns are knowledge, and whether shapes are wanted; the paper's if none.
 
     Raises:
         ValueError: `max_length` leaves no room for a word, or is more than the encoder reads.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, design: Design | None = None) -> None:
         if not _SPECIAL_TOKENS < max_length <= tokenizer.model_max_length:
             raise ValueError(
                 f"max_length {max_length} must be over 2 and at most {tokenizer.model_max_length} subwords"
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.design = design or Design()
 
     def subwords(self, posts: Sequence[Post]) -> list[SubwordPost]:
         """Subword ids of texts and knowledge, one call of the tokenizer for each."""
         if not posts:
             return []
         texts = self.tokenizer(
-            [post.tokens for post in posts], is_split_into_words=True, add_special_tokens=False, verbose=False
-        )
-        knowledge = self.tokenizer(
-            [post.knowledge or "" for post in posts],
+            [post.tokens for post in posts],
+            is_split_into_words=True,
             add_special_tokens=False,
+            return_offsets_mapping=self.design.word_shapes,
+            verbose=False,
+        )
+        sources = [knowledge_text(post, self.design.knowledge) for post in posts]
+        knowledge = self.tokenizer(
+            sources,
+            add_special_tokens=False,
+            return_offsets_mapping=self.design.word_shapes,
             truncation=True,
             max_length=self.max_length,
         )
-        return [
+        subwords = [
             SubwordPost(self._words(ids, texts.word_ids(row), len(post.tokens)), known)
             for row, (post, ids, known) in enumerate(zip(posts, texts.input_ids, knowledge.input_ids, strict=True))
+        ]
+        if not self.design.word_shapes:
+            return subwords
+        return [
+            replace(
+                each,
+                word_cases=self._word_cases(post.tokens, each, texts.word_ids(row), texts.offset_mapping[row]),
+                knowledge_cases=cases_of(sources[row], knowledge.offset_mapping[row]),
+            )
+            for row, (post, each) in enumerate(zip(posts, subwords, strict=True))
         ]
 
     def windows(self, post: SubwordPost, index: int = 0) -> list[Window]:
@@ -125,7 +148,7 @@ class SubwordEncoder:
             windows[-1].first_subwords.append(len(windows[-1].input_ids))
             windows[-1].input_ids.extend(word)
         for window in windows:
-            self._close(window, post.knowledge)
+            self._close(window, post)
         return windows
 
     def encode(self, posts: Sequence[Post]) -> list[Window]:
@@ -146,15 +169,40 @@ class SubwordEncoder:
         # A word without any subword (a zero-width character) still has a place and a tag.
         return [word[:longest] or [self.tokenizer.unk_token_id] for word in words]
 
+    def _word_cases(
+        self,
+        tokens: Sequence[str],
+        post: SubwordPost,
+        word_ids: list[int | None],
+        offsets: Sequence[tuple[int, int]],
+    ) -> list[list[int]]:
+        """The case of every subword in `post.words`; offsets count from the beginning of their word."""
+        cases: list[list[int]] = [[] for _ in tokens]
+        for word, span in zip(word_ids, offsets, strict=True):
+            if word is not None:
+                cases[word].extend(cases_of(tokens[word], [span]))
+        unknown = [case_of("")]
+        return [(case or unknown)[: len(word)] for case, word in zip(cases, post.words, strict=True)]
+
     def _open(self, index: int, position: int) -> Window:
         return Window(index, position, [self.tokenizer.cls_token_id], [])
 
-    def _close(self, window: Window, knowledge: list[int]) -> None:
+    def _close(self, window: Window, post: SubwordPost) -> None:
         separator = self.tokenizer.sep_token_id
+        text = window.input_ids[1:]
+        knowledge = post.knowledge[: max(0, self.max_length - len(text) - _SPECIAL_TOKENS - 1)]
         window.input_ids.append(separator)
-        room = self.max_length - len(window.input_ids) - 1
-        if knowledge and room > 0:
-            window.input_ids.extend([*knowledge[:room], separator])
+        if knowledge:
+            window.input_ids.extend([*knowledge, separator])
+        if self.design.word_shapes:
+            cases = [case for word in post.word_cases[window.word_start : window.word_end] for case in word]
+            window.shapes = input_shapes(text, cases, knowledge, post.knowledge_cases[: len(knowledge)])
+
+
+def knowledge_text(post: Post, source: KnowledgeSource) -> str:
+    """What a post brings beside its text, from the columns that are asked for; empty if it has none."""
+    columns = {"caption": [post.caption], "knowledge": [post.knowledge], "both": [post.caption, post.knowledge]}
+    return " ".join(text for text in columns.get(source, ()) if text)
 
 
 def collate(windows: Sequence[Window], pad_token_id: int) -> Batch:
@@ -170,6 +218,7 @@ def collate(windows: Sequence[Window], pad_token_id: int) -> Batch:
         first_subwords=_padded([window.first_subwords for window in windows], words, 0),
         word_mask=torch.arange(words) < lengths[:, None],
         tags=_padded([window.tags for window in windows], words, 0) if windows[0].tags else None,
+        shapes=_padded([window.shapes for window in windows], subwords, 0) if windows[0].shapes else None,
     )
 
 

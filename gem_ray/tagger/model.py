@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from gem_ray.tagger.crf import LinearChainCRF
 from gem_ray.tagger.features import Batch
+from gem_ray.tagger.recipe import Design
+from gem_ray.tagger.shapes import SHAPES
+from gem_ray.tagger.softmax import IndependentTags
 from gem_ray.taxonomy import LabelSet, bio_tags
 
 
@@ -33,7 +36,8 @@ class DualPathTagger(nn.Module):
         alpha: weight of the coarse loss (eq. 8).
         beta: weight of the coarse logits in the fine ones (eq. 9).
         dropout: on the words' vectors, when training.
-        transition: initial M (C_c, C_f), as `tag_cooccurrence` gives it; none: zeros, to be loaded over.
+        transition: initial M (C_c, C_f), as `initial_transition` gives it; none: zeros, to be loaded over.
+        design: which parts there are; all of the paper's if none.
     """
 
     def __init__(
@@ -44,39 +48,53 @@ class DualPathTagger(nn.Module):
         beta: float = 0.1,
         dropout: float = 0.1,
         transition: Tensor | None = None,
+        design: Design | None = None,
     ) -> None:
         super().__init__()
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # one vector for a whole sequence: nothing reads it
         self.encoder = encoder
         self.labels, self.alpha, self.beta = labels, alpha, beta
+        self.design = design or Design()
         self.dropout = nn.Dropout(dropout)
         size, coarse_tags, fine_tags = encoder.config.hidden_size, len(labels.coarse_tags), len(labels.fine_tags)
         self.fine_head = nn.Linear(size, fine_tags)
-        self.fine_crf = LinearChainCRF(fine_tags)
-        if labels.is_hierarchical:
+        self.fine_crf = self._tag_distribution(fine_tags)
+        if self.has_coarse_path:
             self.coarse_head = nn.Linear(size, coarse_tags)
-            self.coarse_crf = LinearChainCRF(coarse_tags)
-            self.transition = nn.Parameter(torch.zeros(coarse_tags, fine_tags) if transition is None else transition)
+            self.coarse_crf = self._tag_distribution(coarse_tags)
             self.register_buffer("coarse_of_fine", coarse_of_fine_tags(labels), persistent=False)
+            if self.design.augmentation:
+                empty = torch.zeros(coarse_tags, fine_tags)
+                self.transition = nn.Parameter(empty if transition is None else transition)
+        if self.design.word_shapes:
+            self.shape_embeddings = nn.Embedding(SHAPES, encoder.get_input_embeddings().embedding_dim)
+            nn.init.zeros_(self.shape_embeddings.weight)  # at first, the encoder reads what it was pretrained on
+
+    @property
+    def has_coarse_path(self) -> bool:
+        """Multi-granularity prediction: the design has it, and the label set has two levels."""
+        return self.design.coarse_path and self.labels.is_hierarchical
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch with tags (eq. 8), a scalar; see `loss`."""
-        return self.loss(batch)
+        return self.loss(batch, self.emissions(batch))
 
     def emissions(self, batch: Batch) -> Emissions:
         """Logits of every word, read at its first subword; knowledge is context only."""
-        hidden = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        hidden = self._encode(batch)
         index = batch.first_subwords[:, :, None].expand(-1, -1, hidden.shape[-1])
         words = hidden.gather(1, index)  # (B, S, D) -> (B, W, D)
         words = self.dropout(words.to(self.fine_head.weight.dtype))
         fine = self.fine_head(words)  # (B, W, C_f)
-        if not self.labels.is_hierarchical:
+        if not self.has_coarse_path:
             return Emissions(None, fine)
         coarse = self.coarse_head(words)  # (B, W, C_c)
+        if not self.design.augmentation:
+            return Emissions(coarse, fine)
         return Emissions(coarse, self.beta * coarse @ self.transition + (1 - self.beta) * fine)  # eq. 9
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, emissions: Emissions) -> Tensor:
         """The weighted negative log-likelihood of the gold tags, the mean over the batch's sequences.
 
         Raises:
@@ -84,7 +102,6 @@ class DualPathTagger(nn.Module):
         """
         if batch.tags is None:
             raise ValueError("a batch without gold tags has no loss")
-        emissions = self.emissions(batch)
         fine = -_log_likelihood(self.fine_crf, emissions.fine, batch.tags, batch.word_mask)  # eq. 7
         if emissions.coarse is None:
             return fine
@@ -96,8 +113,21 @@ class DualPathTagger(nn.Module):
         """The best fine tags of each sequence, one for each word of its mask (B, W)."""
         return self.fine_crf.decode(emissions.fine.float(), word_mask)
 
+    def _encode(self, batch: Batch) -> Tensor:
+        """The encoder's vectors (B, S, D)."""
+        if batch.shapes is None:
+            output = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        else:
+            embeddings = self.encoder.get_input_embeddings()(batch.input_ids)
+            embeddings = embeddings + self.shape_embeddings(batch.shapes).to(embeddings.dtype)
+            output = self.encoder(inputs_embeds=embeddings, attention_mask=batch.attention_mask)
+        return output.last_hidden_state
 
-def _log_likelihood(crf: LinearChainCRF, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+    def _tag_distribution(self, num_tags: int) -> LinearChainCRF | IndependentTags:
+        return LinearChainCRF(num_tags) if self.design.crf else IndependentTags()
+
+
+def _log_likelihood(crf: nn.Module, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
     # Sums over many steps: single precision also where the encoder runs in half.
     with torch.autocast(emissions.device.type, enabled=False):
         return crf(emissions.float(), tags, mask, reduction="mean")
@@ -125,3 +155,18 @@ def tag_cooccurrence(labels: LabelSet, sequences: Iterable[Iterable[int]]) -> Te
         for fine in sequence:
             counts[coarse_of_fine[fine], fine] += 1
     return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def initial_transition(kind: str, labels: LabelSet, sequences: Iterable[Iterable[int]]) -> Tensor:
+    """M (C_c, C_f) before training.
+
+    Args:
+        kind: `cooccurrence` (the paper), `zeros`, or `random`: rows that sum to 1 as the co-occurrences do, and say
+            nothing.
+        labels: the category tree.
+        sequences: fine tags of the training texts, as indices.
+    """
+    if kind == "cooccurrence":
+        return tag_cooccurrence(labels, sequences)
+    matrix = torch.zeros(len(labels.coarse_tags), len(labels.fine_tags))
+    return matrix if kind == "zeros" else torch.randn_like(matrix).softmax(dim=1)

@@ -53,7 +53,7 @@ class Tagger:
         if model.labels.name != config.labels:
             raise ValueError(f"{config.tagger.model} tags {model.labels.name}, the configuration asks {config.labels}")
         device = torch_device(config.device)
-        features = SubwordEncoder(tokenizer, config.tagger.max_length)
+        features = SubwordEncoder(tokenizer, config.tagger.max_length, model.design)
         return cls(model, features, config.tagger.batch_size, device, getattr(torch, config.tagger.dtype))
 
     def __call__(self, posts: list[Post]) -> list[Post]:

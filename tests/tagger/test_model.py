@@ -58,7 +58,7 @@ def test_loss_weighs_both_paths(model: DualPathTagger, batch: Batch) -> None:
         coarse = -model.coarse_crf(emissions.coarse[row : row + 1, :count], torch.tensor([coarse_tags]), words)
         fine = -model.fine_crf(emissions.fine[row : row + 1, :count], torch.tensor([fine_tags]), words)
         losses.append(0.3 * coarse.item() + 0.7 * fine.item())
-    assert model.loss(batch).item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert model(batch).item() == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def test_a_one_level_label_set_has_one_path(encoder_folder: Path, batch: Batch) -> None:
@@ -67,12 +67,12 @@ def test_a_one_level_label_set_has_one_path(encoder_folder: Path, batch: Batch) 
     emissions = model.eval().emissions(batch)
     assert emissions.coarse is None
     likelihood = model.fine_crf(emissions.fine, batch.tags, batch.word_mask, reduction="mean")
-    assert model.loss(batch).item() == pytest.approx(-likelihood.item(), rel=1e-5)
+    assert model(batch).item() == pytest.approx(-likelihood.item(), rel=1e-5)
 
 
 def test_loss_needs_gold_tags(model: DualPathTagger, features: SubwordEncoder, posts: list) -> None:
     with pytest.raises(ValueError, match="without gold tags"):
-        model.loss(collate(features.encode(posts[:1]), 0))
+        model(collate(features.encode(posts[:1]), 0))
 
 
 def test_every_fine_tag_belongs_to_its_parents_tag() -> None:

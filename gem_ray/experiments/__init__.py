@@ -1,0 +1,1 @@
+"""Named experiments: variants of a recipe, trained over seeds, in one table."""

@@ -1,0 +1,99 @@
+"""A training that is killed goes on as if nothing had been."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gem_ray.config import ConfigError
+from gem_ray.records import Post
+from gem_ray.tagger.checkpoint import load_tagger
+from gem_ray.tagger.recipe import TaggerTraining
+from gem_ray.tagger.train import train_tagger
+from gem_ray.tagger.trainer import Progress
+
+
+class KilledError(Exception):
+    """What stands for a kill."""
+
+
+def kill_at(step: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.step == step:
+            raise KilledError
+
+    return report
+
+
+@pytest.fixture
+def settings(encoder_folder: Path) -> TaggerTraining:
+    """Everything that is random, in 4 steps an epoch."""
+    return TaggerTraining(
+        encoder=str(encoder_folder),
+        epochs=3,
+        batch_size=2,
+        max_length=64,
+        encoder_lr=1e-3,
+        dropout=0.3,
+        word_dropout=0.2,
+        knowledge_dropout=0.4,
+        mention_replacement=0.3,
+        word_shapes=True,
+        second_view="same",
+        consistency=0.3,
+        ema_decay=0.8,
+        patience=3,
+        checkpoint_steps=3,
+    )
+
+
+# Killed in the first epoch, after an extra checkpoint; just after an epoch's end; in the second epoch; and twice.
+@pytest.mark.parametrize("kills", [(4,), (5,), (8,), (5, 11)])
+def test_resumed_training_gives_the_same_weights(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path, kills: tuple[int, ...]
+) -> None:
+    whole = train_tagger(posts, posts, tmp_path / "whole", settings)
+    for step in kills:
+        with pytest.raises(KilledError):
+            train_tagger(posts, posts, tmp_path / "resumed", settings, kill_at(step))
+    torch.manual_seed(99)  # another process would not go on with this one's random numbers
+    torch.rand(17)
+    steps: list[int] = []
+    resumed = train_tagger(posts, posts, tmp_path / "resumed", settings, lambda progress: steps.append(progress.step))
+    assert min(steps) > 3  # it did not begin anew
+    one, other = (load_tagger(tmp_path / name)[0].state_dict() for name in ("whole", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert resumed["dev"] == whole["dev"]
+    assert [epoch["dev"] for epoch in resumed["epochs"]] == [epoch["dev"] for epoch in whole["epochs"]]
+
+
+def test_training_with_accumulated_gradients_is_resumed_too(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path
+) -> None:
+    settings = settings.changed(gradient_accumulation=2, checkpoint_steps=1)  # 2 steps an epoch
+    train_tagger(posts, posts, tmp_path / "whole", settings)
+    with pytest.raises(KilledError):
+        train_tagger(posts, posts, tmp_path / "resumed", settings, kill_at(4))
+    train_tagger(posts, posts, tmp_path / "resumed", settings)
+    one, other = (load_tagger(tmp_path / name)[0].state_dict() for name in ("whole", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_checkpoints_are_there_until_the_training_is_done(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path
+) -> None:
+    with pytest.raises(KilledError):
+        train_tagger(posts, posts, tmp_path, settings, kill_at(11))
+    assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) in (1, 2)  # the last, and the best if another
+    train_tagger(posts, posts, tmp_path, settings)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_training_with_another_recipe_is_not_gone_on_with(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path
+) -> None:
+    with pytest.raises(KilledError):
+        train_tagger(posts, posts, tmp_path, settings, kill_at(4))
+    with pytest.raises(ConfigError, match="begun with another recipe"):
+        train_tagger(posts, posts, tmp_path, settings.changed(epochs=4))
