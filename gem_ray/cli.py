@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gem_ray.pipeline.summary import RunSummary
     from gem_ray.records import Post
     from gem_ray.tagger.trainer import Progress
-    from gem_ray.taxonomy import LabelSet
 
 T = TypeVar("T")
 
@@ -185,6 +184,43 @@ def evaluate(
         write_report(report, json)
 
 
+@app.command(epilog="Example: `gem-ray calibrate --data posts/ --budget 0.15 --rerank`")
+def calibrate(
+    data: Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")],
+    out: Annotated[Path, typer.Option(help="Folder for `calibration.json` and `calibration.png`.")] = Path(
+        "out/calibration"
+    ),
+    split: Annotated[str, typer.Option(help="Split of a Twitter10000 root.")] = "dev",
+    images: Annotated[Path | None, typer.Option(help="Images of a Twitter10000 root, named by image id.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Propose the γ that sends at most this share to the reranker.", min=0, max=1)
+    ] = None,
+    rerank: Annotated[bool, typer.Option("--rerank", help="Ask the configured reranker about every entity.")] = False,
+    reranked: Annotated[
+        Path | None, typer.Option(help="Or take its answers from this output of `annotate --set filter.gamma=0`.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Candidates in which the gold category is looked for.", min=1)] = 5,
+    bin_width: Annotated[float, typer.Option(help="Of entropy, in nats.", min=0.01)] = 0.2,
+    preset: PresetOption = "nano",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Accuracy, top-K recall and share of entities by entropy on a dev set, and which γ follows (Figure 5)."""
+    from gem_ray.config import ConfigError, load_config
+    from gem_ray.evaluation import calibration, calibration_report, dev_set
+
+    if rerank and reranked:
+        raise ConfigError("--rerank and --reranked: say one of them")
+    settings = load_config(preset, config, set_ or ())
+    answers = dev_set.EarlierRun(reranked) if reranked else dev_set.ConfiguredReranker(settings) if rerank else None
+    posts = _labelled(data, split, images, settings.labels)
+    entities = list(dev_set.judge_dev_set(posts, settings, k, answers))
+    result = calibration.calibrate(entities, k, settings.filter.gamma, budget, bin_width)
+    calibration_report.print_calibration(result)
+    calibration_report.write_calibration(result, out)
+    typer.echo(f"figures: {out / 'calibration.json'}, plot: {out / 'calibration.png'}")
+
+
 @app.command(epilog="Example: `gem-ray gallery out/ posts/ gallery.html`")
 def gallery(
     annotations: Annotated[Path, typer.Argument(help="An output folder of `annotate`.")],
@@ -311,11 +347,9 @@ def train_tagger_command(
 ) -> None:
     """The dual-path CRF tagger (§3.2). Stopped, the same command goes on from the last checkpoint."""
     from gem_ray.tagger.recipe import load_recipe
-    from gem_ray.taxonomy import LABEL_SETS
 
     settings = load_recipe(preset, **_overrides(set_))
-    labels = LABEL_SETS[settings.labels]
-    posts = _labelled(data, split, labels=labels), _labelled(dev or data, dev_split, labels=labels)
+    posts = _labelled(data, split, labels=settings.labels), _labelled(dev or data, dev_split, labels=settings.labels)
     if workers > 1:
         from gem_ray.pipeline.train_tagger import train_tagger_on_workers
 
@@ -482,16 +516,16 @@ def _write_shards(posts: Iterable[Post], out: str, per_shard: int) -> None:
     typer.echo(f"{write_posts(posts, out, per_shard)} posts in {out}")
 
 
-def _labelled(data: Path, split: str, images: Path | None = None, labels: LabelSet | None = None) -> list[Post]:
-    """Posts with gold, from shards or from a Twitter10000 root; its labels are FMNERG's if none are given."""
+def _labelled(data: Path, split: str, images: Path | None = None, labels: str = "fmnerg") -> list[Post]:
+    """Posts with gold, from shards or from a Twitter10000 root."""
     from gem_ray.data.convert import embedded
     from gem_ray.data.shards import read_posts
     from gem_ray.data.twitter10000 import read_split
-    from gem_ray.taxonomy import FMNERG
+    from gem_ray.taxonomy import LABEL_SETS
 
     if not (data / "txt_fine").is_dir():
         return list(read_posts(data))
-    posts = read_split(data, split, labels or FMNERG, images)
+    posts = read_split(data, split, LABEL_SETS[labels], images)
     return list(embedded(posts, images)) if images else posts
 
 

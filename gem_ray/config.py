@@ -77,9 +77,10 @@ class TaggerConfig(_Section):
     """The dual-path CRF tagger (§3.2)."""
 
     model: str = "nano:tagger"
-    batch_size: PositiveInt = Field(32, description="posts in one forward pass")
+    batch_tokens: PositiveInt = Field(8192, description="subwords in one forward pass, padding included")
     max_length: PositiveInt = Field(256, description="subwords of text and knowledge together")
     dtype: DType = "float32"
+    compile: bool = Field(False, description="compile the encoder: takes a minute and a C++ compiler at the start")
 
 
 class FilterConfig(_Section):

@@ -1,4 +1,4 @@
-"""What the system costs and gains: `python jobs/benchmark.py {throughput,memory,resume,scale-out,chaos} …`."""
+"""What the system costs and gains: `python jobs/benchmark.py {throughput,tagger,memory,resume,…} --out DIR …`."""
 
 import json
 from pathlib import Path
@@ -24,6 +24,27 @@ def throughput(
     from gem_ray.config import load_config
 
     _write(out, "throughput", measure_throughput(out, load_config(preset, overrides=set_ or ()), posts, plain_posts))
+
+
+@app.command()
+def tagger(
+    out: OutOption = Path("out/benchmark"),
+    tweets: Annotated[
+        Path | None, typer.Option(help="A Twitter10000 root: its dev split, not generated posts.")
+    ] = None,
+    posts: Annotated[int, typer.Option(help="At most so many.", min=16)] = 1024,
+    rounds: Annotated[int, typer.Option(help="Pairs of measurements.", min=1)] = 4,
+    preset: Annotated[str, typer.Option(help="Model and batch.")] = "nano",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,
+) -> None:
+    """Tagging in batches against tagging post by post, text alone."""
+    from gem_ray.benchmarks.tagger import measure_tagger
+    from gem_ray.config import load_config
+    from gem_ray.data.generated import generate
+    from gem_ray.data.twitter10000 import read_split
+
+    texts = read_split(tweets, "dev")[:posts] if tweets else list(generate(posts, seed=7))
+    _write(out, "tagger", measure_tagger(load_config(preset, overrides=set_ or ()), texts, rounds))
 
 
 @app.command()

@@ -11,7 +11,7 @@ _WORD = regex.compile(
       https?://t\.(?=\s?co/) | (?<=://t\.\s?)co/\w+  # Twitter's links lie in two pieces in the training data
     | (?:https?://|www\.)\S*[\w/]                 # any other address, without the punctuation after it
     | (?<!\S)[:;]-?[()DP/](?!\w)                  # emoticons
-    | &(?:amp|lt|gt|quot|apos|nbsp|\#\d+)\b       # HTML escapes stay as they are; their `;` is a word
+    | &(?:amp|lt|gt|quot|apos|nbsp|\#\d+|\#x[\da-fA-F]+)\b  # HTML escapes stay as they are; their `;` is a word
     | \d+\.\d+                                    # decimals; `3:11` and `7,500` come apart
     | [\p{Han}\p{Hiragana}\p{Katakana}]           # scripts without spaces: a word a character
     | (?:(?![\p{Han}\p{Hiragana}\p{Katakana}])[\p{L}\p{N}][\p{M}\u200c\u200d]*)+

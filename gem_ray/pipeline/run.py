@@ -35,7 +35,9 @@ __all__ = ["RunError", "annotate_dataset"]
 _ONLY_PLACE = ("pipeline", "device")
 _ONLY_SPEED = (
     "batch_size",
+    "batch_tokens",
     "captioner_batch_size",
+    "compile",
     "concurrency",
     "fetch_concurrency",
     "gpu_memory_utilization",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,12 +168,13 @@ def _tag(config: Config, card_memory: int, work: Workload) -> StageNeed:
     facts = _facts(config, "tagger.model", settings.model, "google-bert/bert-base-uncased")
     longest = stacks.encoder(facts.shape, settings.max_length)
     usual = stacks.encoder(facts.shape, min(settings.max_length, work.text_tokens))
+    batch = math.ceil(settings.batch_tokens / settings.max_length)
     tagger = _model(
         facts,
         "tagger",
         settings.dtype,
-        settings.batch_size,
-        activations=settings.batch_size * BYTES[settings.dtype] * longest.activations,
+        batch,
+        activations=batch * BYTES[settings.dtype] * longest.activations,
         flops=usual.flops,
     )
     return StageNeed(StageName.TAG, (tagger,))

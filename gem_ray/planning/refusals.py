@@ -17,7 +17,7 @@ USABLE = 0.95
 # What makes a stage smaller, the least loss first. Each is tried on top of those before it.
 _SMALLER: dict[StageName, list[tuple[str, Any]]] = {
     StageName.KNOWLEDGE: [("knowledge.captioner_dtype", "bfloat16"), ("knowledge.captioner_batch_size", 1)],
-    StageName.TAG: [("tagger.dtype", "float16"), ("tagger.batch_size", 8)],
+    StageName.TAG: [("tagger.dtype", "float16"), ("tagger.batch_tokens", 2048)],
     StageName.RERANK: [
         ("reranker.dtype", "bfloat16"),
         ("reranker.batch_size", 1),

@@ -32,16 +32,23 @@ class LinearChainCRF(CRF):
         return torch.logsumexp(score + self.end_transitions, dim=1)
 
     def _viterbi_decode(self, emissions: Tensor, mask: Tensor) -> list[list[int]]:
-        """The best tag sequences, with the way back walked for the whole batch at once."""
+        """The best tag sequences: emissions (W, B, C), mask (W, B), which is on from the first word to the last.
+
+        Forward it keeps the scores only, whose maximum is several times faster without its place; the way back asks for
+        the origin of one tag a sequence. The sums are those of `torchcrf`, in its order: ties fall alike, too.
+        """
         score = self.start_transitions + emissions[0]  # (B, C)
-        stay = torch.arange(self.num_tags, device=score.device).expand_as(score)
-        origins = []
+        scores = [score]
         for emission, valid in zip(emissions[1:], mask[1:], strict=True):
-            following, origin = (score[:, :, None] + self.transitions).max(dim=1)  # (B, C)
-            score = torch.where(valid[:, None], following + emission, score)
-            origins.append(torch.where(valid[:, None], origin, stay))  # past the end, a path stays on its last tag
-        tags = [(score + self.end_transitions).argmax(dim=1)]
-        for origin in reversed(origins):
-            tags.append(origin.gather(1, tags[-1][:, None]).squeeze(1))
+            following = (score[:, :, None] + self.transitions).amax(dim=1) + emission  # (B, C, C) -> (B, C)
+            score = torch.where(valid[:, None], following, score)
+            scores.append(score)
+        tag = (score + self.end_transitions).argmax(dim=1)  # (B,)
+        tags = [tag]
+        into = self.transitions.t()  # row j: the transitions into tag j
+        for step in range(len(emissions) - 1, 0, -1):
+            arriving = scores[step - 1] + into[tag] + emissions[step].gather(1, tag[:, None])  # (B, C)
+            tag = torch.where(mask[step], arriving.argmax(dim=1), tag)  # past the end, a path stays on its last tag
+            tags.append(tag)
         paths = torch.stack(tags[::-1], dim=1).tolist()  # (B, W)
         return [path[:length] for path, length in zip(paths, mask.sum(dim=0).tolist(), strict=True)]

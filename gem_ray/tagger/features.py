@@ -229,5 +229,21 @@ def by_length(windows: Sequence[Window], batch_size: int) -> Iterator[list[Windo
         yield ordered[start : start + batch_size]
 
 
+def by_token_budget(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Batches of windows of similar length, the longest first, each of at most `batch_tokens` subwords with padding.
+
+    A row count would make batches of short texts too small for a GPU, or those of long texts too large for its memory.
+    A window that is longer than the budget is a batch of its own.
+    """
+    batch: list[Window] = []
+    for window in sorted(windows, key=lambda window: len(window.input_ids), reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0].input_ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
 def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])

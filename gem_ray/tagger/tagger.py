@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from gem_ray.checkpoints import resolve
@@ -23,23 +22,27 @@ class Tagger:
     Args:
         model: the dual-path tagger; it is moved to `device` and put into evaluation mode.
         features: its input format.
-        batch_size: windows in one forward pass.
+        batch_tokens: subwords in one forward pass, padding included.
         device: where to run.
         dtype: the encoder's precision; heads and CRFs stay in single precision.
+        compile: compile the encoder when it first runs.
     """
 
     def __init__(
         self,
         model: DualPathTagger,
         features: SubwordEncoder,
-        batch_size: int = 32,
+        batch_tokens: int = 8192,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        compile: bool = False,
     ) -> None:
         self.model = model.to(device).eval()
         self.model.encoder.to(dtype)
         self.features = features
-        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        if compile:
+            self.model.encoder.compile(dynamic=True)  # of any batch: every one has a shape of its own
 
     @classmethod
     def from_config(cls, config: Config) -> Tagger:
@@ -52,14 +55,14 @@ class Tagger:
         model, tokenizer = load_tagger(resolve(config.tagger.model))
         if model.labels.name != config.labels:
             raise ValueError(f"{config.tagger.model} tags {model.labels.name}, the configuration asks {config.labels}")
-        device = torch_device(config.device)
-        features = SubwordEncoder(tokenizer, config.tagger.max_length, model.design)
-        return cls(model, features, config.tagger.batch_size, device, getattr(torch, config.tagger.dtype))
+        settings, device = config.tagger, torch_device(config.device)
+        features = SubwordEncoder(tokenizer, settings.max_length, model.design)
+        return cls(model, features, settings.batch_tokens, device, getattr(torch, settings.dtype), settings.compile)
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Fill `entities` of the posts that are not rejected, with `logits`; the uncertainty filter sets `score`."""
         accepted = [post for post in posts if not post.is_rejected]
-        words = predict_words(self.model, accepted, self.features, self.batch_size)
+        words = predict_words(self.model, accepted, self.features, self.batch_tokens)
         for post, predictions in zip(accepted, words, strict=True):
             try:
                 post.entities = self._entities(post, predictions)
@@ -82,7 +85,7 @@ class Tagger:
                     coarse=self.model.labels.parent[fine],
                     fine=fine,
                     score=0.0,
-                    logits=np.mean(predictions.logits[first:last], axis=0),
+                    logits=predictions.logits[first:last].mean(axis=0),
                 )
             )
         return entities

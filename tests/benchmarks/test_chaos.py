@@ -10,7 +10,7 @@ from gem_ray.benchmarks.chaos import measure_chaos
 _SETTINGS = (
     "reranker.enabled=false",
     "grounder.enabled=false",
-    "tagger.batch_size=1",
+    "tagger.batch_tokens=1",
     "pipeline.rows_per_block=4",
     "pipeline.tag.batch_size=4",
 )

@@ -113,7 +113,7 @@ def test_other_settings_on_the_same_output_are_refused(
         annotate_dataset(posts, tmp_path / "out", text_config)
     assert files_of(tmp_path / "out") == before
     faster = text_config.model_copy(deep=True)
-    faster.tagger.batch_size = faster.pipeline.rows_per_block = 3  # changes no annotation
+    faster.tagger.batch_tokens = faster.pipeline.rows_per_block = 30  # changes no annotation
     assert annotate_dataset(posts, tmp_path / "out", faster, limit=3).rows == 3
 
 

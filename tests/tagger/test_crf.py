@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchcrf import CRF
 
 from gem_ray.tagger.crf import LinearChainCRF
@@ -76,6 +76,25 @@ def test_it_is_torchcrf_with_the_same_parameters_and_gradients() -> None:
     assert ours(emissions, tags, mask).item() == pytest.approx(total, rel=1e-5)
     for mine, theirs in zip(gradients[ours], gradients[reference], strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_decoding_a_batch_is_torchcrfs_decoding_in_ten_thousand_cases(ties: bool) -> None:
+    """Whole numbers tie all the time: the same of several best paths must win."""
+    generator = torch.Generator().manual_seed(3 + ties)
+    for _ in range(50):
+        tags, words = (int(torch.randint(1, high, (), generator=generator)) for high in (13, 12))
+        ours, reference = LinearChainCRF(tags), CRF(tags, batch_first=True)
+        for parameter in ours.parameters():
+            nn.init.normal_(parameter, std=2.0, generator=generator)
+            if ties:
+                parameter.data.round_()
+        reference.load_state_dict(ours.state_dict())
+        emissions = 3 * torch.randn(100, words, tags, generator=generator)
+        if ties:
+            emissions.round_()
+        mask = torch.arange(words) < torch.randint(1, words + 1, (100, 1), generator=generator)
+        assert ours.decode(emissions, mask) == reference.decode(emissions, mask)
 
 
 def test_large_logits_do_not_overflow(crf: LinearChainCRF) -> None:

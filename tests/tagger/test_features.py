@@ -1,12 +1,13 @@
 """The input format: first subwords, room for knowledge, long texts, words that a tokenizer makes nothing of."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, RobertaTokenizer
 
 from gem_ray.records import Post
-from gem_ray.tagger.features import SubwordEncoder, by_length, collate, load_tokenizer
+from gem_ray.tagger.features import SubwordEncoder, by_length, by_token_budget, collate, load_tokenizer
 
 ZERO_WIDTH = "\u200b"
 
@@ -86,6 +87,17 @@ def test_batches_hold_similar_lengths_and_every_window(features: SubwordEncoder,
     lengths = [len(window.input_ids) for batch in batches for window in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert sorted(window.post for batch in batches for window in batch) == list(range(len(posts)))
+
+
+@pytest.mark.parametrize("budget", [1, 20, 40, 10_000])
+def test_no_batch_holds_more_subwords_than_its_budget(features: SubwordEncoder, posts: list[Post], budget: int) -> None:
+    batches = list(by_token_budget(features.encode(posts), budget))
+    sizes = [collate(batch, 0).input_ids.numel() for batch in batches]
+    assert all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+    assert sorted(window.post for batch in batches for window in batch) == list(range(len(posts)))
+    for batch, following in pairwise(batches):  # no room was left
+        assert (len(batch) + 1) * len(batch[0].input_ids) > budget
+        assert len(following[0].input_ids) <= len(batch[-1].input_ids)
 
 
 @pytest.mark.parametrize("max_length", [2, 65])

@@ -27,7 +27,7 @@ def model(encoder_folder: Path) -> DualPathTagger:
 
 @pytest.fixture
 def tagger(model: DualPathTagger, features: SubwordEncoder) -> Tagger:
-    return Tagger(model, features, batch_size=3)
+    return Tagger(model, features, batch_tokens=40)
 
 
 def copies(posts: list[Post]) -> list[Post]:

@@ -1,0 +1,118 @@
+"""A calibration for people and for machines: table, plot (Figure 5) and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from gem_ray.evaluation.calibration import Bin, Calibration, Share, Threshold
+from gem_ray.evaluation.report import percent
+
+THRESHOLD_TITLES: dict[str, str] = {
+    "configured": "as configured",
+    "budget": "within the budget",
+    "crossing": "most right categories",
+}
+# Shapes and strokes, not colours: they are told apart in grey print, too.
+_BLACK, _DARK, _MIDDLE, _LIGHT = "0.0", "0.25", "0.45", "0.8"
+_THRESHOLD_STROKES = {"configured": ":", "budget": "--", "crossing": "-"}
+
+
+def print_calibration(calibration: Calibration, console: Console | None = None) -> None:
+    """Print the bins, and what each threshold means."""
+    console = console or Console()
+    console.print(bin_table(calibration))
+    console.print(threshold_table(calibration))
+
+
+def bin_table(calibration: Calibration) -> Table:
+    """A row for each bin of entropy, and one for all entities."""
+    with_reranker = calibration.all.reranked.total > 0
+    table = Table("entropy, nats", title="entities of the dev set by entropy", title_justify="left")
+    names = ["entities", "share", "span is gold", "accuracy", f"top-{calibration.k} recall"]
+    for name in [*names, "reranker"] if with_reranker else names:
+        table.add_column(name, justify="right")
+    for entry in calibration.bins:
+        table.add_row(f"{entry.low:.2f} to {entry.high:.2f}", *_cells(entry, with_reranker))
+    table.add_section()
+    table.add_row("all", *_cells(calibration.all, with_reranker))
+    return table
+
+
+def threshold_table(calibration: Calibration) -> Table:
+    """A row for each γ."""
+    table = Table("γ", title="thresholds", title_justify="left")
+    for name in ("filter.gamma", "to the reranker", "of", "accuracy with it"):
+        table.add_column(name, justify="right")
+    known = calibration.all.reranked.total > 0
+    for name, threshold in calibration.thresholds.items():
+        accuracy = percent(threshold.accuracy.value) if known else ""
+        share = threshold.share
+        table.add_row(THRESHOLD_TITLES[name], f"{threshold.gamma:g}", percent(share.value), str(share.total), accuracy)
+    return table
+
+
+def write_calibration(calibration: Calibration, folder: Path) -> None:
+    """Write `calibration.json` and `calibration.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(calibration.to_dict(), indent=2)
+    (folder / "calibration.json").write_text(text + "\n", encoding="utf-8")
+    plot(calibration).savefig(folder / "calibration.png", dpi=150)
+
+
+def plot(calibration: Calibration) -> Figure:
+    """Figure 5: accuracy, top-K recall and the reranker's accuracy over entropy, above the share of entities."""
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    bins = calibration.bins
+    _curve(upper, bins, [entry.top_recall for entry in bins], f"top-{calibration.k} recall", "^--", _MIDDLE, -0.1)
+    _curve(upper, bins, [entry.accuracy for entry in bins], "tagger", "o-", _BLACK, 0.0)
+    _curve(upper, bins, [entry.reranked for entry in bins], "reranker", "s-.", _DARK, 0.1)
+    for name, threshold in calibration.thresholds.items():
+        _mark(upper, lower, name, threshold)
+    upper.set(ylabel="right categories", ylim=(-0.02, 1.02))
+    upper.legend(fontsize="small", loc="lower left", framealpha=0.9)
+    middles, widths = [_middle(entry) for entry in bins], [entry.high - entry.low for entry in bins]
+    lower.bar(middles, [entry.share.value for entry in bins], widths, color=_LIGHT, edgecolor=_BLACK)
+    lower.set(xlabel="entropy of the categories, nats", ylabel="share of entities", xlim=(0, bins[-1].high))
+    for axes in (upper, lower):
+        axes.grid(color=_LIGHT, linewidth=0.5)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def _cells(entry: Bin, with_reranker: bool) -> list[str]:
+    shares = [entry.accuracy, entry.top_recall, *([entry.reranked] if with_reranker else [])]
+    counts = [str(entry.share.right), percent(entry.share.value), str(entry.accuracy.total)]
+    return counts + [percent(share.value) if share.total else "–" for share in shares]
+
+
+def _curve(
+    axes: Axes, bins: Sequence[Bin], shares: Sequence[Share], label: str, stroke: str, grey: str, shift: float
+) -> None:
+    """Shares with their 95 % intervals; bins without entities are left out. `shift` is in widths of a bin."""
+    points = [
+        (_middle(entry) + shift * (entry.high - entry.low), share.value, *share.interval)
+        for entry, share in zip(bins, shares, strict=True)
+        if share.total
+    ]
+    if points:
+        x, y, low, high = (list(column) for column in zip(*points, strict=True))
+        errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        axes.errorbar(x, y, errors, fmt=stroke, color=grey, label=label, capsize=2, elinewidth=0.7, markersize=4)
+
+
+def _mark(upper: Axes, lower: Axes, name: str, threshold: Threshold) -> None:
+    label = f"γ = {threshold.gamma:g}, {THRESHOLD_TITLES[name]}: {100 * threshold.share.value:.0f} % reranked"
+    for axes in (upper, lower):
+        axes.axvline(threshold.gamma, color=_BLACK, linewidth=1, linestyle=_THRESHOLD_STROKES[name], label=label)
+
+
+def _middle(entry: Bin) -> float:
+    return (entry.low + entry.high) / 2

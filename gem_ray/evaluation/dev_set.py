@@ -1,0 +1,135 @@
+"""Runs the tagger over a dev set, and judges its entities beside the reranker's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gem_ray.annotator import active_stages, build_stage
+from gem_ray.config import Config
+from gem_ray.evaluation.calibration import JudgedEntity
+from gem_ray.evaluation.predictions import iterate_predictions
+from gem_ray.evaluation.rules import EvaluationError, Rules, Verdict, judge
+from gem_ray.records import Entity, Post, StageName
+from gem_ray.taxonomy import LABEL_SETS
+
+_BLOCK = 256  # posts in memory with their images
+_TAGGING = (StageName.PREPARE, StageName.KNOWLEDGE, StageName.TAG)
+
+# The reranker's category of each entity of each post; None where it has none.
+Answers = Callable[[Sequence[Post]], Sequence[Sequence[str | None]]]
+
+
+def judge_dev_set(
+    posts: Iterable[Post], config: Config, k: int = 5, answers: Answers | None = None
+) -> Iterator[JudgedEntity]:
+    """Tag posts with gold as `config` says, and judge every entity that the tagger finds.
+
+    Args:
+        posts: those without gold are left out.
+        config: of the tagger, and of the knowledge stage if that is active.
+        k: candidates among which the gold category may be.
+        answers: what the reranker says of the entities; none: nothing.
+
+    Raises:
+        EvaluationError: there is no post with gold, or there are entities but no answer to any of them.
+    """
+    wide = _with(config, "filter", k=max(k, config.filter.k))
+    tag = [build_stage(name, wide) for name in active_stages(config) if name in _TAGGING]
+    rules = Rules(LABEL_SETS[config.labels])
+    labelled = (post for post in posts if post.gold is not None)
+    blocks = answered = entities = 0
+    while block := list(islice(labelled, _BLOCK)):
+        blocks += 1
+        for stage in tag:
+            stage(block)
+        silence: Sequence[Sequence[str | None]] = [[None] * len(post.entities) for post in block]
+        categories = answers(block) if answers else silence
+        for post, said in zip(block, categories, strict=True):
+            verdicts, _ = judge(post, post.gold or (), rules)
+            for entity, verdict, category in zip(post.entities, verdicts, said, strict=True):
+                entities += 1
+                answered += category is not None
+                yield _judged(entity, verdict, k, category)
+    if not blocks:
+        raise EvaluationError("the dev set has no gold: its rows need a `gold` column, as `gem-ray shards` writes it")
+    if answers and entities and not answered:
+        raise EvaluationError(
+            "the reranker has no answer to any entity of the dev set: it needs the posts' images, and all entities "
+            "must go to it (annotate with --set filter.gamma=0)"
+        )
+
+
+class EarlierRun:
+    """What the reranker said in a run of `annotate`.
+
+    Args:
+        path: its output directory; best a run with `filter.gamma=0`, in which every entity was reranked.
+
+    Raises:
+        FileNotFoundError: there are no annotations at `path`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._category = {
+            (post.post_id, entity.start, entity.end): entity.fine
+            for post in iterate_predictions(path)
+            for entity in post.entities
+            if entity.reranked
+        }
+
+    def __call__(self, posts: Sequence[Post]) -> list[list[str | None]]:
+        """The categories of entities with the same place in the same post."""
+        return [
+            [self._category.get((post.post_id, entity.start, entity.end)) for entity in post.entities] for post in posts
+        ]
+
+
+class ConfiguredReranker:
+    """The reranker of a configuration, asked about every entity.
+
+    Args:
+        config: of images, candidates and reranker.
+
+    Raises:
+        FileNotFoundError: one of its models is not there.
+    """
+
+    def __init__(self, config: Config) -> None:
+        everything = _with(config, "filter", gamma=0.0)
+        self._k = config.filter.k
+        self._stages = [build_stage(name, everything) for name in (StageName.LOAD_IMAGE, StageName.RERANK)]
+
+    def __call__(self, posts: Sequence[Post]) -> list[list[str | None]]:
+        """The reranker's choices among as many candidates as the configuration gives it; the posts stay as they are."""
+        copies = [
+            replace(
+                post,
+                entities=[replace(entity, candidates=entity.candidates[: self._k]) for entity in post.entities],
+                problems=list(post.problems),
+            )
+            for post in posts
+        ]
+        for stage in self._stages:
+            stage(copies)
+        return [[entity.fine if entity.reranked else None for entity in post.entities] for post in copies]
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _judged(entity: Entity, verdict: Verdict, k: int, category: str | None) -> JudgedEntity:
+    if verdict.gold is None:
+        return JudgedEntity(entity.entropy, found=False)
+    gold = verdict.gold.category
+    return JudgedEntity(
+        entity.entropy,
+        found=True,
+        right=entity.fine == gold,
+        in_top=gold in [candidate.fine for candidate in entity.candidates[:k]],
+        reranked_right=None if category is None else category == gold,
+    )
