@@ -166,12 +166,14 @@ class GroupRunner:
         filesystem, is_last = self._directory.filesystem, number == len(self._passes) - 1
         staged, checkpoint = self._folder.staged(group.name, number), self._folder.checkpoint(group.name, number)
         filesystem.create_dir(staged, recursive=True)
-        todo = np.setdiff1d(group.ids, committed_ids(filesystem, checkpoint), assume_unique=True)
-        self._done_before += (group.rows - len(todo)) * is_last
-        if not len(todo):
+        done = committed_ids(filesystem, checkpoint)
+        wanted = np.setdiff1d(group.ids, done, assume_unique=True) if len(done) else group.wanted
+        left = group.rows if wanted is None else len(wanted)
+        self._done_before += (group.rows - left) * is_last
+        if not left:
             return
         with checkpointing(filesystem, checkpoint):
-            source = PostSource(self._input, group.files, todo, self._earlier(group, number))
+            source = PostSource(self._input, group.files, wanted, self._earlier(group, number))
             dataset = build_graph(source, self._config, self._passes[number], self._ledger, self._actor)
             if is_last:
                 dataset = as_annotations(dataset, self._folder.run_id, self._models, self._ledger)
@@ -179,7 +181,7 @@ class GroupRunner:
             else:
                 self._write(as_pass_results(dataset), staged)
         _check_complete(group, committed_ids(filesystem, checkpoint))
-        self.annotated += len(todo) * is_last
+        self.annotated += left * is_last
 
     def _earlier(self, group: Group, number: int) -> PassResults | None:
         """What the pass before this one made of the group."""

@@ -111,8 +111,8 @@ class PostSource(Datasource):
         super().__init__()
         self._filesystem = filesystem
         self._earlier = earlier
-        self._reads = [(file, _positions(file, wanted)) for file in files]
-        self._reads = [(file, positions) for file, positions in self._reads if len(positions)]
+        reads = [(file, _positions(file, wanted)) for file in files]
+        self._reads = [(file, positions) for file, positions in reads if positions is None or len(positions)]
 
     @property
     def files(self) -> int:
@@ -122,7 +122,7 @@ class PostSource(Datasource):
     @property
     def rows(self) -> int:
         """How many rows are read."""
-        return sum(len(positions) for _, positions in self._reads)
+        return sum(_count(file, positions) for file, positions in self._reads)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
@@ -131,7 +131,9 @@ class PostSource(Datasource):
         return [
             ReadTask(
                 partial(_read_blocks, self._filesystem, file, positions, self._earlier),
-                BlockMetadata(num_rows=len(positions), size_bytes=None, input_files=[file.path], exec_stats=None),
+                BlockMetadata(
+                    num_rows=_count(file, positions), size_bytes=None, input_files=[file.path], exec_stats=None
+                ),
                 schema=TRANSIT_SCHEMA,
                 per_task_row_limit=per_task_row_limit,
             )
@@ -143,19 +145,23 @@ class PostSource(Datasource):
         return None
 
 
-def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray:
-    """Which rows of a file are wanted, counted from 0."""
+def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray | None:
+    """Which of its rows are wanted, counted from 0; None: all of them."""
     if wanted is None:
-        return np.arange(file.rows)
+        return None
     first = file.number << ROWS_BITS
-    return wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + file.rows)] - first
+    inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + file.rows)]
+    return None if len(inside) == file.rows else inside - first
+
+
+def _count(file: InputFile, positions: np.ndarray | None) -> int:
+    return file.rows if positions is None else len(positions)
 
 
 def _read_blocks(
-    filesystem: fs.FileSystem, file: InputFile, positions: np.ndarray, earlier: PassResults | None
+    filesystem: fs.FileSystem, file: InputFile, positions: np.ndarray | None, earlier: PassResults | None
 ) -> Iterator[pa.Table]:
-    whole = len(positions) == file.rows
-    rows = islice(shard_rows(filesystem, file.path, None if whole else positions), len(positions))
+    rows = islice(shard_rows(filesystem, file.path, positions), _count(file, positions))
     posts: Iterator[Post] = (_post(file, position, row) for position, row in rows)
     if earlier is not None:
         posts = earlier.merged(file, posts)
