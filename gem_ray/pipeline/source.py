@@ -128,17 +128,13 @@ class PostSource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """One task a file, whatever parallelism is asked: blocks are cut by rows after reading."""
-        return [
-            ReadTask(
-                partial(_read_blocks, self._filesystem, file, positions, self._earlier),
-                BlockMetadata(
-                    num_rows=_count(file, positions), size_bytes=None, input_files=[file.path], exec_stats=None
-                ),
-                schema=TRANSIT_SCHEMA,
-                per_task_row_limit=per_task_row_limit,
-            )
-            for file, positions in self._reads
-        ]
+        return [self._read_task(file, positions, per_task_row_limit) for file, positions in self._reads]
+
+    def _read_task(self, file: InputFile, positions: np.ndarray | None, limit: int | None) -> ReadTask:
+        rows = _count(file, positions)
+        facts = BlockMetadata(num_rows=rows, size_bytes=None, input_files=[file.path], exec_stats=None)
+        read = partial(_read_blocks, self._filesystem, file, positions, self._earlier)
+        return ReadTask(read, facts, schema=TRANSIT_SCHEMA, per_task_row_limit=limit)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known: images are most of it."""
