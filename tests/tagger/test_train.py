@@ -229,7 +229,7 @@ def test_a_second_view_is_pulled_towards_the_first(settings: TaggerTraining, pos
     first, second = Batch(**inputs["first"]), Batch(**inputs["second"])
     p, q = (model.emissions(batch).fine.detach().softmax(dim=2) for batch in (first, second))
     divergence = sum(float((p[0, word] * (p[0, word] / q[0, word]).log()).sum()) for word in range(5))
-    expected = (float(model(first)) + float(model(second))) / 2 + 0.7 * divergence
+    expected = (model(first).item() + model(second).item()) / 2 + 0.7 * divergence
     assert float(TrainingObjective(model, settings)(**inputs)["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
