@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 
-from gem_ray.cli import EXIT_REJECTED, main
+from gem_ray.cli import main
+from gem_ray.commands.options import EXIT_REJECTED
 
 
 def run_job(*command: str, stopped: str = "stopped") -> None:

@@ -20,6 +20,7 @@ LAYERS = [
     {"pipeline", "serving", "evaluation"},
     {"benchmarks", "experiments"},
     {"nano"},
+    {"commands"},
     {"cli"},
     {"jobs"},
 ]

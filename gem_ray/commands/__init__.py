@@ -1,0 +1,1 @@
+"""The commands of `gem-ray`, a module a subject."""

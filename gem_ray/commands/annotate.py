@@ -1,0 +1,147 @@
+"""Commands that annotate: `demo`, `annotate`, `plan`, `submit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gem_ray.commands.options import EXIT_REJECTED, ConfigOption, PresetOption, SeedOption, SetOption
+from gem_ray.pipeline.submit import LOCAL_ADDRESS, Job
+
+if TYPE_CHECKING:
+    from gem_ray.pipeline.summary import RunSummary
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: `gem-ray demo --out out/demo --posts 200`")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out/demo"),
+    posts: Annotated[int, typer.Option(help="How many posts.", min=1)] = 200,
+    seed: SeedOption = 7,
+) -> None:
+    """Generated posts through the whole system: annotations, scores, ablations and a gallery."""
+    from gem_ray.nano.demo import run_demo
+
+    run_demo(out, posts, seed)
+
+
+@app.command(epilog="Example: `gem-ray annotate posts/ out/ --set filter.gamma=0.3`")
+def annotate(
+    context: typer.Context,
+    input: Annotated[str, typer.Argument(help="Parquet or WebDataset shards: a file or a folder.")],
+    output: Annotated[str, typer.Argument(help="Folder for the annotations and `run.json`.")],
+    preset: PresetOption = "nano",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N posts.", min=1)] = None,
+    fresh: Annotated[bool, typer.Option(help="Begin anew; what is at OUTPUT is replaced when that is done.")] = False,
+    only_problems: Annotated[
+        bool, typer.Option(help="Do again the rows of a finished run that were degraded or rejected.")
+    ] = False,
+) -> None:
+    """Annotate every post of a data set, or go on where this command stopped.
+
+    Exit code 3: done, but some rows were rejected.
+    """
+    from gem_ray.config import load_config
+    from gem_ray.pipeline.progress import json_lines
+    from gem_ray.pipeline.run import annotate_dataset
+
+    settings = load_config(preset, config, set_ or ())
+    as_json = context.obj["json_logs"]
+    progress = json_lines() if as_json else None
+    summary = annotate_dataset(
+        input, output, settings, limit=limit, fresh=fresh, only_problems=only_problems, progress=progress
+    )
+    _print_summary(summary, output, as_json)
+    if summary.rejected:
+        raise typer.Exit(EXIT_REJECTED)
+
+
+@app.command(epilog="Example: `gem-ray plan --preset one-gpu --gpus 1 --gpu-memory 24`")
+def plan(
+    preset: PresetOption = "nano",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    gpus: Annotated[int, typer.Option(help="Cards.", min=0)] = 0,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="Memory of a card, in GB; the card's, or 24, if not given.", min=1)
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(help="CPUs; as many as it takes if not given.", min=1)] = None,
+    card: Annotated[
+        str | None, typer.Option(help="Which card, for its speed: `rtx-4090`, `a100-80gb`, `h100`, …")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="`run.json` of an earlier run, for its speeds.", exists=True)
+    ] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(help="For the cost of a million posts.", min=0)] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What runs where, with which batch, and what it will cost. Exit code 2: it does not fit.
+
+    The `config` of the JSON, given to `annotate --config`, bounds the pools as they were planned.
+    """
+    import json as json_library
+
+    from gem_ray.config import load_config
+    from gem_ray.planning.plan import make_plan, measured_seconds
+    from gem_ray.planning.table import print_plan
+
+    speeds = measured_seconds(measured) if measured else None
+    result = make_plan(load_config(preset, config, set_ or ()), gpus, gpu_memory, cpus, card, speeds)
+    if json:
+        typer.echo(json_library.dumps(result.to_dict(), indent=2))
+    else:
+        print_plan(result, price_per_gpu_hour)
+    result.check()
+
+
+@app.command(
+    epilog="Example: `gem-ray submit annotate --address http://127.0.0.1:8265 -- s3://bucket/posts/ s3://bucket/out/`"
+)
+def submit(
+    job: Annotated[Job, typer.Argument(help="What to run.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="After `--`: the command's own arguments.")] = None,
+    address: Annotated[
+        str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = LOCAL_ADDRESS,
+    working_dir: Annotated[Path, typer.Option(help="The checkout whose source runs.", file_okay=False)] = Path(),
+    include: Annotated[
+        list[str] | None, typer.Option(help="A file or folder in it that goes too: a config. Repeatable.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="`NAME=value` for the job, or `NAME` as it is here. Repeatable.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log and end as the job ends.")] = True,
+) -> None:
+    """Run a command as a job on a Ray cluster. With token authentication: `RAY_AUTH_MODE=token`, `RAY_AUTH_TOKEN=…`."""
+    from gem_ray.pipeline.submit import commands_for, follow_job, job_environment, submit_job
+
+    runtime_env = job_environment(working_dir, include or (), env or ())
+    submission_id = submit_job(job, arguments or (), address, runtime_env)
+    typer.echo(submission_id)
+    typer.echo(commands_for(submission_id, address), err=True)
+    if wait:
+        raise typer.Exit(follow_job(submission_id, address))
+
+
+def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
+    """What happened; the number of rejected rows is on the last line."""
+    import json
+
+    if as_json:
+        typer.echo(json.dumps(summary.to_dict()))
+        return
+    tally = summary.tally
+    typer.echo(
+        f"{summary.annotated} posts in {summary.seconds:.1f} s ({summary.rows_per_second:.1f} a second), "
+        f"{summary.rows} in all: "
+        f"{tally.entities} entities, {tally.grounded} seen in the image, {tally.reranked} reranked"
+    )
+    for kind, count in sorted(tally.problems.items()):
+        typer.echo(f"  {kind}: {count}")
+    typer.echo(f"annotations: {output}/annotations, facts: {output}/run.json")
+    typer.echo(", ".join(f"{status} {count}" for status, count in sorted(tally.statuses.items())))

@@ -1,0 +1,73 @@
+"""Options that several commands have, and how their values are read."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from gem_ray.records import Post
+
+EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED = 1, 2, 3
+
+
+class Protocol(StrEnum):
+    """How predicted mentions are keyed."""
+
+    STRICT = "strict"
+    TEXT_KEY = "text-key"
+
+
+class Labels(StrEnum):
+    """Label sets."""
+
+    FMNERG = "fmnerg"
+    GMNER = "gmner"
+
+
+PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Start from this preset.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file over the preset.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="One key: `filter.gamma=0.3`. Repeatable.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+PerShardOption = Annotated[int, typer.Option(help="Posts in a shard.", min=1)]
+
+DataOption = Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")]
+OutOption = Annotated[Path, typer.Option(help="The model directory to write.")]
+SplitOption = Annotated[str, typer.Option(help="Split of a Twitter10000 root to learn from.")]
+ImagesOption = Annotated[Path | None, typer.Option(help="Images of a Twitter10000 root, named by image id.")]
+RecipeOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="One setting of the recipe: `epochs=3`. Repeatable.")
+]
+
+
+def labelled_posts(data: Path, split: str, images: Path | None = None, labels: str = "fmnerg") -> list[Post]:
+    """Posts with gold, from shards or from a Twitter10000 root."""
+    from gem_ray.data.convert import embedded
+    from gem_ray.data.shards import read_posts
+    from gem_ray.data.twitter10000 import read_split
+    from gem_ray.taxonomy import LABEL_SETS
+
+    if not (data / "txt_fine").is_dir():
+        return list(read_posts(data))
+    posts = read_split(data, split, LABEL_SETS[labels], images)
+    return list(embedded(posts, images)) if images else posts
+
+
+def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
+    """Values of `key=value` arguments.
+
+    Raises:
+        ConfigError: an override that is no `key=value`.
+    """
+    import yaml
+
+    from gem_ray.config import ConfigError
+
+    for override in overrides or ():
+        if "=" not in override:
+            raise ConfigError(f"--set takes key=value, not {override!r}")
+    pairs = (override.split("=", 1) for override in overrides or ())
+    return {name.strip(): yaml.safe_load(value) for name, value in pairs}

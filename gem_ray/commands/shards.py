@@ -1,0 +1,108 @@
+"""`gem-ray shards`: Parquet shards out of other formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gem_ray.commands.options import Labels, PerShardOption, SeedOption
+
+if TYPE_CHECKING:
+    from gem_ray.records import Post
+
+app = typer.Typer(help="Make Parquet shards out of other formats.", no_args_is_help=True)
+
+
+@app.command("twitter10000", epilog="Example: `gem-ray shards twitter10000 data/twitter10000 posts/ --split dev`")
+def shards_twitter10000(
+    root: Annotated[Path, typer.Argument(help="The folder with `txt`, `txt_fine`, `xml` and `knowledge`.")],
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    split: Annotated[str, typer.Option(help="`train` or `dev`.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, named by image id.")] = None,
+    labels: Annotated[Labels, typer.Option(help="Which annotations become the gold column.")] = Labels.FMNERG,
+    knowledge: Annotated[bool, typer.Option(help="Keep the caption and knowledge columns.")] = True,
+    per_shard: PerShardOption = 1000,
+) -> None:
+    """The GMNER / FMNERG data set, with gold."""
+    from dataclasses import replace
+
+    from gem_ray.data.convert import embedded
+    from gem_ray.data.twitter10000 import read_split
+    from gem_ray.taxonomy import LABEL_SETS
+
+    posts = read_split(root, split, LABEL_SETS[labels.value], images)
+    if not knowledge:
+        posts = [replace(post, caption=None, knowledge=None) for post in posts]
+    _write_shards(embedded(posts, images) if images else posts, out, per_shard)
+
+
+@app.command("generated", epilog="Example: `gem-ray shards generated posts/ --posts 1000 --seed 7`")
+def shards_generated(
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    posts: Annotated[int, typer.Option(help="How many posts.", min=1)] = 200,
+    seed: SeedOption = 7,
+    per_shard: PerShardOption = 1000,
+) -> None:
+    """Posts about invented entities, with images and gold."""
+    from gem_ray.data.generated import generate
+
+    _write_shards(generate(posts, seed), out, per_shard)
+
+
+@app.command("jsonl", epilog="Example: `gem-ray shards jsonl posts.jsonl posts/`")
+def shards_jsonl(
+    file: Annotated[Path, typer.Argument(help="One object a line: post_id, text, image or image_uri, …", exists=True)],
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    embed_images: Annotated[bool, typer.Option(help="Put images beside the file into the shards.")] = True,
+    per_shard: PerShardOption = 1000,
+) -> None:
+    """JSON lines."""
+    from gem_ray.data.convert import from_jsonl
+
+    _write_shards(from_jsonl(file, embed_images), out, per_shard)
+
+
+@app.command("csv", epilog="Example: `gem-ray shards csv posts.csv posts/`")
+def shards_csv(
+    file: Annotated[Path, typer.Argument(help="With a header: post_id, text, image_uri, …", exists=True)],
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    embed_images: Annotated[bool, typer.Option(help="Put images beside the file into the shards.")] = True,
+    per_shard: PerShardOption = 1000,
+) -> None:
+    """Comma-separated values."""
+    from gem_ray.data.convert import from_csv
+
+    _write_shards(from_csv(file, embed_images), out, per_shard)
+
+
+@app.command("folder", epilog="Example: `gem-ray shards folder pictures/ posts/`")
+def shards_folder(
+    folder: Annotated[Path, typer.Argument(help="Images, and a text file of the same name beside each.", exists=True)],
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    per_shard: PerShardOption = 1000,
+) -> None:
+    """A folder of images with their texts."""
+    from gem_ray.data.convert import from_folder
+
+    _write_shards(from_folder(folder), out, per_shard)
+
+
+@app.command("webdataset", epilog="Example: `gem-ray shards webdataset tars/ posts/`")
+def shards_webdataset(
+    path: Annotated[str, typer.Argument(help="A tar, or a folder of tars.")],
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    per_shard: PerShardOption = 1000,
+) -> None:
+    """WebDataset tars (`annotate` also reads them as they are)."""
+    from gem_ray.data.convert import from_webdataset
+
+    _write_shards(from_webdataset(path), out, per_shard)
+
+
+def _write_shards(posts: Iterable[Post], out: str, per_shard: int) -> None:
+    from gem_ray.data.shards import write_posts
+
+    typer.echo(f"{write_posts(posts, out, per_shard)} posts in {out}")

@@ -1,0 +1,174 @@
+"""`gem-ray train` and `gem-ray nano`: models are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from gem_ray.commands.options import (
+    DataOption,
+    ImagesOption,
+    OutOption,
+    RecipeOption,
+    SeedOption,
+    SplitOption,
+    labelled_posts,
+    parse_overrides,
+)
+
+if TYPE_CHECKING:
+    from gem_ray.tagger.trainer import Progress
+
+T = TypeVar("T")
+
+app = typer.Typer(help="Train a component.", no_args_is_help=True)
+nano = typer.Typer(help="The embedded default's models.", no_args_is_help=True)
+
+
+@app.command("tagger", epilog="Example: `gem-ray train tagger --data data/twitter10000 --out models/tagger`")
+def train_tagger_command(
+    data: DataOption,
+    out: OutOption,
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="A recipe: `nano`, `paper-bert`, `paper-roberta`.")
+    ] = None,
+    split: SplitOption = "train",
+    dev: Annotated[Path | None, typer.Option(help="Shards to choose the epoch by.")] = None,
+    dev_split: Annotated[str, typer.Option(help="The same, as a split of a Twitter10000 root.")] = "dev",
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)
+    ] = 1,
+    set_: RecipeOption = None,
+) -> None:
+    """The dual-path CRF tagger (§3.2). Stopped, the same command goes on from the last checkpoint."""
+    from gem_ray.tagger.recipe import load_recipe
+
+    settings = load_recipe(preset, **parse_overrides(set_))
+    posts = (
+        labelled_posts(data, split, labels=settings.labels),
+        labelled_posts(dev or data, dev_split, labels=settings.labels),
+    )
+    if workers > 1:
+        from gem_ray.pipeline.train_tagger import train_tagger_on_workers
+
+        report = train_tagger_on_workers(*posts, out, settings, workers)
+    else:
+        from gem_ray.tagger.train import train_tagger
+
+        report = train_tagger(*posts, out, settings, _tagger_progress())
+    typer.echo(f"kept epoch {report['best_epoch']}: F1 on dev {report['dev']}\nmodel: {out}")
+
+
+@app.command("reranker", epilog="Example: `gem-ray train reranker --data posts/ --base models/llava --out lora/`")
+def train_reranker_command(
+    data: DataOption,
+    out: OutOption,
+    base: Annotated[str, typer.Option(help="The LLaVA checkpoint under the adapter.")] = "nano:reranker",
+    split: SplitOption = "train",
+    images: ImagesOption = None,
+    set_: RecipeOption = None,
+) -> None:
+    """A LoRA adapter for the LLaVA reranker (§3.3.2)."""
+    from gem_ray.rerank.train import RerankerTraining, train_reranker
+
+    settings = _recipe(RerankerTraining, set_)
+    report = train_reranker(labelled_posts(data, split, images), base, out, settings, report=_print_step)
+    typer.echo(f"{report}\nadapter: {out}")
+
+
+@app.command("matcher", epilog="Example: `gem-ray train matcher --data posts/ --out models/matcher`")
+def train_matcher_command(
+    data: DataOption,
+    out: OutOption,
+    base: Annotated[str, typer.Option(help="The BLIP image–text matching checkpoint to start from.")] = "nano:matcher",
+    split: SplitOption = "train",
+    images: ImagesOption = None,
+    set_: RecipeOption = None,
+) -> None:
+    """The BLIP matcher (§3.4.1)."""
+    from gem_ray.grounding.train_matcher import MatcherTraining, train_matcher
+
+    report = train_matcher(labelled_posts(data, split, images), base, out, _recipe(MatcherTraining, set_))
+    typer.echo(f"{report}\nmodel: {out}")
+
+
+@app.command(
+    "text-segmenter", epilog="Example: `gem-ray train text-segmenter --data posts/ --base nano:text-segmenter --out m/`"
+)
+def train_text_segmenter_command(
+    data: DataOption,
+    out: OutOption,
+    base: Annotated[str, typer.Option(help="The CLIPSeg checkpoint to start from.")] = "nano:text-segmenter",
+    split: SplitOption = "train",
+    images: ImagesOption = None,
+    set_: RecipeOption = None,
+) -> None:
+    """The text-prompted segmenter (§3.4.3), on gold boxes as masks."""
+    from gem_ray.config import ImageConfig
+    from gem_ray.data.images import ImageLoader
+    from gem_ray.grounding.train_text_segmenter import TextSegmenterTraining, samples_from_posts, train_text_segmenter
+
+    loader = ImageLoader(ImageConfig())
+    posts = labelled_posts(data, split, images)
+    for post in posts:
+        loader.load(post)
+    settings = _recipe(TextSegmenterTraining, set_)
+    train_text_segmenter(list(samples_from_posts(posts)), base, out, settings, report=_print_step)
+    typer.echo(f"model: {out}")
+
+
+@nano.command("build", epilog="Example: `gem-ray nano build --tweets data/twitter10000 --only matcher`")
+def nano_build(
+    out: Annotated[Path | None, typer.Option(help="Folder for the models; the package's own if not given.")] = None,
+    tweets: Annotated[Path | None, typer.Option(help="A Twitter10000 root, for the tagger.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Just this model. Repeatable.")] = None,
+    jobs: Annotated[int, typer.Option(help="Models trained at a time.", min=1)] = 2,
+    seed: SeedOption = 0,
+) -> None:
+    """Train the embedded models again, from scratch."""
+    from gem_ray.nano.build import DEFAULT_TWEETS, WEIGHTS, build
+
+    build(
+        out or WEIGHTS,
+        tweets=tweets or DEFAULT_TWEETS,
+        seed=seed,
+        only=only or (),
+        jobs=jobs,
+        on_done=lambda name, scores: typer.echo(f"{name}: {scores}"),
+    )
+
+
+def _recipe(kind: type[T], overrides: list[str] | None) -> T:
+    """A recipe with some settings changed.
+
+    Raises:
+        ConfigError: an override that is no `key=value`, or names no setting, or has a value of the wrong kind.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from gem_ray.config import ConfigError
+
+    values = parse_overrides(overrides)
+    known = list(TypeAdapter(kind).json_schema()["properties"])
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{name}: no such setting; expected one of {', '.join(known)}")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _print_step(step: int, loss: float) -> None:
+    typer.echo(f"step {step}: loss {loss:.4f}")
+
+
+def _tagger_progress() -> Callable[[Progress], None]:
+    def show(progress: Progress) -> None:
+        if progress.step % 50 == 0:
+            typer.echo(f"epoch {progress.epoch}, step {progress.step} of {progress.steps}: loss {progress.loss:.3f}")
+
+    return show
