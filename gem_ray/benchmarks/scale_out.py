@@ -18,7 +18,7 @@ from gem_ray.records import StageName
 
 _GPUS_PER_NODE = 8
 _BATCHES_PER_ACTOR = 8
-_ROWS_PER_BATCH = 32
+_ROWS_PER_BATCH = 16
 
 
 def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str
     cluster = _start_cluster(gpus)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        diary: Any = ray.remote(num_cpus=0)(Diary).remote()
+        diary: Any = ray.remote(num_cpus=0)(Diary).remote(gpus)
         actor = sleeper(StageName.GROUND, batch_seconds / _ROWS_PER_BATCH, diary)
         started = time.time()
         annotate_dataset(folder / "posts", folder / "out", _config(gpus), fresh=True, actor=actor)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gem_ray.records import StageName
 
 
+_POLL_S = 1.0
+
+
 class PassThrough:
     """A stage that costs nothing and changes nothing."""
 
@@ -27,10 +30,21 @@ class PassThrough:
 
 
 class Diary:
-    """When each actor of the slow stage began and ended each batch."""
+    """When each actor of the slow stage began and ended each batch; none begins before all actors are there.
 
-    def __init__(self) -> None:
+    Args:
+        actors: how many there will be.
+    """
+
+    def __init__(self, actors: int) -> None:
+        self._actors = actors
+        self._present: set[str] = set()
         self._entries: list[tuple[str, float, float]] = []
+
+    def arrive(self, actor: str) -> bool:
+        """An actor has its first batch; whether all have."""
+        self._present.add(actor)
+        return len(self._present) >= self._actors
 
     def add(self, actor: str, begin: float, end: float) -> None:
         """A batch of an actor, in seconds since 1970."""
@@ -48,9 +62,13 @@ def sleeper(stage: StageName, seconds_per_post: float, diary: ray.actor.ActorHan
         def __init__(self, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> None:
             self._seconds_per_post = seconds_per_post if name is stage else 0.0
             self._actor = ray.get_runtime_context().get_actor_id()
+            self._all_are_there = False
 
         def __call__(self, table: pa.Table) -> pa.Table:
             if self._seconds_per_post:
+                while not self._all_are_there:
+                    self._all_are_there = ray.get(diary.arrive.remote(self._actor))
+                    time.sleep(_POLL_S)
                 begin = time.time()
                 time.sleep(self._seconds_per_post * table.num_rows)
                 diary.add.remote(self._actor, begin, time.time())
