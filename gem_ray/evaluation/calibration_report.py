@@ -35,7 +35,9 @@ def print_calibration(calibration: Calibration, console: Console | None = None) 
 def bin_table(calibration: Calibration) -> Table:
     """A row for each bin of entropy, and one for all entities."""
     with_reranker = calibration.all.reranked.total > 0
-    table = Table("entropy", title="entities of the dev set by entropy in nats", title_justify="left")
+    table = Table(
+        "entropy", title="entities of the dev set by entropy in nats", title_justify="left", caption_justify="left"
+    )
     names = ["entities", "share", "found", "accuracy", f"top-{calibration.k}"]
     for name in [*names, "reranker"] if with_reranker else names:
         table.add_column(name, justify="right")
@@ -78,7 +80,7 @@ def plot(calibration: Calibration) -> Figure:
     for name, threshold in calibration.thresholds.items():
         _mark(upper, lower, name, threshold)
     upper.set(ylabel="right categories", ylim=(-0.02, 1.02))
-    upper.legend(fontsize="small", loc="lower left", framealpha=0.9)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small")
     middles, widths = [_middle(entry) for entry in bins], [entry.high - entry.low for entry in bins]
     lower.bar(middles, [entry.share.value for entry in bins], widths, color=_LIGHT, edgecolor=_BLACK)
     lower.set(xlabel="entropy of the categories, nats", ylabel="share of entities", xlim=(0, bins[-1].high))
