@@ -137,13 +137,16 @@ def models_of(config: Config) -> dict[str, str]:
         FileNotFoundError: a model is not there.
     """
     names = {role: checkpoints.describe(reference) for role, reference in _references(config).items() if reference}
-    if config.knowledge.explainer is not None:
-        names["explainer"] = config.knowledge.explainer.model
+    explainer = config.knowledge.explainer
+    if explainer is not None and explainer.engine == "endpoint":
+        names["explainer"] = explainer.model
     return names
 
 
 def _references(config: Config) -> dict[str, str | None]:
     references = {"captioner": config.knowledge.captioner, "tagger": config.tagger.model}
+    if config.knowledge.explainer is not None and config.knowledge.explainer.engine == "vllm":
+        references["explainer"] = config.knowledge.explainer.model
     if config.reranker.enabled:
         references |= {"reranker": config.reranker.model, "reranker_adapter": config.reranker.adapter}
     if config.grounder.enabled:

@@ -50,17 +50,30 @@ class ImageConfig(_Section):
 class ExplainerConfig(_Section):
     """Where auxiliary knowledge comes from (§3.2.1)."""
 
-    # Required: posts go to no address that nobody wrote down.
-    base_url: str = Field(
-        pattern=r"^https?://", description="OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1"
+    engine: Literal["endpoint", "vllm"] = Field("endpoint", description="`vllm`: a model in this process, no address")
+    # No default: posts go to no address that nobody wrote down.
+    base_url: str | None = Field(
+        None, pattern=r"^https?://", description="OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1"
     )
-    model: str = Field("gpt-3.5-turbo", description="model name sent to the endpoint")
+    model: str = Field("gpt-3.5-turbo", description="model name sent to the endpoint; for vLLM, a checkpoint")
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
     concurrency: PositiveInt = Field(8, description="questions asked at once, by each actor")
+    requests_per_minute: float | None = Field(None, gt=0, description="tries of each actor, evenly spaced; none: any")
     max_tokens: PositiveInt = Field(256, description="length of an answer")
     timeout_s: float = Field(60, gt=0, description="time for one try")
     retries: int = Field(4, ge=0, description="further tries when the endpoint is busy, broken, slow or gone")
     max_pause_s: float = Field(30, ge=0, description="longest pause before a retry, whatever the endpoint asks for")
+    dtype: DType = Field("float32", description="vLLM: of the model")
+    max_model_len: PositiveInt = Field(4096, description="vLLM: tokens of question and answer; the examples take 800")
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")
+
+    @model_validator(mode="after")
+    def _knows_whom_to_ask(self) -> ExplainerConfig:
+        if self.engine == "endpoint" and self.base_url is None:
+            raise ValueError("base_url must be set, or engine must be vllm")
+        if self.engine == "vllm" and self.max_tokens >= self.max_model_len:
+            raise ValueError(f"max_tokens ({self.max_tokens}) leaves no room in max_model_len ({self.max_model_len})")
+        return self
 
 
 class KnowledgeConfig(_Section):

@@ -142,7 +142,7 @@ def test_an_unknown_preset_is_named_with_the_nearest():
         ({"grounder": {"matcher": {"threshold": 2}}}, ["grounder.matcher.threshold", "less than or equal to 1"]),
         ({"labels": "fmner"}, ["labels", "'fmnerg' or 'gmner'", "'fmner'"]),
         ({"filter": 3}, ["filter", "dictionary", "3"]),
-        ({"knowledge": {"explainer": {"model": "x"}}}, ["knowledge.explainer.base_url", "must be set"]),
+        ({"knowledge": {"explainer": {"model": "x"}}}, ["knowledge.explainer", "base_url must be set"]),
         ({"pipeline": {"tag": {"min_actors": 3, "max_actors": 2}}}, ["pipeline.tag", "max_actors (2) is below"]),
     ],
 )

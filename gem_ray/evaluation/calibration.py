@@ -55,7 +55,7 @@ class Share:
         shrink = 1 + _Z**2 / self.total
         middle = (self.value + _Z**2 / (2 * self.total)) / shrink
         half = _Z / shrink * math.sqrt(self.value * (1 - self.value) / self.total + (_Z / (2 * self.total)) ** 2)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return min(max(0.0, middle - half), self.value), max(min(1.0, middle + half), self.value)  # 1 is not 1 - 1e-16
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, share and interval."""

@@ -21,6 +21,7 @@ THRESHOLD_TITLES: dict[str, str] = {
 }
 # Shapes and strokes, not colours: they are told apart in grey print, too.
 _BLACK, _DARK, _MIDDLE, _LIGHT = "0.0", "0.25", "0.45", "0.8"
+_FEWEST = 5  # entities of a point in the plot: fewer say nothing; the table has them
 _THRESHOLD_STROKES = {"configured": ":", "budget": "--", "crossing": "-"}
 
 
@@ -34,27 +35,29 @@ def print_calibration(calibration: Calibration, console: Console | None = None) 
 def bin_table(calibration: Calibration) -> Table:
     """A row for each bin of entropy, and one for all entities."""
     with_reranker = calibration.all.reranked.total > 0
-    table = Table("entropy, nats", title="entities of the dev set by entropy", title_justify="left")
-    names = ["entities", "share", "span is gold", "accuracy", f"top-{calibration.k} recall"]
+    table = Table(
+        "entropy", title="entities of the dev set by entropy in nats", title_justify="left", caption_justify="left"
+    )
+    names = ["entities", "share", "found", "accuracy", f"top-{calibration.k}"]
     for name in [*names, "reranker"] if with_reranker else names:
         table.add_column(name, justify="right")
     for entry in calibration.bins:
-        table.add_row(f"{entry.low:.2f} to {entry.high:.2f}", *_cells(entry, with_reranker))
+        table.add_row(f"{entry.low:.2f}–{entry.high:.2f}", *_cells(entry, with_reranker))
     table.add_section()
     table.add_row("all", *_cells(calibration.all, with_reranker))
+    table.caption = "found: the span is gold's; what follows is the share of those whose gold category is said"
     return table
 
 
 def threshold_table(calibration: Calibration) -> Table:
     """A row for each γ."""
     table = Table("γ", title="thresholds", title_justify="left")
-    for name in ("filter.gamma", "to the reranker", "of", "accuracy with it"):
+    for name in ("filter.gamma", "to the reranker", "accuracy with it"):
         table.add_column(name, justify="right")
     known = calibration.all.reranked.total > 0
     for name, threshold in calibration.thresholds.items():
-        accuracy = percent(threshold.accuracy.value) if known else ""
-        share = threshold.share
-        table.add_row(THRESHOLD_TITLES[name], f"{threshold.gamma:g}", percent(share.value), str(share.total), accuracy)
+        accuracy = percent(threshold.accuracy.value) if known else "–"
+        table.add_row(THRESHOLD_TITLES[name], f"{threshold.gamma:g}", percent(threshold.share.value), accuracy)
     return table
 
 
@@ -77,7 +80,7 @@ def plot(calibration: Calibration) -> Figure:
     for name, threshold in calibration.thresholds.items():
         _mark(upper, lower, name, threshold)
     upper.set(ylabel="right categories", ylim=(-0.02, 1.02))
-    upper.legend(fontsize="small", loc="lower left", framealpha=0.9)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small")
     middles, widths = [_middle(entry) for entry in bins], [entry.high - entry.low for entry in bins]
     lower.bar(middles, [entry.share.value for entry in bins], widths, color=_LIGHT, edgecolor=_BLACK)
     lower.set(xlabel="entropy of the categories, nats", ylabel="share of entities", xlim=(0, bins[-1].high))
@@ -96,11 +99,11 @@ def _cells(entry: Bin, with_reranker: bool) -> list[str]:
 def _curve(
     axes: Axes, bins: Sequence[Bin], shares: Sequence[Share], label: str, stroke: str, grey: str, shift: float
 ) -> None:
-    """Shares with their 95 % intervals; bins without entities are left out. `shift` is in widths of a bin."""
+    """Shares with their 95 % intervals, where there are enough entities. `shift` is in widths of a bin."""
     points = [
         (_middle(entry) + shift * (entry.high - entry.low), share.value, *share.interval)
         for entry, share in zip(bins, shares, strict=True)
-        if share.total
+        if share.total >= _FEWEST
     ]
     if points:
         x, y, low, high = (list(column) for column in zip(*points, strict=True))

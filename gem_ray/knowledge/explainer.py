@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from gem_ray.config import ConfigError, ExplainerConfig
+from gem_ray.knowledge.pace import Pace
 from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
 
 _FIRST_PAUSE_S = 0.5
@@ -56,7 +57,9 @@ class Explainer:
     """
 
     def __init__(self, config: ExplainerConfig) -> None:
+        assert config.base_url is not None  # checked with the configuration
         self._config = config
+        self._pace = Pace(config.requests_per_minute)
         self._key = _api_key(config.api_key_env)
         self._client = httpx.Client(
             base_url=config.base_url,
@@ -91,10 +94,12 @@ class Explainer:
         tries = self._config.retries + 1
         reason = ""
         for attempt in range(tries):
+            self._pace.wait()
             try:
                 return parse_answer(self._request(query))
             except _TransientError as failure:
                 reason = str(failure)
+                self._pace.hold(min(failure.retry_after, self._config.max_pause_s))
                 if attempt + 1 < tries:
                     time.sleep(self._pause(attempt, failure.retry_after))
         raise ExplainerError(f"{self.model} gave no answer in {tries} tries; the last: {reason}")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from gem_ray import checkpoints
-from gem_ray.config import Config
+from gem_ray.config import Config, ExplainerConfig
 from gem_ray.data.images import ImageLoader
 from gem_ray.knowledge.cache import AnswerCache
 from gem_ray.knowledge.explainer import Explainer, ExplainerError
@@ -16,6 +16,7 @@ from gem_ray.records import Post, ProblemKind, StageName
 
 if TYPE_CHECKING:
     from gem_ray.knowledge.captioner import Captioner
+    from gem_ray.knowledge.explainer_vllm import VllmExplainer
 
 
 class KnowledgeProvider:
@@ -42,7 +43,7 @@ class KnowledgeProvider:
         loader: ImageLoader,
         captioner: Captioner | None = None,
         captioner_id: str = "",
-        explainer: Explainer | None = None,
+        explainer: Explainer | VllmExplainer | None = None,
         cache: AnswerCache | None = None,
     ) -> None:
         self._loader = loader
@@ -57,8 +58,8 @@ class KnowledgeProvider:
         """Load what the `knowledge` section names.
 
         Raises:
-            FileNotFoundError: there is no such captioner.
-            ConfigError: the explainer's key cannot be sent.
+            FileNotFoundError: there is no such captioner, or no such model for vLLM.
+            ConfigError: the explainer's key cannot be sent, or its model takes no conversations.
         """
         knowledge = config.knowledge
         captioner, captioner_id = None, ""
@@ -70,7 +71,7 @@ class KnowledgeProvider:
             loader=ImageLoader.from_config(config),
             captioner=captioner,
             captioner_id=captioner_id,
-            explainer=Explainer(knowledge.explainer) if knowledge.explainer else None,
+            explainer=load_explainer(knowledge.explainer) if knowledge.explainer else None,
             cache=AnswerCache(knowledge.cache) if knowledge.cache else None,
         )
 
@@ -108,7 +109,7 @@ class KnowledgeProvider:
         post.caption = known or None
         return known is not None
 
-    def _fill_knowledge(self, posts: list[Post], explainer: Explainer) -> None:
+    def _fill_knowledge(self, posts: list[Post], explainer: Explainer | VllmExplainer) -> None:
         waiting: dict[Query, list[Post]] = defaultdict(list)  # by question: reposts are asked about once
         for post in posts:
             query = Query(post.text, None if _is_blank(post.caption) else post.caption)
@@ -138,7 +139,16 @@ class KnowledgeProvider:
             self._cache.put(value, *key)
 
 
-def _knowledge_key(query: Query, explainer: Explainer) -> tuple[str | None, ...]:
+def load_explainer(config: ExplainerConfig) -> Explainer | VllmExplainer:
+    """The explainer that `engine` names. Imports only the library that it needs."""
+    if config.engine == "vllm":
+        from gem_ray.knowledge.explainer_vllm import VllmExplainer
+
+        return VllmExplainer.from_config(config)
+    return Explainer(config)
+
+
+def _knowledge_key(query: Query, explainer: Explainer | VllmExplainer) -> tuple[str | None, ...]:
     return ("knowledge", query.text, query.caption, explainer.model, PROMPT_VERSION)
 
 

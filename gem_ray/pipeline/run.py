@@ -43,6 +43,7 @@ _ONLY_SPEED = (
     "gpu_memory_utilization",
     "image_batch_size",
     "max_pause_s",
+    "requests_per_minute",
     "retries",
     "timeout_s",
 )

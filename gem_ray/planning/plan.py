@@ -205,7 +205,9 @@ def _notes(config: Config) -> Iterator[str]:
     if explainer is not None:
         size = PUBLISHED[explainer.model].parameters if explainer.model in PUBLISHED else None
         weights = f", {gib(2 * size)} GiB of weights in half precision" if size else ""
-        yield f"not in it: the explainer, {explainer.model} behind {explainer.base_url}{weights}, and its speed"
+        share = f"in the knowledge stage, with {explainer.gpu_memory_utilization:g} of its card's memory"
+        place = share if explainer.engine == "vllm" else f"behind {explainer.base_url}"
+        yield f"not in it: the explainer, {explainer.model} {place}{weights}, and its speed"
 
 
 def _pool(name: StageName, config: Config, memory: int, card: Card | None, measured: Mapping[str, float]) -> Pool:

@@ -119,23 +119,26 @@ def test_intervals_are_wilsons() -> None:
     assert Share(81, 263).interval == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert Share(0, 20).interval == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert Share(0, 0).interval == (0.0, 1.0)
+    for total in range(1, 200):
+        for share in (Share(0, total), Share(total, total), Share(total // 2, total)):
+            assert 0 <= share.interval[0] <= share.value <= share.interval[1] <= 1
 
 
 def test_table_json_and_plot_show_it(tmp_path: Path) -> None:
-    result = calibrate(BY_HAND, k=5, gamma=0.2, budget=0.15, bin_width=0.5)
+    result = calibrate(BY_HAND * 2, k=5, gamma=0.2, budget=0.15, bin_width=0.5)
     console = Console(record=True, width=120)
     print_calibration(result, console)
     printed = console.export_text()
-    for expected in ("0.50 to 1.00", "top-5 recall", "within the budget", "87.50", "75.00"):
+    for expected in ("0.50–1.00", "top-5", "within the budget", "87.50", "75.00"):
         assert expected in printed
     write_calibration(result, tmp_path)
     written = json.loads((tmp_path / "calibration.json").read_text())
     assert written["thresholds"]["budget"]["gamma"] == 1.2
     assert written["bins"][0]["accuracy"] == {
-        "right": 3,
-        "total": 3,
+        "right": 6,
+        "total": 6,
         "value": 1.0,
-        "interval": list(Share(3, 3).interval),
+        "interval": list(Share(6, 6).interval),
     }
     pixels = np.asarray(Image.open(tmp_path / "calibration.png").convert("RGB"))
     assert pixels.std() > 10

@@ -1,6 +1,7 @@
 import json
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from types import SimpleNamespace
 
@@ -181,6 +182,37 @@ def test_no_more_questions_at_once_than_configured(server, explainer_config, rep
     answers = dict(Explainer(explainer_config(concurrency=4)).ask_all(queries))
     assert set(answers) == set(queries)
     assert 4 <= server.most_running <= 5  # the server may still close one when the client sends the next
+
+
+def test_no_more_tries_in_a_time_than_configured(server, explainer_config, reply):
+    """Evenly spaced, retries too: twenty a second are one every 50 ms, however many threads ask."""
+    server.script = lambda text, n: reply(status=503) if n == 0 else reply()
+    explainer = Explainer(explainer_config(concurrency=8, requests_per_minute=1200, max_pause_s=0))
+    answers = dict(explainer.ask_all([Query(f"post {i}") for i in range(6)]))
+    assert all(isinstance(answer, ParsedAnswer) for answer in answers.values())
+    times = sorted(time for times in server.asked.values() for time in times)
+    assert len(times) == 12
+    assert times[-1] - times[0] > 0.9 * 11 * 0.05
+
+
+def test_retry_after_holds_for_every_thread(server, explainer_config, reply):
+    """The endpoint means the client, which must not go on asking from its other threads."""
+    server.script = lambda text, n: (
+        reply(status=429, headers={"Retry-After": "1"}) if text == "first" and n == 0 else reply()
+    )
+    explainer = Explainer(explainer_config(concurrency=1, max_pause_s=5))
+    others = Explainer(explainer_config(concurrency=4))
+    others._pace = explainer._pace
+    answers = explainer.ask_all([Query("first")])
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, answers)
+        while not server.asked["first"]:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        list(others.ask_all([Query(f"post {i}") for i in range(4)]))
+        first.result()
+    refused = server.asked["first"][0]
+    assert all(moment - refused > 0.9 for text, times in server.asked.items() if text != "first" for moment in times)
 
 
 def test_one_failed_query_leaves_the_others_their_answers(server, explainer_config, reply):

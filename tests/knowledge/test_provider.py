@@ -140,6 +140,40 @@ def test_a_failure_costs_one_post_its_knowledge_and_no_more(server, provider, re
     assert (knowledge.asked, knowledge.failed) == (8, 5)
 
 
+def test_every_post_comes_out_whatever_the_server_does_and_nothing_is_asked_twice(server, provider, reply):
+    """Each answer is paid for once: what failed for good is asked again in the next run, and nothing else."""
+    scripts = {
+        "sound": [reply('{"explanation": "A band."}')],
+        "broken": [reply('Sure! {"explanation": "A band.", ')],
+        "empty": [reply("")],
+        "busy": [reply(status=429, headers={"Retry-After": "0"}), reply('{"explanation": "A band."}')],
+        "ill": [reply(status=500), reply('{"explanation": "A band."}')],
+        "slow": [reply(delay_s=3), reply('{"explanation": "A band."}')],
+        "always busy": [reply(status=429)] * 2,
+        "always ill": [reply(status=500)] * 2,
+        "always slow": [reply(delay_s=3)] * 2,
+    }
+    texts = [*scripts, *scripts]  # each is reposted
+    server.script = lambda text, n: (*scripts[text], *[reply('{"explanation": "Late."}')] * 9)[n]
+    first, second = provider(timeout_s=1.5), provider(timeout_s=1.5)
+
+    posts = first([Post(str(number), text) for number, text in enumerate(texts)])
+    assert [post.text for post in posts] == texts
+    known = {post.text: post.knowledge for post in posts}
+    assert known == {text: None if text == "empty" or text.startswith("always") else "A band." for text in scripts}
+    assert {post.text for post in posts if post.problems} == {"always busy", "always ill", "always slow"}
+    assert all(post.status is Status.OK for post in posts)
+    assert (first.asked, first.repaired, first.failed) == (9, 1, 3)
+    assert {text: len(times) for text, times in server.asked.items()} == {
+        text: len(script) for text, script in scripts.items()
+    }
+
+    posts = second([Post(str(number), text) for number, text in enumerate(texts)])
+    assert {post.knowledge for post in posts if post.text.startswith("always")} == {"Late."}
+    assert (second.asked, second.from_cache, second.failed) == (3, 12, 0)
+    assert sum(map(len, server.asked.values())) == 15 + 3
+
+
 def test_failures_are_asked_again_in_the_next_run(server, provider, reply):
     server.script = lambda text, n: reply(status=400) if n == 0 else reply()
     first, second = _posts(1), _posts(1)

@@ -435,6 +435,8 @@ def test_an_explainer_is_noted_and_not_planned() -> None:
     explainer = "knowledge.explainer={base_url: http://127.0.0.1:9/v1, model: meta-llama/Meta-Llama-3-8B-Instruct}"
     plan = make_plan(load_config(overrides=[explainer]))
     assert "15.0 GiB" in plan.notes[0]
+    plan = make_plan(load_config(overrides=["knowledge.explainer={engine: vllm, model: models/llm}"]))
+    assert "models/llm in the knowledge stage, with 0.5 of its card's memory" in plan.notes[0]
 
 
 # The command

@@ -1,0 +1,83 @@
+"""Explains posts with a language model that vLLM runs in this process (§3.2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from gem_ray import checkpoints
+from gem_ray.config import ConfigError, ExplainerConfig
+from gem_ray.knowledge.explainer import ExplainerError, ParsedAnswer, parse_answer
+from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {ANSWER_FIELD: {"type": "string"}},
+    "required": [ANSWER_FIELD],
+    "additionalProperties": False,
+}
+
+
+class VllmExplainer:
+    """The same questions and answers as `Explainer`, without a server; the worked examples are read once.
+
+    Args:
+        llm: the engine.
+        model: the model's name and content hash, for the cache.
+        max_tokens: length of an answer.
+    """
+
+    def __init__(self, llm: LLM, model: str, max_tokens: int) -> None:
+        self._llm = llm
+        self._tokenizer = llm.get_tokenizer()
+        self._longest = llm.model_config.max_model_len - max_tokens
+        self._sampling = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            # White space between JSON's parts could go on for ever.
+            structured_outputs=StructuredOutputsParams(json=_SCHEMA, disable_any_whitespace=True),
+        )
+        self.model = model
+
+    @classmethod
+    def from_config(cls, config: ExplainerConfig) -> VllmExplainer:
+        """Start an engine with `knowledge.explainer.model`.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ConfigError: the model takes no conversations.
+        """
+        llm = LLM(
+            str(checkpoints.resolve(config.model)),
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enable_prefix_caching=True,
+            # Without a GPU there is nothing to capture, and compiling takes longer than small models run.
+            enforce_eager=not torch.cuda.is_available(),
+        )
+        if not llm.get_tokenizer().chat_template:
+            raise ConfigError(
+                f"knowledge.explainer.model: {config.model} has no chat template; name one tuned to instructions"
+            )
+        return cls(llm, checkpoints.describe(config.model), config.max_tokens)
+
+    def ask_all(self, queries: Iterable[Query]) -> Iterator[tuple[Query, ParsedAnswer | ExplainerError]]:
+        """Ask all queries in one batch; each comes with its answer, or with why it has none."""
+        readable = []
+        for query in queries:
+            prompt = self._tokenizer.apply_chat_template(
+                chat_messages(query), add_generation_prompt=True, return_dict=False
+            )
+            if len(prompt) > self._longest:
+                yield query, ExplainerError(f"the question has {len(prompt)} tokens; {self._longest} can be read")
+            else:
+                readable.append((query, {"prompt_token_ids": prompt}))
+        if not readable:
+            return
+        outputs = self._llm.generate([prompt for _, prompt in readable], self._sampling, use_tqdm=False)
+        for (query, _), output in zip(readable, outputs, strict=True):
+            yield query, parse_answer(output.outputs[0].text)
