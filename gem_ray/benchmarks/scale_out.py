@@ -19,6 +19,8 @@ from gem_ray.records import StageName
 _GPUS_PER_NODE = 8
 _BATCHES_PER_ACTOR = 8
 _ROWS_PER_BATCH = 16
+# One machine stands in for many: a node that answers late is not dead.
+_PATIENCE = {"health_check_failure_threshold": 100, "health_check_timeout_ms": 60_000}
 
 
 def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str, Any]:
@@ -52,7 +54,8 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str
 
 
 def _start_cluster(gpus: int) -> Cluster:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0})
+    head = {"num_cpus": 4, "num_gpus": 0, "_system_config": _PATIENCE}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for first in range(0, gpus, _GPUS_PER_NODE):
         cluster.add_node(num_cpus=1, num_gpus=min(_GPUS_PER_NODE, gpus - first))
     cluster.wait_for_nodes()
