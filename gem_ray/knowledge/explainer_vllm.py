@@ -37,8 +37,7 @@ class VllmExplainer:
         self._sampling = SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
-            # White space between JSON's parts could go on for ever.
-            structured_outputs=StructuredOutputsParams(json=_SCHEMA, disable_any_whitespace=True),
+            structured_outputs=StructuredOutputsParams(json=_SCHEMA),
         )
         self.model = model
 
@@ -56,6 +55,8 @@ class VllmExplainer:
             max_model_len=config.max_model_len,
             gpu_memory_utilization=config.gpu_memory_utilization,
             enable_prefix_caching=True,
+            # White space between JSON's parts could go on for ever. vLLM takes this of the engine only.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             # Without a GPU there is nothing to capture, and compiling takes longer than small models run.
             enforce_eager=not torch.cuda.is_available(),
         )
