@@ -22,7 +22,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.grounding.sam import load_sam
 from gem_ray.knowledge import captioner
-from gem_ray.pipeline import costs, stacks
+from gem_ray.planning import costs, stacks
 from gem_ray.planning.cards import GIB
 from gem_ray.planning.costs import stage_need
 from gem_ray.planning.model_facts import count_parameters
