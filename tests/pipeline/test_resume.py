@@ -15,8 +15,10 @@ from gem_ray.config import Config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.pipeline.checkpoint import committed_ids
+from gem_ray.pipeline.graph import StageActor
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
+from gem_ray.pipeline.source import ROWS_BITS
 from gem_ray.records import Status
 
 Same = Callable[[Any, Any], None]
@@ -39,11 +41,17 @@ def files_of(output: Path) -> set[Path]:
     return {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
 
 
-def damage(shard: Path) -> bytes:
-    """Break a page of a Parquet file, but not its footer; gives back the sound file."""
-    sound = shard.read_bytes()
-    shard.write_bytes(sound[:4] + bytes(56) + sound[60:])
-    return sound
+def breaking_at(file: int) -> type:
+    """Actors that fail with the first row of a file of the input, counted from 0."""
+
+    class Breaking(StageActor):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            if (table["row_id"].to_numpy() >> ROWS_BITS == file).any():
+                self._ledger.set_failure("the card fell off the bus")
+                raise RuntimeError
+            return super().__call__(table)
+
+    return Breaking
 
 
 @pytest.fixture
@@ -58,12 +66,10 @@ def test_failed_run_goes_on_where_it_stopped(
     """Two groups are published before the third fails; after it is mended, only its rows are annotated."""
     config = text_config.model_copy(deep=True)
     config.pipeline.rows_per_group = 10
-    sound = damage(posts / "part-00002.parquet")
-    with pytest.raises(RunError, match=r"part-00002\.parquet") as error:
-        annotate_dataset(posts, tmp_path / "out", config)
+    with pytest.raises(RunError, match="the card fell off the bus") as error:
+        annotate_dataset(posts, tmp_path / "out", config, actor=breaking_at(2))
     assert "\n" not in str(error.value)
     assert len(rows_of(tmp_path / "out")) == 20
-    (posts / "part-00002.parquet").write_bytes(sound)
     before = files_of(tmp_path / "out" / "annotations")
     summary = annotate_dataset(posts, tmp_path / "out", config)
     assert (summary.annotated, summary.rows) == (10, 30)
@@ -79,14 +85,12 @@ def test_old_annotations_stay_until_a_fresh_run_is_complete(
     out = tmp_path / "out"
     first = annotate_dataset(posts, out, text_config, limit=12)
     published = files_of(out / "annotations")
-    sound = damage(posts / "part-00002.parquet")
     config = text_config.model_copy(deep=True)
     config.pipeline.rows_per_group = 10
     with pytest.raises(RunError):
-        annotate_dataset(posts, out, config, fresh=True)
+        annotate_dataset(posts, out, config, fresh=True, actor=breaking_at(2))
     assert files_of(out / "annotations") == published
     assert {row["run_id"] for row in rows_of(out).values()} == {first.run_id}
-    (posts / "part-00002.parquet").write_bytes(sound)
     summary = annotate_dataset(posts, out, config)  # goes on with the fresh run
     assert summary.annotated == 10
     assert {row["run_id"] for row in rows_of(out).values()} == {summary.run_id} != {first.run_id}
