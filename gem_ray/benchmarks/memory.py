@@ -16,6 +16,8 @@ from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import load_config
 from gem_ray.pipeline.run import annotate_dataset
 
+TEXT_ONLY = ("reranker.enabled=false", "grounder.enabled=false")
+
 _ROWS_PER_FILE = 5_000
 _TEXT = "Lyon won again tonight in the rain while everyone watched the game at home"
 
@@ -46,7 +48,7 @@ def write_texts(folder: Path, rows: int) -> None:
 
 
 def _run(folder: Path, rows: int) -> None:
-    config = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false"])
+    config = load_config(overrides=TEXT_ONLY)
     annotate_dataset(folder / f"posts-{rows}", folder / f"out-{rows}", config, actor=PassThrough)
     print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gem_ray.benchmarks.driver import committed_rows, start_driver, wait_for
-from gem_ray.benchmarks.memory import write_texts
+from gem_ray.benchmarks.memory import TEXT_ONLY, write_texts
 from gem_ray.pipeline.run_directory import RunDirectory
-
-_SETTINGS = ("reranker.enabled=false", "grounder.enabled=false")
 
 
 def measure_resume(folder: Path, rows: int) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def measure_resume(folder: Path, rows: int) -> dict[str, Any]:
 def _timed(folder: Path, name: str, until: int, kill: bool = False) -> dict[str, Any]:
     kept = committed_rows(str(folder / name))
     started = time.perf_counter()
-    driver = start_driver(str(folder / "posts"), str(folder / name), _SETTINGS, "pass-through")
+    driver = start_driver(str(folder / "posts"), str(folder / name), TEXT_ONLY, "pass-through")
     wait_for(driver, kept + 1)
     first_row = time.perf_counter() - started
     done = wait_for(driver, until)

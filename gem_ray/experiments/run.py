@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_ray.config import ConfigError
+from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.experiments.definition import Experiment, Variant
 from gem_ray.experiments.table import write_results
 from gem_ray.records import Post
@@ -82,8 +83,7 @@ def _finished(folder: Path, recipe: TaggerTraining) -> dict[str, Any] | None:
 def _run(train: Sequence[Post], dev: Sequence[Post], folder: Path, recipe: TaggerTraining) -> dict[str, Any]:
     report = train_tagger(train, dev, folder / "model", recipe)
     result = {"recipe": recipe.model_dump(), **report}
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder / "result.json")  # at once, so that what is there is whole
+    with whole_file(*open_filesystem(folder / "result.json")) as partial:
+        Path(partial).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder / "model")
     return result

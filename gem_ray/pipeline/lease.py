@@ -54,7 +54,7 @@ class Lease:
     @property
     def is_held(self) -> bool:
         """Whether nobody has taken the output since, as one may who took this process for dead."""
-        return _owner_of(self._directory.read_json(_FILE)) == self._owner["owner"]
+        return (self._directory.read_json(_FILE) or {}).get("owner") == self._owner["owner"]
 
     def check(self) -> None:
         """Before something is published.
@@ -62,8 +62,9 @@ class Lease:
         Raises:
             FileExistsError: another process has taken the output.
         """
-        if not self.is_held:
-            raise FileExistsError(_message(self._directory, self._directory.read_json(_FILE) or {}))
+        holder = self._directory.read_json(_FILE) or {}
+        if holder.get("owner") != self._owner["owner"]:
+            raise FileExistsError(_message(self._directory, holder))
 
     def _wait_for_silence(self) -> None:
         before = self._directory.read_json(_FILE)
@@ -99,10 +100,6 @@ class Lease:
                 if not self.is_held:
                     return
                 self._beat()
-
-
-def _owner_of(facts: Mapping[str, Any] | None) -> str | None:
-    return facts.get("owner") if facts else None
 
 
 def _message(directory: RunDirectory, holder: Mapping[str, Any]) -> str:
