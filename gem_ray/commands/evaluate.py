@@ -102,29 +102,33 @@ def gallery(
     typer.echo(f"gallery: {out}")
 
 
-@app.command(epilog="Example: `gem-ray experiment tagger --data data/twitter10000 --out out/tagger --seeds 3`")
+@app.command(epilog="Example: `gem-ray experiment figure3 --data data/twitter10000 --out out/experiments`")
 def experiment(
-    name: Annotated[str, typer.Argument(help="`tagger`, `tagger-recipe`, or a YAML file of the same form.")],
+    name: Annotated[str, typer.Argument(help="`table1`, `figure5`, `cost` …, or a YAML file of the same form.")],
     data: Annotated[Path, typer.Option(help="A Twitter10000 root, or a folder with shards in `train/` and `dev/`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the table and the runs.")],
-    seeds: Annotated[int, typer.Option(help="Trainings of each variant.", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the runs, which experiments share, and of `NAME/table.md`.")],
+    seeds: Annotated[int, typer.Option(help="Trainings of each variant whose tagger is trained.", min=1)] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Just this variant. Repeatable.")] = None,
+    preset: PresetOption = "nano",
+    config: ConfigOption = None,
     set_: RecipeOption = None,
 ) -> None:
-    """Variants of a recipe over several seeds, in one table. What is done is not done again."""
+    """A table or figure of the paper: variants of the system, compared. What is done is not done again."""
+    from gem_ray.config import load_config
     from gem_ray.experiments.data import read_experiment_posts
     from gem_ray.experiments.definition import load_experiment
     from gem_ray.experiments.run import run_experiment
-    from gem_ray.tagger.scores import one_line
 
-    definition, overrides = load_experiment(name), parse_overrides(set_)
+    definition = load_experiment(name)
     run_experiment(
         definition,
         partial(read_experiment_posts, data),
         out,
         seeds=seeds,
-        overrides=overrides,
+        overrides=parse_overrides(set_),
+        base=load_config(preset, config),
         only=only or (),
-        on_done=lambda variant, seed, result: typer.echo(f"{variant}, seed {seed}: {one_line(result['dev'])}"),
+        on_done=lambda variant, seed, result: typer.echo(f"{variant}, seed {seed}: done"),
     )
-    typer.echo(f"table: {out / 'table.md'}")
+    typer.echo((out / definition.name / "table.md").read_text(encoding="utf-8"))
+    typer.echo(f"table, figures and plot: {out / definition.name}")

@@ -1,0 +1,113 @@
+"""An experiment's plot: told apart by shade, hatch, mark and stroke, so that it reads in grey print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gem_ray.experiments.definition import Column, Experiment
+from gem_ray.experiments.results import Cell, Results
+
+_SHADES = ("0.25", "0.75", "0.5", "0.95", "0.6", "0.85")
+_HATCHES = ("", "//", "..", "xx", "\\\\", "--")
+_STROKES = ("o-", "s--", "^-.", "D:", "v-", "x--")
+_LIGHT, _BLACK = "0.8", "0.0"
+
+
+def plot(experiment: Experiment, results: Results) -> Figure:
+    """The plot that the experiment's definition asks for: bars, a line or a scatter."""
+    wanted = experiment.plot.columns
+    columns = [column for column in experiment.columns if (column.label in wanted if wanted else column.is_ratio)]
+    rows = [row.label for row in experiment.table_rows if any(results[row.label][c.label] for c in columns)]
+    columns = [column for column in columns if any(results[row][column.label] for row in rows)]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    draw = {"bars": _bars, "line": _line, "scatter": _scatter}[experiment.plot.kind]
+    draw(axes, experiment, results, rows, columns)
+    axes.set_title(experiment.title, fontsize="medium", wrap=True)
+    axes.grid(color=_LIGHT, linewidth=0.5, axis="y" if experiment.plot.kind == "bars" else "both")
+    axes.set_axisbelow(True)
+    if len(columns) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    return figure
+
+
+def _bars(axes: Axes, experiment: Experiment, results: Results, rows: Sequence[str], columns: Sequence[Column]) -> None:
+    """A group of bars for each row, a bar for each column; the axis begins where the differences can be seen."""
+    width = 0.8 / max(len(columns), 1)
+    lowest = 100.0
+    for number, column in enumerate(columns):
+        cells = {place: results[row][column.label] for place, row in enumerate(rows)}
+        places = [place + (number - (len(columns) - 1) / 2) * width for place, cell in cells.items() if cell]
+        known = [cell for cell in cells.values() if cell]
+        lowest = min([lowest, *(100 * (each.mean - (each.deviation or 0)) for each in known)])
+        axes.bar(
+            places,
+            [100 * each.mean for each in known],
+            width,
+            yerr=_errors(known),
+            label=column.label,
+            color=_SHADES[number % len(_SHADES)],
+            hatch=_HATCHES[number % len(_HATCHES)],
+            edgecolor=_BLACK,
+            capsize=2,
+        )
+    axes.set_xticks(range(len(rows)), [_wrapped(row) for row in rows], fontsize="small")
+    axes.set(ylabel="percent", ylim=(max(0.0, lowest - 5) if lowest > 20 else 0.0, None))
+
+
+def _line(axes: Axes, experiment: Experiment, results: Results, rows: Sequence[str], columns: Sequence[Column]) -> None:
+    """A curve for each column over the variants' places."""
+    places = {variant.label: variant.at for variant in experiment.variants if variant.at is not None}
+    for number, column in enumerate(columns):
+        points = sorted((places[row], cell) for row in rows if row in places and (cell := results[row][column.label]))
+        cells = [cell for _, cell in points]
+        axes.errorbar(
+            [x for x, _ in points],
+            [100 * cell.mean for cell in cells],
+            _errors(cells),
+            fmt=_STROKES[number % len(_STROKES)],
+            color=_SHADES[number % 3] if number else _BLACK,
+            label=column.label,
+            capsize=2,
+            markersize=5,
+        )
+    axes.set(xlabel=experiment.plot.x, ylabel="percent")
+
+
+def _scatter(
+    axes: Axes, experiment: Experiment, results: Results, rows: Sequence[str], columns: Sequence[Column]
+) -> None:
+    """Quality over cost, a named point for each row; the line joins those that no other row beats in both."""
+    for number, column in enumerate(columns):
+        points = [
+            (cost.mean, 100 * quality.mean, row)
+            for row in rows
+            if (cost := results[row][experiment.plot.x]) and (quality := results[row][column.label])
+        ]
+        shade = _SHADES[number % 3] if number else _BLACK
+        axes.plot([p[0] for p in points], [p[1] for p in points], _STROKES[number][0], color=shade, label=column.label)
+        best = pareto(points)
+        axes.plot([p[0] for p in best], [p[1] for p in best], _STROKES[number][1:], color=shade, linewidth=0.8)
+        for x, y, row in points:
+            axes.annotate(row, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+    axes.set(xlabel=experiment.plot.x, ylabel="percent")
+
+
+def pareto(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Of (cost, quality, name), those that nothing cheaper equals, by rising cost."""
+    best: list[tuple[float, float, str]] = []
+    for point in sorted(points, key=lambda entry: (entry[0], -entry[1])):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best
+
+
+def _errors(cells: Sequence[Cell]) -> list[float]:
+    return [100 * (cell.deviation or 0.0) for cell in cells]
+
+
+def _wrapped(label: str) -> str:
+    return label.replace(" ", "\n", 1) if len(label) > 10 else label
