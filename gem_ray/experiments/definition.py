@@ -66,6 +66,7 @@ class Row(_Part):
     label: str
     fmnerg: str | None = None
     gmner: str | None = None
+    columns: list[str] = Field(default_factory=list, description="labels of those that it fills; none: all")
 
 
 class PublishedRow(_Part):
@@ -121,9 +122,10 @@ class Experiment(_Part):
             if name not in known:
                 raise ValueError(f"no variant is called {name!r}")
         labels = {column.label for column in self.columns}
-        for label in [*self.plot.columns, *([self.plot.x] if self.plot.kind == "scatter" else [])]:
+        in_rows = [label for row in self.rows for label in row.columns]
+        for label in [*in_rows, *self.plot.columns, *([self.plot.x] if self.plot.kind == "scatter" else [])]:
             if label not in labels:
-                raise ValueError(f"the plot's column {label!r} is not one of the table's")
+                raise ValueError(f"{label!r} is not one of the table's columns")
         if self.against is not None and self.against not in {row.label for row in self.table_rows}:
             raise ValueError(f"against: no row is called {self.against!r}")
         for published in self.published:

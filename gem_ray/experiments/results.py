@@ -55,6 +55,8 @@ def main_input(result: Mapping[str, Any]) -> str:
 
 
 def _cell(out: Path, row: Row, column: Column) -> Cell | None:
+    if row.columns and column.label not in row.columns:
+        return None
     runs = [result for _, result in read_runs(out, getattr(row, column.labels))]
     figures = [figure for result in runs if (figure := _figure(result, column)) is not None]
     if not figures:

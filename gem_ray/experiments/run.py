@@ -81,7 +81,7 @@ def run_experiment(
         if result is None and (reason := run.obstacle(read)) is not None:
             obstacles[run.variant.name] = reason
             continue
-        result = result or run.do(read)
+        result = result or run.copied(read) or run.do(read)
         if not any(run.model == later.model for later in plan[number + 1 :]):
             shutil.rmtree(run.model, ignore_errors=True)
         on_done(run.variant.name, run.seed, result)
@@ -119,7 +119,7 @@ class _Run:
 
     def obstacle(self, read: Posts) -> str | None:
         """Why it cannot be run here, if it cannot."""
-        if self.variant.settings is None and needs_images(self.variant.config) and not self._has_images(read):
+        if needs_images(self.variant.config) and not self._has_images(read):
             return "the posts have no images"
         try:
             encoder = {"tagger": {"model": self.recipe.encoder}} if self.recipe else {}
@@ -138,14 +138,20 @@ class _Run:
         if not file.is_file():
             return None
         result = json.loads(file.read_text(encoding="utf-8"))
-        recipe = parse_recipe(result["recipe"]) if result["recipe"] else None
-        if recipe != (self.recipe and self.recipe.changed(device=recipe.device if recipe else "cpu")):
-            raise ConfigError(f"{file} has the result of another recipe: use another output folder, or remove it")
-        if what_matters(parse_config(result["config"])) != what_matters(self._config(read)):
-            raise ConfigError(
-                f"{file} has the result of another configuration: use another output folder, or remove it"
-            )
+        if difference := self._difference(result, read):
+            raise ConfigError(f"{file} has the result of another {difference}: use another output folder, or remove it")
         return result
+
+    def copied(self, read: Posts) -> dict[str, Any] | None:
+        """The result of another variant that comes to the same: on posts without images, say, or in another table."""
+        for file in sorted((self.out / "runs").glob(f"*/{self.folder.name}/{RESULT}")):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if self._difference(result, read) is None:
+                ignore = shutil.ignore_patterns("model", RESULT)
+                shutil.copytree(file.parent, self.folder, ignore=ignore, dirs_exist_ok=True)
+                self._write(result)
+                return result
+        return None
 
     def do(self, read: Posts) -> dict[str, Any]:
         """Train if need be, annotate, score, and write the result, in this order."""
@@ -164,9 +170,20 @@ class _Run:
             "device": device_of(system),
             "reports": annotate_and_score(dev, system, self.folder, self.recipe),
         }
+        self._write(result)
+        return result
+
+    def _difference(self, result: Mapping[str, Any], read: Posts) -> str | None:
+        """What distinguishes a result from this run's, if anything does."""
+        recipe = parse_recipe(result["recipe"]) if result["recipe"] else None
+        if recipe != (self.recipe and self.recipe.changed(device=recipe.device if recipe else "cpu")):
+            return "recipe"
+        same = what_matters(parse_config(result["config"])) == what_matters(self._config(read))
+        return None if same else "configuration"
+
+    def _write(self, result: Mapping[str, Any]) -> None:
         with whole_file(*open_filesystem(self.folder / RESULT)) as partial:
             Path(partial).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        return result
 
     def _has_images(self, read: Posts) -> bool:
         return has_images(read("dev", self.labels))

@@ -35,8 +35,9 @@ def has_images(posts: Sequence[Post]) -> bool:
 
 
 def needs_images(changes: dict[str, Any]) -> bool:
-    """Changes of the configuration that make no difference to posts without images."""
-    return any(section in changes for section in _LOOKING)
+    """The variant is about what looks at images; one that switches all of that off is not."""
+    is_off = [not changes.get(section, {}).get("enabled", True) for section in ("reranker", "grounder")]
+    return any(section in changes for section in _LOOKING) and not all(is_off)
 
 
 def system_config(base: Config, changes: dict[str, Any], recipe: TaggerTraining | None, images: bool) -> Config:
@@ -60,7 +61,8 @@ def system_config(base: Config, changes: dict[str, Any], recipe: TaggerTraining 
 
 def what_matters(config: Config) -> dict[str, Any]:
     """The part of a configuration that the annotations depend on; not where it runs, nor what is switched off."""
-    values = config.model_dump(mode="json", exclude={"device", "pipeline"})
+    speed = {"device": True, "pipeline": True, "tagger": {"batch_tokens", "compile"}}
+    values = config.model_dump(mode="json", exclude=speed)
     for section in ("reranker", "grounder"):
         if not values[section]["enabled"]:
             values[section] = {"enabled": False}
