@@ -53,6 +53,19 @@ class Difference:
         return {**asdict(self), "difference": self.value}
 
 
+def compare(gold: Sequence[Post], first: Iterable[Post], second: Iterable[Post], **how: Any) -> dict[str, Difference]:
+    """Each task's difference between two systems' annotations.
+
+    Args:
+        gold: the split.
+        first: annotated posts.
+        second: those of the other system.
+        how: `labels`, `protocol` and `iou` of `evaluate`.
+    """
+    counts = [counts_by_post(gold, predictions, **how) for predictions in (first, second)]
+    return {task: paired_bootstrap(counts[:1], counts[1:], task) for task in counts[0]}
+
+
 def counts_by_post(
     gold: Iterable[Post],
     predictions: Iterable[Post],

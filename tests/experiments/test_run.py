@@ -56,7 +56,7 @@ def test_every_shipped_experiment_has_recipes_that_can_be() -> None:
         experiment = load_experiment(name)
         assert len({variant.name for variant in experiment.variants}) == len(experiment.variants)
         for variant in experiment.variants:
-            recipe = experiment.recipe(variant, 1, {"device": "cuda"})
+            recipe = experiment.recipe_of(variant, 1, {"device": "cuda"})
             assert (recipe.seed, recipe.device) == (1, "cuda")
 
 
