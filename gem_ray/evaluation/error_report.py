@@ -66,7 +66,7 @@ def write_error_report(
 
 def _matrix(errors: Errors, labels: LabelSet) -> dict[str, Any]:
     """Rows are gold, columns predicted: the categories with the most confusions, in the label set's order."""
-    wrong = {name: 0 for name in labels.fine}
+    wrong = dict.fromkeys(labels.fine, 0)
     for (gold, predicted), count in errors.confused:
         wrong[gold] += count
         wrong[predicted] += count
