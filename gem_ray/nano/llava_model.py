@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,18 +14,17 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from gem_ray.rerank.encoding import count_image_tokens
 from gem_ray.rerank.prompts import IMAGE_TOKEN
-from gem_ray.rerank.tokenizer import train_tokenizer
 
 
 def build_llava(
     out: Path,
-    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
     *,
-    vocab_size: int = 1536,
     image_size: int = 120,
     patch_size: int = 12,
     vision_layers: int = 3,
@@ -41,8 +39,7 @@ def build_llava(
 
     Args:
         out: folder to write, readable by transformers and by vLLM.
-        texts: what the byte-level BPE tokenizer is trained on.
-        vocab_size: tokens, special ones included; fewer if `texts` do not give as many.
+        tokenizer: with LLaMA's special tokens and one for images, as `train_tokenizer` makes it.
         image_size: side to which images are brought, in pixels.
         patch_size: side of a patch, in pixels.
         vision_layers: depth of the CLIP vision tower.
@@ -53,7 +50,6 @@ def build_llava(
         max_length: positions of the language model.
         seed: of the weights.
     """
-    tokenizer = train_tokenizer(texts, vocab_size)
     vision = CLIPVisionConfig(
         image_size=image_size,
         patch_size=patch_size,

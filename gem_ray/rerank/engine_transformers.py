@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import Config
+from gem_ray.config import Config, ConfigError
 from gem_ray.device import torch_device
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
 from gem_ray.rerank.packing import PackedRow, pad_rows
+from gem_ray.rerank.prompts import LLAVA, PromptFormat
 
 
 class TransformersEngine:
@@ -31,6 +36,9 @@ class TransformersEngine:
         processor: the model's tokenizer and image processor.
         max_length: positions that prompt, image and answer may take together.
         batch_size: requests in one forward pass.
+        prompt_format: the model's.
+        adapters: the adapted model, where several adapters are to choose from; its base is `model`.
+        adapter: the name of the one that is used if a call names none.
     """
 
     def __init__(
@@ -39,28 +47,44 @@ class TransformersEngine:
         processor: LlavaProcessor,
         max_length: int = 1024,
         batch_size: int = 16,
+        prompt_format: PromptFormat = LLAVA,
+        adapters: PeftModel | None = None,
+        adapter: str | None = None,
     ):
+        self.prompt_format = prompt_format
+        self.counts: Counter[str] = Counter()
         self._model = model
         self._processor = processor
         self._batch_size = batch_size
-        self._encoder = RequestEncoder(processor.tokenizer, model.config, max_length)
+        self._adapters, self._adapter = adapters, adapter
+        self._encoder = RequestEncoder(processor.tokenizer, model.config, max_length, prompt_format)
 
     @classmethod
     def from_config(cls, config: Config) -> TransformersEngine:
-        """Load what the section `reranker` names, the adapter merged into the model's weights."""
+        """Load what the section `reranker` names; an adapter that is the only one is merged into the model's weights.
+
+        Raises:
+            ConfigError: the model is no LLaVA.
+        """
         settings = config.reranker
         folder = resolve(settings.model)
+        if (kind := AutoConfig.from_pretrained(folder).model_type) != "llava":
+            raise ConfigError(f"reranker.model: {settings.model} is a {kind} model; set reranker.engine=vllm for it")
         model = load_llava(folder, getattr(torch, settings.dtype))
-        if settings.adapter:
-            model = PeftModel.from_pretrained(model, str(resolve(settings.adapter))).merge_and_unload()
+        adapted = _adapted(model, {name: resolve(where) for name, where in settings.adapter_references.items()})
+        if adapted is not None and len(settings.adapter_references) == 1:
+            model, adapted = adapted.merge_and_unload(), None
         return cls(
             model.to(torch_device(config.device)).eval(),
             LlavaProcessor.from_pretrained(folder),
             settings.max_model_len,
             settings.batch_size,
+            PromptFormat.of_model(folder, settings.template),
+            adapted,
+            settings.adapter,
         )
 
-    def choose(self, requests: list[Request], mode: Mode) -> list[Choice | RequestError]:
+    def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
         """Answer each request; see `Engine.choose`."""
         encoded = [self._encoder.encode(request) for request in requests]
         readable = {
@@ -68,8 +92,22 @@ class TransformersEngine:
             for index, (request, item) in enumerate(zip(requests, encoded, strict=True))
             if isinstance(item, EncodedRequest)
         }
-        answers = self._answer(readable, mode)
+        with self._adapted_by(adapter or self._adapter):
+            answers = self._answer(readable, mode)
         return [item if isinstance(item, RequestError) else answers[index] for index, item in enumerate(encoded)]
+
+    @contextmanager
+    def _adapted_by(self, name: str | None) -> Iterator[None]:
+        if self._adapters is None:
+            if name != self._adapter:
+                raise KeyError(f"no adapter {name!r} is loaded")
+            yield
+        elif name is None:
+            with self._adapters.disable_adapter():
+                yield
+        else:
+            self._adapters.set_adapter(name)
+            yield
 
     @torch.inference_mode()
     def _answer(self, questions: dict[int, _Question], mode: Mode) -> dict[int, Choice]:
@@ -100,6 +138,8 @@ class TransformersEngine:
             encoded = [question.encoded for question in group]
             prompts = [expand_image_token(item.prompt, image_token, self._encoder.image_tokens) for item in encoded]
             row = PackedRow.of(prompts, [item.tree for item in encoded])
+            self.counts["prompt_tokens"] += sum(map(len, prompts))
+            self.counts["cached_tokens"] += row.shared * (len(prompts) - 1)
             rows.append(row)
             images += [features[image]] * (row.count(image_token) // self._encoder.image_tokens)
         ids, positions, mask = (torch.from_numpy(array).to(device) for array in pad_rows(rows))
@@ -111,6 +151,17 @@ class TransformersEngine:
         logits = self._model.lm_head(hidden.flatten(0, 1)[places.to(device)]).float()  # (nodes of the batch, V)
         chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].cpu().numpy()
         return np.split(chosen, np.cumsum([len(question.encoded.tree.tokens) for question in batch])[:-1])
+
+
+def _adapted(model: LlavaForConditionalGeneration, adapters: dict[str, Path]) -> PeftModel | None:
+    """The model with its adapters, one of which is on at a time."""
+    adapted = None
+    for name, folder in adapters.items():
+        if adapted is None:
+            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        else:
+            adapted.load_adapter(str(folder), name)
+    return adapted
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ class PackedRow:
         ids: `(L,)` tokens.
         positions: `(L,)`.
         mask: `(L, L)` bool, who sees whom.
+        shared: how many positions the prompts have in common.
         predicts: for each node of each request's tree, in order, where in the row it is predicted.
     """
 
     ids: np.ndarray
     positions: np.ndarray
     mask: np.ndarray
+    shared: int
     predicts: np.ndarray
 
     @classmethod
@@ -56,7 +58,7 @@ class PackedRow:
             # A node is predicted where its parent stands; the first ones where the prompt ends.
             predicts += [answer - 1 if parent == ROOT else answer + parent for parent in tree.parents]
             start = end
-        return cls(ids, positions, mask, np.array(predicts))
+        return cls(ids, positions, mask, shared, np.array(predicts))
 
     def count(self, token: int) -> int:
         """How often a token is in the row."""
