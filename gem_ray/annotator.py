@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ Stage = Callable[[list[Post]], list[Post]]
 
 # Exceptions, by class name, that say that the process can do no more work, whatever the post: the run must stop rather
 # than mark every later post as failed. Named, not imported: they belong to vLLM and to torch.
-_FATAL = ("EngineDeadError", "AcceleratorError")
+_FATAL = ("EngineDeadError", "EngineDiedError", "AcceleratorError")
 _MESSAGE_CHARS = 300
 
 
@@ -27,23 +29,44 @@ class GuardedStage:
     When the stage raises on a batch, its posts are put back as they were and tried one by one; those that fail alone
     are left as they were, with a `stage_failed` problem.
 
+    Threads may call it at once if the stage allows it.
+
     Attributes:
-        seconds: wall time spent inside the stage so far.
+        seconds: wall time so far in which posts were inside the stage; overlapping calls count once.
     """
 
     def __init__(self, name: StageName, stage: Stage) -> None:
         self.name = name
         self.seconds = 0.0
         self._stage = stage
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._since = 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the stage itself has counted so far."""
+        return dict(getattr(self._stage, "counts", {}))
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Run the stage in place; the same posts in the same order."""
-        started = time.perf_counter()
-        try:
+        with self._timed():
             self._run(posts)
-        finally:
-            self.seconds += time.perf_counter() - started
         return posts
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._since = time.perf_counter()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self.seconds += time.perf_counter() - self._since
 
     def _run(self, posts: list[Post]) -> None:
         before = [_snapshot(post) for post in posts]
@@ -148,7 +171,9 @@ def _references(config: Config) -> dict[str, str | None]:
     if config.knowledge.explainer is not None and config.knowledge.explainer.engine == "vllm":
         references["explainer"] = config.knowledge.explainer.model
     if config.reranker.enabled:
-        references |= {"reranker": config.reranker.model, "reranker_adapter": config.reranker.adapter}
+        adapter = config.reranker.adapter
+        located = config.reranker.adapter_references.get(adapter) if adapter is not None else None
+        references |= {"reranker": config.reranker.model, "reranker_adapter": located}
     if config.grounder.enabled:
         boxes = config.grounder.boxes
         references |= {

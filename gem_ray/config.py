@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 DType = Literal["float32", "bfloat16", "float16"]
+CandidateOrder = Literal["probability", "name", "shuffled"]
 # `records.StageName`, in its order, without importing Arrow for `--help`.
 Stage = Literal["prepare", "knowledge", "tag", "load_image", "rerank", "ground"]
 
@@ -109,8 +110,15 @@ class RerankerConfig(_Section):
     enabled: bool = True
     engine: Literal["transformers", "vllm"] = "transformers"
     model: str = "nano:reranker"
-    adapter: str | None = Field("nano:reranker-lora", description="LoRA adapter; none: the model as it is")
+    adapter: str | None = Field(
+        "nano:reranker-lora", description="LoRA adapter, or a name out of `adapters`; none: the model as it is"
+    )
+    adapters: dict[str, str] = Field(default_factory=dict, description="adapters loaded side by side, by name")
+    template: str | None = Field(
+        None, description="conversation around `{question}`, image first; none: the model's own, or LLaVA-1.5's"
+    )
     mode: Literal["generate", "score"] = "score"
+    candidate_order: CandidateOrder = Field("probability", description="of the candidates in the prompt")
     batch_size: PositiveInt = Field(16, description="entities in one forward pass (transformers engine)")
     dtype: DType = "float32"
     max_model_len: PositiveInt = Field(
@@ -118,6 +126,20 @@ class RerankerConfig(_Section):
     )
     max_lora_rank: PositiveInt = Field(64, description="vLLM: the largest adapter rank")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")
+    concurrency: PositiveInt = Field(
+        3, description="vLLM: batches of posts that overlap in an actor, so that none waits for the slowest row"
+    )
+
+    @property
+    def adapter_references(self) -> dict[str, str]:
+        """Every adapter to load: name -> where it is."""
+        alone = {self.adapter: self.adapter} if self.adapter is not None else {}
+        return alone | self.adapters
+
+    @property
+    def overlapping_batches(self) -> int:
+        """Batches that an actor works on at once: only vLLM's engine gains from more than one."""
+        return self.concurrency if self.engine == "vllm" else 1
 
 
 class MatcherConfig(_Section):

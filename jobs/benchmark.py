@@ -47,6 +47,17 @@ def tagger(
     _write(out, "tagger", measure_tagger(load_config(preset, overrides=set_ or ()), texts, rounds))
 
 
+@app.command("reranker-gpu")
+def reranker_gpu(
+    out: OutOption = Path("out/benchmark"),
+    tiny: Annotated[bool, typer.Option(help="A small model, to try it without a GPU.")] = False,
+) -> None:
+    """A LLaVA-1.5-7B with random weights through the transformers engine, against the card's limit."""
+    from gem_ray.benchmarks.reranker_gpu import measure_reranker_gpu
+
+    _write(out, "reranker-gpu", measure_reranker_gpu(tiny=tiny))
+
+
 @app.command()
 def memory(
     out: OutOption = Path("out/benchmark"),

@@ -26,12 +26,14 @@ from gem_ray.rerank.engine import Choice, Request
 from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.llava import image_features, load_llava, pixel_values
 from gem_ray.rerank.prompts import INSTRUCTION, build_prompt
+from gem_ray.rerank.tokenizer import train_tokenizer
 from gem_ray.rerank.train import AnswerLoss, RerankerTraining, Sample, batched, fit, train_reranker
 from gem_ray.taxonomy import FMNERG, GMNER
 
 Report = Callable[[str], None]
 
 _K = 5
+_VOCABULARY = 1536  # tokens
 _MOST_EMBLEMS = 4  # in a scene of the first step
 # (a form of a name, its bearer's category) -> the category of the other bearer.
 _NAMESAKES = {
@@ -103,7 +105,7 @@ def train(
     # Seeds from 10,000 on are for training; the demo and the tests use lower ones.
     posts = list(generate(recipe.posts, 10_000 + seed))
     report(f"reranker: {recipe.posts} posts generated")
-    build_llava(out, _texts(posts), seed=seed)
+    build_llava(out, train_tokenizer(_texts(posts), _VOCABULARY), seed=seed)
     model, processor = load_llava(out), LlavaProcessor.from_pretrained(out)
     learn_to_see(model, processor, recipe, seed, report)
     learn_to_answer(model, processor, posts, recipe, seed, report)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -22,14 +20,11 @@ from transformers import (
 from gem_ray.rerank.encoding import count_image_tokens
 from gem_ray.rerank.prompts import IMAGE_TOKEN
 
-_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
-
 
 def build_llava(
     out: Path,
-    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
     *,
-    vocab_size: int = 1536,
     image_size: int = 120,
     patch_size: int = 12,
     vision_layers: int = 3,
@@ -44,8 +39,7 @@ def build_llava(
 
     Args:
         out: folder to write, readable by transformers and by vLLM.
-        texts: what the byte-level BPE tokenizer is trained on.
-        vocab_size: tokens, special ones included; fewer if `texts` do not give as many.
+        tokenizer: with LLaMA's special tokens and one for images, as `train_tokenizer` makes it.
         image_size: side to which images are brought, in pixels.
         patch_size: side of a patch, in pixels.
         vision_layers: depth of the CLIP vision tower.
@@ -56,7 +50,6 @@ def build_llava(
         max_length: positions of the language model.
         seed: of the weights.
     """
-    tokenizer = _train_tokenizer(texts, vocab_size)
     vision = CLIPVisionConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -80,7 +73,7 @@ def build_llava(
     config = LlavaConfig(
         vision_config=vision,
         text_config=language,
-        image_token_index=_SPECIAL_TOKENS.index(IMAGE_TOKEN),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=-1,  # published models skip the last layer of a tower trained for something else
     )
     config.image_seq_length = count_image_tokens(config)
@@ -109,23 +102,3 @@ def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
         for name, weight in load_file(file).items()
     }
     save_file(weights, file, metadata={"format": "pt"})
-
-
-def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that any post can be read, with LLaMA's special tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(_SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", _SPECIAL_TOKENS.index("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )

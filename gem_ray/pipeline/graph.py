@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ from ray.data import ActorPoolStrategy
 
 from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config, StagePlacement
+from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.logs import log_as_json, log_problems
 from gem_ray.pipeline.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
@@ -102,9 +106,20 @@ def _add_stage(
     return dataset.map_batches(
         actor,
         fn_constructor_kwargs={"name": name, "config": config, "spent": spent, "ledger": ledger},
-        compute=ActorPoolStrategy(min_size=placement.min_actors, max_size=placement.max_actors),
+        compute=_pool(name, config),
         num_gpus=placement.num_gpus or None,
         **common,
+    )
+
+
+def _pool(name: StageName, config: Config) -> ActorPoolStrategy:
+    placement: StagePlacement = getattr(config.pipeline, name)
+    overlapping = config.reranker.overlapping_batches if name is StageName.RERANK else 1
+    return ActorPoolStrategy(
+        min_size=placement.min_actors,
+        max_size=placement.max_actors,
+        max_concurrent_calls_per_actor=overlapping,
+        enable_true_multi_threading=overlapping > 1,
     )
 
 
@@ -133,6 +148,9 @@ class StageActor:
             self._failure = f"the stage {name} cannot be loaded: {error}"
         self._spent = spent
         self._ledger = ledger
+        self._gate = Gate()
+        self._reported = _Work(0.0, Counter())
+        self._lock = threading.Lock()
         self._metrics = StageMetrics(name)
         log_as_json()
 
@@ -145,11 +163,10 @@ class StageActor:
         if self._stage is None:
             self._ledger.set_failure(self._failure)
             raise RuntimeError(self._failure)
-        self._metrics.begin()
+        started = self._metrics.begin()
         posts = table_to_posts(table)
-        before = self._stage.seconds
         try:
-            run_watched(self._stage, posts, self._ledger)
+            run_watched(self._stage, posts, self._ledger, self._gate)
         except StageBrokenError as error:
             self._ledger.set_failure(str(error))
             raise RuntimeError(str(error)) from error
@@ -158,32 +175,50 @@ class StageActor:
             logger.exception("the process of stage %s ends", self._stage.name)
             self._ledger.note_death(self._stage.name, f"{type(error).__name__}: {error}")
             os._exit(1)
-        self._ledger.add_seconds(self._stage.name, self._stage.seconds - before)
-        self._metrics.end(len(posts))
+        self._report(self._stage)
+        self._metrics.end(started, len(posts))
         return _leaving(posts, self._spent)
+
+    def _report(self, stage: GuardedStage) -> None:
+        """Tell the ledger of the work since the last report, by whichever batch."""
+        with self._lock:
+            before, self._reported = self._reported, _Work(stage.seconds, Counter(stage.counts))
+        # Also while other batches are inside: theirs is in what comes next.
+        counts = self._reported.counts - before.counts
+        self._ledger.add_work(stage.name, self._reported.seconds - before.seconds, counts)
+        self._metrics.count(counts)
+
+
+@dataclass(frozen=True)
+class _Work:
+    seconds: float
+    counts: Counter[str]
 
 
 class StageBrokenError(RuntimeError):
     """A stage whose processes die one after the other, whatever the rows."""
 
 
-def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger) -> None:
+def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger, gate: Gate) -> None:
     """Run a stage on a batch so that a post which kills its process, as no exception handler can see, is found.
 
-    A batch over which a process has died is done again post by post; a post that kills a second one, alone, fails.
+    A batch over which a process has died is done again post by post, with no other batch beside it; a post that kills a
+    second one, alone, fails.
 
     Raises:
         StageBrokenError: processes of the stage died many times in a row.
     """
     rows = tuple(post.row_id or 0 for post in posts)
-    attempt = ledger.begin(stage.name, rows)
-    if attempt.failure:
-        raise StageBrokenError(attempt.failure)
-    if not attempt.deaths:
-        stage(posts)
-    else:
-        for post in posts:
-            _run_alone(stage, post, ledger)
+    with gate.shared():
+        attempt = ledger.begin(stage.name, rows)
+        if attempt.failure:
+            raise StageBrokenError(attempt.failure)
+        if not attempt.deaths:
+            stage(posts)
+    if attempt.deaths:
+        with gate.alone():
+            for post in posts:
+                _run_alone(stage, post, ledger)
     ledger.end(stage.name, rows, worked=not attempt.deaths)
 
 
@@ -203,7 +238,7 @@ def run_in_task(table: pa.Table, name: StageName, config_json: str, spent: tuple
     posts = table_to_posts(table)
     before = stage.seconds
     stage(posts)
-    ledger.add_seconds(name, stage.seconds - before)
+    ledger.add_work(name, stage.seconds - before)
     return _leaving(posts, spent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ray
@@ -17,11 +18,13 @@ class Progress:
 
     Attributes:
         stage_seconds: wall time inside each stage, summed over its actors.
+        stage_counts: what each stage has counted itself, summed over its actors.
         done: posts that have left the last stage.
         failure: why a stage gave up, in a sentence; Ray's own exception says it only within a trace.
     """
 
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stage_counts: dict[str, Counter[str]] = field(default_factory=dict)
     done: int = 0
     failure: str | None = None
 
@@ -49,8 +52,10 @@ class _Book:
         self._deaths: Counter[str] = Counter()
         self._last_words: dict[str, str] = {}
 
-    def add_seconds(self, stage: str, seconds: float) -> None:
+    def add_work(self, stage: str, seconds: float, counts: Mapping[str, int]) -> None:
         self._progress.stage_seconds[stage] = self._progress.stage_seconds.get(stage, 0.0) + seconds
+        if counts:
+            self._progress.stage_counts.setdefault(stage, Counter()).update(counts)
 
     def add_done(self, posts: int) -> None:
         self._progress.done += posts
@@ -90,10 +95,10 @@ class Ledger:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._book = ray.remote(num_cpus=0, scheduling_strategy=here)(_Book).remote()
 
-    def add_seconds(self, stage: StageName, seconds: float) -> None:
-        """Add time spent inside a stage."""
+    def add_work(self, stage: StageName, seconds: float, counts: Mapping[str, int] | None = None) -> None:
+        """Add time spent inside a stage, and what it has counted meanwhile."""
         # Not waited for, here and below: a task that waits gives its CPU away, and Ray starts a process to use it.
-        self._book.add_seconds.remote(str(stage), seconds)
+        self._book.add_work.remote(str(stage), seconds, dict(counts or {}))
 
     def add_done(self, posts: int) -> None:
         """Add posts that need no more work."""

@@ -36,6 +36,7 @@ _ONLY_PLACE = ("pipeline", "device")
 _ONLY_SPEED = (
     "batch_size",
     "batch_tokens",
+    "adapters",
     "captioner_batch_size",
     "compile",
     "concurrency",
@@ -110,7 +111,7 @@ def annotate_dataset(
             groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
             with reporting(progress, runner.done, sum(group.rows for group in groups)):
                 _run_groups(runner, groups, directory, lease)
-            stage_seconds = ledger.read().stage_seconds
+            work = ledger.read()
         summary = RunSummary(
             run_id=folder.run_id,
             input=str(input),
@@ -118,7 +119,8 @@ def annotate_dataset(
             started_at=manifest.started_at,
             seconds=time.perf_counter() - clock,
             annotated=runner.annotated,
-            stage_seconds=stage_seconds,
+            stage_seconds=work.stage_seconds,
+            stage_counts={stage: dict(sorted(counts.items())) for stage, counts in work.stage_counts.items()},
             tally=_tally_of(folder),
             models=models,
             config=config.model_dump(mode="json"),

@@ -95,6 +95,8 @@ class RunSummary:
     Attributes:
         seconds: wall time of the last start, of which `annotated` rows were the work; others were done before.
         stage_seconds: wall time inside each stage in the last start, summed over its actors.
+        stage_counts: what stages counted themselves in the last start: of `rerank`, entities `asked` about, tokens of
+            their prompts, and those among them that the engine had read before.
         models: what made the output, as in its `models` column.
     """
 
@@ -105,6 +107,7 @@ class RunSummary:
     seconds: float
     annotated: int
     stage_seconds: dict[str, float]
+    stage_counts: dict[str, dict[str, int]]
     tally: Tally
     models: dict[str, str]
     config: dict[str, Any]
@@ -137,6 +140,7 @@ class RunSummary:
             **self.tally.to_dict(),
             "reranked_share": self.tally.reranked / self.tally.entities if self.tally.entities else 0.0,
             "stage_seconds": {stage: round(seconds, 3) for stage, seconds in self.stage_seconds.items()},
+            "stage_counts": self.stage_counts,
             "models": self.models,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
             "config": self.config,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
-from gem_ray.rerank.prompts import ANSWER_CUE
+from gem_ray.rerank.prompts import LLAVA, PromptFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,13 +107,22 @@ class RequestEncoder:
 
     Args:
         tokenizer: the model's.
-        config: the model's `LlavaConfig`.
+        config: the model's, a `LlavaConfig` or another vision–language model's.
         max_length: positions that prompt, image and answer may take together; the model may allow fewer.
+        prompt_format: the model's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Any, max_length: int):
-        self.image_tokens = count_image_tokens(config)
-        self.max_length = min(max_length, config.text_config.max_position_embeddings)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Any,
+        max_length: int,
+        prompt_format: PromptFormat = LLAVA,
+    ):
+        # Of other architectures it depends on the image: then the engine, which knows, refuses what is too long.
+        self.image_tokens = count_image_tokens(config) if config.model_type == "llava" else 1
+        self.max_length = min(max_length, config.get_text_config().max_position_embeddings)
+        self.prompt_format = prompt_format
         self._tokenizer = tokenizer
         self._answers: dict[str, list[int]] = {}
 
@@ -132,21 +141,23 @@ class RequestEncoder:
     def answer(self, choice: str) -> list[int]:
         """Token ids of an answer and the end token, as they continue the prompt."""
         if choice not in self._answers:
-            self._answers[choice] = answer_ids(self._tokenizer, choice)
+            self._answers[choice] = answer_ids(self._tokenizer, choice, self.prompt_format)
         return self._answers[choice]
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, prompt_format: PromptFormat = LLAVA) -> list[int]:
     """Token ids of an answer, as they follow the prompt, and the end token.
 
-    The answer is tokenized behind the prompt's last word: on its own, a SentencePiece tokenizer would put a space of
+    The answer is tokenized behind the prompt's last words: on its own, a SentencePiece tokenizer would put a space of
     its own before it, or a second one, and the model was never trained on either.
 
     Raises:
         ValueError: the tokenizer has no end token, or merges the answer with the prompt.
     """
-    cue = tokenizer.encode(ANSWER_CUE, add_special_tokens=False)
-    both = tokenizer.encode(f"{ANSWER_CUE} {answer}", add_special_tokens=False)
+    cue = tokenizer.encode(prompt_format.answer_cue, add_special_tokens=False)
+    both = tokenizer.encode(
+        f"{prompt_format.answer_cue}{prompt_format.answer_prefix}{answer}", add_special_tokens=False
+    )
     if both[: len(cue)] != cue or len(both) == len(cue) or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer cannot separate the answer {answer!r} from the prompt")
     return [*both[len(cue) :], tokenizer.eos_token_id]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+
+from gem_ray.rerank.prompts import PromptFormat
 
 Mode = Literal["generate", "score"]
 
@@ -16,7 +19,7 @@ class Request:
 
     Args:
         image: `(h, w, 3)` uint8; requests of one post pass the same array, and its features are computed once.
-        prompt: from `prompts.build_prompt`.
+        prompt: from `prompts.build_prompt`, in the engine's format.
         choices: the answers to choose from, all different.
     """
 
@@ -50,13 +53,27 @@ class EngineDiedError(RuntimeError):
 
 
 class Engine(Protocol):
-    """A LLaVA model that answers with one of the choices."""
+    """A vision–language model that answers with one of the choices.
 
-    def choose(self, requests: list[Request], mode: Mode) -> list[Choice | RequestError]:
+    Attributes:
+        prompt_format: how the model is asked.
+        counts: so far, `prompt_tokens` of all questions, and the `cached_tokens` among them that an earlier question
+            had already had read.
+    """
+
+    prompt_format: PromptFormat
+    counts: Counter[str]
+
+    def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
         """Answer each request, in order.
 
         Args:
             requests: those of one post should be adjacent, so that they share the image's work.
             mode: `generate`, greedy decoding constrained to the choices; `score`, the likelihood of each choice.
+            adapter: name of a loaded adapter; none: the configured one.
+
+        Raises:
+            EngineDiedError: the engine is gone.
+            KeyError: no adapter of that name is loaded.
         """
         ...

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import Config
+from gem_ray.config import Config, ConfigError
 from gem_ray.device import torch_device
-from gem_ray.rerank.encoding import ROOT, ChoiceTree, EncodedRequest, RequestEncoder, expand_image_token
+from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
+from gem_ray.rerank.packing import PackedRow, pad_rows
+from gem_ray.rerank.prompts import LLAVA, PromptFormat
 
 
 class TransformersEngine:
     """LLaVA, one forward pass for a batch of requests.
 
     Both modes need the same numbers: the log-probability of each token of the choices' tree after the one before it.
-    A row of the batch is the prompt and then the tree's nodes, each of which attends to the prompt and to its own path
-    only, and stands at the position that it would have in its own choice. So the prompt is read once, whatever the
-    number of choices, and there is no decoding loop.
+    A row of the batch is an image with all its questions and their choices (`PackedRow`). So an image, and what the
+    prompts about it share, is read once, whatever the number of entities and choices, and there is no decoding loop.
 
     Args:
         model: in evaluation mode, on its device, with `sdpa` attention (which takes a boolean mask).
         processor: the model's tokenizer and image processor.
         max_length: positions that prompt, image and answer may take together.
         batch_size: requests in one forward pass.
+        prompt_format: the model's.
+        adapters: the adapted model, where several adapters are to choose from; its base is `model`.
+        adapter: the name of the one that is used if a call names none.
     """
 
     def __init__(
@@ -36,84 +47,133 @@ class TransformersEngine:
         processor: LlavaProcessor,
         max_length: int = 1024,
         batch_size: int = 16,
+        prompt_format: PromptFormat = LLAVA,
+        adapters: PeftModel | None = None,
+        adapter: str | None = None,
     ):
+        self.prompt_format = prompt_format
+        self.counts: Counter[str] = Counter()
         self._model = model
         self._processor = processor
         self._batch_size = batch_size
-        self._encoder = RequestEncoder(processor.tokenizer, model.config, max_length)
+        self._adapters, self._adapter = adapters, adapter
+        self._encoder = RequestEncoder(processor.tokenizer, model.config, max_length, prompt_format)
 
     @classmethod
     def from_config(cls, config: Config) -> TransformersEngine:
-        """Load what the section `reranker` names, the adapter merged into the model's weights."""
+        """Load what the section `reranker` names; an adapter that is the only one is merged into the model's weights.
+
+        Raises:
+            ConfigError: the model is no LLaVA.
+        """
         settings = config.reranker
         folder = resolve(settings.model)
+        if (kind := AutoConfig.from_pretrained(folder).model_type) != "llava":
+            raise ConfigError(f"reranker.model: {settings.model} is a {kind} model; set reranker.engine=vllm for it")
         model = load_llava(folder, getattr(torch, settings.dtype))
-        if settings.adapter:
-            model = PeftModel.from_pretrained(model, str(resolve(settings.adapter))).merge_and_unload()
+        adapted = _adapted(model, {name: resolve(where) for name, where in settings.adapter_references.items()})
+        if adapted is not None and len(settings.adapter_references) == 1:
+            model, adapted = adapted.merge_and_unload(), None
         return cls(
             model.to(torch_device(config.device)).eval(),
             LlavaProcessor.from_pretrained(folder),
             settings.max_model_len,
             settings.batch_size,
+            PromptFormat.of_model(folder, settings.template),
+            adapted,
+            settings.adapter,
         )
 
-    def choose(self, requests: list[Request], mode: Mode) -> list[Choice | RequestError]:
+    def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
         """Answer each request; see `Engine.choose`."""
         encoded = [self._encoder.encode(request) for request in requests]
-        readable = [
-            (request.image, item)
-            for request, item in zip(requests, encoded, strict=True)
+        readable = {
+            index: _Question(request.image, item)
+            for index, (request, item) in enumerate(zip(requests, encoded, strict=True))
             if isinstance(item, EncodedRequest)
-        ]
-        choices = iter(self._answer(readable, mode))
-        return [item if isinstance(item, RequestError) else next(choices) for item in encoded]
+        }
+        with self._adapted_by(adapter or self._adapter):
+            answers = self._answer(readable, mode)
+        return [item if isinstance(item, RequestError) else answers[index] for index, item in enumerate(encoded)]
+
+    @contextmanager
+    def _adapted_by(self, name: str | None) -> Iterator[None]:
+        if self._adapters is None:
+            if name != self._adapter:
+                raise KeyError(f"no adapter {name!r} is loaded")
+            yield
+        elif name is None:
+            with self._adapters.disable_adapter():
+                yield
+        else:
+            self._adapters.set_adapter(name)
+            yield
 
     @torch.inference_mode()
-    def _answer(self, readable: list[tuple[np.ndarray, EncodedRequest]], mode: Mode) -> list[Choice]:
-        choices: list[Choice] = []
-        features: dict[int, torch.Tensor] = {}  # by identity of the image, all of which `readable` keeps alive
-        for start in range(0, len(readable), self._batch_size):
-            batch = readable[start : start + self._batch_size]
-            images = {id(image): image for image, _ in batch}
-            # An image's requests are adjacent: only the batch before this one can have read it.
+    def _answer(self, questions: dict[int, _Question], mode: Mode) -> dict[int, Choice]:
+        """Answers by the questions' keys."""
+        choices: dict[int, Choice] = {}
+        features: dict[int, torch.Tensor] = {}  # by identity of the image, all of which `questions` keeps alive
+        order = _by_length(questions)
+        for start in range(0, len(order), self._batch_size):
+            keys = order[start : start + self._batch_size]
+            batch = [questions[key] for key in keys]
+            images = {id(question.image): question.image for question in batch}
+            # An image's questions are adjacent: only the batch before this one can have read it.
             features = {key: features[key] for key in images if key in features}
             unread = {key: image for key, image in images.items() if key not in features}
             if unread:
                 pixels = pixel_values(self._processor, unread.values())
                 features |= zip(unread, image_features(self._model, pixels), strict=True)
-            rows = self._log_probabilities([item for _, item in batch], [features[id(image)] for image, _ in batch])
-            choices += [item.tree.choose(row, mode) for (_, item), row in zip(batch, rows, strict=True)]
+            rows = self._log_probabilities(batch, features)
+            for key, question, row in zip(keys, batch, rows, strict=True):
+                choices[key] = question.encoded.tree.choose(row, mode)
         return choices
 
-    def _log_probabilities(self, batch: list[EncodedRequest], features: list[torch.Tensor]) -> list[np.ndarray]:
-        """Log-probability of each node of each request's tree, `(n,)`, after the prompt and the nodes before it."""
+    def _log_probabilities(self, batch: list[_Question], features: dict[int, torch.Tensor]) -> list[np.ndarray]:
+        """Log-probability of each node of each question's tree, `(n,)`, after the prompt and the nodes before it."""
         image_token, device = self._model.config.image_token_id, self._model.device
-        prompts = [expand_image_token(item.prompt, image_token, self._encoder.image_tokens) for item in batch]
-        ids, positions, mask = (array.to(device) for array in _pack(prompts, [item.tree for item in batch]))
-        hidden = hidden_states(self._model, ids, torch.stack(features), mask, positions)  # (B, L, D)
-        # A node is predicted where its parent stands; the first ones where the prompt ends.
-        places = [
-            (row, len(prompt) - 1 if parent == ROOT else len(prompt) + parent)
-            for row, (prompt, item) in enumerate(zip(prompts, batch, strict=True))
-            for parent in item.tree.parents
-        ]
-        rows, columns = torch.tensor(places, device=device).T
-        tokens = torch.tensor([token for item in batch for token in item.tree.tokens], device=device)
-        logits = self._model.lm_head(hidden[rows, columns]).float()  # (nodes of the batch, V)
+        rows, images = [], []
+        for image, group in groupby(batch, key=lambda question: id(question.image)):
+            encoded = [question.encoded for question in group]
+            prompts = [expand_image_token(item.prompt, image_token, self._encoder.image_tokens) for item in encoded]
+            row = PackedRow.of(prompts, [item.tree for item in encoded])
+            self.counts["prompt_tokens"] += sum(map(len, prompts))
+            self.counts["cached_tokens"] += row.shared * (len(prompts) - 1)
+            rows.append(row)
+            images += [features[image]] * (row.count(image_token) // self._encoder.image_tokens)
+        ids, positions, mask = (torch.from_numpy(array).to(device) for array in pad_rows(rows))
+        hidden = hidden_states(self._model, ids, torch.stack(images), mask, positions)  # (R, L, D)
+        places = torch.from_numpy(
+            np.concatenate([row.predicts + index * ids.shape[1] for index, row in enumerate(rows)])
+        )
+        tokens = torch.tensor([token for question in batch for token in question.encoded.tree.tokens], device=device)
+        logits = self._model.lm_head(hidden.flatten(0, 1)[places.to(device)]).float()  # (nodes of the batch, V)
         chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].cpu().numpy()
-        return np.split(chosen, np.cumsum([len(item.tree.tokens) for item in batch])[:-1])
+        return np.split(chosen, np.cumsum([len(question.encoded.tree.tokens) for question in batch])[:-1])
 
 
-def _pack(prompts: list[list[int]], trees: list[ChoiceTree]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids and positions `(B, L)`, and who sees whom `(B, 1, L, L)`; padding comes last and is unseen."""
-    length = max(len(prompt) + len(tree.tokens) for prompt, tree in zip(prompts, trees, strict=True))
-    ids: np.ndarray = np.zeros((len(trees), length), np.int64)
-    positions = np.tile(np.arange(length), (len(trees), 1))
-    mask = np.tile(np.tril(np.ones((length, length), bool)), (len(trees), 1, 1, 1))
-    for row, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
-        start, end = len(prompt), len(prompt) + len(tree.tokens)
-        visible = tree.visibility()
-        ids[row, :end] = [*prompt, *tree.tokens]
-        positions[row, start:end] = start - 1 + visible.sum(axis=1)  # as far on as the node's path is long
-        mask[row, 0, start:end, start:end] = visible
-    return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(mask)
+def _adapted(model: LlavaForConditionalGeneration, adapters: dict[str, Path]) -> PeftModel | None:
+    """The model with its adapters, one of which is on at a time."""
+    adapted = None
+    for name, folder in adapters.items():
+        if adapted is None:
+            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        else:
+            adapted.load_adapter(str(folder), name)
+    return adapted
+
+
+@dataclass(frozen=True)
+class _Question:
+    image: np.ndarray
+    encoded: EncodedRequest
+
+
+def _by_length(questions: dict[int, _Question]) -> list[int]:
+    """The keys; those of an image adjacent, and images whose rows are about as long, because padding is work lost."""
+    groups = [list(group) for _, group in groupby(questions, key=lambda key: id(questions[key].image))]
+    lengths = {
+        key: len(question.encoded.prompt) + len(question.encoded.tree.tokens) for key, question in questions.items()
+    }
+    return [key for group in sorted(groups, key=lambda group: sum(lengths[key] for key in group)) for key in group]

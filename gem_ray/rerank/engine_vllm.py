@@ -1,131 +1,197 @@
-"""The reranker on vLLM: continuous batching, prefix caching, structured output."""
+"""The reranker on vLLM's asynchronous engine: continuous batching, prefix caching, structured output."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import threading
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import Config
+from gem_ray.config import Config, RerankerConfig
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, EngineDiedError, Mode, Request, RequestError
+from gem_ray.rerank.prompts import PromptFormat
 
 
 class VllmEngine:
-    """LLaVA served by vLLM in this process's engine, with the same prompts and answers as `TransformersEngine`.
+    """A vision–language model served by vLLM in a process of its own, asked from as many threads as there are batches.
+
+    The engine works on all requests of all batches together: one that takes long holds up neither its neighbours nor
+    the next batch. The event loop that talks to it has a thread of its own.
 
     Args:
-        llm: the engine.
+        arguments: of the engine.
         encoder: tokenizes requests for the engine's model.
-        adapter: LoRA adapter of every request, or none.
+        adapters: LoRA adapters by name.
+        adapter: the name of the one that is used if a call names none; none: the model as it is.
     """
 
-    def __init__(self, llm: LLM, encoder: RequestEncoder, adapter: LoRARequest | None):
-        self._llm = llm
-        self._encoder = encoder
-        self._adapter = adapter
+    def __init__(
+        self,
+        arguments: AsyncEngineArgs,
+        encoder: RequestEncoder,
+        adapters: dict[str, LoRARequest],
+        adapter: str | None,
+    ):
+        self.prompt_format = encoder.prompt_format
+        self.counts: Counter[str] = Counter()
+        self._encoder, self._adapters, self._adapter = encoder, adapters, adapter
+        self._numbers = itertools.count()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm").start()
+        self._llm: AsyncLLM = self._wait_for(_start(arguments))
 
     @classmethod
     def from_config(cls, config: Config) -> VllmEngine:
         """Start an engine with what the section `reranker` names."""
         settings = config.reranker
-        folder = str(resolve(settings.model))
-        adapter = LoRARequest("reranker", 1, str(resolve(settings.adapter))) if settings.adapter else None
+        folder = resolve(settings.model)
         tokenizer, model_config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-        encoder = RequestEncoder(tokenizer, model_config, settings.max_model_len)
-        llm = LLM(
-            folder,
-            dtype=settings.dtype,
-            max_model_len=encoder.max_length,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            enable_lora=adapter is not None,
-            max_lora_rank=settings.max_lora_rank,
-            limit_mm_per_prompt={"image": 1},
-            enable_prefix_caching=True,
-            # Without a GPU there is nothing to capture, and compiling takes longer than the small models run.
-            enforce_eager=not torch.cuda.is_available(),
+        prompt_format = PromptFormat.of_model(folder, settings.template)
+        encoder = RequestEncoder(tokenizer, model_config, settings.max_model_len, prompt_format)
+        adapters = {
+            name: LoRARequest(name, number, str(resolve(reference)))
+            for number, (name, reference) in enumerate(settings.adapter_references.items(), start=1)
+        }
+        return cls(
+            _arguments(str(folder), settings, encoder.max_length, len(adapters)), encoder, adapters, settings.adapter
         )
-        return cls(llm, encoder, adapter)
 
-    def choose(self, requests: list[Request], mode: Mode) -> list[Choice | RequestError]:
-        """Answer each request; see `Engine.choose`.
+    def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
+        """Answer each request; see `Engine.choose`. May be called from several threads at once."""
+        name = adapter or self._adapter
+        lora = self._adapters[name] if name is not None else None
+        questions = self._questions(requests, lora)
+        return self._wait_for(self._answer_all(questions, mode))
 
-        Raises:
-            EngineDiedError: vLLM's engine is gone.
-        """
-        encoded = [self._encoder.encode(request) for request in requests]
-        readable = [
-            (request, item) for request, item in zip(requests, encoded, strict=True) if isinstance(item, EncodedRequest)
-        ]
+    def close(self) -> None:
+        """End the engine's process."""
+        self._llm.shutdown()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _questions(self, requests: list[Request], lora: LoRARequest | None) -> list[_Question | RequestError]:
+        # By the identity of the arrays: what an engine knows an image by, so that it hashes and prepares each once.
+        images: dict[int, tuple[Image.Image, str]] = {}
+        questions: list[_Question | RequestError] = []
+        for request in requests:
+            encoded = self._encoder.encode(request)
+            if isinstance(encoded, RequestError):
+                questions.append(encoded)
+                continue
+            key = id(request.image)
+            if key not in images:
+                images[key] = (Image.fromarray(request.image), f"image-{next(self._numbers)}")
+            questions.append(_Question(encoded, request.choices, *images[key], lora))
+        return questions
+
+    async def _answer_all(self, questions: list[_Question | RequestError], mode: Mode) -> list[Choice | RequestError]:
         answer = self._generate if mode == "generate" else self._score
-        choices = iter(answer(readable) if readable else [])
-        return [item if isinstance(item, RequestError) else next(choices) for item in encoded]
+        return await asyncio.gather(*(self._answer(question, answer) for question in questions))
 
-    def _generate(self, readable: list[tuple[Request, EncodedRequest]]) -> list[Choice]:
+    async def _answer(self, question: _Question | RequestError, answer: Any) -> Choice | RequestError:
+        if isinstance(question, RequestError):
+            return question
+        try:
+            return await answer(question)
+        except EngineDeadError as error:
+            raise EngineDiedError("vLLM's engine is gone") from error
+        except (EngineGenerateError, ValueError) as error:  # of this request: the engine takes others
+            return RequestError(str(error).strip().partition("\n")[0])
+
+    async def _generate(self, question: _Question) -> Choice:
         """Greedy decoding, constrained to the choices by vLLM's structured output."""
-        prompts, parameters = [], []
-        images = _pil_images(readable)
-        for request, item in readable:
-            prompts.append(_prompt(item.prompt, images[id(request.image)]))
-            # The space before the answer is part of it: `encoding.answer_ids`.
-            spaced = [f" {choice}" for choice in request.choices]
-            longest = max(len(item.tree.path(leaf)) for leaf in item.tree.leaves)
-            parameters.append(
-                SamplingParams(
-                    temperature=0,
-                    # Decoding may spell an answer in more and shorter tokens than the tokenizer does.
-                    max_tokens=max(longest, max(map(len, spaced)) + 1),
-                    logprobs=0,
-                    structured_outputs=StructuredOutputsParams(choice=spaced),
-                )
-            )
-        choices = []
-        for (request, _), output in zip(readable, self._run(prompts, parameters), strict=True):
-            index = request.choices.index(output.text.strip())
-            choices.append(Choice(index, float(np.exp(output.cumulative_logprob))))
-        return choices
+        # The space before the answer is part of it: `encoding.answer_ids`.
+        spelled = [f"{self.prompt_format.answer_prefix}{choice}" for choice in question.choices]
+        tree = question.encoded.tree
+        longest = max(len(tree.path(leaf)) for leaf in tree.leaves)
+        output = await self._ask(
+            question,
+            [],
+            # Decoding may spell an answer in more and shorter tokens than the tokenizer does.
+            max_tokens=max(longest, max(map(len, spelled)) + 1),
+            logprobs=0,
+            structured_outputs=StructuredOutputsParams(choice=spelled),
+        )
+        index = question.choices.index(output.text.strip())
+        return Choice(index, float(np.exp(output.cumulative_logprob)))
 
-    def _score(self, readable: list[tuple[Request, EncodedRequest]]) -> list[Choice]:
+    async def _score(self, question: _Question) -> Choice:
         """One next-token question for each inner node of the choices' tree.
 
         Scoring a choice by vLLM's `prompt_logprobs` would read the whole prompt again for each choice; these questions
         share it through the prefix cache.
         """
-        prompts, parameters, asked = [], [], []
-        images = _pil_images(readable)
-        log_probabilities = [np.zeros(len(item.tree.tokens)) for _, item in readable]
-        for row, (request, item) in zip(log_probabilities, readable, strict=True):
-            for node, children in item.tree.children.items():
-                prefix = [item.tree.tokens[before] for before in item.tree.path(node)]
-                prompts.append(_prompt([*item.prompt, *prefix], images[id(request.image)]))
-                tokens = [item.tree.tokens[child] for child in children]
-                parameters.append(SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=tokens))
-                asked.append((row, children, tokens))
-        for (row, children, tokens), output in zip(asked, self._run(prompts, parameters), strict=True):
-            row[children] = [output.logprobs[0][token].logprob for token in tokens]
-        return [item.tree.choose(row, "score") for row, (_, item) in zip(log_probabilities, readable, strict=True)]
+        tree = question.encoded.tree
+        log_probabilities = np.zeros(len(tree.tokens))
 
-    def _run(self, prompts: list[Any], parameters: list[SamplingParams]) -> list[Any]:
-        try:
-            outputs = self._llm.generate(prompts, parameters, lora_request=self._adapter, use_tqdm=False)
-        except EngineDeadError as error:
-            raise EngineDiedError("vLLM's engine is gone") from error
-        return [output.outputs[0] for output in outputs]
+        async def ask(node: int, children: list[int]) -> None:
+            tokens = [tree.tokens[child] for child in children]
+            prefix = [tree.tokens[before] for before in tree.path(node)]
+            output = await self._ask(question, prefix, max_tokens=1, logprob_token_ids=tokens)
+            log_probabilities[children] = [output.logprobs[0][token].logprob for token in tokens]
+
+        await asyncio.gather(*(ask(node, children) for node, children in tree.children.items()))
+        return tree.choose(log_probabilities, "score")
+
+    async def _ask(self, question: _Question, prefix: list[int], **sampling: Any) -> Any:
+        """What the model writes after the prompt and the beginning of an answer."""
+        prompt = {
+            "prompt_token_ids": [*question.encoded.prompt, *prefix],
+            "multi_modal_data": {"image": question.image},
+            "multi_modal_uuids": {"image": question.image_id},
+        }
+        parameters = SamplingParams(temperature=0, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
+        number = f"request-{next(self._numbers)}"
+        async for output in self._llm.generate(prompt, parameters, number, lora_request=question.lora):
+            self.counts["prompt_tokens"] += len(output.prompt_token_ids)
+            self.counts["cached_tokens"] += output.num_cached_tokens or 0
+        return output.outputs[0]
+
+    def _wait_for(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-def _pil_images(readable: list[tuple[Request, EncodedRequest]]) -> dict[int, Image.Image]:
-    """The distinct images, by the identity of their arrays."""
-    arrays = {id(request.image): request.image for request, _ in readable}
-    return {key: Image.fromarray(array) for key, array in arrays.items()}
+@dataclass(frozen=True)
+class _Question:
+    """A request as the engine takes it."""
+
+    encoded: EncodedRequest
+    choices: tuple[str, ...]
+    image: Image.Image
+    image_id: str
+    lora: LoRARequest | None
 
 
-def _prompt(ids: list[int], image: Image.Image) -> dict[str, Any]:
-    return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
+async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
+    return AsyncLLM.from_engine_args(arguments)  # within the loop that it will belong to
+
+
+def _arguments(folder: str, settings: RerankerConfig, max_length: int, adapters: int) -> AsyncEngineArgs:
+    return AsyncEngineArgs(
+        folder,
+        dtype=settings.dtype,
+        max_model_len=max_length,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enable_lora=adapters > 0,
+        max_loras=max(1, adapters),
+        max_lora_rank=settings.max_lora_rank,
+        limit_mm_per_prompt={"image": 1},
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        # Without a GPU there is nothing to capture, and compiling takes longer than the small models run.
+        enforce_eager=not torch.cuda.is_available(),
+    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from gem_ray.config import Config
+import random
+from collections import Counter
+
+from gem_ray.config import CandidateOrder, Config
 from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.prompts import build_prompt
@@ -18,10 +21,20 @@ class Reranker:
         uncertainty: says which entities are hard.
         labels: the category tree.
         mode: `generate` or `score`; see `Engine.choose`.
+        order: of the candidates in the prompt; see `ordered`.
     """
 
-    def __init__(self, engine: Engine, uncertainty: UncertaintyFilter, labels: LabelSet, mode: Mode = "score"):
+    def __init__(
+        self,
+        engine: Engine,
+        uncertainty: UncertaintyFilter,
+        labels: LabelSet,
+        mode: Mode = "score",
+        order: CandidateOrder = "probability",
+    ):
         self._engine = engine
+        self._order = order
+        self._asked = 0
         self._uncertainty = uncertainty
         self._labels = labels
         self._mode = mode
@@ -30,7 +43,14 @@ class Reranker:
     def from_config(cls, config: Config) -> Reranker:
         """Load the engine that the section `reranker` names."""
         labels = LABEL_SETS[config.labels]
-        return cls(load_engine(config), UncertaintyFilter.from_config(config), labels, config.reranker.mode)
+        settings = config.reranker
+        uncertainty = UncertaintyFilter.from_config(config)
+        return cls(load_engine(config), uncertainty, labels, settings.mode, settings.candidate_order)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """So far: entities `asked` about, and the engine's `prompt_tokens` and `cached_tokens`."""
+        return Counter(asked=self._asked) + self._engine.counts
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Decide `fine`, `coarse` and `score` of hard entities anew; all others keep the tagger's."""
@@ -43,16 +63,24 @@ class Reranker:
         ]
         if not hard:
             return posts
-        requests = [_request(post, entity) for post, entity in hard]
-        for (post, entity), answer in zip(hard, self._engine.choose(requests, self._mode), strict=True):
+        requests = [self._request(post, entity) for post, entity in hard]
+        self._asked += len(requests)
+        answers = self._engine.choose(requests, self._mode)
+        for (post, entity), request, answer in zip(hard, requests, answers, strict=True):
             if isinstance(answer, RequestError):
                 post.fail(StageName.RERANK, ProblemKind.STAGE_FAILED, f"{entity.text!r} was not reranked: {answer}")
             else:
-                self._settle(entity, answer)
+                self._settle(entity, request.choices[answer.index], answer)
         return posts
 
-    def _settle(self, entity: Entity, answer: Choice) -> None:
-        entity.fine = entity.candidates[answer.index].fine
+    def _request(self, post: Post, entity: Entity) -> Request:
+        assert post.image is not None  # checked where hard entities are collected
+        choices = ordered(entity, self._order)
+        words = post.tokens, entity.word_start, entity.word_end
+        return Request(post.image, build_prompt(*words, choices, self._engine.prompt_format), choices)
+
+    def _settle(self, entity: Entity, fine: str, answer: Choice) -> None:
+        entity.fine = fine
         entity.coarse = self._labels.parent[entity.fine]
         entity.score = answer.probability
         entity.reranked = True
@@ -69,7 +97,17 @@ def load_engine(config: Config) -> Engine:
     return TransformersEngine.from_config(config)
 
 
-def _request(post: Post, entity: Entity) -> Request:
-    assert post.image is not None  # checked where hard entities are collected
-    choices = tuple(candidate.fine for candidate in entity.candidates)
-    return Request(post.image, build_prompt(post.tokens, entity.word_start, entity.word_end, choices), choices)
+def ordered(entity: Entity, order: CandidateOrder) -> tuple[str, ...]:
+    """The candidates as the prompt lists them.
+
+    Args:
+        entity: whose candidates, the most probable first.
+        order: `probability`, as they are; `name`, by the alphabet; `shuffled`, in an order that depends on the entity's
+            words alone. In training the order says nothing, so the first place should not say anything either.
+    """
+    choices = [candidate.fine for candidate in entity.candidates]
+    if order == "name":
+        choices.sort()
+    elif order == "shuffled":
+        random.Random(f"{entity.text} {sorted(choices)}").shuffle(choices)
+    return tuple(choices)

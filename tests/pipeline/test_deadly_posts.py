@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import ray
 
 from gem_ray.annotator import GuardedStage
+from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.graph import StageBrokenError, run_watched
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.records import Post, ProblemKind, StageName
@@ -18,6 +20,7 @@ def work(posts: list[Post]) -> list[Post]:
     for post in posts:
         if post.text == "deadly":
             os._exit(1)
+        time.sleep(0.2 * (post.text == "slow"))  # others of its time are inside, too
         post.caption = "done"
     return posts
 
@@ -26,19 +29,21 @@ class Worker:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._stage = GuardedStage(StageName.GROUND, work)
+        self._gate = Gate()
 
     def run(self, posts: list[Post]) -> list[Post]:
-        run_watched(self._stage, posts, self._ledger)
+        run_watched(self._stage, posts, self._ledger, self._gate)
         return posts
 
 
-def restarting(ledger: Ledger) -> ray.actor.ActorHandle:
-    """As Ray Data runs actors: a process that dies is replaced, and its task is run again."""
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Worker).remote(ledger)
+def restarting(ledger: Ledger, at_once: int = 1) -> ray.actor.ActorHandle:
+    """As Ray Data runs actors: a process that dies is replaced, and its tasks are run again."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=at_once)(Worker)
+    return actor.remote(ledger)
 
 
-def posts_of(*texts: str) -> list[Post]:
-    return [Post(str(number), text, row_id=number) for number, text in enumerate(texts)]
+def posts_of(*texts: str, first: int = 0) -> list[Post]:
+    return [Post(str(number), text, row_id=number) for number, text in enumerate(texts, start=first)]
 
 
 @pytest.mark.parametrize("texts", [("a", "deadly", "b"), ("deadly",), ("a", "b")])
@@ -52,6 +57,15 @@ def test_only_the_deadly_post_fails(local_ray, texts: tuple[str, ...]) -> None:
             assert "died on this post" in problem.message
         else:
             assert (post.caption, post.problems) == ("done", [])
+
+
+def test_batches_that_overlap_with_a_deadly_post_are_not_blamed(local_ray) -> None:
+    ledger = Ledger()
+    worker = restarting(ledger, at_once=4)
+    batches = [posts_of("slow", text, "slow", first=10 * index) for index, text in enumerate(["a", "deadly", "b", "c"])]
+    done = [post for posts in ray.get([worker.run.remote(posts) for posts in batches]) for post in posts]
+    assert [post.text for post in done if post.problems] == ["deadly"]
+    assert all(post.caption == "done" for post in done if post.text != "deadly")
 
 
 def test_stage_that_dies_of_everything_gives_up(local_ray) -> None:

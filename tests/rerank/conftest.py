@@ -15,6 +15,7 @@ from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.engine import Request
 from gem_ray.rerank.llava import load_llava
 from gem_ray.rerank.prompts import build_prompt
+from gem_ray.rerank.tokenizer import train_tokenizer
 from gem_ray.rerank.train import RerankerTraining, train_reranker
 from gem_ray.taxonomy import FMNERG
 
@@ -29,8 +30,7 @@ def base(tmp_path_factory) -> Path:
     prompts = [build_prompt(_TOKENS, *_PLACE, FMNERG.fine[start : start + 5]) for start in range(47)]
     build_llava(
         folder,
-        prompts + [f" {fine}" for fine in FMNERG.fine for _ in range(3)],
-        vocab_size=700,
+        train_tokenizer(prompts + [f" {fine}" for fine in FMNERG.fine for _ in range(3)], 700),
         image_size=32,
         patch_size=8,
         vision_layers=1,

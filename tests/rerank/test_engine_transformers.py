@@ -59,6 +59,20 @@ def test_an_image_is_encoded_once_for_all_its_requests(base, requests):
     assert sum(projected) == 3
 
 
+def test_what_the_prompts_about_an_image_share_is_read_once(base, requests):
+    model = load_llava(base)
+    read = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    engine = TransformersEngine(model, LlavaProcessor.from_pretrained(base), batch_size=3)
+    engine.choose(requests[:3], "score")
+    for request in requests[:3]:
+        engine.choose([request], "score")
+    together, *alone = read
+    assert together < 0.6 * sum(alone)  # the image, the instruction and half of the text of two
+
+
 def test_a_request_that_is_too_long_fails_alone(engine, requests):
     long = Request(requests[0].image, requests[0].prompt.replace("Text:", "Text:" + " word" * 2000), ("city", "park"))
     answers = engine.choose([requests[0], long, requests[1]], "score")

@@ -11,13 +11,14 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def engine(trained):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that the test leaves none behind
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
         from gem_ray.rerank.engine_vllm import VllmEngine
 
-        yield VllmEngine.from_config(trained)
+        engine = VllmEngine.from_config(trained)
+        yield engine
+        engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from gem_ray.data.generated import generate
 from gem_ray.nano.llava import confusable_candidates
 from gem_ray.nano.llava_model import build_llava, save_llava
 from gem_ray.rerank.encoding import count_image_tokens
+from gem_ray.rerank.tokenizer import train_tokenizer
 
 
 def test_weights_are_named_as_in_published_checkpoints_however_often_they_are_saved(base, tmp_path):
@@ -24,7 +25,7 @@ def test_weights_are_named_as_in_published_checkpoints_however_often_they_are_sa
 
 
 def test_the_default_size_stays_below_two_million_parameters(tmp_path):
-    build_llava(tmp_path, ["so this is Ardenza"])
+    build_llava(tmp_path, train_tokenizer(["so this is Ardenza"], 1536))
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert model.num_parameters() < 2_000_000
     processor = LlavaProcessor.from_pretrained(tmp_path)

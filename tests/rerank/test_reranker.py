@@ -1,11 +1,13 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from gem_ray.records import Candidate, Entity, Post, ProblemKind, StageName, Status
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.engine_transformers import TransformersEngine
-from gem_ray.rerank.prompts import build_prompt
-from gem_ray.rerank.reranker import Reranker, load_engine
+from gem_ray.rerank.prompts import LLAVA, build_prompt
+from gem_ray.rerank.reranker import Reranker, load_engine, ordered
 from gem_ray.rerank.uncertainty import UncertaintyFilter
 from gem_ray.taxonomy import FMNERG
 
@@ -17,10 +19,12 @@ class ScriptedEngine:
     """Answers with the last choice, and remembers what it was asked."""
 
     def __init__(self, fails_on: str | None = None):
+        self.prompt_format = LLAVA
+        self.counts: Counter[str] = Counter()
         self.calls: list[tuple[list[Request], Mode]] = []
         self._fails_on = fails_on
 
-    def choose(self, requests, mode):
+    def choose(self, requests, mode, adapter=None):
         self.calls.append((requests, mode))
         return [
             RequestError("too long")
@@ -88,6 +92,32 @@ def test_a_rejected_post_is_passed_over():
     engine = ScriptedEngine()
     _reranker(engine)([post])
     assert engine.calls == []
+
+
+def test_it_counts_the_entities_that_it_asked_about():
+    reranker = _reranker(ScriptedEngine(fails_on="Ardenza"))
+    for _ in range(2):
+        reranker([_post(_entity(3), _entity(5), _entity(5, entropy=0.1))])
+    assert reranker.counts == {"asked": 4}
+
+
+def test_candidates_come_in_the_order_that_is_asked_for():
+    fines = ["music", "city", "actor", "park", "band"]
+    entity = _entity(candidates=[Candidate(fine, 0.2) for fine in fines])
+    other = _entity(5, candidates=entity.candidates[::-1])
+    assert ordered(entity, "probability") == tuple(fines)
+    assert ordered(entity, "name") == tuple(sorted(fines))
+    shuffled = ordered(entity, "shuffled")
+    assert sorted(shuffled) == sorted(fines)
+    assert shuffled not in (tuple(fines), tuple(sorted(fines)))
+    assert ordered(entity, "shuffled") == shuffled != ordered(other, "shuffled")
+
+
+def test_the_answer_is_found_again_in_whatever_order():
+    entity = _entity(candidates=[Candidate("sports_team", 0.6), Candidate("city", 0.4)])
+    reranker = Reranker(ScriptedEngine(), UncertaintyFilter(FMNERG), FMNERG, "score", "name")
+    reranker([_post(entity)])  # answers with the last choice
+    assert (entity.fine, entity.coarse) == ("sports_team", "organization")
 
 
 def test_a_request_that_fails_leaves_its_entity_to_the_tagger_and_its_neighbours_reranked():
