@@ -97,7 +97,8 @@ def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor, reach: int |
     With a `reach`, a patch attends to patches at most so far away, and to the class patch.
     """
     vision = model.vision_model
-    visible = None if reach is None else _neighbours(pixels.shape[-1] // model.config.vision_config.patch_size, reach)
+    side = pixels.shape[-1] // model.config.vision_config.patch_size
+    visible = None if reach is None else _neighbours(side, reach, pixels.device)
     heads = model.config.vision_config.num_attention_heads
     hidden = vision.embeddings(pixels)
     for layer in vision.encoder.layers:
@@ -107,9 +108,10 @@ def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor, reach: int |
     return vision.post_layernorm(hidden)
 
 
-def _neighbours(side: int, reach: int) -> Tensor:
+def _neighbours(side: int, reach: int, device: torch.device) -> Tensor:
     """Which of the class patch and `side × side` patches see which: `(1 + P, 1 + P)` bool."""
-    rows, columns = torch.arange(side * side) // side, torch.arange(side * side) % side
+    patches = torch.arange(side * side, device=device)
+    rows, columns = patches // side, patches % side
     near = ((rows[:, None] - rows).abs() <= reach) & ((columns[:, None] - columns).abs() <= reach)
     return F.pad(near, (1, 0, 1, 0), value=True)
 
