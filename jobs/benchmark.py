@@ -95,6 +95,16 @@ def chaos(
     _write(out, "chaos", measure_chaos(location, posts, shards, tuple(set_ or ())))
 
 
+@app.command("grounder-gpu")
+def grounder_gpu(out: OutOption = Path("out/benchmark")) -> None:
+    """Matcher and SAM of the paper's sizes on a GPU, random weights, over batch sizes."""
+    from gem_ray.benchmarks.grounder_gpu import as_table, measure_grounder_gpu
+
+    result = measure_grounder_gpu()
+    _write(out, "grounder-gpu", result)
+    (out / "grounder-gpu.md").write_text(as_table(result))
+
+
 def _write(out: Path, name: str, result: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2)

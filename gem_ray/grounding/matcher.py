@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProc
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.device import torch_device
+from gem_ray.grounding.blip import encode_images
 from gem_ray.grounding.trace import Target, match_and_trace, middle_upper_layer
 
 ENC_TOKEN = "[ENC]"
@@ -120,13 +121,18 @@ class ImageProcessor:
             raise ValueError(f"{folder}: image size {height} × {width} is not square")
         return cls(height, published.image_mean, published.image_std)
 
-    def normalize(self, squares: np.ndarray) -> Tensor:
-        """`(N, side, side, 3)` uint8 to `(N, 3, side, side)` float32."""
-        return (torch.from_numpy(squares).permute(0, 3, 1, 2).float() - self.mean) / self.std
+    def normalize(self, squares: Tensor) -> Tensor:
+        """`(N, side, side, 3)` uint8 to `(N, 3, side, side)` float32, on the device where they are."""
+        mean, std = self.mean.to(squares.device), self.std.to(squares.device)
+        return (squares.permute(0, 3, 1, 2).float() - mean) / std
+
+    def squares(self, images: Sequence[np.ndarray]) -> Tensor:
+        """`N` images to `(N, side, side, 3)` uint8."""
+        return torch.from_numpy(np.stack([resize_square(image, self.side) for image in images]))
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """`N` images to `(N, 3, side, side)` float32."""
-        return self.normalize(np.stack([resize_square(image, self.side) for image in images]))
+        return self.normalize(self.squares(images))
 
 
 class Matcher:
@@ -196,20 +202,24 @@ class Matcher:
         states = self.encode_images(images)
         matches: list[Match] = []
         for start in range(0, len(queries), self.batch_size):
-            matches += self._match_batch(states, queries[start : start + self.batch_size])
+            matches += self.match_states(states, queries[start : start + self.batch_size])
         return matches
 
-    @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """The image encoder's output, `(N, 1 + P, D)`, class patch first."""
-        device, dtype = self.model.device, self.model.dtype
-        encoded = []
-        for start in range(0, len(images), self.image_batch_size):
-            pixels = self.images(images[start : start + self.image_batch_size]).to(device, dtype)
-            encoded.append(self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state)
-        return torch.cat(encoded)
+        starts = range(0, len(images), self.image_batch_size)
+        parts = [images[start : start + self.image_batch_size] for start in starts]
+        return torch.cat([self.encode_squares(self.images.squares(part)) for part in parts])
 
-    def _match_batch(self, states: Tensor, queries: Sequence[Query]) -> list[Match]:
+    @torch.no_grad()
+    def encode_squares(self, squares: Tensor) -> Tensor:
+        """The same for one batch of images that are resized already, `(N, side, side, 3)` uint8."""
+        pixels = self.images.normalize(squares.to(self.model.device))
+        return encode_images(self.model, pixels.to(self.model.dtype))
+
+    def match_states(self, states: Tensor, queries: Sequence[Query]) -> list[Match]:
+        """Answer one batch of queries about encoded images."""
+        rows, image_of_query = torch.unique(torch.tensor([query.image for query in queries]), return_inverse=True)
         batch = self.texts([query.text for query in queries], states.device)
         counted = batch.inner if self.tokens == "inner" else batch.attention_mask.bool()
         probabilities, scores = match_and_trace(
@@ -217,7 +227,8 @@ class Matcher:
             batch.input_ids,
             batch.attention_mask,
             counted,
-            states[[query.image for query in queries]],
+            states[rows.to(states.device)],
+            image_of_query.to(states.device),
             self.layer,
             self.target,
         )

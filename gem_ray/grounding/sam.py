@@ -189,7 +189,7 @@ class SamSegmenter:
             rows = prompted[start : start + self._batch_size]
             resized = [self._to_input(images[row]) for row in rows]
             embeddings = self.encode(torch.stack([self.model.preprocess(image) for image in resized]))
-            answers = self._decode(embeddings, [points[row] for row in rows], [images[row].shape[:2] for row in rows])
+            answers = self.decode(embeddings, [points[row] for row in rows], [images[row].shape[:2] for row in rows])
             for row, image, (logits, iou) in zip(rows, resized, answers, strict=True):
                 found[row] = self._to_masks(logits, iou, image.shape[-2:], images[row].shape[:2])
         return found
@@ -202,7 +202,7 @@ class SamSegmenter:
         """(3, h', w'), the longer side of the size that the model takes."""
         return torch.from_numpy(self._resize.apply_image(image)).permute(2, 0, 1).to(self.model.device)
 
-    def _decode(
+    def decode(
         self,
         embeddings: torch.Tensor,
         points: Sequence[Sequence[tuple[float, float]]],

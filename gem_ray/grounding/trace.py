@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval
 
+from gem_ray.grounding.blip import encode_texts
+
 MATCH, NO_MATCH = 1, 0  # columns of the matching head's logits, as BLIP was trained
 
 Target = Literal["probability", "logit"]
@@ -27,6 +29,7 @@ def match_and_trace(
     attention_mask: Tensor,
     counted: Tensor,
     image_states: Tensor,
+    image_of_text: Tensor,
     layer: int,
     target: Target,
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +43,8 @@ def match_and_trace(
         input_ids: `(B, T)`, beginning with `[ENC]`.
         attention_mask: `(B, T)`, 0 at padding.
         counted: `(B, T)` bool, the tokens that eq. 11 sums over.
-        image_states: `(B, 1 + P, D)`, the image encoder's output for the image of each text.
+        image_states: `(N, 1 + P, D)`, the image encoder's output.
+        image_of_text: `(B,)`, the row of `image_states` that each text is matched with.
         layer: index of a cross-attention layer, from 0.
         target: differentiate the probability P_T (the paper) or the match logit.
 
@@ -48,9 +52,7 @@ def match_and_trace(
         P_T `(B,)` and the scores of the image patches `(B, P)`, float32.
     """
     with torch.enable_grad(), _attention_as_leaf(model, layer) as leaves:
-        states = model.text_encoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_states
-        ).last_hidden_state  # (B, T, D)
+        states = encode_texts(model, input_ids, attention_mask, image_states, image_of_text)  # (B, T, D)
         logits = model.itm_head(states[:, 0]).float()  # (B, 2)
         margin = logits[:, MATCH] - logits[:, NO_MATCH]
         score = margin if target == "probability" else logits[:, MATCH]

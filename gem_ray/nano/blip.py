@@ -19,9 +19,10 @@ from transformers import BertTokenizer, BlipForImageTextRetrieval
 
 from gem_ray.data.emblems import EMBLEMS, Emblem
 from gem_ray.data.generated import Scene, make_scene
+from gem_ray.grounding.blip import encode_images
 from gem_ray.grounding.matcher import ImageProcessor, Match, Matcher, Query, TextProcessor, resize_square
 from gem_ray.grounding.trace import peak
-from gem_ray.nano.tiny_blip import BlipSize, build_blip, encode_images, match_logits
+from gem_ray.nano.tiny_blip import BlipSize, build_blip, match_logits, neighbours
 from gem_ray.taxonomy import LABEL_SETS
 
 Report = Callable[[str], None]
@@ -221,7 +222,9 @@ class Trainer:
         squares = self.scenes.squares[picked]
         turned = self.rng.random(len(picked)) < 0.5
         squares[turned] = squares[turned, :, ::-1]
-        return encode_images(self.model, self.images.normalize(squares), reach)
+        side = self.recipe.size.image_side // self.recipe.size.patch
+        visible = None if reach is None else neighbours(side, reach, self.model.device)
+        return encode_images(self.model, self.images.normalize(torch.from_numpy(squares)), visible)
 
     def _fit(
         self,

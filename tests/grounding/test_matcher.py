@@ -50,14 +50,14 @@ def test_probability_is_that_of_the_whole_model(random_blip):
 def test_each_image_is_encoded_once_whatever_is_asked_of_it(random_blip):
     matcher = load(random_blip, batch_size=2, image_batch_size=2)
     encoded = []
-    matcher.model.vision_model.register_forward_hook(lambda _m, inputs, _o: encoded.append(len(inputs[0])))
+    matcher.model.vision_model.embeddings.register_forward_hook(lambda _m, inputs, _o: encoded.append(len(inputs[0])))
     matcher.match(IMAGES, QUERIES * 3)
     assert encoded == [2, 1]
 
 
 def test_no_query_needs_no_image(random_blip):
     matcher = load(random_blip)
-    matcher.model.vision_model.register_forward_hook(lambda *_: pytest.fail("an image was encoded"))
+    matcher.model.vision_model.embeddings.register_forward_hook(lambda *_: pytest.fail("an image was encoded"))
     assert matcher.match(IMAGES, []) == []
 
 
