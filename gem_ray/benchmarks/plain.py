@@ -23,10 +23,10 @@ class PlainMatcher(Matcher):
     def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
         """As `Matcher.match`, with the same answers."""
         self.model.requires_grad_(True)
-        return [self._match_one(images[query.image], query.text) for query in queries]
+        return [self._match_one(images[query.image], query) for query in queries]
 
-    def _match_one(self, image: np.ndarray, text: str) -> Match:
-        batch = self.texts([text], self.model.device)
+    def _match_one(self, image: np.ndarray, query: Query) -> Match:
+        batch = self.texts([query], self.model.device)
         pixels = self.images([image]).to(self.model.device, self.model.dtype)
         states = self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
         encoded = self.model.text_encoder(
@@ -40,8 +40,7 @@ class PlainMatcher(Matcher):
         probability = self.model.itm_head(encoded.last_hidden_state[:, 0]).softmax(-1)[0, MATCH]  # P_T
         probability.backward()
         probability = probability.detach()
-        counted = batch.inner if self.tokens == "inner" else batch.attention_mask.bool()
-        scores = patch_scores(attention.detach().float(), attention.grad.float(), counted)  # (11)
+        scores = patch_scores(attention.detach().float(), attention.grad.float(), batch.counted(self.tokens))  # (11)
         self.model.zero_grad()
         side = self.images.side // self.model.config.vision_config.patch_size
         return Match(float(probability), scores.view(side, side).cpu().numpy())

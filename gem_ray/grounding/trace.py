@@ -100,8 +100,8 @@ def _attention_as_leaf(model: BlipForImageTextRetrieval, layer: int) -> Iterator
         handle.remove()
 
 
-def peak(scores: np.ndarray, height: int, width: int) -> tuple[int, int]:
-    """Where the map, resized bilinearly to the image, is highest.
+def peak(scores: np.ndarray, height: int, width: int, subpatch: bool = False) -> tuple[int, int]:
+    """Where the map, resized to the image, is highest.
 
     Between the centres of patches a bilinear surface lies between its values there, so that its maximum is at the
     centre of the highest patch: no pixel has to be computed, whatever the size of the image.
@@ -110,10 +110,26 @@ def peak(scores: np.ndarray, height: int, width: int) -> tuple[int, int]:
         scores: `(gh, gw)`.
         height: of the image, in pixels.
         width: of the image, in pixels.
+        subpatch: interpolate with parabolas through the highest patch and its neighbours instead, whose maximum may
+            lie up to half a patch from its centre.
 
     Returns:
-        `(x, y)`, column and row of the pixel that holds this centre.
+        `(x, y)`, column and row of the pixel that holds this point.
     """
-    row, column = np.unravel_index(np.argmax(scores), scores.shape)
+    row, column = (int(index) for index in np.unravel_index(np.argmax(scores), scores.shape))
+    across, down = 0.5, 0.5
+    if subpatch:
+        across += _vertex(scores[row], column)
+        down += _vertex(scores[:, column], row)
     rows, columns = scores.shape
-    return int((column + 0.5) * width / columns), int((row + 0.5) * height / rows)
+    x, y = int((column + across) * width / columns), int((row + down) * height / rows)
+    return min(x, width - 1), min(y, height - 1)
+
+
+def _vertex(values: np.ndarray, top: int) -> float:
+    """How far from a maximum the parabola through it and its two neighbours is highest, from -½ to ½."""
+    if not 0 < top < len(values) - 1:
+        return 0.0
+    before, highest, after = (float(value) for value in values[top - 1 : top + 2])
+    bend = before - 2 * highest + after
+    return (before - after) / (2 * bend) if bend < 0 else 0.0
