@@ -95,6 +95,19 @@ def chaos(
     _write(out, "chaos", measure_chaos(location, posts, shards, tuple(set_ or ())))
 
 
+@app.command()
+def grounder(
+    out: OutOption = Path("out/benchmark"),
+    posts: Annotated[int, typer.Option(help="Posts with an image and three entities.", min=1)] = 4,
+    rounds: Annotated[int, typer.Option(help="Pairs of measurements.", min=1)] = 2,
+    sam: Annotated[bool, typer.Option(help="Also with SAM, end to end.")] = True,
+) -> None:
+    """Matching, tracing and SAM in batches against one entity at a time; models of the published base sizes."""
+    from gem_ray.benchmarks.grounder import measure_grounder
+
+    _write(out, "grounder", measure_grounder(posts, rounds, sam))
+
+
 @app.command("grounder-gpu")
 def grounder_gpu(out: OutOption = Path("out/benchmark")) -> None:
     """Matcher and SAM of the paper's sizes on a GPU, random weights, over batch sizes."""
