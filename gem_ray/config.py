@@ -146,12 +146,15 @@ class MatcherConfig(_Section):
     """BLIP matching and its Grad-CAM trace (§3.4.1, §3.4.2)."""
 
     model: str = "nano:matcher"
-    batch_size: PositiveInt = Field(32, description="entities in one pass through the text encoder")
-    image_batch_size: PositiveInt = Field(16, description="images in one pass through the image encoder")
+    batch_size: PositiveInt = Field(32, description="entities in one pass through the text encoder, at most")
+    image_batch_size: PositiveInt = Field(16, description="images in one pass through the image encoder, at most")
     threshold: Probability = Field(0.5, description="P_T above which an entity is grounded")
     layer: int | None = Field(None, ge=0, description="cross-attention layer; none: the middle-upper one")
-    tokens: Literal["all", "inner"] = Field("all", description="text tokens that eq. 11 sums over")
+    tokens: Literal["all", "inner", "words"] = Field(
+        "all", description="text tokens that eq. 11 sums over: all, without the special ones, the entity's own"
+    )
     target: Literal["probability", "logit"] = Field("probability", description="what eq. 11 differentiates")
+    subpatch_peak: bool = Field(False, description="interpolate the peak between patches by parabolas")
     save_heatmaps: bool = Field(False, description="keep the map with each grounded entity, 8 bits a patch")
     dtype: DType = "float32"
 

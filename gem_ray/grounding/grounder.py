@@ -31,20 +31,33 @@ class Grounder:
         boxes: makes boxes out of peaks.
         threshold: P_T above which an entity is grounded.
         save_heatmaps: keep the maps.
+        subpatch_peak: interpolate peaks between patches.
     """
 
-    def __init__(self, matcher: Matcher, boxes: BoxMaker, threshold: float = 0.5, save_heatmaps: bool = False) -> None:
+    def __init__(
+        self,
+        matcher: Matcher,
+        boxes: BoxMaker,
+        threshold: float = 0.5,
+        save_heatmaps: bool = False,
+        subpatch_peak: bool = False,
+    ) -> None:
         self.matcher = matcher
         self.boxes = boxes
         self.threshold = threshold
         self.save_heatmaps = save_heatmaps
+        self.subpatch_peak = subpatch_peak
 
     @classmethod
     def from_config(cls, config: Config) -> Grounder:
         """Load what the `grounder` section names."""
         settings = config.grounder.matcher
         return cls(
-            Matcher.from_config(config), BoxMaker.from_config(config), settings.threshold, settings.save_heatmaps
+            Matcher.from_config(config),
+            BoxMaker.from_config(config),
+            settings.threshold,
+            settings.save_heatmaps,
+            settings.subpatch_peak,
         )
 
     def __call__(self, posts: list[Post]) -> list[Post]:
@@ -74,7 +87,7 @@ class Grounder:
 
     def _point(self, found: _Found) -> None:
         width, height = _original_size(found.post)
-        x, y = peak(found.map, height, width)
+        x, y = peak(found.map, height, width, self.subpatch_peak)
         found.entity.point = Point(x, y)
         if self.save_heatmaps:
             found.entity.heatmap = heat_map(found.map)
@@ -86,7 +99,8 @@ class Grounder:
         requests = []
         for each in found:
             index = position[id(each.post)]
-            x, y = peak(each.map, *images[index].shape[:2])
+            height, width = images[index].shape[:2]
+            x, y = peak(each.map, height, width, self.subpatch_peak)
             requests.append(BoxRequest(index, x, y, each.map, each.entity.fine, each.entity.coarse))
         if not requests:
             return

@@ -18,6 +18,7 @@ from torch import nn
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, SamConfig
 from gem_ray.device import torch_device
+from gem_ray.grounding.batches import Batches
 
 # Width of the image encoder -> its name in the package's registry.
 _PUBLISHED = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -150,13 +151,13 @@ class SamSegmenter:
 
         Args:
             model: on the device where it shall run.
-            batch_size: images in one pass through the image encoder.
+            batch_size: images, with all their points, in one pass, at most.
             dtype: of the image encoder; prompts and masks stay in float32.
         """
         self.model = model
         self.model.image_encoder.to(dtype)
         self._dtype = dtype
-        self._batch_size = batch_size
+        self._batches = Batches.on(model.device, batch_size)
         self._resize = ResizeLongestSide(model.image_encoder.img_size)
 
     @classmethod
@@ -183,16 +184,26 @@ class SamSegmenter:
         Returns:
             For each image, an answer for each of its points.
         """
-        found: list[list[PointMasks]] = [[] for _ in images]
         prompted = [row for row in range(len(images)) if points[row]]
-        for start in range(0, len(prompted), self._batch_size):
-            rows = prompted[start : start + self._batch_size]
-            resized = [self._to_input(images[row]) for row in rows]
-            embeddings = self.encode(torch.stack([self.model.preprocess(image) for image in resized]))
-            answers = self._decode(embeddings, [points[row] for row in rows], [images[row].shape[:2] for row in rows])
-            for row, image, (logits, iou) in zip(rows, resized, answers, strict=True):
-                found[row] = self._to_masks(logits, iou, image.shape[-2:], images[row].shape[:2])
+        answers = self._batches.run(
+            lambda rows: self._masks([images[row] for row in rows], [points[row] for row in rows]), prompted
+        )
+        found: list[list[PointMasks]] = [[] for _ in images]
+        for row, answer in zip(prompted, answers, strict=True):
+            found[row] = answer
         return found
+
+    def _masks(
+        self, images: Sequence[np.ndarray], points: Sequence[Sequence[tuple[float, float]]]
+    ) -> list[list[PointMasks]]:
+        """The answers for one batch of images, each with at least one point."""
+        sizes = [image.shape[:2] for image in images]
+        resized = [self._to_input(image) for image in images]
+        embeddings = self.encode(torch.stack([self.model.preprocess(image) for image in resized]))
+        return [
+            self._to_masks(logits, iou, image.shape[-2:], size)
+            for image, size, (logits, iou) in zip(resized, sizes, self.decode(embeddings, points, sizes), strict=True)
+        ]
 
     def encode(self, inputs: torch.Tensor) -> torch.Tensor:
         """Image embeddings (B, D, G, G), float32, of normalised and padded images (B, 3, S, S)."""
@@ -202,7 +213,7 @@ class SamSegmenter:
         """(3, h', w'), the longer side of the size that the model takes."""
         return torch.from_numpy(self._resize.apply_image(image)).permute(2, 0, 1).to(self.model.device)
 
-    def _decode(
+    def decode(
         self,
         embeddings: torch.Tensor,
         points: Sequence[Sequence[tuple[float, float]]],

@@ -182,7 +182,7 @@ class _Trainer:
         states = self.model.vision_model(self.images(images).to(device), interpolate_pos_encoding=True)
         image_of_pair = [image for image, group in enumerate(pairs) for _ in group]
         asked = [pair for group in pairs for pair in group]
-        batch = self.texts([Query(0, pair.entity, pair.category).text for pair in asked], device)
+        batch = self.texts([Query(0, pair.entity, pair.category) for pair in asked], device)
         hidden = self.model.text_encoder(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -19,9 +19,10 @@ from transformers import BertTokenizer, BlipForImageTextRetrieval
 
 from gem_ray.data.emblems import EMBLEMS, Emblem
 from gem_ray.data.generated import Scene, make_scene
+from gem_ray.grounding.blip import encode_images
 from gem_ray.grounding.matcher import ImageProcessor, Match, Matcher, Query, TextProcessor, resize_square
 from gem_ray.grounding.trace import peak
-from gem_ray.nano.tiny_blip import BlipSize, build_blip, encode_images, match_logits
+from gem_ray.nano.tiny_blip import BlipSize, build_blip, match_logits, neighbours
 from gem_ray.taxonomy import LABEL_SETS
 
 Report = Callable[[str], None]
@@ -106,7 +107,7 @@ def train(out: Path, seed: int, recipe: BlipRecipe | None = None, report: Report
     """
     recipe = recipe or BlipRecipe()
     torch.manual_seed(seed)
-    build_blip(out, [text for texts in _emblem_texts() for text in texts], recipe.size)
+    build_blip(out, [query.text for queries in _emblem_queries() for query in queries], recipe.size)
     model = BlipForImageTextRetrieval.from_pretrained(out)
     images = ImageProcessor.from_pretrained(out)
     bank = name_bank(TextProcessor(BertTokenizer.from_pretrained(out), model.config.text_config.vocab_size), seed)
@@ -145,22 +146,22 @@ def _pick_emblems(rng: np.random.Generator) -> list[Emblem]:
 
 def name_bank(texts: TextProcessor, seed: int) -> NameBank:
     """Tokenise the queries that training asks."""
-    of_emblem = _emblem_texts()
+    of_emblem = _emblem_queries()
     rng = np.random.default_rng(seed)
     letters, categories = list("abcdefghijklmnopqrstuvwxyz"), LABEL_SETS["fmnerg"].fine
     strangers = [
-        Query(0, "".join(rng.choice(letters, size=rng.integers(2, 5))), str(rng.choice(categories))).text
+        Query(0, "".join(rng.choice(letters, size=rng.integers(2, 5))), str(rng.choice(categories)))
         for _ in range(_STRANGERS)
     ]
-    known = [text for group in of_emblem for text in group]
+    known = [query for group in of_emblem for query in group]
     batch = texts([*known, *strangers], torch.device("cpu"))
     starts = np.cumsum([0, *(len(group) for group in of_emblem)])
     rows = tuple(tuple(range(start, end)) for start, end in pairwise(starts.tolist()))
     return NameBank(batch.input_ids, batch.attention_mask, rows, len(known))
 
 
-def _emblem_texts() -> list[list[str]]:
-    return [[Query(0, surface, emblem.fine).text for surface in emblem.surfaces] for emblem in EMBLEMS]
+def _emblem_queries() -> list[list[Query]]:
+    return [[Query(0, surface, emblem.fine) for surface in emblem.surfaces] for emblem in EMBLEMS]
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,9 @@ class Trainer:
         squares = self.scenes.squares[picked]
         turned = self.rng.random(len(picked)) < 0.5
         squares[turned] = squares[turned, :, ::-1]
-        return encode_images(self.model, self.images.normalize(squares), reach)
+        side = self.recipe.size.image_side // self.recipe.size.patch
+        visible = None if reach is None else neighbours(side, reach, self.model.device)
+        return encode_images(self.model, self.images.normalize(torch.from_numpy(squares)), visible)
 
     def _fit(
         self,

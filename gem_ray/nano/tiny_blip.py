@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessorPil
 
+from gem_ray.grounding.blip import attend
 from gem_ray.grounding.matcher import ENC_TOKEN
 from gem_ray.taxonomy import LABEL_SETS
 
@@ -91,25 +92,13 @@ def _build_tokenizer(texts: Sequence[str]) -> BertTokenizer:
     return tokenizer
 
 
-def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor, reach: int | None = None) -> Tensor:
-    """What `model.vision_model` computes, with fused attention: `(B, 3, S, S)` to `(B, 1 + P, D)`.
+def neighbours(side: int, reach: int, device: torch.device) -> Tensor:
+    """Which of the class patch and `side × side` patches see which: `(1 + P, 1 + P)` bool.
 
-    With a `reach`, a patch attends to patches at most so far away, and to the class patch.
+    A patch sees patches at most `reach` away, and the class patch, which sees all.
     """
-    vision = model.vision_model
-    visible = None if reach is None else _neighbours(pixels.shape[-1] // model.config.vision_config.patch_size, reach)
-    heads = model.config.vision_config.num_attention_heads
-    hidden = vision.embeddings(pixels)
-    for layer in vision.encoder.layers:
-        query, key, value = layer.self_attn.qkv(layer.layer_norm1(hidden)).chunk(3, dim=-1)
-        hidden = hidden + layer.self_attn.projection(_attend(query, key, value, heads, visible))
-        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    return vision.post_layernorm(hidden)
-
-
-def _neighbours(side: int, reach: int) -> Tensor:
-    """Which of the class patch and `side × side` patches see which: `(1 + P, 1 + P)` bool."""
-    rows, columns = torch.arange(side * side) // side, torch.arange(side * side) % side
+    patches = torch.arange(side * side, device=device)
+    rows, columns = patches // side, patches % side
     near = ((rows[:, None] - rows).abs() <= reach) & ((columns[:, None] - columns).abs() <= reach)
     return F.pad(near, (1, 0, 1, 0), value=True)
 
@@ -140,21 +129,15 @@ def match_logits(
     for layer in layers:
         asking = hidden[:, :1] if layer is layers[-1] else hidden  # the head reads [ENC] only
         own = layer.attention.self
-        context = _attend(own.query(asking), own.key(hidden), own.value(hidden), heads, visible)
+        context = attend(own.query(asking), own.key(hidden), own.value(hidden), heads, visible)
         asking = layer.attention.output(context, asking).reshape(images, -1, hidden.shape[-1])  # (B, N · T, D)
         cross = layer.crossattention.self
         query, key = cross.query(asking), cross.key(states)
         if layer is layers[0]:
             looking = _attention_on_patches(query, key, heads, attention_mask)
-        asking = layer.crossattention.output(_attend(query, key, cross.value(states), heads), asking)
+        asking = layer.crossattention.output(attend(query, key, cross.value(states), heads), asking)
         hidden = layer.feed_forward_chunk(asking).view(images * names, -1, hidden.shape[-1])
     return model.itm_head(hidden[:, 0]).view(images, names, 2), looking
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, visible: Tensor | None = None) -> Tensor:
-    """Multi-head attention of `(B, T, D)` on `(B, S, D)`; `visible`, bool, spreads to `(B, 1, T, S)`."""
-    query, key, value = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).transpose(1, 2).flatten(2)
 
 
 def _attention_on_patches(query: Tensor, key: Tensor, heads: int, attention_mask: Tensor) -> Tensor:

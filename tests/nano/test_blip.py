@@ -7,6 +7,7 @@ import torch
 from transformers import BertTokenizer, BlipForImageTextRetrieval
 
 from gem_ray.data.emblems import EMBLEMS
+from gem_ray.grounding.blip import encode_images
 from gem_ray.grounding.matcher import ImageProcessor, Query, TextProcessor
 from gem_ray.nano.blip import (
     CONFUSABLE,
@@ -19,7 +20,7 @@ from gem_ray.nano.blip import (
     render_scene,
     render_scenes,
 )
-from gem_ray.nano.tiny_blip import BlipSize, build_blip, encode_images, match_logits
+from gem_ray.nano.tiny_blip import BlipSize, build_blip, match_logits, neighbours
 from gem_ray.taxonomy import FMNERG
 
 SIZE = BlipSize(image_side=32, width=24, image_layers=2, text_layers=3)
@@ -87,7 +88,10 @@ def test_with_a_reach_a_patch_depends_on_its_neighbourhood_alone(model):
     vision = model.vision_model.encoder
     vision.layers = vision.layers[:1]  # more layers reach further, and the class patch sees everything
     with torch.no_grad():
-        one, other = (encode_images(model, each, reach=1)[0, 1:].view(4, 4, -1) for each in (pixels, changed))
+        one, other = (
+            encode_images(model, each, neighbours(4, 1, each.device))[0, 1:].view(4, 4, -1)
+            for each in (pixels, changed)
+        )
     differs = (one - other).abs().amax(dim=-1) > 1e-6
     assert differs[:2, :2].all()
     assert differs.sum() == 4
