@@ -163,6 +163,9 @@ def models_of(config: Config) -> dict[str, str]:
     explainer = config.knowledge.explainer
     if explainer is not None and explainer.engine == "endpoint":
         names["explainer"] = explainer.model
+    endpoint = config.reranker.endpoint
+    if config.reranker.enabled and config.reranker.engine == "endpoint" and endpoint is not None:
+        names["reranker"] = endpoint.model
     return names
 
 
@@ -170,7 +173,7 @@ def _references(config: Config) -> dict[str, str | None]:
     references = {"captioner": config.knowledge.captioner, "tagger": config.tagger.model}
     if config.knowledge.explainer is not None and config.knowledge.explainer.engine == "vllm":
         references["explainer"] = config.knowledge.explainer.model
-    if config.reranker.enabled:
+    if config.reranker.enabled and config.reranker.engine != "endpoint":
         adapter = config.reranker.adapter
         located = config.reranker.adapter_references.get(adapter) if adapter is not None else None
         references |= {"reranker": config.reranker.model, "reranker_adapter": located}

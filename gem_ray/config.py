@@ -48,10 +48,9 @@ class ImageConfig(_Section):
     fetch_concurrency: PositiveInt = Field(16, description="images of a batch that are fetched at once")
 
 
-class ExplainerConfig(_Section):
-    """Where auxiliary knowledge comes from (§3.2.1)."""
+class EndpointConfig(_Section):
+    """An OpenAI-compatible chat endpoint."""
 
-    engine: Literal["endpoint", "vllm"] = Field("endpoint", description="`vllm`: a model in this process, no address")
     # No default: posts go to no address that nobody wrote down.
     base_url: str | None = Field(
         None, pattern=r"^https?://", description="OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1"
@@ -64,6 +63,12 @@ class ExplainerConfig(_Section):
     timeout_s: float = Field(60, gt=0, description="time for one try")
     retries: int = Field(4, ge=0, description="further tries when the endpoint is busy, broken, slow or gone")
     max_pause_s: float = Field(30, ge=0, description="longest pause before a retry, whatever the endpoint asks for")
+
+
+class ExplainerConfig(EndpointConfig):
+    """Where auxiliary knowledge comes from (§3.2.1)."""
+
+    engine: Literal["endpoint", "vllm"] = Field("endpoint", description="`vllm`: a model in this process, no address")
     dtype: DType = Field("float32", description="vLLM: of the model")
     max_model_len: PositiveInt = Field(4096, description="vLLM: tokens of question and answer; the examples take 800")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")
@@ -104,11 +109,22 @@ class FilterConfig(_Section):
     k: PositiveInt = Field(5, description="candidate categories")
 
 
+class RerankerEndpointConfig(EndpointConfig):
+    """A model that is asked in context, by worked examples, instead of a trained one (§5.1)."""
+
+    max_tokens: PositiveInt = Field(16, description="length of an answer: a category's name")
+    image: bool = Field(True, description="send the image; false: the caption in its place")
+    hint: bool = Field(False, description="tell the tagger's own probabilities")
+
+
 class RerankerConfig(_Section):
-    """The LLaVA reranker (§3.3.2)."""
+    """The LLaVA reranker (§3.3.2), or another in its place (§5.1)."""
 
     enabled: bool = True
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "text", "endpoint"] = Field(
+        "transformers", description="`text`: a language model that reads the caption; `endpoint`: whoever answers there"
+    )
+    endpoint: RerankerEndpointConfig | None = Field(None, description="for the engine of that name")
     model: str = "nano:reranker"
     adapter: str | None = Field(
         "nano:reranker-lora", description="LoRA adapter, or a name out of `adapters`; none: the model as it is"
@@ -130,6 +146,12 @@ class RerankerConfig(_Section):
         3, description="vLLM: batches of posts that overlap in an actor, so that none waits for the slowest row"
     )
 
+    @model_validator(mode="after")
+    def _knows_whom_to_ask(self) -> RerankerConfig:
+        if self.engine == "endpoint" and (self.endpoint is None or self.endpoint.base_url is None):
+            raise ValueError("engine endpoint needs endpoint.base_url")
+        return self
+
     @property
     def adapter_references(self) -> dict[str, str]:
         """Every adapter to load: name -> where it is."""
@@ -143,8 +165,9 @@ class RerankerConfig(_Section):
 
 
 class MatcherConfig(_Section):
-    """BLIP matching and its Grad-CAM trace (§3.4.1, §3.4.2)."""
+    """BLIP matching and its Grad-CAM trace (§3.4.1, §3.4.2), or another model's in its place (§5.2)."""
 
+    kind: Literal["blip", "blip2", "llava"] = Field("blip", description="architecture of the model")
     model: str = "nano:matcher"
     batch_size: PositiveInt = Field(32, description="entities in one pass through the text encoder, at most")
     image_batch_size: PositiveInt = Field(16, description="images in one pass through the image encoder, at most")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +13,23 @@ from gem_ray.grounding.boxes import BoxMaker, BoxRequest
 from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.trace import peak
 from gem_ray.records import Box, Entity, HeatMap, Point, Post
+
+
+class AnyMatcher(Protocol):
+    """Says how probably each entity is seen in its image, and where."""
+
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+        """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
+        ...
+
+
+def load_matcher(config: Config) -> AnyMatcher:
+    """The matcher that `grounder.matcher.kind` names."""
+    if config.grounder.matcher.kind == "blip":
+        return Matcher.from_config(config)
+    from gem_ray.grounding.other_matchers import Blip2Matcher, LlavaMatcher
+
+    return {"llava": LlavaMatcher, "blip2": Blip2Matcher}[config.grounder.matcher.kind].from_config(config)
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Grounder:
 
     def __init__(
         self,
-        matcher: Matcher,
+        matcher: AnyMatcher,
         boxes: BoxMaker,
         threshold: float = 0.5,
         save_heatmaps: bool = False,
@@ -53,7 +71,7 @@ class Grounder:
         """Load what the `grounder` section names."""
         settings = config.grounder.matcher
         return cls(
-            Matcher.from_config(config),
+            load_matcher(config),
             BoxMaker.from_config(config),
             settings.threshold,
             settings.save_heatmaps,
