@@ -83,7 +83,7 @@ def _facts(experiment: Experiment, out: Path) -> list[str]:
     if runs:
         posts = ", ".join(sorted({str(result["posts"]) for result in runs}))
         devices = ", ".join(sorted({result["device"] for result in runs}))
-        facts.append(f"Measured on {posts} dev posts; on {devices}. Ratios in percent.")
+        facts.append(f"Measured on {posts} dev posts, on {devices}. Ratios in percent.")
     if trained:
         facts.append(
             f"Taggers were trained on {', '.join(sorted({str(result['train']) for result in trained}))} posts by the "

@@ -13,7 +13,7 @@ from typing import Any
 from gem_ray.annotator import models_of
 from gem_ray.config import Config, ConfigError, load_config, merge_trees, parse_config
 from gem_ray.data.files import open_filesystem, whole_file
-from gem_ray.experiments.data import Posts
+from gem_ray.experiments.data import Posts, fingerprint
 from gem_ray.experiments.definition import Experiment, Variant
 from gem_ray.experiments.outputs import write_results
 from gem_ray.experiments.results import RESULT, run_folder
@@ -80,12 +80,11 @@ def run_experiment(
         result = run.finished(read)
         if result is None and (reason := run.obstacle(read)) is not None:
             obstacles[run.variant.name] = reason
-            continue
-        result = result or run.copied(read) or run.do(read)
+        else:
+            on_done(run.variant.name, run.seed, result or run.copied(read) or run.do(read))
+            write_results(out, experiment, obstacles)
         if not any(run.model == later.model for later in plan[number + 1 :]):
             shutil.rmtree(run.model, ignore_errors=True)
-        on_done(run.variant.name, run.seed, result)
-        write_results(out, experiment, obstacles)
     return write_results(out, experiment, obstacles, read)
 
 
@@ -132,14 +131,14 @@ class _Run:
         """The result that is there, if there is one; where it was computed does not matter.
 
         Raises:
-            ConfigError: it is the result of another recipe or configuration.
+            ConfigError: it is the result of another recipe, another configuration or other posts.
         """
         file = self.folder / RESULT
         if not file.is_file():
             return None
         result = json.loads(file.read_text(encoding="utf-8"))
         if difference := self._difference(result, read):
-            raise ConfigError(f"{file} has the result of another {difference}: use another output folder, or remove it")
+            raise ConfigError(f"{file} has the result of {difference}: use another output folder, or remove it")
         return result
 
     def copied(self, read: Posts) -> dict[str, Any] | None:
@@ -165,6 +164,7 @@ class _Run:
         result = {
             "recipe": self.recipe and self.recipe.model_dump(),
             "config": config.model_dump(mode="json"),
+            "data": self._data(read),
             "posts": len(dev),
             **trained,
             "device": device_of(system),
@@ -177,13 +177,19 @@ class _Run:
         """What distinguishes a result from this run's, if anything does."""
         recipe = parse_recipe(result["recipe"]) if result["recipe"] else None
         if recipe != (self.recipe and self.recipe.changed(device=recipe.device if recipe else "cpu")):
-            return "recipe"
-        same = what_matters(parse_config(result["config"])) == what_matters(self._config(read))
-        return None if same else "configuration"
+            return "another recipe"
+        if what_matters(parse_config(result["config"])) != what_matters(self._config(read)):
+            return "another configuration"
+        return None if result["data"] == self._data(read) else "other posts"
 
     def _write(self, result: Mapping[str, Any]) -> None:
         with whole_file(*open_filesystem(self.folder / RESULT)) as partial:
             Path(partial).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    def _data(self, read: Posts) -> dict[str, str]:
+        """What tells the posts from others."""
+        splits = ("train", "dev") if self.recipe else ("dev",)
+        return {split: fingerprint(read(split, self.labels)) for split in splits}
 
     def _has_images(self, read: Posts) -> bool:
         return has_images(read("dev", self.labels))
