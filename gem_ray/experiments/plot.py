@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,9 +11,11 @@ from matplotlib.figure import Figure
 from gem_ray.experiments.definition import Column, Experiment
 from gem_ray.experiments.results import Cell, Results
 
+_DARK = ("0.0", "0.45", "0.3", "0.6")  # of lines and points
 _SHADES = ("0.25", "0.75", "0.5", "0.95", "0.6", "0.85")
 _HATCHES = ("", "//", "..", "xx", "\\\\", "--")
 _STROKES = ("o-", "s--", "^-.", "D:", "v-", "x--")
+_CHARACTERS = 78  # across the plot, in small print
 _LIGHT, _BLACK = "0.8", "0.0"
 
 
@@ -54,8 +57,10 @@ def _bars(axes: Axes, experiment: Experiment, results: Results, rows: Sequence[s
             edgecolor=_BLACK,
             capsize=2,
         )
-    axes.set_xticks(range(len(rows)), [_wrapped(row) for row in rows], fontsize="small")
-    axes.set(ylabel="percent", ylim=(max(0.0, lowest - 5) if lowest > 20 else 0.0, None))
+    names = [fill(row, max(8, _CHARACTERS // max(len(rows), 1))) for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize="small" if len(rows) < 8 else "x-small")
+    start = lowest - 5 if lowest > 20 else 0.0
+    axes.set(ylabel="percent (the axis does not begin at 0)" if start else "percent", ylim=(start, None))
 
 
 def _line(axes: Axes, experiment: Experiment, results: Results, rows: Sequence[str], columns: Sequence[Column]) -> None:
@@ -69,7 +74,7 @@ def _line(axes: Axes, experiment: Experiment, results: Results, rows: Sequence[s
             [100 * cell.mean for cell in cells],
             _errors(cells),
             fmt=_STROKES[number % len(_STROKES)],
-            color=_SHADES[number % 3] if number else _BLACK,
+            color=_DARK[number % len(_DARK)],
             label=column.label,
             capsize=2,
             markersize=5,
@@ -80,20 +85,25 @@ def _line(axes: Axes, experiment: Experiment, results: Results, rows: Sequence[s
 def _scatter(
     axes: Axes, experiment: Experiment, results: Results, rows: Sequence[str], columns: Sequence[Column]
 ) -> None:
-    """Quality over cost, a named point for each row; the line joins those that no other row beats in both."""
+    """Quality over cost: a numbered point for each row, its name beside the plot.
+
+    The line joins the rows that nothing cheaper equals.
+    """
+    names = "\n".join(f"{number}  {row}" for number, row in enumerate(rows, start=1))
+    axes.annotate(names, (1.02, 1), xycoords="axes fraction", va="top", fontsize="small", linespacing=1.5)
     for number, column in enumerate(columns):
         points = [
-            (cost.mean, 100 * quality.mean, row)
-            for row in rows
+            (cost.mean, 100 * quality.mean, str(place))
+            for place, row in enumerate(rows, start=1)
             if (cost := results[row][experiment.plot.x]) and (quality := results[row][column.label])
         ]
-        shade = _SHADES[number % 3] if number else _BLACK
-        axes.plot([p[0] for p in points], [p[1] for p in points], _STROKES[number][0], color=shade, label=column.label)
+        mark, stroke = _STROKES[number][0], _STROKES[number][1:]
+        axes.plot([p[0] for p in points], [p[1] for p in points], mark, color=_DARK[number], label=column.label)
         best = pareto(points)
-        axes.plot([p[0] for p in best], [p[1] for p in best], _STROKES[number][1:], color=shade, linewidth=0.8)
-        for x, y, row in points:
-            axes.annotate(row, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
-    axes.set(xlabel=experiment.plot.x, ylabel="percent")
+        axes.plot([p[0] for p in best], [p[1] for p in best], stroke, color=_DARK[number], linewidth=0.8)
+        for x, y, place in points:
+            axes.annotate(place, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
+    axes.set(xlabel=experiment.plot.x, ylabel=columns[0].label if len(columns) == 1 else "percent", xscale="log")
 
 
 def pareto(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -107,7 +117,3 @@ def pareto(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
 
 def _errors(cells: Sequence[Cell]) -> list[float]:
     return [100 * (cell.deviation or 0.0) for cell in cells]
-
-
-def _wrapped(label: str) -> str:
-    return label.replace(" ", "\n", 1) if len(label) > 10 else label

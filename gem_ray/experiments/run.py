@@ -23,6 +23,7 @@ from gem_ray.experiments.system import (
     has_images,
     needs_images,
     system_config,
+    unreachable,
     what_matters,
 )
 from gem_ray.tagger.recipe import TaggerTraining, parse_recipe
@@ -125,7 +126,7 @@ class _Run:
             models_of(parse_config(merge_trees(self._config(read).model_dump(), encoder)))
         except FileNotFoundError as error:
             return str(error)
-        return None
+        return unreachable(self._config(read))
 
     def finished(self, read: Posts) -> dict[str, Any] | None:
         """The result that is there, if there is one; where it was computed does not matter.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
 from gem_ray.annotator import Annotator, active_stages, build_stage
@@ -21,6 +22,7 @@ from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.taxonomy import LABEL_SETS
 
 _BLOCK = 256  # posts in memory with their images
+_PATIENCE_S = 10
 _LOOKING = ("filter", "reranker", "grounder")  # sections that mean nothing without images
 _TEXT_ONLY: dict[str, Any] = {
     "filter": {"k": 5},  # nobody is asked about the candidates, but they are stored
@@ -59,9 +61,21 @@ def system_config(base: Config, changes: dict[str, Any], recipe: TaggerTraining 
     return parse_config(values if images else merge_trees(values, _TEXT_ONLY))
 
 
+def unreachable(config: Config) -> str | None:
+    """Why the reranker's endpoint cannot be asked, if it has one and cannot."""
+    endpoint = config.reranker.endpoint
+    if not config.reranker.enabled or config.reranker.engine != "endpoint" or endpoint is None:
+        return None
+    try:
+        httpx.get(f"{endpoint.base_url}/models", timeout=_PATIENCE_S)  # any answer is one
+    except httpx.HTTPError as error:
+        return f"nobody answers at {endpoint.base_url} ({type(error).__name__})"
+    return None
+
+
 def what_matters(config: Config) -> dict[str, Any]:
     """The part of a configuration that the annotations depend on; not where it runs, nor what is switched off."""
-    speed = {"device": True, "pipeline": True, "tagger": {"batch_tokens", "compile"}}
+    speed: Any = {"device": True, "pipeline": True, "tagger": {"batch_tokens", "compile"}}
     values = config.model_dump(mode="json", exclude=speed)
     for section, unread in (("reranker", "gamma"), ("grounder", None)):
         if not values[section]["enabled"]:
@@ -141,6 +155,6 @@ def _reranked(annotated: Sequence[Post], dev: Sequence[Post], rules: Rules) -> d
                 before += entity.candidates[0].fine == verdict.gold.category
     return {
         "share": asked / entities if entities else 0.0,
-        "accuracy": after / found if found else 0.0,
-        "accuracy_before": before / found if found else 0.0,
+        "accuracy": after / found if found else None,
+        "accuracy_before": before / found if found else None,
     }

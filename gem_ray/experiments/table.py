@@ -33,7 +33,7 @@ def markdown(experiment: Experiment, results: Results, obstacles: Mapping[str, s
             lines.append(f"| {row.label} | {' | '.join(figures)} | {_runs(cells)} |")
     for number, published in enumerate(experiment.published, start=1):
         for quoted in published.rows:
-            figures = [_NONE if value is None else str(value) for value in quoted.values]
+            figures = [_quoted(value) for value in quoted.values]
             lines.append(f"| *{quoted.label}* [{number}] | {' | '.join(figures)} | quoted |")
     for number, published in enumerate(experiment.published, start=1):
         lines += ["", f"[{number}] Quoted, not measured here: {published.source}"]
@@ -75,6 +75,12 @@ def printed(cell: Cell, ratio: bool) -> str:
 
 def _cell(cell: Cell | None, column: Column) -> str:
     return _NONE if cell is None else printed(cell, column.is_ratio)
+
+
+def _quoted(value: float | str | None) -> str:
+    if value is None:
+        return _NONE
+    return value if isinstance(value, str) else f"{value:.2f}"
 
 
 def _names(column: Column) -> tuple[str, str, str]:

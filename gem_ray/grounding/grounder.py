@@ -25,11 +25,12 @@ class AnyMatcher(Protocol):
 
 def load_matcher(config: Config) -> AnyMatcher:
     """The matcher that `grounder.matcher.kind` names."""
-    if config.grounder.matcher.kind == "blip":
+    kind = config.grounder.matcher.kind
+    if kind == "blip":
         return Matcher.from_config(config)
     from gem_ray.grounding.other_matchers import Blip2Matcher, LlavaMatcher
 
-    return {"llava": LlavaMatcher, "blip2": Blip2Matcher}[config.grounder.matcher.kind].from_config(config)
+    return LlavaMatcher.from_config(config) if kind == "llava" else Blip2Matcher.from_config(config)
 
 
 @dataclass(frozen=True)

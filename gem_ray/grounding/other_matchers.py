@@ -202,8 +202,8 @@ def _traced(logits: Tensor, seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
 def _matches(probability: Tensor, attention: Tensor, gradient: Tensor) -> list[Match]:
     """Eq. 11 over `(B, H, S, P)` attention to the patches of square images."""
     counted = torch.ones(attention.shape[0], attention.shape[2], dtype=torch.bool, device=attention.device)
-    with_class = [functional.pad(each, (1, 0)) for each in (attention, gradient)]  # `patch_scores` leaves it out
-    scores = patch_scores(*with_class, counted)  # (B, P)
+    # `patch_scores` leaves the class patch out: there is one again.
+    scores = patch_scores(functional.pad(attention, (1, 0)), functional.pad(gradient, (1, 0)), counted)  # (B, P)
     side = round(scores.shape[1] ** 0.5)
     maps = scores.view(-1, side, side).cpu().numpy()
     return [Match(float(p), m) for p, m in zip(probability.tolist(), maps, strict=True)]

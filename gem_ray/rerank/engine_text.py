@@ -95,11 +95,14 @@ class TextEngine:
         rows = [PackedRow.of([item.prompt], [item.tree]) for item in batch]
         self.counts["prompt_tokens"] += sum(len(item.prompt) for item in batch)
         ids, positions, mask = (torch.from_numpy(array).to(self._model.device) for array in pad_rows(rows))
-        logits = self._model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        hidden = self._model.base_model(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state  # (B, L, D)
+        head = self._model.get_output_embeddings()
         scores = []
         for index, (row, item) in enumerate(zip(rows, batch, strict=True)):
-            tokens = torch.tensor(item.tree.tokens, device=logits.device)
-            at_nodes = logits[index, torch.from_numpy(row.predicts)].float().log_softmax(dim=-1)  # (n, V)
+            tokens = torch.tensor(item.tree.tokens, device=hidden.device)
+            at_nodes = head(hidden[index, torch.from_numpy(row.predicts)]).float().log_softmax(dim=-1)  # (n, V)
             scores.append(at_nodes.gather(1, tokens[:, None])[:, 0].cpu().numpy())
         return scores
 

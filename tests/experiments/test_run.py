@@ -80,7 +80,7 @@ def test_the_table_has_measured_and_quoted_rows_and_says_which(
     table = (folder / "table.md").read_text()
     fine = results["rows"]["all on"]["fine"]["mean"]
     assert f"| all on | {100 * fine:.2f} |" in table
-    assert "| *Theirs* [1] | 50.5 ± 0.1 | – | 40.25 | – | 77.0 | quoted |" in table
+    assert "| *Theirs* [1] | 50.5 ± 0.1 | – | 40.25 | – | 77.00 | quoted |" in table
     assert "[1] Quoted, not measured here: A paper" in table
     assert "A correction." in table
     assert "Not run: no reranker." in table
