@@ -30,6 +30,7 @@ class Variant(_Part):
     settings: dict[str, Any] | None = Field(
         None, description="of the recipe by which its tagger is trained, over the experiment's; none: it is not trained"
     )
+    recipe: str | None = Field(None, description="a preset of its own, in place of the experiment's recipe and settings")
     tagger: str | None = Field(None, description="the variant whose trained tagger it uses; none: the preset's tagger")
     config: dict[str, Any] = Field(default_factory=dict, description="of the whole system, over the experiment's")
     at: float | None = Field(None, description="its place on the plot's axis")
@@ -155,7 +156,8 @@ class Experiment(_Part):
         trained = self.variant(variant.tagger) if variant.tagger else variant
         if trained.settings is None:
             return None
-        return load_recipe(self.recipe, **{**self.settings, **overrides, **trained.settings, "seed": seed})
+        preset, shared = (trained.recipe, {}) if trained.recipe else (self.recipe, self.settings)
+        return load_recipe(preset, **{**shared, **overrides, **trained.settings, "seed": seed})
 
 
 def experiment_names() -> list[str]:
@@ -167,7 +169,8 @@ def experiment_names() -> list[str]:
 def load_experiment(name: str) -> Experiment:
     """An experiment of the package by its name, or the one in a YAML file.
 
-    A variant may be written `EXPERIMENT/VARIANT`: one that another experiment defines.
+    A variant may be written `EXPERIMENT/VARIANT`: one that another experiment defines. `like: EXPERIMENT` takes over
+    that one's recipe and its settings.
 
     Raises:
         ConfigError: there is none of that name, or the file is no experiment.
@@ -180,7 +183,9 @@ def load_experiment(name: str) -> Experiment:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         variants = [_variant(entry) for entry in values["variants"]]
-        return Experiment.model_validate({"name": Path(name).stem, **values, "variants": variants})
+        other = load_experiment(like) if (like := values.pop("like", None)) else None
+        recipe = {"recipe": other.recipe, "settings": other.settings} if other else {}
+        return Experiment.model_validate({"name": Path(name).stem, **recipe, **values, "variants": variants})
     except (yaml.YAMLError, ValidationError, TypeError, KeyError) as error:
         raise ConfigError(f"{name} is no experiment: {error}") from None
 
