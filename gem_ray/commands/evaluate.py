@@ -149,6 +149,7 @@ def experiment(
     out: Annotated[Path, typer.Option(help="Folder of the runs, which experiments share, and of `NAME/table.md`.")],
     seeds: Annotated[int, typer.Option(help="Trainings of each variant whose tagger is trained.", min=1)] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Just this variant. Repeatable.")] = None,
+    tabulate: Annotated[bool, typer.Option("--tabulate", help="Run nothing: tabulate what is there.")] = False,
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: RecipeOption = None,
@@ -168,6 +169,7 @@ def experiment(
         overrides=parse_overrides(set_),
         base=load_config(preset, config),
         only=only or (),
+        run_missing=not tabulate,
         on_done=lambda variant, seed, result: typer.echo(f"{variant}, seed {seed}: done"),
     )
     typer.echo((out / definition.name / "table.md").read_text(encoding="utf-8"))

@@ -30,7 +30,9 @@ class Variant(_Part):
     settings: dict[str, Any] | None = Field(
         None, description="of the recipe by which its tagger is trained, over the experiment's; none: it is not trained"
     )
-    recipe: str | None = Field(None, description="a preset of its own, in place of the experiment's recipe and settings")
+    recipe: str | None = Field(
+        None, description="a preset of its own, in place of the experiment's recipe and settings"
+    )
     tagger: str | None = Field(None, description="the variant whose trained tagger it uses; none: the preset's tagger")
     config: dict[str, Any] = Field(default_factory=dict, description="of the whole system, over the experiment's")
     at: float | None = Field(None, description="its place on the plot's axis")

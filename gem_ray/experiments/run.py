@@ -41,6 +41,7 @@ def run_experiment(
     overrides: Mapping[str, Any] | None = None,
     base: Config | None = None,
     only: Sequence[str] = (),
+    run_missing: bool = True,
     on_done: OnDone = lambda name, seed, result: None,
 ) -> dict[str, Any]:
     """Run every variant, those whose tagger is trained with every seed, and tabulate after each run.
@@ -58,6 +59,7 @@ def run_experiment(
         overrides: of the recipe, for all variants: the device, say.
         base: the configuration that variants change; none: the default preset.
         only: names of variants; all if empty.
+        run_missing: do what is not done; else what is there is tabulated.
         on_done: called with a variant's name, the seed and the result, also for what was done before.
 
     Returns:
@@ -81,11 +83,14 @@ def run_experiment(
         result = run.finished(read)
         if result is None and (reason := run.obstacle(read)) is not None:
             obstacles[run.variant.name] = reason
-        else:
-            on_done(run.variant.name, run.seed, result or run.copied(read) or run.do(read))
+            continue
+        result = result or run.copied(read) or (run.do(read) if run_missing else None)
+        if result is not None:
+            on_done(run.variant.name, run.seed, result)
             write_results(out, experiment, obstacles)
-        if not any(run.model == later.model for later in plan[number + 1 :]):
-            shutil.rmtree(run.model, ignore_errors=True)
+        _forget_models(plan[: number + 1], plan[number + 1 :])
+    if run_missing:  # else what another process is training would go
+        _forget_models(plan, [])
     return write_results(out, experiment, obstacles, read)
 
 
@@ -206,6 +211,12 @@ class _Run:
             report = train_tagger(train, read("dev", recipe.labels), self.model, recipe)
             file.write_text(json.dumps({"train": len(train), **report}), encoding="utf-8")
         return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _forget_models(done: Sequence[_Run], to_do: Sequence[_Run]) -> None:
+    """Remove the trained taggers that no later run uses."""
+    for model in {run.model for run in done} - {run.model for run in to_do}:
+        shutil.rmtree(model, ignore_errors=True)
 
 
 def _chosen(experiment: Experiment, only: Sequence[str]) -> list[Variant]:

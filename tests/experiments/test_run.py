@@ -149,6 +149,17 @@ def test_what_is_done_is_not_done_again_and_the_same_seed_gives_the_same(
     assert results == whole
 
 
+def test_what_is_there_is_tabulated_without_running_the_rest(
+    experiment: Experiment, posts: Read, tmp_path: Path, trainings: list[tuple[bool, int]]
+) -> None:
+    run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])
+    results = run.run_experiment(experiment, posts, tmp_path, run_missing=False)
+    assert trainings == [(True, 0)]
+    assert results["rows"]["all on"]["fine"]["runs"] == 1
+    assert results["rows"]["tagger alone"] == {**results["rows"]["all on"]}  # it comes to the same: copied, not run
+    assert results["rows"]["no CRF"] == {}
+
+
 def test_results_of_another_recipe_or_configuration_are_not_mixed_in(
     experiment: Experiment, posts: Read, tmp_path: Path
 ) -> None:
