@@ -83,14 +83,13 @@ def run_experiment(
         result = run.finished(read)
         if result is None and (reason := run.obstacle(read)) is not None:
             obstacles[run.variant.name] = reason
-            continue
-        result = result or run.copied(read) or (run.do(read) if run_missing else None)
+        else:
+            result = result or run.copied(read) or (run.do(read) if run_missing else None)
         if result is not None:
             on_done(run.variant.name, run.seed, result)
             write_results(out, experiment, obstacles)
-        _forget_models(plan[: number + 1], plan[number + 1 :])
-    if run_missing:  # else what another process is training would go
-        _forget_models(plan, [])
+        if run_missing:  # else what another process is training might go
+            _forget_models(plan[: number + 1], plan[number + 1 :])
     return write_results(out, experiment, obstacles, read)
 
 
