@@ -16,7 +16,8 @@ from gem_ray.rerank.engine import Request
 from gem_ray.rerank.llava import load_llava
 from gem_ray.rerank.prompts import build_prompt
 from gem_ray.rerank.tokenizer import train_tokenizer
-from gem_ray.rerank.train import RerankerTraining, train_reranker
+from gem_ray.rerank.recipe import RerankerTraining
+from gem_ray.rerank.train import train_reranker
 from gem_ray.taxonomy import FMNERG
 
 _TOKENS = ["RT", "@", "someone", ":", "so", "this", "is", "Ardenza", ",", "always"]
@@ -50,13 +51,11 @@ def adapter(base, tmp_path_factory) -> Path:
     """An adapter that calls the entity of a red image a city and of a blue one a sports team."""
     folder = tmp_path_factory.mktemp("adapter")
     posts = [_colored_post(index, *case) for index in range(8) for case in ((200, 0, "city"), (0, 200, "sports_team"))]
-    settings = RerankerTraining(learning_rate=4e-3, warmup=0.1, epochs=15, batch_size=16, dropout=0.0, rank=64)
-    train_reranker(
-        posts, str(base), folder, settings, candidates=lambda post, gold, rng: rng.sample(_CHOICES, len(_CHOICES))
-    )
+    train_reranker(posts, str(base), folder, _COLORS, lambda post, gold, rng: rng.sample(_CHOICES, len(_CHOICES)))
     return folder
 
 
+_COLORS = RerankerTraining(learning_rate=4e-3, warmup=0.1, epochs=15, batch_size=16, dropout=0.0, device="cpu")
 _CHOICES = ["city", "sports_team", "music", "musician", "sports_event"]
 
 

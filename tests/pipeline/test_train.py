@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from gem_ray.pipeline.train_tagger import train_tagger_on_workers
+from gem_ray.pipeline.train import train_tagger_on_workers
 from gem_ray.records import GoldEntity, Post
 from gem_ray.tagger.checkpoint import load_tagger
 from gem_ray.tagger.recipe import TaggerTraining
