@@ -20,12 +20,12 @@ from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import Scene, generate, make_scene
 from gem_ray.data.images import decode_image
 from gem_ray.nano.fit import Fitting, batched, fit
-from gem_ray.nano.llava_model import build_llava, save_llava
+from gem_ray.nano.llava_model import build_llava
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.candidates import training_candidates
 from gem_ray.rerank.engine import Choice, Request
 from gem_ray.rerank.engine_transformers import TransformersEngine
-from gem_ray.rerank.llava import image_features, load_llava, pixel_values
+from gem_ray.rerank.llava import image_features, load_llava, pixel_values, save_llava
 from gem_ray.rerank.prompts import INSTRUCTION, build_prompt
 from gem_ray.rerank.recipe import RerankerTraining, load_reranker_recipe
 from gem_ray.rerank.samples import Sample, SampleEncoder

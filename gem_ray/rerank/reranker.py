@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from gem_ray.config import CandidateOrder, Config
+from gem_ray.config import CandidateOrder, Config, ConfigError
 from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.prompts import build_prompt
@@ -41,7 +41,16 @@ class Reranker:
 
     @classmethod
     def from_config(cls, config: Config) -> Reranker:
-        """Load the engine that the section `reranker` names."""
+        """Load the engine that the section `reranker` names.
+
+        Raises:
+            ConfigError: a budget is set, for which nobody has measured γ.
+        """
+        if config.filter.max_share is not None:
+            raise ConfigError(
+                "filter.max_share is the budget of a run over a data set (`gem-ray annotate`), which measures γ for "
+                "it; here set filter.gamma, for example to what `gem-ray calibrate --budget` proposes"
+            )
         labels = LABEL_SETS[config.labels]
         settings = config.reranker
         uncertainty = UncertaintyFilter.from_config(config)

@@ -10,13 +10,13 @@ from transformers import LlavaProcessor
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from gem_ray.config import Config, load_config
-from gem_ray.nano.llava_model import build_llava, save_llava
+from gem_ray.nano.llava_model import build_llava
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.engine import Request
-from gem_ray.rerank.llava import load_llava
+from gem_ray.rerank.llava import load_llava, save_llava
 from gem_ray.rerank.prompts import build_prompt
-from gem_ray.rerank.tokenizer import train_tokenizer
 from gem_ray.rerank.recipe import RerankerTraining
+from gem_ray.rerank.tokenizer import train_tokenizer
 from gem_ray.rerank.train import train_reranker
 from gem_ray.taxonomy import FMNERG
 
