@@ -40,7 +40,7 @@ LORA_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 Report = Callable[[int, float], None]
 
 _CHECKPOINTS = "checkpoints"
-_IN_FULL_PRECISION = ["vision_tower", "multi_modal_projector", "lm_head"]
+_IN_FULL_PRECISION = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 def train_reranker(
