@@ -118,7 +118,9 @@ class RerankerConfig(_Section):
     )
     adapters: dict[str, str] = Field(default_factory=dict, description="adapters loaded side by side, by name")
     template: str | None = Field(
-        None, description="conversation around `{question}`, image first; none: the model's own, or LLaVA-1.5's"
+        None,
+        pattern=r"\{question\}",
+        description="conversation around `{question}`, image first; none: the model's own, or LLaVA-1.5's",
     )
     mode: Literal["generate", "score"] = "score"
     candidate_order: CandidateOrder = Field("probability", description="of the candidates in the prompt")
