@@ -51,7 +51,8 @@ class VllmEngine:
         adapter: str | None,
     ):
         self.prompt_format = encoder.prompt_format
-        self.counts: Counter[str] = Counter()
+        # With its keys: it is read by other threads while the loop's adds to it.
+        self.counts: Counter[str] = Counter(prompt_tokens=0, cached_tokens=0)
         self._encoder, self._adapters, self._adapter = encoder, adapters, adapter
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()

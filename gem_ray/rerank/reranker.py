@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 
 from gem_ray.config import CandidateOrder, Config, ConfigError
@@ -35,6 +36,7 @@ class Reranker:
         self._engine = engine
         self._order = order
         self._asked = 0
+        self._lock = threading.Lock()
         self._uncertainty = uncertainty
         self._labels = labels
         self._mode = mode
@@ -73,7 +75,8 @@ class Reranker:
         if not hard:
             return posts
         requests = [self._request(post, entity) for post, entity in hard]
-        self._asked += len(requests)
+        with self._lock:
+            self._asked += len(requests)
         answers = self._engine.choose(requests, self._mode)
         for (post, entity), request, answer in zip(hard, requests, answers, strict=True):
             if isinstance(answer, RequestError):
