@@ -11,7 +11,7 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/python -m pytest -m "not vllm"
-	$(BIN)/python -m pytest -m vllm tests/rerank/test_engine_vllm.py tests/nano/test_system.py
+	$(BIN)/python -m pytest -m vllm tests/rerank tests/nano tests/pipeline
 	$(BIN)/python -m pytest -m vllm tests/knowledge/test_explainer_vllm.py
 
 lint: $(VENV)/.dev  ## format, lint and types

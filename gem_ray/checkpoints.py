@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -71,36 +72,48 @@ def _package_folder(reference: str) -> Path:
     return _existing(Path(str(root.joinpath(folder))), reference)
 
 
-def _staged_from_s3(reference: str) -> Path:
+def staged(key: str, name: str, make: Callable[[Path], None]) -> Path:
+    """What is made once per node, however many processes ask for it at once.
+
+    Args:
+        key: says what it is.
+        name: of the file or folder.
+        make: makes it at a path that does not exist, in a folder that does.
+    """
     import fcntl
 
     root = Path(os.environ.get(_STAGING, Path(tempfile.gettempdir()) / "gem-ray-models"))
-    folder = root / hashlib.sha256(reference.encode()).hexdigest()[:16]
-    target = folder / reference.rstrip("/").rpartition("/")[2]  # a single file keeps its suffix
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+    target, partial = folder / name, folder / ".partial"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several actors of a node ask for the same model at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _fetch(reference, folder / ".partial").rename(target)
+            shutil.rmtree(partial, ignore_errors=True)  # what one that broke off has left
+            partial.mkdir()
+            make(partial / "model")
+            (partial / "model").rename(target)
     return target
 
 
-def _fetch(reference: str, folder: Path) -> Path:
-    """Copy a file or a prefix into `folder`, which may hold what a fetch that broke off has left."""
+def _staged_from_s3(reference: str) -> Path:
+    name = reference.rstrip("/").rpartition("/")[2]  # a single file keeps its suffix
+    return staged(reference, name, lambda target: _fetch(reference, target))
+
+
+def _fetch(reference: str, target: Path) -> None:
+    """Copy a file, or a prefix."""
     uri = S3Uri.parse(reference)
-    shutil.rmtree(folder, ignore_errors=True)
-    target = folder / "model"
     try:
         source = open_bucket(uri)
         info = source.get_file_info(uri.path)
         if info.type is fs.FileType.NotFound:
             raise FileNotFoundError("there is nothing")
-        # Arrow makes the folders below the first, and not the first.
-        (folder if info.type is fs.FileType.File else target).mkdir(parents=True)
+        if info.type is not fs.FileType.File:
+            target.mkdir()  # Arrow makes the folders below the first, and not the first
         fs.copy_files(uri.path, str(target), source_filesystem=source)
     except OSError as error:
         raise FileNotFoundError(f"no model at {reference!r}: {error}") from None
-    return target
 
 
 def _from_hub(reference: str) -> Path:

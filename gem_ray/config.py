@@ -106,6 +106,9 @@ class FilterConfig(_Section):
     """The uncertainty filter and the reranker's candidates (§3.3.1)."""
 
     gamma: float = Field(0.2, ge=0, description="entropy in nats above which an entity is hard")
+    max_share: Probability | None = Field(
+        None, description="budget: share of entities that may be hard; a run measures γ for it and leaves `gamma` aside"
+    )
     k: PositiveInt = Field(5, description="candidate categories")
 
 
@@ -131,7 +134,9 @@ class RerankerConfig(_Section):
     )
     adapters: dict[str, str] = Field(default_factory=dict, description="adapters loaded side by side, by name")
     template: str | None = Field(
-        None, description="conversation around `{question}`, image first; none: the model's own, or LLaVA-1.5's"
+        None,
+        pattern=r"\{question\}",
+        description="conversation around `{question}`, image first; none: the model's own, or LLaVA-1.5's",
     )
     mode: Literal["generate", "score"] = "score"
     candidate_order: CandidateOrder = Field("probability", description="of the candidates in the prompt")
@@ -139,6 +144,9 @@ class RerankerConfig(_Section):
     dtype: DType = "float32"
     max_model_len: PositiveInt = Field(
         1024, description="tokens of prompt, image and answer; longer ones are not reranked"
+    )
+    merge_adapter: bool | None = Field(
+        None, description="vLLM: serve a copy of the model with its only adapter merged; none: where there is no GPU"
     )
     max_lora_rank: PositiveInt = Field(64, description="vLLM: the largest adapter rank")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")

@@ -47,6 +47,22 @@ def tagger(
     _write(out, "tagger", measure_tagger(load_config(preset, overrides=set_ or ()), texts, rounds))
 
 
+@app.command()
+def reranker(
+    out: OutOption = Path("out/benchmark"),
+    entities: Annotated[int, typer.Option(help="Hard entities of generated posts.", min=10)] = 500,
+    vllm: Annotated[bool, typer.Option(help="Also on vLLM.")] = True,
+    preset: Annotated[str, typer.Option(help="Models, γ and K.")] = "nano",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,
+) -> None:
+    """The engines against one `generate` call for every entity: speed, and whether they say the same."""
+    from gem_ray.benchmarks.reranker import measure_reranker_engines
+    from gem_ray.config import load_config
+
+    config = load_config(preset, overrides=set_ or ())
+    _write(out, "reranker", measure_reranker_engines(config, entities, with_vllm=vllm))
+
+
 @app.command("reranker-gpu")
 def reranker_gpu(
     out: OutOption = Path("out/benchmark"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -174,3 +176,21 @@ def test_missing_model_is_named() -> None:
 def test_pool_bounds_must_be_a_range() -> None:
     with pytest.raises(ConfigError, match=r"pipeline\.tag.*max_actors"):
         load_config(overrides=["pipeline.tag.min_actors=3"])
+
+
+def test_time_of_calls_that_overlap_counts_once():
+    both_inside = threading.Barrier(2, timeout=10)
+
+    def stage(posts):
+        both_inside.wait()
+        time.sleep(0.1)
+        return posts
+
+    guarded = GuardedStage(StageName.RERANK, stage)
+    threads = [threading.Thread(target=guarded, args=([Post(str(n), "x")],)) for n in range(2)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0.1 <= guarded.seconds <= time.perf_counter() - started

@@ -52,7 +52,7 @@ def train_tagger_command(
         labelled_posts(dev or data, dev_split, labels=settings.labels),
     )
     if workers > 1:
-        from gem_ray.pipeline.train_tagger import train_tagger_on_workers
+        from gem_ray.pipeline.train import train_tagger_on_workers
 
         report = train_tagger_on_workers(*posts, out, settings, workers)
     else:
@@ -67,16 +67,55 @@ def train_reranker_command(
     data: DataOption,
     out: OutOption,
     base: Annotated[str, typer.Option(help="The LLaVA checkpoint under the adapter.")] = "nano:reranker",
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="A recipe: `paper`, `one-gpu`, `nano`; the paper's if none.")
+    ] = None,
     split: SplitOption = "train",
     images: ImagesOption = None,
+    candidates: Annotated[
+        Path | None, typer.Option(help="What `gem-ray train candidates` wrote; the paper's rule if none.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)
+    ] = 1,
     set_: RecipeOption = None,
 ) -> None:
-    """A LoRA adapter for the LLaVA reranker (§3.3.2)."""
-    from gem_ray.rerank.train import RerankerTraining, train_reranker
+    """A LoRA adapter for the LLaVA reranker (§3.3.2). Stopped, the same command goes on from the last checkpoint."""
+    from gem_ray.rerank.candidates import StoredCandidates
+    from gem_ray.rerank.recipe import load_reranker_recipe
+    from gem_ray.taxonomy import LABEL_SETS
 
-    settings = _recipe(RerankerTraining, set_)
-    report = train_reranker(labelled_posts(data, split, images), base, out, settings, report=_print_step)
+    settings = load_reranker_recipe(preset, **parse_overrides(set_))
+    posts = labelled_posts(data, split, images, settings.labels)
+    rule = StoredCandidates(candidates, LABEL_SETS[settings.labels], settings.k) if candidates else None
+    if workers > 1:
+        from gem_ray.pipeline.train import train_reranker_on_workers
+
+        report = train_reranker_on_workers(posts, base, out, settings, workers, rule)
+    else:
+        from gem_ray.rerank.train import train_reranker
+
+        report = train_reranker(posts, base, out, settings, rule, _print_step)
     typer.echo(f"{report}\nadapter: {out}")
+
+
+@app.command("candidates", epilog="Example: `gem-ray train candidates --data data/twitter10000 --out folds/`")
+def train_candidates_command(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="The folder that gets `candidates.parquet`.")],
+    preset: Annotated[str | None, typer.Option("--preset", "-p", help="The tagger's recipe.")] = None,
+    split: SplitOption = "train",
+    folds: Annotated[int, typer.Option(help="Taggers to train, each on the posts of all other folds.", min=2)] = 5,
+    k: Annotated[int, typer.Option(help="Candidates to store of each mention.", min=1)] = 10,
+    set_: RecipeOption = None,
+) -> None:
+    """Candidates for the reranker's training as it will get them: the tagger's own, on posts that it has not seen."""
+    from gem_ray.pipeline.fold_candidates import store_fold_candidates
+    from gem_ray.tagger.recipe import load_recipe
+
+    settings = load_recipe(preset, **parse_overrides(set_))
+    posts = labelled_posts(data, split, labels=settings.labels)
+    typer.echo(f"candidates: {store_fold_candidates(posts, out, settings, folds, k, typer.echo)}")
 
 
 @app.command("matcher", epilog="Example: `gem-ray train matcher --data posts/ --out models/matcher`")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gem_ray.rerank.uncertainty import gamma_for_share
+
 _DIGITS = 4  # of a proposed γ
 _Z = 1.96  # 95 %
 
@@ -159,9 +161,7 @@ def calibrate(
 
 def gamma_for_budget(entities: Sequence[JudgedEntity], budget: float) -> float:
     """The smallest γ that sends at most `budget` (0 to 1) of all predicted entities to the reranker."""
-    falling = sorted((entity.entropy for entity in entities), reverse=True)
-    allowed = math.floor(budget * len(falling) + 1e-9)  # 0.15 · 20 is 3, though not in floating point
-    return 0.0 if allowed >= len(falling) else _rounded(falling[allowed])
+    return _rounded(gamma_for_share([entity.entropy for entity in entities], budget))
 
 
 def gamma_at_crossing(entities: Sequence[JudgedEntity]) -> float:

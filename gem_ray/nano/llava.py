@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ from gem_ray.config import ImageConfig, load_config
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import Scene, generate, make_scene
 from gem_ray.data.images import decode_image
-from gem_ray.nano.llava_model import build_llava, save_llava
+from gem_ray.nano.fit import Fitting, batched, fit
+from gem_ray.nano.llava_model import build_llava
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.candidates import training_candidates
 from gem_ray.rerank.engine import Choice, Request
 from gem_ray.rerank.engine_transformers import TransformersEngine
-from gem_ray.rerank.llava import image_features, load_llava, pixel_values
+from gem_ray.rerank.llava import image_features, load_llava, pixel_values, save_llava
 from gem_ray.rerank.prompts import INSTRUCTION, build_prompt
+from gem_ray.rerank.recipe import RerankerTraining, load_reranker_recipe
+from gem_ray.rerank.samples import Sample, SampleEncoder
 from gem_ray.rerank.tokenizer import train_tokenizer
-from gem_ray.rerank.train import AnswerLoss, RerankerTraining, Sample, batched, fit, train_reranker
+from gem_ray.rerank.train import answer_loss, train_reranker
 from gem_ray.taxonomy import FMNERG, GMNER
 
 Report = Callable[[str], None]
@@ -45,9 +48,6 @@ _NAMESAKES = {
 }
 _P_PLAIN_LEFT_OUT = 0.6  # share of mentions of unshared names not asked about in the second step: text alone tells them
 _COVERED = 0.2  # share of a patch that an emblem covers for the patch to be called by its name
-_ADAPTER_TRAINING = RerankerTraining(
-    learning_rate=1e-3, epochs=1, batch_size=32, warmup=0.1, dropout=0.0, report_every=20
-)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LlavaRecipe:
     answer_steps: int = 600
     answer_batch: int = 48
     answer_rate: float = 1e-3
-    adapter: RerankerTraining = _ADAPTER_TRAINING
+    adapter: RerankerTraining = field(default_factory=lambda: load_reranker_recipe("nano"))
     fresh_posts: int = 400
     report_every: int = 20
 
@@ -168,8 +168,13 @@ def learn_to_answer(
 
     As in LLaVA's own recipe, the vision tower stays as it is; here the projector does too.
     """
-    loss = AnswerLoss(model, processor)
-    batches = batched(_questions(posts, loss, random.Random(seed)), recipe.answer_batch)
+    encoder = SampleEncoder(model, processor)
+
+    def loss(samples: list[Sample]) -> torch.Tensor:
+        batch = encoder.collate(samples)
+        return answer_loss(model(**batch), batch["labels"])
+
+    batches = batched(_questions(posts, encoder, random.Random(seed)), recipe.answer_batch)
     settings = _settings(recipe.answer_rate, recipe.report_every)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
@@ -272,8 +277,8 @@ def _emblem_directions(model: LlavaForConditionalGeneration, processor: LlavaPro
     return torch.stack([direction(f" {emblem.name}") + direction(emblem.fine) for emblem in EMBLEMS])
 
 
-def _questions(posts: Sequence[Post], loss: AnswerLoss, rng: random.Random) -> Iterator[Sample]:
-    """Without end; those about one post are adjacent and share its image."""
+def _questions(posts: Sequence[Post], encoder: SampleEncoder, rng: random.Random) -> Iterator[Sample]:
+    """Without end; those about one post are adjacent."""
     while True:
         for post in rng.sample(posts, len(posts)):
             image = _image(post)
@@ -282,7 +287,7 @@ def _questions(posts: Sequence[Post], loss: AnswerLoss, rng: random.Random) -> I
                     continue
                 candidates = confusable_candidates(post, gold, rng)
                 prompt = build_prompt(post.tokens, gold.word_start, gold.word_end, candidates)
-                if sample := loss.sample(image, prompt.replace(f"{INSTRUCTION}\n", ""), gold.fine):
+                if sample := encoder.sample(image, prompt.replace(f"{INSTRUCTION}\n", ""), gold.fine):
                     yield sample
 
 
@@ -305,8 +310,8 @@ def _texts(posts: Sequence[Post]) -> Iterator[str]:
     yield from (f" {fine}" for labels in (FMNERG, GMNER) for fine in labels.fine for _ in range(50))
 
 
-def _settings(rate: float, report_every: int) -> RerankerTraining:
-    return RerankerTraining(learning_rate=rate, warmup=0.1, weight_decay=0.01, report_every=report_every)
+def _settings(rate: float, report_every: int) -> Fitting:
+    return Fitting(learning_rate=rate, warmup=0.1, weight_decay=0.01, report_every=report_every)
 
 
 def _reporter(report: Report, step_name: str) -> Callable[[int, float], None]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -18,6 +16,7 @@ from transformers import (
 )
 
 from gem_ray.rerank.encoding import count_image_tokens
+from gem_ray.rerank.llava import save_llava
 from gem_ray.rerank.prompts import IMAGE_TOKEN
 
 
@@ -89,16 +88,3 @@ def build_llava(
         num_additional_image_tokens=1,
     )
     save_llava(LlavaForConditionalGeneration(config), processor, out)
-
-
-def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
-    """Write a checkpoint with weights named as published ones are; vLLM knows no other names."""
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    file = out / "model.safetensors"
-    # A model that was itself read from such a file comes with the right names already.
-    weights = {
-        re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name): weight
-        for name, weight in load_file(file).items()
-    }
-    save_file(weights, file, metadata={"format": "pt"})

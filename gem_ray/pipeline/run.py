@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
 from gem_ray.data.shards import list_shards
+from gem_ray.pipeline.budget import with_gamma
 from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group
 from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.ledger import Ledger
@@ -44,6 +45,7 @@ _ONLY_SPEED = (
     "gpu_memory_utilization",
     "image_batch_size",
     "max_pause_s",
+    "merge_adapter",
     "requests_per_minute",
     "retries",
     "timeout_s",
@@ -107,7 +109,8 @@ def annotate_dataset(
         manifest = folder.manifest()
         with ray_session(config):
             ledger = Ledger()
-            runner = GroupRunner(directory, folder, filesystem, config, models, ledger, actor)
+            budgeted = with_gamma(config, folder, filesystem, manifest.files, ledger, actor)
+            runner = GroupRunner(directory, folder, filesystem, budgeted, models, ledger, actor)
             groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
             with reporting(progress, runner.done, sum(group.rows for group in groups)):
                 _run_groups(runner, groups, directory, lease)
@@ -121,6 +124,7 @@ def annotate_dataset(
             annotated=runner.annotated,
             stage_seconds=work.stage_seconds,
             stage_counts={stage: dict(sorted(counts.items())) for stage, counts in work.stage_counts.items()},
+            gamma=budgeted.filter.gamma,
             tally=_tally_of(folder),
             models=models,
             config=config.model_dump(mode="json"),

@@ -97,6 +97,7 @@ class RunSummary:
         stage_seconds: wall time inside each stage in the last start, summed over its actors.
         stage_counts: what stages counted themselves in the last start: of `rerank`, entities `asked` about, tokens of
             their prompts, and those among them that the engine had read before.
+        gamma: entropy in nats above which entities went to the reranker; of a budget, what was measured for it.
         models: what made the output, as in its `models` column.
     """
 
@@ -108,6 +109,7 @@ class RunSummary:
     annotated: int
     stage_seconds: dict[str, float]
     stage_counts: dict[str, dict[str, int]]
+    gamma: float
     tally: Tally
     models: dict[str, str]
     config: dict[str, Any]
@@ -141,6 +143,7 @@ class RunSummary:
             "reranked_share": self.tally.reranked / self.tally.entities if self.tally.entities else 0.0,
             "stage_seconds": {stage: round(seconds, 3) for stage, seconds in self.stage_seconds.items()},
             "stage_counts": self.stage_counts,
+            "gamma": self.gamma,
             "models": self.models,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
             "config": self.config,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import pyarrow.parquet as pq
+
+from gem_ray.records import GoldEntity, Post
 from gem_ray.taxonomy import LabelSet
 
 
@@ -26,3 +30,33 @@ def training_candidates(gold: str, labels: LabelSet, k: int, rng: random.Random)
     near = rng.sample(siblings, min(max(k - 2, 0), len(siblings)))
     far = rng.sample(others, min(max(k - 1 - len(near), 0), len(others)))
     return rng.sample(chosen := [gold, *near, *far], len(chosen))
+
+
+class StoredCandidates:
+    """Candidates that a tagger offered for gold mentions which it was not trained on, and the rule above for others.
+
+    The right category is always among them: where the tagger does not offer it, it takes the place of the last.
+
+    Args:
+        path: Parquet with `post_id`, `word_start`, `word_end` and `candidates`, the most probable first.
+        labels: the category tree.
+        k: how many candidates.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, path: Path, labels: LabelSet, k: int) -> None:
+        self._labels, self._k = labels, k
+        self._stored: dict[tuple[str, int, int], list[str]] = {
+            (row["post_id"], row["word_start"], row["word_end"]): row["candidates"][:k]
+            for row in pq.read_table(path).to_pylist()
+        }
+
+    def __call__(self, post: Post, gold: GoldEntity, rng: random.Random) -> list[str]:
+        """Candidates of a gold mention, shuffled."""
+        stored = self._stored.get((post.post_id, gold.word_start, gold.word_end))
+        if stored is None:
+            return training_candidates(gold.fine, self._labels, self._k, rng)
+        chosen = stored if gold.fine in stored else [*stored[: self._k - 1], gold.fine]
+        return rng.sample(chosen, len(chosen))

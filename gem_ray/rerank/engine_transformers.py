@@ -98,15 +98,15 @@ class TransformersEngine:
 
     @contextmanager
     def _adapted_by(self, name: str | None) -> Iterator[None]:
+        if name is not None and name not in ([self._adapter] if self._adapters is None else self._adapters.peft_config):
+            raise KeyError(f"no adapter {name!r} is loaded")
         if self._adapters is None:
-            if name != self._adapter:
-                raise KeyError(f"no adapter {name!r} is loaded")
             yield
         elif name is None:
             with self._adapters.disable_adapter():
                 yield
         else:
-            self._adapters.set_adapter(name)
+            self._adapters.set_adapter(name, inference_mode=True)
             yield
 
     @torch.inference_mode()

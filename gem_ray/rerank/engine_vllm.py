@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
@@ -24,6 +25,8 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, RerankerConfig
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, EngineDiedError, Mode, Request, RequestError
+from gem_ray.rerank.guardian import end_with_this_process
+from gem_ray.rerank.llava import merged
 from gem_ray.rerank.prompts import PromptFormat
 
 
@@ -48,28 +51,33 @@ class VllmEngine:
         adapter: str | None,
     ):
         self.prompt_format = encoder.prompt_format
-        self.counts: Counter[str] = Counter()
+        # With its keys: it is read by other threads while the loop's adds to it.
+        self.counts: Counter[str] = Counter(prompt_tokens=0, cached_tokens=0)
         self._encoder, self._adapters, self._adapter = encoder, adapters, adapter
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm").start()
         self._llm: AsyncLLM = self._wait_for(_start(arguments))
+        own = psutil.Process().children(recursive=True)
+        self._guardian = end_with_this_process(child.pid for child in own if child.name().startswith("VLLM"))
 
     @classmethod
     def from_config(cls, config: Config) -> VllmEngine:
         """Start an engine with what the section `reranker` names."""
         settings = config.reranker
         folder = resolve(settings.model)
-        tokenizer, model_config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        adapters = {name: resolve(reference) for name, reference in settings.adapter_references.items()}
+        model_config = AutoConfig.from_pretrained(folder)
+        adapter = settings.adapter
+        if adapter and len(adapters) == 1 and model_config.model_type == "llava" and _merges(settings):
+            folder, adapters, adapter = merged(folder, adapters[adapter], getattr(torch, settings.dtype)), {}, None
         prompt_format = PromptFormat.of_model(folder, settings.template)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         encoder = RequestEncoder(tokenizer, model_config, settings.max_model_len, prompt_format)
-        adapters = {
-            name: LoRARequest(name, number, str(resolve(reference)))
-            for number, (name, reference) in enumerate(settings.adapter_references.items(), start=1)
+        requests = {
+            name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(adapters.items(), start=1)
         }
-        return cls(
-            _arguments(str(folder), settings, encoder.max_length, len(adapters)), encoder, adapters, settings.adapter
-        )
+        return cls(_arguments(str(folder), settings, encoder.max_length, len(adapters)), encoder, requests, adapter)
 
     def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
         """Answer each request; see `Engine.choose`. May be called from several threads at once."""
@@ -80,7 +88,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the engine's process."""
-        self._llm.shutdown()
+        self._wait_for(_stop(self._llm))
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _questions(self, requests: list[Request], lora: LoRARequest | None) -> list[_Question | RequestError]:
@@ -176,8 +184,21 @@ class _Question:
     lora: LoRARequest | None
 
 
+def _merges(settings: RerankerConfig) -> bool:
+    """Without a GPU, vLLM gathers the adapter's weights anew for every token, which is a hundred times slower."""
+    return not torch.cuda.is_available() if settings.merge_adapter is None else settings.merge_adapter
+
+
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
     return AsyncLLM.from_engine_args(arguments)  # within the loop that it will belong to
+
+
+async def _stop(llm: AsyncLLM) -> None:
+    llm.shutdown()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _arguments(folder: str, settings: RerankerConfig, max_length: int, adapters: int) -> AsyncEngineArgs:
@@ -192,6 +213,8 @@ def _arguments(folder: str, settings: RerankerConfig, max_length: int, adapters:
         limit_mm_per_prompt={"image": 1},
         enable_prefix_caching=True,
         disable_log_stats=True,
+        # Small, so that little of what prompts share is cut off; the CPU's kernels know no smaller one.
+        block_size=16 if torch.cuda.is_available() else 32,
         # Without a GPU there is nothing to capture, and compiling takes longer than the small models run.
         enforce_eager=not torch.cuda.is_available(),
     )

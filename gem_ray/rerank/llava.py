@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from gem_ray.checkpoints import content_hash, staged
 
 
 def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
     """A checkpoint in evaluation mode, with attention that takes a boolean mask."""
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write a checkpoint with weights named as published ones are; vLLM knows no other names."""
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    file = out / "model.safetensors"
+    # A model that was itself read from such a file comes with the right names already.
+    weights = {
+        re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name): weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def merged(folder: Path, adapter: Path, dtype: torch.dtype) -> Path:
+    """A copy of a checkpoint with an adapter merged into its weights, made once per node."""
+
+    def make(out: Path) -> None:
+        model = PeftModel.from_pretrained(load_llava(folder, dtype), str(adapter)).merge_and_unload()
+        save_llava(model, LlavaProcessor.from_pretrained(folder), out)
+
+    return staged(f"{content_hash(folder)} {content_hash(adapter)} {dtype}", folder.name, make)
 
 
 def pixel_values(processor: LlavaProcessor, images: Iterable[np.ndarray]) -> torch.Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 
-from gem_ray.config import CandidateOrder, Config
+from gem_ray.config import CandidateOrder, Config, ConfigError
 from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.prompts import build_prompt
@@ -35,13 +36,23 @@ class Reranker:
         self._engine = engine
         self._order = order
         self._asked = 0
+        self._lock = threading.Lock()
         self._uncertainty = uncertainty
         self._labels = labels
         self._mode = mode
 
     @classmethod
     def from_config(cls, config: Config) -> Reranker:
-        """Load the engine that the section `reranker` names."""
+        """Load the engine that the section `reranker` names.
+
+        Raises:
+            ConfigError: a budget is set, for which nobody has measured γ.
+        """
+        if config.filter.max_share is not None:
+            raise ConfigError(
+                "filter.max_share is the budget of a run over a data set (`gem-ray annotate`), which measures γ for "
+                "it; here set filter.gamma, for example to what `gem-ray calibrate --budget` proposes"
+            )
         labels = LABEL_SETS[config.labels]
         settings = config.reranker
         uncertainty = UncertaintyFilter.from_config(config)
@@ -64,7 +75,8 @@ class Reranker:
         if not hard:
             return posts
         requests = [self._request(post, entity) for post, entity in hard]
-        self._asked += len(requests)
+        with self._lock:
+            self._asked += len(requests)
         answers = self._engine.choose(requests, self._mode)
         for (post, entity), request, answer in zip(hard, requests, answers, strict=True):
             if isinstance(answer, RequestError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from gem_ray.config import Config
@@ -48,6 +51,13 @@ class UncertaintyFilter:
     def is_hard(self, entity: Entity) -> bool:
         """True if the entity goes to the reranker: its entropy is above γ."""
         return entity.entropy > self._gamma
+
+
+def gamma_for_share(entropies: Sequence[float] | np.ndarray, share: float) -> float:
+    """The smallest γ that at most a share (0 to 1) of the entropies is above; 0 of none."""
+    falling = np.sort(np.asarray(entropies, np.float64))[::-1]
+    allowed = math.floor(share * len(falling) + 1e-9)  # 0.15 · 20 is 3, though not in floating point
+    return 0.0 if allowed >= len(falling) else float(falling[allowed])
 
 
 def category_probabilities(logits: np.ndarray) -> np.ndarray:

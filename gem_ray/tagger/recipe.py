@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gem_ray.config import ConfigError, DType, PositiveInt, Probability
+from gem_ray import recipes
+from gem_ray.config import DType, PositiveInt, Probability
 
 KnowledgeSource = Literal["none", "caption", "knowledge", "both"]
 
@@ -110,8 +109,7 @@ class TaggerTraining(Design):
 
 def recipe_names() -> list[str]:
     """The presets of recipes that come with the package."""
-    folder = resources.files("gem_ray") / "presets" / "tagger"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return recipes.recipe_names("tagger")
 
 
 def load_recipe(preset: str | None = None, **values: Any) -> TaggerTraining:
@@ -120,13 +118,7 @@ def load_recipe(preset: str | None = None, **values: Any) -> TaggerTraining:
     Raises:
         ConfigError: an unknown preset or setting, or a value that cannot be.
     """
-    base: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in recipe_names():
-            raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(recipe_names())}")
-        file = resources.files("gem_ray") / "presets" / "tagger" / f"{preset}.yaml"
-        base = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return parse_recipe({**base, **values})
+    return recipes.load_recipe(TaggerTraining, "tagger", preset, values)
 
 
 def parse_recipe(values: Mapping[str, Any]) -> TaggerTraining:
@@ -135,16 +127,4 @@ def parse_recipe(values: Mapping[str, Any]) -> TaggerTraining:
     Raises:
         ConfigError: with a line for every setting that is unknown or wrong.
     """
-    try:
-        return TaggerTraining.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(item)) for item in error.errors())) from None
-
-
-def _explain(error: dict[str, Any]) -> str:
-    setting = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"{setting}: no such setting; expected one of {', '.join(TaggerTraining.model_fields)}"
-    if error["type"] == "value_error":  # about several settings at once
-        return str(error["ctx"]["error"])
-    return f"{setting}: {error['msg']} (got {error['input']!r})"
+    return recipes.parse_recipe(TaggerTraining, values)

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import ConfigError
+from gem_ray.recipes import last_checkpoint
 from gem_ray.records import Post
 from gem_ray.tagger.card import write_card
 from gem_ray.tagger.checkpoint import load_encoder, load_tagger, save_tagger
@@ -28,7 +27,7 @@ from gem_ray.taxonomy import LABEL_SETS
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTS, _RECIPE = "checkpoints", "recipe.json"
+_CHECKPOINTS = "checkpoints"
 
 
 def train_tagger(
@@ -65,7 +64,7 @@ def train_tagger(
     views = TrainingViews(train, features, settings)
     objective = TrainingObjective(_new_model(settings, views), settings)
     trainer = prepare(TaggerTrainer(objective, views, dev, features, out / _CHECKPOINTS, progress))
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out / _CHECKPOINTS, settings, trainer))
+    trainer.train(resume_from_checkpoint=last_checkpoint(out / _CHECKPOINTS, settings, trainer.is_world_process_zero()))
     report = _history(trainer)
     if not trainer.is_world_process_zero():
         return report
@@ -99,25 +98,6 @@ def _new_model(settings: TaggerTraining, views: TrainingViews) -> DualPathTagger
         )
         model.encoder = get_peft_model(encoder, adapter)
     return model
-
-
-def _last_checkpoint(folder: Path, settings: TaggerTraining, trainer: Trainer) -> str | None:
-    """Where to go on; on the first call, the recipe is put there.
-
-    Raises:
-        ConfigError: another recipe is there.
-    """
-    recipe = settings.model_dump_json(indent=2)
-    if (folder / _RECIPE).is_file():
-        if TaggerTraining.model_validate_json((folder / _RECIPE).read_text(encoding="utf-8")) != settings:
-            raise ConfigError(
-                f"{folder} holds a training that was begun with another recipe ({_RECIPE}): use the same one, "
-                "another output folder, or remove the checkpoints"
-            )
-    elif trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _RECIPE).write_text(recipe, encoding="utf-8")
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _history(trainer: Trainer) -> dict[str, Any]:

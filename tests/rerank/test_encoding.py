@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from gem_ray.rerank.encoding import ChoiceTree, EncodedRequest, RequestEncoder, answer_ids
@@ -9,22 +9,6 @@ from gem_ray.taxonomy import FMNERG
 
 _PROMPT = build_prompt(["so", "this", "is", "Ardenza"], 3, 4, FMNERG.fine[:5])
 _SEQUENCES = [[4, 5, 2], [4, 2], [4, 5, 6, 2], [7, 2]]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_like():
-    """As LLaMA's: a space is part of the word after it, and one is put before the whole text, even if it has one."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("▁", behavior="merged_with_next"),
-            pre_tokenizers.Split(Regex(":"), behavior="isolated"),
-        ]
-    )
-    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=900, show_progress=False)
-    tokenizer.train_from_iterator([_PROMPT, *(f"ASSISTANT: {fine}" for fine in FMNERG.fine for _ in range(9))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
 
 
 def test_a_tree_holds_each_shared_prefix_once():
@@ -60,12 +44,12 @@ def test_greedy_may_end_at_a_choice_that_is_less_likely_as_a_whole():
 
 
 @pytest.mark.parametrize("choice", FMNERG.fine)
-def test_an_answer_continues_the_prompt_as_a_sentencepiece_tokenizer_would_write_it(sentencepiece_like, choice):
-    whole = sentencepiece_like.encode(f"{_PROMPT} {choice}</s>", add_special_tokens=False)
-    prompt = sentencepiece_like.encode(_PROMPT, add_special_tokens=False)
-    assert whole == prompt + answer_ids(sentencepiece_like, choice)
+def test_an_answer_continues_the_prompt_as_a_sentencepiece_tokenizer_would_write_it(sentencepiece, choice):
+    whole = sentencepiece.encode(f"{_PROMPT} {choice}</s>", add_special_tokens=False)
+    prompt = sentencepiece.encode(_PROMPT, add_special_tokens=False)
+    assert whole == prompt + answer_ids(sentencepiece, choice)
     # The trap: tokenized alone, with its space or without, the answer is another one, or comes to be so.
-    assert sentencepiece_like.encode(f" {choice}", add_special_tokens=False) != whole[len(prompt) : -1]
+    assert sentencepiece.encode(f" {choice}", add_special_tokens=False) != whole[len(prompt) : -1]
 
 
 @pytest.mark.parametrize("choice", FMNERG.fine)

@@ -7,8 +7,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import generate
 from gem_ray.nano.llava import confusable_candidates
-from gem_ray.nano.llava_model import build_llava, save_llava
+from gem_ray.nano.llava_model import build_llava
 from gem_ray.rerank.encoding import count_image_tokens
+from gem_ray.rerank.llava import save_llava
 from gem_ray.rerank.tokenizer import train_tokenizer
 
 

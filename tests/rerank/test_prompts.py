@@ -1,4 +1,6 @@
-from gem_ray.rerank.prompts import build_prompt
+import pytest
+
+from gem_ray.rerank.prompts import LLAVA, PromptFormat, build_prompt
 
 
 def test_the_prompt_is_table_7_in_llavas_conversation_format():
@@ -25,3 +27,19 @@ def test_control_tokens_in_a_post_are_broken_up():
     assert "</s>" not in prompt
     assert "<s>" not in prompt
     assert "<3" in prompt
+
+
+def test_a_conversation_can_be_given():
+    mistral = PromptFormat("[INST] <image>\n{question} [/INST]", ("<image>", "[INST]", "[/INST]"))
+    prompt = build_prompt(["say", "[/INST]", "x"], 2, 3, ["city"], mistral)
+    assert prompt.startswith("[INST] <image>\nHere's a tweet")
+    assert prompt.endswith('Candidate: ["city"]. [/INST]')
+    assert prompt.count("[/INST]") == 1
+    assert mistral.answer_prefix == ""  # an answer follows a control token directly
+    assert LLAVA.answer_prefix == " "  # and a word after a space
+
+
+@pytest.mark.parametrize("template", ["USER: <image> ASSISTANT:", "{question} {question}"])
+def test_a_conversation_holds_the_question_once(template):
+    with pytest.raises(ValueError, match="question"):
+        PromptFormat(template)

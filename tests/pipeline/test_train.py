@@ -4,35 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
 
-from gem_ray.pipeline.train_tagger import train_tagger_on_workers
+from gem_ray.pipeline.train import train_tagger_on_workers
 from gem_ray.records import GoldEntity, Post
 from gem_ray.tagger.checkpoint import load_tagger
 from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.tagger.train import train_tagger
-
-WORDS = ["google", "visits", "paris", "london", "sees", "said", "the"]
-
-
-@pytest.fixture
-def encoder(tmp_path: Path) -> Path:
-    """Without dropout: what is left must be the same however the work is shared."""
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    BertTokenizer({name: index for index, name in enumerate(names)}, model_max_length=32).save_pretrained(
-        tmp_path / "e"
-    )
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(
-        vocab_size=len(names),
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **size,
-    )
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(tmp_path / "e")
-    return tmp_path / "e"
 
 
 @pytest.fixture
@@ -51,10 +28,10 @@ def posts() -> list[Post]:
 
 
 @pytest.fixture
-def settings(encoder: Path) -> TaggerTraining:
+def settings(tiny_encoder: Path) -> TaggerTraining:
     rates = {"encoder_lr": 1e-2, "head_lr": 1e-2, "crf_lr": 1e-2}
     return TaggerTraining(
-        encoder=str(encoder), epochs=3, batch_size=2, max_length=32, dropout=0.0, ema_decay=0.5, **rates
+        encoder=str(tiny_encoder), epochs=3, batch_size=2, max_length=32, dropout=0.0, ema_decay=0.5, **rates
     )
 
 

@@ -1,0 +1,66 @@
+"""`gem-ray reranker-tables`: what the reranker is worth on a labelled data set with images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gem_ray.commands.options import ConfigOption, DataOption, ImagesOption, PresetOption, SetOption, labelled_posts
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer()
+
+
+@app.command("reranker-tables", epilog="Example: `gem-ray reranker-tables --data posts/ --out out/reranker`")
+def reranker_tables(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder for `reranker.json`.")],
+    split: Annotated[str, typer.Option(help="Split of a Twitter10000 root.")] = "dev",
+    images: ImagesOption = None,
+    preset: PresetOption = "nano",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Reranker against tagger by entropy (Figure 5), over K (Figure 6), and with other images or none."""
+    from rich.console import Console
+
+    from gem_ray.config import load_config
+    from gem_ray.evaluation.rerank_tables import measure_reranker
+
+    settings = load_config(preset, config, set_ or ())
+    result = measure_reranker(labelled_posts(data, split, images, settings.labels), settings)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "reranker.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console = Console()
+    console.print(f"{result['entities']} entities, {result['hard_entities']} with H > {result['gamma']:g}")
+    console.print(_by_entropy(result["by_entropy"]))
+    rows = [("tagger alone", result["tagger"])]
+    rows += [(f"K = {row['k']}", row) for row in result["by_k"]]
+    rows += [(f"K = {row['k']}, {row['seen']} image", row) for row in result["by_image"]]
+    console.print(_scores(rows))
+    typer.echo(f"figures: {out / 'reranker.json'}")
+
+
+def _by_entropy(bins: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table("H", "entities", "tagger", "reranker", title="Right categories by entropy, %")
+    for each in bins:
+        shares = (f"{100 * each[name]['value']:.1f}" for name in ("accuracy", "reranked"))
+        table.add_row(f"{each['low']:.1f}–{each['high']:.1f}", str(each["share"]["right"]), *shares)
+    return table
+
+
+def _scores(rows: list[tuple[str, dict[str, Any]]]) -> Table:
+    from rich.table import Table
+
+    names = ("fine_f1", "hard_f1", "hard_accuracy", "gold_offered")
+    table = Table("", *(name.replace("_", " ") for name in names), title="Fine F1 of all and of hard entities, %")
+    for title, row in rows:
+        table.add_row(title, *(f"{100 * row[name]:.1f}" for name in names))
+    return table

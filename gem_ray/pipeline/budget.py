@@ -1,0 +1,89 @@
+"""A budget for the reranker in the place of γ: a run measures which γ keeps to it, on a sample of its own rows.
+
+A threshold that follows the entropies as they stream by would depend on the order of the batches: a run that is killed
+and resumed would rerank other entities. So γ is fixed before the first row is annotated, from rows that depend on the
+input alone, and is kept with the run. Then every entity is decided by itself, and nothing waits for other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from ray.exceptions import RayError
+
+from gem_ray.annotator import active_stages
+from gem_ray.config import Config
+from gem_ray.pipeline.graph import build_graph
+from gem_ray.pipeline.groups import RunError
+from gem_ray.pipeline.source import InputFile, PostSource
+from gem_ray.pipeline.tables import table_to_posts
+from gem_ray.records import StageName
+from gem_ray.rerank.uncertainty import gamma_for_share
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+    from gem_ray.pipeline.ledger import Ledger
+    from gem_ray.pipeline.run_directory import RunFolder
+
+_SAMPLE_FILES, _SAMPLE_ROWS = 16, 1024
+_TAGGING = (StageName.PREPARE, StageName.KNOWLEDGE, StageName.TAG)
+
+
+def with_gamma(
+    config: Config,
+    folder: RunFolder,
+    filesystem: fs.FileSystem,
+    files: Sequence[InputFile],
+    ledger: Ledger,
+    actor: type | None = None,
+) -> Config:
+    """The configuration with γ for its budget; as it is if it has none.
+
+    Args:
+        config: of the run.
+        folder: of the run; keeps γ for the next start.
+        filesystem: what the input is on.
+        files: the input.
+        ledger: of the run.
+        actor: stands in for `StageActor`.
+
+    Raises:
+        RunError: the sample could not be tagged.
+    """
+    budget = config.filter.max_share
+    if budget is None:
+        return config
+    facts = folder.read("gamma")
+    if facts is None:
+        entropies = _entropies(PostSource(filesystem, files, sample_ids(files)), config, ledger, actor)
+        facts = {"gamma": gamma_for_share(entropies, budget), "entities": len(entropies)}
+        folder.write("gamma", facts)
+    settings = config.filter.model_copy(update={"gamma": facts["gamma"], "max_share": None})
+    return config.model_copy(update={"filter": settings})
+
+
+def sample_ids(files: Sequence[InputFile]) -> np.ndarray:
+    """Ids of about a thousand rows, sorted: the first ones of some files that are evenly spread over the input."""
+    chosen = [files[index * len(files) // _SAMPLE_FILES] for index in range(_SAMPLE_FILES)]
+    distinct = {file.number: file for file in chosen}
+    rows = -(-_SAMPLE_ROWS // len(distinct))
+    return np.concatenate([file.row_ids[:rows] for file in distinct.values()])
+
+
+def _entropies(source: PostSource, config: Config, ledger: Ledger, actor: type | None) -> np.ndarray:
+    stages = [name for name in active_stages(config) if name in _TAGGING]
+    dataset = build_graph(source, config, stages, ledger, actor)
+    try:
+        batches = dataset.map_batches(_entropies_of, batch_format="pyarrow", batch_size=None).take_all()
+    except RayError as error:
+        raise RunError(ledger.read().failure or str(error).strip().splitlines()[0]) from error
+    return np.array([row["entropy"] for row in batches])
+
+
+def _entropies_of(table: pa.Table) -> pa.Table:
+    entropies = [entity.entropy for post in table_to_posts(table) for entity in post.entities]
+    return pa.table({"entropy": pa.array(entropies, pa.float64())})

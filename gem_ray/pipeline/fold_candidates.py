@@ -1,0 +1,103 @@
+"""Candidates for training the reranker as it will get them: the tagger's own, of posts that it was not trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gem_ray.records import Post
+from gem_ray.rerank.uncertainty import category_probabilities
+
+if TYPE_CHECKING:
+    from gem_ray.tagger.recipe import TaggerTraining
+
+_SCHEMA = pa.schema(
+    [
+        ("post_id", pa.string()),
+        ("word_start", pa.int32()),
+        ("word_end", pa.int32()),
+        ("candidates", pa.list_(pa.string())),
+    ]
+)
+
+
+def store_fold_candidates(
+    posts: Sequence[Post],
+    out: Path,
+    settings: TaggerTraining,
+    folds: int = 5,
+    k: int = 10,
+    report: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """For every gold mention, the K most probable categories of a tagger that has not seen its post.
+
+    A tagger is trained for each fold, on the posts of all others. Stopped, the same call goes on with the fold that it
+    was at; a fold that is done is not done again.
+
+    Args:
+        posts: with `tokens` and `gold`.
+        out: gets `candidates.parquet`, which `StoredCandidates` reads; the folds' taggers are there meanwhile.
+        settings: the tagger's recipe.
+        folds: into how many parts the posts are cut, by a hash of their ids.
+        k: candidates that are stored.
+        report: called with a line for every fold.
+
+    Returns:
+        The path of `candidates.parquet`.
+
+    Raises:
+        ValueError: a fold, or all posts but those of a fold, hold no gold mention.
+    """
+    fold_of = [_fold(post.post_id, folds) for post in posts]
+    tables = []
+    for fold in range(folds):
+        file = out / f"fold-{fold}.parquet"
+        if not file.exists():
+            held_out = [post for post, number in zip(posts, fold_of, strict=True) if number == fold and post.gold]
+            others = [post for post, number in zip(posts, fold_of, strict=True) if number != fold]
+            if not held_out:
+                raise ValueError(f"fold {fold} of {folds} holds no gold mention: take fewer folds, or more posts")
+            _write(_candidates(held_out, others, out / f"fold-{fold}", settings, k), file)
+        tables.append(pq.read_table(file))
+        report(f"fold {fold + 1} of {folds}: {tables[-1].num_rows} mentions")
+    _write(pa.concat_tables(tables), out / "candidates.parquet")
+    return out / "candidates.parquet"
+
+
+def _candidates(
+    held_out: Sequence[Post], others: Sequence[Post], out: Path, settings: TaggerTraining, k: int
+) -> pa.Table:
+    from gem_ray.tagger.checkpoint import load_tagger
+    from gem_ray.tagger.features import SubwordEncoder
+    from gem_ray.tagger.predict import predict_words
+    from gem_ray.tagger.train import train_tagger
+
+    if not (out / "config.json").exists():
+        train_tagger(others, [], out, settings)
+    model, tokenizer = load_tagger(out)
+    words = predict_words(model, held_out, SubwordEncoder(tokenizer, settings.max_length, model.design))
+    rows = []
+    for post, predictions in zip(held_out, words, strict=True):
+        for gold in post.gold or ():
+            logits = predictions.logits[gold.word_start : gold.word_end].mean(axis=0, keepdims=True)
+            best = np.argsort(-category_probabilities(logits)[0], kind="stable")[:k]
+            fines = [model.labels.fine[position] for position in best]
+            rows.append((post.post_id, gold.word_start, gold.word_end, fines))
+    return pa.table(list(zip(*rows, strict=True)), schema=_SCHEMA)
+
+
+def _fold(post_id: str, folds: int) -> int:
+    return int.from_bytes(hashlib.sha256(post_id.encode()).digest()[:8]) % folds
+
+
+def _write(table: pa.Table, file: Path) -> None:
+    """All of it or nothing: what is there is complete."""
+    partial = file.with_suffix(".partial")
+    pq.write_table(table, partial)
+    partial.rename(file)

@@ -1,0 +1,86 @@
+"""Recipes of trainings: checked settings, the presets that come with the package, and going on with one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gem_ray.config import ConfigError
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def recipe_names(component: str) -> list[str]:
+    """The presets of a component's recipes: `tagger`, `reranker`."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder(component).iterdir())
+
+
+def load_recipe(kind: type[R], component: str, preset: str | None, values: Mapping[str, Any]) -> R:
+    """A preset's recipe, or the defaults, with some settings changed.
+
+    Raises:
+        ConfigError: an unknown preset or setting, or a value that cannot be.
+    """
+    base: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in recipe_names(component):
+            raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(recipe_names(component))}")
+        base = yaml.safe_load((_folder(component) / f"{preset}.yaml").read_text(encoding="utf-8"))
+    return parse_recipe(kind, {**base, **values})
+
+
+def parse_recipe(kind: type[R], values: Mapping[str, Any]) -> R:
+    """Check a mapping.
+
+    Raises:
+        ConfigError: with a line for every setting that is unknown or wrong.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, dict(item)) for item in error.errors())) from None
+
+
+def last_checkpoint(folder: Path, recipe: BaseModel, may_begin: bool) -> str | None:
+    """Where a training goes on; where none was begun, its recipe is put there.
+
+    Args:
+        folder: of `transformers.Trainer`'s checkpoints.
+        recipe: of the training.
+        may_begin: this process is the one that writes.
+
+    Raises:
+        ConfigError: another recipe is there.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    file = folder / "recipe.json"
+    if file.is_file():
+        if type(recipe).model_validate_json(file.read_text(encoding="utf-8")) != recipe:
+            raise ConfigError(
+                f"{folder} holds a training that was begun with another recipe ({file.name}): use the same one, "
+                "another output folder, or remove the checkpoints"
+            )
+    elif may_begin:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(recipe.model_dump_json(indent=2), encoding="utf-8")
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _folder(component: str) -> Traversable:
+    return resources.files("gem_ray") / "presets" / component
+
+
+def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+    setting = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{setting}: no such setting; expected one of {', '.join(kind.model_fields)}"
+    if error["type"] == "value_error":  # about several settings at once
+        return str(error["ctx"]["error"])
+    return f"{setting}: {error['msg']} (got {error['input']!r})"

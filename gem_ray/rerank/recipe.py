@@ -1,0 +1,51 @@
+"""How the reranker's adapter is trained: every number of the recipe, and the presets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gem_ray.config import DType, ImageConfig, PositiveInt, Probability
+from gem_ray.recipes import load_recipe
+
+
+class RerankerTraining(BaseModel):
+    """How an adapter is trained. The defaults are the paper's recipe; its rate is very small for LoRA."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: Literal["fmnerg", "gmner"] = "fmnerg"
+    rank: PositiveInt = Field(64, description="of the adapter")
+    alpha: float = Field(128, gt=0, description="scale of the adapter, over its rank")
+    dropout: Probability = Field(0.05, description="on the adapter's input")
+    k: PositiveInt = Field(5, description="candidates of an entity; drawn anew in each epoch")
+    template: str | None = Field(None, description="conversation around `{question}`; none: the model's own")
+    max_length: PositiveInt = Field(1024, description="positions of prompt, image and answer; longer ones are left out")
+
+    epochs: PositiveInt = 3
+    batch_size: PositiveInt = Field(4, description="entities in a batch of one worker")
+    gradient_accumulation: PositiveInt = Field(1, description="batches in a step of the optimizer")
+    learning_rate: float = Field(5e-6, gt=0, description="the highest")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warmup")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+
+    precision: DType = Field("float32", description="of the frozen base; the adapter is single precision")
+    four_bit: bool = Field(False, description="base in 4 bits, by bitsandbytes: 7 B parameters on a card of 24 GB")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice rather than keep them")
+    device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
+    checkpoint_steps: PositiveInt = Field(500, description="steps between checkpoints")
+    report_every: PositiveInt = Field(50, description="steps between reports")
+    image: ImageConfig = Field(default_factory=ImageConfig, description="limits of the posts' images")
+    seed: int = 0
+
+
+def load_reranker_recipe(preset: str | None = None, **values: Any) -> RerankerTraining:
+    """A preset's recipe, or the paper's, with some settings changed.
+
+    Raises:
+        ConfigError: an unknown preset or setting, or a value that cannot be.
+    """
+    return load_recipe(RerankerTraining, "reranker", preset, values)
