@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from statistics import median
 from typing import Any, TypeVar
 
@@ -47,8 +48,8 @@ def measure_grounder(posts: int, rounds: int, sam: bool = True) -> dict[str, Any
     )
     if sam:
         model = random_sam("vit_b", torch.device("cpu"))
+        plain_grounder = _grounder(plain, PlainSam(deepcopy(model)))
         grounder = _grounder(matcher, SamSegmenter(model))
-        plain_grounder = _grounder(plain, PlainSam(model))
         result["end_to_end"] = _compare(
             lambda images: grounder(_posts(images)),
             lambda images: _one_by_one(plain_grounder, _posts(images)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from segment_anything import SamPredictor
+from segment_anything import SamPredictor, modeling
 
 from gem_ray.annotator import GuardedStage, active_stages, build_stage
 from gem_ray.config import Config
@@ -51,7 +51,10 @@ class PlainMatcher(Matcher):
 
 
 class PlainSam(SamSegmenter):
-    """SAM by its package's own predictor: the image encoded for every point again."""
+    """SAM by its package's own predictor: the image encoded for every point again, in float32."""
+
+    def __init__(self, model: modeling.Sam) -> None:
+        self.model = model
 
     def masks(
         self, images: Sequence[np.ndarray], points: Sequence[Sequence[tuple[float, float]]]

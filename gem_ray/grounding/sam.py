@@ -19,6 +19,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, SamConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
+from gem_ray.grounding.sam_attention import fuse_attention
 
 # Width of the image encoder -> its name in the package's registry.
 _PUBLISHED = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -156,6 +157,7 @@ class SamSegmenter:
         """
         self.model = model
         self.model.image_encoder.to(dtype)
+        fuse_attention(self.model.image_encoder)
         self._dtype = dtype
         self._batches = Batches.on(model.device, batch_size)
         self._resize = ResizeLongestSide(model.image_encoder.img_size)
