@@ -12,7 +12,7 @@ PACKAGE = ROOT / "gem_ray"
 
 # A module may import what lies below its own layer, and its own part. Parts of one layer do not know each other.
 LAYERS = [
-    {"records", "taxonomy", "config", "checkpoints", "device", "s3"},
+    {"records", "taxonomy", "config", "checkpoints", "device", "s3", "metrics", "client"},
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},
     {"annotator"},
