@@ -82,7 +82,7 @@ def add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
         detail = details.get(error.status_code, HTTPStatus(error.status_code).phrase.lower())
         return ProblemError(error.status_code, detail, dict(error.headers or {})).response()
 
-    for kind in (ProblemError, BusyError, UnavailableError, TimeoutError):
+    for kind in (ProblemError, BusyError, UnavailableError, TimeoutError, Exception):
         api.add_exception_handler(kind, of_error)
     api.add_exception_handler(RequestValidationError, of_parameters)
     api.add_exception_handler(HTTPException, of_route)
