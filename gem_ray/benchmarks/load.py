@@ -170,6 +170,5 @@ def _median(outcome: Outcome) -> float:
 
 
 def _percentiles(times: Sequence[float]) -> dict[str, float]:
-    values = np.percentile(times, [*_QUANTILES, 100]).tolist()
-    names = [*(f"p{quantile}" for quantile in _QUANTILES), "max"]
-    return dict(zip(names, values, strict=True))
+    quantiles = {f"p{quantile}": float(np.percentile(times, quantile)) for quantile in _QUANTILES}
+    return quantiles | {"max": max(times)}

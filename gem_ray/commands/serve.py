@@ -25,12 +25,15 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(help="8000, or the config's.", min=1, max=65535)] = None,
 ) -> None:
-    """Annotate over HTTP, with a page to try it, until the command is stopped (Ctrl-C, SIGTERM)."""
+    """Annotate over HTTP, with a page to try it, until the command is stopped (Ctrl-C, SIGTERM).
+
+    With `--config`, SIGHUP reads the file again: `user_config` changes without a restart.
+    """
     import signal
-    from threading import Event
+    from queue import SimpleQueue
 
     from gem_ray.config import ConfigError
-    from gem_ray.serving.session import file_schema, preset_schema, serving
+    from gem_ray.serving.session import file_schema, preset_schema, redeploy, serving
 
     if config is None:
         schema = preset_schema(preset, set_ or (), host or "127.0.0.1", port or 8000)
@@ -41,11 +44,13 @@ def serve(
         changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         schema.http_options = schema.http_options.model_copy(update=changes)
     with serving(schema) as url:
-        stopped = Event()
-        for number in (signal.SIGINT, signal.SIGTERM):  # now, because Ray has set its own
-            signal.signal(number, lambda *_: stopped.set())
+        signals: SimpleQueue[int] = SimpleQueue()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # now, because Ray has set its own
+            signal.signal(number, lambda number, _: signals.put(number))
         typer.echo(f"gem-ray listens on {url}; the page is there, the API's description at {url}/openapi.json")
-        stopped.wait()
+        while signals.get() == signal.SIGHUP:
+            if config is not None:
+                redeploy(file_schema(config))
         typer.echo("finishing what has begun")
 
 

@@ -62,6 +62,14 @@ def file_schema(file: Path) -> ServeDeploySchema:
         raise ConfigError(f"{file} is no config for Ray Serve: {error}") from None
 
 
+def redeploy(schema: ServeDeploySchema) -> None:
+    """Take over another config while the service runs; returns at once.
+
+    What stands under `user_config` changes in place, everything else replica by replica. Address and port stay.
+    """
+    _get_global_client().deploy_apps(schema)  # as `serve deploy` does
+
+
 @contextmanager
 def serving(schema: ServeDeploySchema) -> Iterator[str]:
     """The service, ready; yields its URL. Posts that are under way when the block ends are finished first.
@@ -115,7 +123,7 @@ def _deploy(schema: ServeDeploySchema) -> str:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http = schema.http_options
     serve.start(proxy_location=schema.proxy_location, http_options=http.model_dump())
-    _get_global_client().deploy_apps(schema)  # as `serve run` and `serve deploy` do
+    redeploy(schema)
     for application in schema.applications:
         _wait_for(application)
     return f"http://{f'[{http.host}]' if ':' in http.host else http.host}:{http.port}"
