@@ -47,13 +47,8 @@ class Ingress:
         return Guard(create_api(self._service), self._service.keys, self._config.serving)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take over γ and K; posts that are under way keep theirs.
-
-        Raises:
-            ValueError: another key, or a value that is none.
-        """
-        default = self._config.filter
-        self._service.flow.set_filter(type(default).model_validate(default.model_dump() | user_config))
+        """As `Service.reconfigure`."""
+        self._service.reconfigure(user_config)
 
 
 def build_app(args: dict[str, Any]) -> Application:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from gem_ray.config import Config
+from gem_ray.config import Config, FilterConfig
 from gem_ray.metrics import PostMetrics
 from gem_ray.records import StageName
 from gem_ray.serving.flow import Annotated, Flow
@@ -38,6 +38,14 @@ class Service:
         self._run_id = run_id
         self._metrics = PostMetrics()
         self._models: dict[str, str] | None = None
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over `gamma` and `k`; posts that are under way keep theirs.
+
+        Raises:
+            ValueError: another key, or a value that is none.
+        """
+        self.flow.set_filter(FilterConfig.model_validate(self.config.filter.model_dump() | user_config))
 
     async def row(self, done: Annotated, heatmaps: bool) -> dict[str, Any]:
         """The answer about a post, which is counted."""

@@ -10,7 +10,8 @@ from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicati
 
 from gem_ray.annotator import active_stages
 from gem_ray.config import ConfigError, load_config
-from gem_ray.serving.app import DEPLOYED_STAGES, INGRESS, Ingress
+from gem_ray.serving.app import DEPLOYED_STAGES, INGRESS
+from gem_ray.serving.service import Service
 from gem_ray.serving.session import IMPORT_PATH, file_schema
 
 FOLDER = Path(__file__).parents[2] / "serve_configs"
@@ -69,11 +70,12 @@ def test_what_is_no_serve_config_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"gama": 0.1}, {"gamma": -1}, {"k": 0}])
-def test_the_ingress_refuses_settings_that_are_none(wrong):
-    ingress = object.__new__(Ingress)
-    ingress._config = load_config()
-    with pytest.raises(ValueError, match=r"gama|gamma|k"):
-        ingress.reconfigure(wrong)
+def test_settings_that_are_none_are_refused_and_the_old_ones_stay(wrong):
+    service = Service(load_config(), {}, "run")
+    service.reconfigure({"gamma": 0.3})
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        service.reconfigure(wrong)
+    assert (service.flow.filter.gamma, service.flow.filter.k) == (0.3, 2)
 
 
 def test_a_batch_must_fit_into_what_is_admitted():

@@ -38,9 +38,7 @@ def row(annotation):
 
 def request(post):
     image = base64.b64encode(post.image_bytes).decode()
-    return {"post_id": post.post_id, "text": post.text, "image": image} | (
-        {"tokens": post.tokens} if post.tokens else {}
-    )
+    return {"post_id": post.post_id, "text": post.text, "tokens": post.tokens or None, "image": image}
 
 
 def test_two_hundred_posts_give_the_same_annotations_in_process_in_bulk_and_over_http(service, posts, tmp_path):
