@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter as Counts
 from collections.abc import Sequence
@@ -25,22 +26,34 @@ class StageMetrics:
         self._seconds = Histogram("gem_ray_batch_seconds", "Time of a batch in a stage.", _SECONDS, ("stage",))
         self._posts = Histogram("gem_ray_batch_posts", "Posts of a batch in a stage.", _POSTS, ("stage",))
         self._idle = Counter("gem_ray_idle_seconds", "Time in which a stage's process waited for posts.", ("stage",))
-        for metric in (self._seconds, self._posts, self._idle):
+        self._counts = Counter("gem_ray_stage_counts", "What a stage counts of its own work.", ("stage", "what"))
+        for metric in (self._seconds, self._posts, self._idle, self._counts):
             metric.set_default_tags(tags)
-        self._since = time.perf_counter()
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._since = time.perf_counter()  # nobody is inside
 
-    def begin(self) -> None:
-        """A batch is there."""
+    def begin(self) -> float:
+        """A batch is there; gives back when."""
         now = time.perf_counter()
-        self._idle.inc(now - self._since)
-        self._since = now
+        with self._lock:
+            if not self._inside:
+                self._idle.inc(now - self._since)
+            self._inside += 1
+        return now
 
-    def end(self, posts: int) -> None:
-        """The batch is done."""
+    def end(self, started: float, posts: int) -> None:
+        """The batch that began then is done."""
         now = time.perf_counter()
-        self._seconds.observe(now - self._since)
+        self._seconds.observe(now - started)
         self._posts.observe(posts)
-        self._since = now
+        with self._lock:
+            self._inside -= 1
+            self._since = now
+
+    def count(self, counts: dict[str, int]) -> None:
+        """Add what the stage has counted."""
+        _add(self._counts, "what", counts)
 
 
 class PostMetrics:

@@ -145,7 +145,7 @@ class StageActor:
         if self._stage is None:
             self._ledger.set_failure(self._failure)
             raise RuntimeError(self._failure)
-        self._metrics.begin()
+        started = self._metrics.begin()
         posts = table_to_posts(table)
         before = self._stage.seconds
         try:
@@ -159,7 +159,7 @@ class StageActor:
             self._ledger.note_death(self._stage.name, f"{type(error).__name__}: {error}")
             os._exit(1)
         self._ledger.add_seconds(self._stage.name, self._stage.seconds - before)
-        self._metrics.end(len(posts))
+        self._metrics.end(started, len(posts))
         return _leaving(posts, self._spent)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ class StageReplica:
 
     `serve.batch` closes a batch by the clock, also while the one before it is still computed: under load its batches
     would hold one post each. Here posts wait at a gate until the stage is idle and go in together, so that a batch
-    holds what has come in the meantime, and a post that comes alone does not wait.
+    holds what has come in the meantime, and a post that comes alone does not wait. vLLM's engine makes up its batches
+    itself, anew for every token: it gets each post at once.
 
     Args:
         name: the stage; the tagger comes without the uncertainty filter, whose settings are the ingress's.
@@ -46,6 +48,8 @@ class StageReplica:
         self._metrics = StageMetrics(name)
         self._batch_size = placement.batch_size
         self._run_together.set_max_batch_size(placement.batch_size)
+        self._engine_batches = name is StageName.RERANK and config.reranker.engine == "vllm"
+        self._threads = ThreadPoolExecutor(2 * placement.batch_size if self._engine_batches else 1, str(name))
         self._gate = asyncio.Event()
         self._gate.set()
         self._inside = 0
@@ -66,6 +70,8 @@ class StageReplica:
 
     async def __call__(self, post: Post) -> Post:
         """Run the stage on a post; what comes back holds no pixels."""
+        if self._engine_batches:
+            return (await self._in_thread([post]))[0]
         while not self._gate.is_set():
             await self._gate.wait()
         self._inside += 1
@@ -96,19 +102,22 @@ class StageReplica:
         self._gate.clear()
         self._started = time.monotonic()
         try:
-            return await asyncio.to_thread(self._run, posts)
+            return await self._in_thread(posts)
         finally:
             self._started = None
 
+    async def _in_thread(self, posts: list[Post]) -> list[Post]:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, posts)
+
     def _run(self, posts: list[Post]) -> list[Post]:
-        self._metrics.begin()
+        started = self._metrics.begin()
         try:
             self._stage(posts)
         except Exception:
             # The engine or the card is gone. The ingress tries elsewhere, and Ray starts another process.
             logger.exception("the process of stage %s ends", self._stage.name)
             os._exit(1)
-        self._metrics.end(len(posts))
+        self._metrics.end(started, len(posts))
         return [replace(post, image=None, image_bytes=None) for post in posts]
 
 

@@ -49,8 +49,7 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     def work() -> None:
         stage = StageMetrics(StageName.KNOWLEDGE)  # which no other test's run has
         time.sleep(0.05)
-        stage.begin()
-        stage.end(posts=5)
+        stage.end(stage.begin(), posts=5)
         seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
         PostMetrics().count([seen, failed_post(StageName.PREPARE, ProblemKind.TEXT_TOO_LONG)])
         time.sleep(3)  # exported from time to time
