@@ -58,6 +58,9 @@ def _service(url: str | None, preset: str, overrides: list[str] | None) -> Itera
     if url is not None:
         yield url
         return
+    from gem_ray.serving.environment import prepare_own_ray
+
+    prepare_own_ray()
     from gem_ray.serving.session import preset_schema, serving
 
     with serving(preset_schema(preset, overrides or (), "127.0.0.1", 8321)) as address:

@@ -33,6 +33,9 @@ def serve(
     from queue import SimpleQueue
 
     from gem_ray.config import ConfigError
+    from gem_ray.serving.environment import prepare_own_ray
+
+    prepare_own_ray()
     from gem_ray.serving.session import file_schema, preset_schema, redeploy, serving
 
     if config is None:

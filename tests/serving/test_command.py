@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 
@@ -34,6 +38,21 @@ def test_a_model_that_is_not_there_is_named(command, port):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "nano:nowhere" in out
+
+
+def test_nobody_else_gets_into_the_ray_of_the_service(service):
+    """Its ports are open to the network, and Ray runs what it is sent."""
+    environment = Path(f"/proc/{service.replicas('ingress')[0]}/environ").read_bytes().decode().split("\0")
+    address = next(each.partition("=")[2] for each in environment if each.startswith("RAY_ADDRESS="))
+    connect = f"import ray; ray.init({address!r}, logging_level='ERROR'); print(ray.cluster_resources())"
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}):
+        tried = subprocess.run([sys.executable, "-c", connect], env=mine | token, capture_output=True, text=True)
+        assert tried.returncode != 0
+        assert "CPU" not in tried.stdout
+    known = dict(each.split("=", 1) for each in environment if each.startswith("RAY_AUTH_"))
+    tried = subprocess.run([sys.executable, "-c", connect], env=mine | known, capture_output=True, text=True)
+    assert "CPU" in tried.stdout, tried.stderr
 
 
 def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(command, port, until_up):
