@@ -14,7 +14,7 @@ _FAST_CALLS = {
 
 
 def prepare_own_ray() -> None:
-    """Call before Ray is imported, which reads all of this then. On a cluster of others (`RAY_ADDRESS`), nothing changes.
+    """Call before Ray is imported, which reads all of this then. With `RAY_ADDRESS`, nothing changes.
 
     Ray runs what it is sent, and its ports are open to the network: a token that only its processes know closes them.
     """

@@ -52,18 +52,19 @@ class Running:
         return self.client.post("/v1/annotate", data={"text": post.text}, files=files, **options)
 
     def replicas(self, deployment: str) -> list[int]:
-        """Ids of a deployment's processes, which are descendants of the command."""
+        """Ids of a deployment's processes."""
+        return [pid for pid in self.descendants() if deployment_of(pid) == deployment]
+
+    def descendants(self) -> list[int]:
+        """Ids of all processes that the command has started, and those have started."""
         parents = {int(stat.parent.name): _parent(stat) for stat in Path("/proc").glob("[0-9]*/stat")}
-        found = []
-        for pid in parents:
-            if deployment_of(pid) != deployment:
-                continue
-            ancestor: int | None = pid
-            while ancestor and ancestor != self.process.pid:
-                ancestor = parents.get(ancestor)
-            if ancestor:
-                found.append(pid)
-        return found
+
+        def is_ours(pid: int | None) -> bool:
+            while pid and pid != self.process.pid:
+                pid = parents.get(pid)
+            return bool(pid)
+
+        return [pid for pid in parents if is_ours(parents[pid])]
 
     def reload(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Change the config's file and say so."""

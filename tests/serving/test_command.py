@@ -42,8 +42,11 @@ def test_a_model_that_is_not_there_is_named(command, port):
 
 def test_nobody_else_gets_into_the_ray_of_the_service(service):
     """Its ports are open to the network, and Ray runs what it is sent."""
-    environment = Path(f"/proc/{service.replicas('ingress')[0]}/environ").read_bytes().decode().split("\0")
-    address = next(each.partition("=")[2] for each in environment if each.startswith("RAY_ADDRESS="))
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in service.descendants()}
+    raylet = next(pid for pid, command in commands.items() if command[0].endswith("raylet/raylet"))
+    options = dict(option.split("=", 1) for option in commands[raylet] if option.startswith("--") and "=" in option)
+    address = next(value for name, value in options.items() if name.replace("-", "_") == "__gcs_address")
+    environment = Path(f"/proc/{raylet}/environ").read_text().split("\0")
     connect = f"import ray; ray.init({address!r}, logging_level='ERROR'); print(ray.cluster_resources())"
     mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}):
