@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from importlib import resources
 
 import httpx
 import pytest
@@ -135,6 +136,19 @@ def test_no_answer_lets_other_sites_in(service):
     assert not any(name.startswith("access-control") for name in answer.headers)
     assert answer.headers["content-security-policy"] == "default-src 'self'; img-src 'self' blob: data:"
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_page_and_all_its_parts_are_served_as_they_are(service):
+    folder = resources.files("gem_ray.serving") / "page"
+    names = [file.name for file in folder.iterdir()]
+    assert "index.html" in names
+    kinds = {"html": "text/html", "css": "text/css", "js": "text/javascript", "json": "application/json"}
+    for name in names:
+        answer = service.client.get(f"/{name}")
+        assert answer.content == (folder / name).read_bytes()
+        kind = kinds.get(name.rpartition(".")[2])
+        assert kind is None or answer.headers["content-type"].startswith(kind)
+    assert service.client.get("/").content == (folder / "index.html").read_bytes()
 
 
 def batch_of(count):
