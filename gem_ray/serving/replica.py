@@ -126,6 +126,7 @@ def _load(name: StageName, config: Config) -> Stage:
         from gem_ray.tagger.tagger import Tagger
 
         return Tagger.from_config(config)
-    # γ is the ingress's: whatever it sends to the reranker is hard.
-    settings = config.filter.model_copy(update={"gamma": 0.0})
-    return build_component(name, config.model_copy(update={"filter": settings}))
+    config = config.model_copy(deep=True)
+    config.filter.gamma = 0.0  # γ is the ingress's: whatever it sends to the reranker is hard
+    config.grounder.matcher.save_heatmaps = True  # the ingress gives them to those who ask
+    return build_component(name, config)

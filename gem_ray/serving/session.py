@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
 
-from gem_ray.annotator import active_stages
+from gem_ray.annotator import active_stages, models_of
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.serving.app import DEPLOYED_STAGES
 from gem_ray.serving.keys import ApiKeys
@@ -78,18 +78,23 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
 
     Raises:
         ConfigError: it would listen beyond this machine without API keys.
+        FileNotFoundError: a model is not there.
         ServingError: a deployment does not start.
     """
     configs = [load_config(**app.args) for app in schema.applications if app.import_path == IMPORT_PATH]
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         _check_keys(schema.http_options.host, configs)
+        for config in configs:
+            models_of(config)  # Serve would try to start a replica without its model over and over
         _start(configs)
     elif not ray.is_initialized():
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield _deploy(schema)
     finally:
+        for application in schema.applications:
+            serve.delete(application.name)  # returns when what has begun is finished; a shutdown alone cuts it off
         serve.shutdown()
         ray.shutdown()
 

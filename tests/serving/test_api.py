@@ -182,13 +182,18 @@ def batch_of(count):
         ("/v1/annotate/batch", {"json": {"posts": []}}, 422),
         ("/v1/annotate/batch", {"json": batch_of(33)}, 413),
         ("/v1/annotate/batch", {"data": {"text": TEXT}, "files": {"image": ("i", b"")}}, 415),
-        ("/v1/nothing", {"json": {}}, 404),
         ("/healthz", {"json": {}}, 405),
     ],
 )
 def test_what_is_wrong_with_a_request_is_a_problem(service, assert_problem, path, request_, status):
     problem = assert_problem(service.client.post(path, **request_), status)
     assert problem["detail"]
+
+
+def test_what_is_not_there(service, assert_problem):
+    assert_problem(service.client.get("/v1/nothing"), 404)
+    assert_problem(service.client.get("/../../config.py"), 404)
+    assert_problem(service.client.get("/%2e%2e/api.py"), 404)
 
 
 def test_a_body_without_length_is_cut_off_at_the_limit(service, assert_problem):

@@ -28,10 +28,11 @@ def test_a_post_with_an_image_in_memory_or_in_a_file(client, posts, tmp_path):
     first = client.annotate(posts[0].text, posts[0].image_bytes, post_id="a", heatmaps=True)
     second = client.annotate(posts[0].text, file, post_id="a", heatmaps=True)
     assert isinstance(first, Annotation)
-    assert first.post == second.post
+    assert found(first) == found(second)
     assert first.post.post_id == "a"
     assert first.models["tagger"].startswith("nano:tagger@")
     seen = [entity for entity in first.post.entities if entity.point]
+    assert seen
     assert all(len(entity.heatmap.data) == entity.heatmap.height * entity.heatmap.width for entity in seen)
 
 
@@ -40,7 +41,11 @@ def test_batches_and_streams(client, posts):
     batch = client.annotate_batch(asked)
     assert [annotation.post.post_id for annotation in batch] == [post.post_id for post in posts[:8]]
     streamed = dict(client.stream(asked))
-    assert [streamed[index].post.entities for index in range(8)] == pytest.approx([a.post.entities for a in batch])
+    assert [found(streamed[index]) for index in range(8)] == [found(annotation) for annotation in batch]
+
+
+def found(annotation):
+    return [(entity.text, entity.fine, entity.box is not None) for entity in annotation.post.entities]
 
 
 def test_facts(client):

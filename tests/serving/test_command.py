@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,10 +43,9 @@ def test_a_model_that_is_not_there_is_named(command, port):
 
 def test_nobody_else_gets_into_the_ray_of_the_service(service):
     """Its ports are open to the network, and Ray runs what it is sent."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in service.descendants()}
-    raylet = next(pid for pid, command in commands.items() if command[0].endswith("raylet/raylet"))
-    options = dict(option.split("=", 1) for option in commands[raylet] if option.startswith("--") and "=" in option)
-    address = next(value for name, value in options.items() if name.replace("-", "_") == "__gcs_address")
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in service.descendants()}
+    raylet = next(pid for pid, command in commands.items() if "raylet/raylet --" in command)
+    address = re.search(r"--gcs-address=(\S+)", commands[raylet]).group(1)
     environment = Path(f"/proc/{raylet}/environ").read_text().split("\0")
     connect = f"import ray; ray.init({address!r}, logging_level='ERROR'); print(ray.cluster_resources())"
     mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
