@@ -128,13 +128,13 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
     assert service.client.get("/v1/limits").json()["gamma"] == 0.5
 
 
-def test_a_process_that_is_killed_costs_no_answer(service, posts, stage="ground"):
+def test_a_process_that_is_killed_costs_no_answer(service, posts):
     with under_load(service, posts, clients=8) as answers:
         wait_for(lambda: len(answers) > 16)
-        (victim,) = service.replicas(stage)
+        (victim,) = service.replicas("ground")
         os.kill(victim, signal.SIGKILL)
         before = len(answers)
-        wait_for(lambda: service.replicas(stage) not in ([], [victim]))
+        wait_for(lambda: service.replicas("ground") not in ([], [victim]))
         wait_for(lambda: len(answers) > before + 16)
     assert {answer.status_code for answer in answers} == {200}
     assert {answer.json()["status"] for answer in answers} == {"ok"}
