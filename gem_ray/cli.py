@@ -19,10 +19,10 @@ app = typer.Typer(
 )
 app.add_typer(annotate.app)
 app.add_typer(evaluate.app)
-app.add_typer(serve.app)
 app.add_typer(shards.app, name="shards")
 app.add_typer(train.app, name="train")
 app.add_typer(train.nano, name="nano")
+app.add_typer(serve.app)
 
 
 @app.callback()

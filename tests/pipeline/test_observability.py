@@ -49,7 +49,12 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     def work() -> None:
         stage = StageMetrics(StageName.KNOWLEDGE)  # which no other test's run has
         time.sleep(0.05)
-        stage.end(stage.begin(), posts=5)
+        first = stage.begin()
+        second = stage.begin()  # batches may overlap
+        stage.end(first, posts=5)
+        time.sleep(0.3)  # not idle: one is still inside
+        stage.end(second, posts=6)
+        stage.count({"asked": 3})
         seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
         PostMetrics().count([seen, failed_post(StageName.PREPARE, ProblemKind.TEXT_TOO_LONG)])
         time.sleep(3)  # exported from time to time
@@ -66,10 +71,11 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     assert 2 in samples(text, "ray_gem_ray_entities_total", 'what="found"')
     assert 1 in samples(text, "ray_gem_ray_entities_total", 'what="grounded"')
     # Ray keeps buckets and no exact sum.
-    assert samples(text, "ray_gem_ray_batch_posts_count", 'stage="knowledge"') == [1]
+    assert samples(text, "ray_gem_ray_batch_posts_count", 'stage="knowledge"') == [2]
     assert samples(text, "ray_gem_ray_batch_posts_bucket", 'le="4.0",') == [0]
     (idle,) = samples(text, "ray_gem_ray_idle_seconds_total", 'stage="knowledge"')
-    assert idle >= 0.05
+    assert 0.05 <= idle < 0.3
+    assert samples(text, "ray_gem_ray_stage_counts_total", 'stage="knowledge"') == [3]
     asked = set(re.findall(r"ray_gem_ray_\w+", DASHBOARD.read_text()))
     assert asked
     assert all(f"{name}{{" in text for name in asked)
