@@ -114,7 +114,8 @@ def _add_batch(api: FastAPI, service: Service) -> None:
         openapi_extra=BATCH_BODY,
     )
     async def annotate_batch(request: Request, heatmaps: HeatMaps = False) -> Response:
-        asked = (await read_batch(request, service.config)).posts
+        with service.flow.admitted(1):  # so many bodies are read at once, at most
+            asked = (await read_batch(request, service.config)).posts
         if _NDJSON in request.headers.get("accept", ""):
             return _Lines(service, asked, heatmaps)
         with service.flow.admitted(len(asked)):

@@ -54,7 +54,7 @@ async def read_post(request: Request, config: Config) -> PostIn:
     is_form = _content_type(request, _JSON, _FORM) == _FORM
     async with _in_time(config):
         asked = await _from_form(request) if is_form else _parse(PostIn, await request.body())
-    _check_size(asked, config)
+    _check_limits(asked, config)
     return asked
 
 
@@ -70,7 +70,7 @@ async def read_batch(request: Request, config: Config) -> BatchIn:
     if len(asked.posts) > config.serving.max_batch_posts:
         raise ProblemError(413, f"{len(asked.posts)} posts; {config.serving.max_batch_posts} are allowed")
     for post in asked.posts:
-        _check_size(post, config)
+        _check_limits(post, config)
     return asked
 
 
@@ -83,10 +83,13 @@ async def _in_time(config: Config) -> AsyncIterator[None]:
         raise ProblemError(408, f"the body did not come within {config.serving.timeout_s:g} s") from None
 
 
-def _check_size(asked: PostIn, config: Config) -> None:
+def _check_limits(asked: PostIn, config: Config) -> None:
     size, limit = len(asked.image or b""), config.image.max_bytes
     if size > limit:
         raise ProblemError(413, f"the image has {size:,} bytes; {limit:,} are allowed")
+    for name in ("caption", "knowledge"):  # the text's length is checked with the text, as in bulk
+        if len(getattr(asked, name) or "") > config.text.max_chars:
+            raise ProblemError(422, f"{name} has more than {config.text.max_chars:,} characters")
 
 
 def _parse(model: type[_Model], body: bytes) -> _Model:

@@ -108,13 +108,15 @@ class Flow:
 
         Raises:
             ImageError: as `Fetcher.fetch`.
+            TimeoutError: redirects and retries took too long together.
         """
         if not self._config.serving.image_hosts:
             raise ImageError(ProblemKind.IMAGE_FORBIDDEN, "this server fetches no image URLs; send the image itself")
         if not url.lower().startswith("https://"):
             raise ImageError(ProblemKind.IMAGE_FORBIDDEN, "image URLs must begin with https://")
         loop = asyncio.get_running_loop()
-        post.image_bytes = await loop.run_in_executor(self._fetchers, self._fetcher.fetch, url)
+        async with asyncio.timeout(self._config.serving.timeout_s):
+            post.image_bytes = await loop.run_in_executor(self._fetchers, self._fetcher.fetch, url)
 
     async def annotate(self, post: Post) -> Annotated:
         """Annotate a post in place.

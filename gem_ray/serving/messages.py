@@ -37,7 +37,9 @@ class PostIn(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str = Field(min_length=1, description="not blank; `GET /v1/limits` says how long it may be")
-    post_id: str | None = Field(None, min_length=1, description="comes back in the answer; none: one is made up")
+    post_id: str | None = Field(
+        None, min_length=1, max_length=512, description="comes back in the answer; none: one is made up"
+    )
     tokens: list[str] | None = Field(None, description="the text's words in order; none: the text is cut into words")
     caption: str | None = Field(None, description="of the image, for the tagger")
     knowledge: str | None = Field(None, description="auxiliary knowledge, for the tagger")
@@ -163,7 +165,7 @@ class Limits(BaseModel):
     max_body_bytes: int = Field(description="of a whole request")
     max_image_bytes: int = Field(description="of an encoded image")
     max_image_pixels: int = Field(description="width × height")
-    max_text_chars: int
+    max_text_chars: int = Field(description="of text, caption and knowledge, each")
     max_batch_posts: int
     timeout_s: float = Field(description="time for a post")
     image_urls: bool = Field(description="whether `image_url` is fetched at all")

@@ -172,6 +172,8 @@ def batch_of(count):
         ("/v1/annotate", {"json": {"text": TEXT, "image": "???"}}, 422),
         ("/v1/annotate", {"json": {"text": TEXT, "image": "", "image_url": "https://a.example/b.jpg"}}, 422),
         ("/v1/annotate", {"json": {"text": "a" * 2001}}, 422),
+        ("/v1/annotate", {"json": {"text": TEXT, "knowledge": "a" * 2001}}, 422),
+        ("/v1/annotate", {"json": {"text": TEXT, "post_id": "a" * 513}}, 422),
         ("/v1/annotate", {"content": b'{"text": "\\ud800"}', "headers": {"Content-Type": "application/json"}}, 422),
         ("/v1/annotate", {"json": {"text": TEXT}, "params": {"heatmaps": "perhaps"}}, 422),
         ("/v1/annotate", {"files": {"text": ("t", b"a file")}}, 422),
