@@ -20,8 +20,8 @@ import gem_ray
 from gem_ray.data.fetch import ImageError
 from gem_ray.records import Post, ProblemKind, StageName, Status
 from gem_ray.serving.bodies import BATCH_BODY, POST_BODY, read_batch, read_post
-from gem_ray.serving.flow import Flow
-from gem_ray.serving.messages import AnnotationOut, BatchOut, Limits, PostIn, Ready, Taxonomy
+from gem_ray.serving.flow import Flow, UnavailableError
+from gem_ray.serving.messages import AnnotationOut, BatchOut, Limits, PostIn, Taxonomy
 from gem_ray.serving.problems import (
     MEDIA_TYPE,
     ProblemDetails,
@@ -186,11 +186,17 @@ def _add_state(api: FastAPI, service: Service) -> None:
     async def healthz() -> str:
         return "ok\n"
 
-    @api.get("/readyz", summary="Whether every stage has a process", responses={503: {"model": Ready}})
-    async def readyz() -> JSONResponse:
+    @api.get(
+        "/readyz",
+        summary="Whether every stage has a process",
+        response_class=PlainTextResponse,
+        responses=_problems(503),
+    )
+    async def readyz() -> str:
         missing = await service.missing_stages()
-        state = Ready(status="starting" if missing else "ready", missing=missing)
-        return JSONResponse(state.model_dump(), 503 if missing else 200)
+        if missing:
+            raise UnavailableError(f"no process of {', '.join(missing)}")
+        return "ready\n"
 
     @api.get(
         "/metrics",

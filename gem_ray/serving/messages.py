@@ -191,13 +191,6 @@ class Limits(BaseModel):
         )
 
 
-class Ready(BaseModel):
-    """`ready`, or the stages that have no process."""
-
-    status: Literal["ready", "starting"]
-    missing: list[str] = []
-
-
 def answer_row(done: Annotated, run_id: str, models: dict[str, str], heatmaps: bool) -> dict[str, Any]:
     """The values of `AnnotationOut`. Messages of failed stages, which quote exceptions, stay in the log."""
     row = done.post.annotation()

@@ -124,7 +124,7 @@ def test_facts(service):
 
 def test_state(service):
     assert service.client.get("/healthz").status_code == 200
-    assert service.client.get("/readyz").json() == {"status": "ready", "missing": []}
+    assert service.client.get("/readyz").text == "ready\n"
 
 
 def test_no_answer_lets_other_sites_in(service):

@@ -138,6 +138,7 @@ def test_a_process_that_is_killed_costs_no_answer(service, posts):
         wait_for(lambda: len(answers) > before + 16)
     assert {answer.status_code for answer in answers} == {200}
     assert {answer.json()["status"] for answer in answers} == {"ok"}
+    wait_for(lambda: service.client.get("/readyz").status_code == 200)
 
 
 def test_overload_is_refused_at_once_with_429_and_soon_over(service, assert_problem):
