@@ -10,6 +10,7 @@ from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicati
 
 from gem_ray.annotator import active_stages
 from gem_ray.config import ConfigError, load_config
+from gem_ray.planning.plan import make_plan
 from gem_ray.serving.app import DEPLOYED_STAGES, INGRESS
 from gem_ray.serving.service import Service
 from gem_ray.serving.session import IMPORT_PATH, file_schema
@@ -57,9 +58,14 @@ def test_only_the_clusters_listens_beyond_its_machine():
     assert hosts == {"nano": "127.0.0.1", "one-gpu": "127.0.0.1", "cluster": "0.0.0.0"}
 
 
-def test_one_gpus_fractions_are_one_card():
-    serving = load_config(**args_of(FOLDER / "one-gpu.yaml")).serving
-    assert serving.tag.num_gpus + serving.rerank.num_gpus + serving.ground.num_gpus == pytest.approx(1)
+@pytest.mark.parametrize(("name", "gpus", "memory_gb"), [("one-gpu", 1, 24), ("cluster", 2, 80)])
+def test_the_plan_finds_room_for_every_replicas_models_in_its_share_of_a_card(name, gpus, memory_gb):
+    config = load_config(**args_of(FOLDER / f"{name}.yaml"))
+    config.pipeline.passes = None  # all at once, as replicas are
+    for stage in ("knowledge", "tag", "rerank", "ground"):
+        replicas, actors = getattr(config.serving, stage), getattr(config.pipeline, stage)
+        actors.num_gpus, actors.batch_size = replicas.num_gpus, replicas.batch_size
+    make_plan(config, gpus, memory_gb).check()
 
 
 def test_what_is_no_serve_config_is_named(tmp_path):
