@@ -44,6 +44,10 @@ class ImageConfig(_Section):
     max_side: PositiveInt = Field(1024, description="decoded images are reduced to this longer side, in pixels")
     root: Path | None = Field(None, description="folder to which relative `image_uri` paths refer, and are confined")
     allow_http: bool = Field(False, description="fetch `https://` image URIs")
+    http_hosts: list[str] | None = Field(
+        None,
+        description="the only hosts (`host`, or `host:port`) to fetch from, redirects included; none: any public one",
+    )
     timeout_s: float = Field(10, gt=0, description="time for one try to fetch an image; S3 is tried several times")
     fetch_concurrency: PositiveInt = Field(16, description="images of a batch that are fetched at once")
 
@@ -293,6 +297,58 @@ class PipelineConfig(_Section):
         return passes
 
 
+class ReplicaPlacement(_Section):
+    """A deployment of Ray Serve: what each replica reserves, and how many there are."""
+
+    num_cpus: float = Field(1, ge=0, description="CPUs each replica reserves")
+    num_gpus: float = Field(0, ge=0, description="GPUs each replica reserves; fractions share a card")
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 1
+    target_ongoing: float = Field(16, gt=0, description="requests a replica has at once, which autoscaling aims at")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ReplicaPlacement:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})")
+        return self
+
+
+class StageReplicas(ReplicaPlacement):
+    """The deployment of a stage with a model."""
+
+    batch_size: PositiveInt = Field(16, description="posts in a batch; those that wait at the same time share one")
+    threads: PositiveInt = Field(1, description="CPU threads of torch in each replica")
+
+
+class ServingConfig(_Section):
+    """The online service: its limits, and its deployments."""
+
+    api_keys_file: Path | None = Field(None, description="SHA-256 of the API keys in hex, a line each")
+    api_keys_env: str = Field("GEM_RAY_API_KEYS", description="environment variable with such hashes, besides the file")
+    max_body_bytes: PositiveInt = Field(24 * 2**20, description="body of a request")
+    max_batch_posts: PositiveInt = Field(64, description="posts of a batch request")
+    max_in_flight: PositiveInt = Field(128, description="posts in each ingress replica, above which it answers 429")
+    retry_after_s: PositiveInt = Field(1, description="what an answer of 429 or 503 asks its client to wait")
+    timeout_s: float = Field(60, gt=0, description="time for a post")
+    image_hosts: list[str] = Field(
+        default_factory=list, description="hosts from which `image_url` is fetched; empty: image URLs are refused"
+    )
+    decode_threads: PositiveInt = Field(2, description="images that an ingress replica decodes at once")
+    drain_s: float = Field(30, ge=0, description="time that a replica which is stopped has for what it has begun")
+    health_check_s: float = Field(5, gt=0, description="time between two health checks of a replica")
+    ingress: ReplicaPlacement = Field(default_factory=lambda: ReplicaPlacement(num_cpus=0.5, target_ongoing=32))
+    knowledge: StageReplicas = Field(default_factory=StageReplicas)
+    tag: StageReplicas = Field(default_factory=StageReplicas)
+    rerank: StageReplicas = Field(default_factory=StageReplicas)
+    ground: StageReplicas = Field(default_factory=StageReplicas)
+
+    @model_validator(mode="after")
+    def _admits_a_batch(self) -> ServingConfig:
+        if self.max_batch_posts > self.max_in_flight:
+            raise ValueError(f"max_batch_posts ({self.max_batch_posts}) is above max_in_flight ({self.max_in_flight})")
+        return self
+
+
 class Config(_Section):
     """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one leaf."""
 
@@ -306,6 +362,7 @@ class Config(_Section):
     reranker: RerankerConfig = Field(default_factory=RerankerConfig)
     grounder: GrounderConfig = Field(default_factory=GrounderConfig)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
+    serving: ServingConfig = Field(default_factory=ServingConfig)
 
 
 def preset_names() -> list[str]:

@@ -13,8 +13,8 @@ import httpx
 import pytest
 import ray
 
+from gem_ray.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.logs import JsonFormatter, log_problems
-from gem_ray.pipeline.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.progress import json_lines
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.records import Box, Entity, Post, ProblemKind, StageName
