@@ -112,7 +112,8 @@ function refusalOf(text) {
   }
   const most = Math.min(limits.max_image_bytes ?? Infinity, limits.max_body_bytes ?? Infinity);
   if (image && image.size > most) {
-    return new Failure(413, "The image is too large", `It has ${bytes(image.size)}; this service takes ${bytes(most)}.`);
+    return new Failure(413, "The image is too large",
+      `It has ${bytes(image.size)}; this service takes ${bytes(most)}.`);
   }
   return null;
 }
@@ -189,7 +190,8 @@ async function offerExamples() {
     const sign = example.image
       ? html("img", { src: example.image, alt: "", width: 40, height: 40 })
       : svg("svg", { viewBox: "0 0 22 22", "aria-hidden": "true" }, svg("path", { d: "M2 5h18M2 11h18M2 17h11" }));
-    const button = html("button", { type: "button", class: "example" }, sign, html("span", { dir: "auto" }, example.text));
+    const button = html("button", { type: "button", class: "example" },
+      sign, html("span", { dir: "auto" }, example.text));
     button.addEventListener("click", () => tryExample(example));
     return html("li", {}, button);
   }));
@@ -220,12 +222,13 @@ function listen() {
   $("text").addEventListener("input", countCharacters);
   $("file").addEventListener("change", () => takeFile($("file").files));
   $("remove").addEventListener("click", () => { removeImage(); $("file").focus(); });
-  $("key-form").addEventListener("submit", (event) => {
+  $("key-form").addEventListener("submit", async (event) => {
     event.preventDefault();
     useKey($("key").value.trim());
     $("key-form").hidden = true;
+    showFailure(null);
+    await greet();
     if ($("text").value.trim()) run();
-    else { showFailure(null); greet(); }
   });
   $("theme").addEventListener("click", () => {
     const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
@@ -245,7 +248,8 @@ function listen() {
 }
 
 function listenToDrops() {
-  const carriesSomething = (event) => ["Files", "text/uri-list"].some((type) => event.dataTransfer.types.includes(type));
+  const carriesSomething = ({ dataTransfer }) =>
+    ["Files", "text/uri-list"].some((type) => dataTransfer.types.includes(type));
   const mark = (isOver) => $("drop").classList.toggle("over", isOver);
   document.addEventListener("dragover", (event) => {
     if (!carriesSomething(event)) return;

@@ -28,11 +28,11 @@ function times(answer, elapsed) {
 function models(answer) {
   const names = Object.entries(answer.models);
   return card("Models", null,
-    html("dl", {}, ...names.flatMap(([role, name]) => [html("dt", {}, named(role)), html("dd", {}, html("code", {}, name))]),
-      html("dt", {}, "run"), html("dd", {}, html("code", {}, answer.run_id))),
+    html("dl", {}, ...[...names, ["run", answer.run_id]].flatMap(([role, name]) =>
+      [html("dt", {}, named(role)), html("dd", {}, html("code", {}, name))])),
     names.some(([, name]) => name.startsWith("nano:")) && html("p", { class: "quiet" },
-      "These are the small embedded models. In images they know the emblems of 48 invented entities, and nothing of the "
-      + "real world; the tagger works on any English post."));
+      "These are the small embedded models. In images they know the emblems of 48 invented entities, and nothing of "
+      + "the real world; the tagger works on any English post."));
 }
 
 function sources(answer, text, image) {

@@ -44,7 +44,7 @@ export function showResult(newAnswer) {
     })] : []));
   drawBoxes(answer);
   if (entities.length) update();
-  else if (answer.status !== "rejected") $("result").append(html("p", { class: "said" }, "No entity was found in this text."));
+  else $("result").append(html("p", { class: "said" }, "No entity was found in this text."));
   return [...answer.problems.map(({ kind }) => EXPLAINED[kind] || named(kind)),
     `${counts.map(([count, noun]) => `${count} ${noun}`).join(", ")}.`].join(" ");
 }
@@ -141,13 +141,14 @@ function gauge(entropy, gamma) {
 
 /** In words: the route it took, and what the image had to do with it. */
 function said(entity) {
-  const hard = entity.entropy > answer.gamma;
-  const route = entity.reranked
-    ? `Hard: its entropy is above γ = ${answer.gamma}, so the reranker looked at the image and chose ${named(entity.fine)}.`
-    : hard
-      ? `Hard: its entropy is above γ = ${answer.gamma}, but it was not reranked${answer.image_width ? "" : " without an image"}. `
-        + "The tagger’s choice stands."
-      : `Easy: its entropy is not above γ = ${answer.gamma}, so the tagger’s choice stands.`;
+  const gamma = `γ = ${answer.gamma}`;
+  let route = `Easy: its entropy is not above ${gamma}, so the tagger’s choice stands.`;
+  if (entity.reranked) {
+    route = `Hard: its entropy is above ${gamma}, so the reranker looked at the image and chose ${named(entity.fine)}.`;
+  } else if (entity.entropy > answer.gamma) {
+    const why = answer.image_width ? "" : " without an image";
+    route = `Hard: its entropy is above ${gamma}, but it was not reranked${why}. The tagger’s choice stands.`;
+  }
   if (!answer.image_width || entity.match_score === null) return route;
   if (!entity.box) return `${route} The image does not show it.`;
   return entity.heatmap ? `${route} The heat map is where the matcher saw it; the dot is its peak.` : route;
@@ -174,7 +175,7 @@ export function listenToMentions() {
   document.addEventListener("pointerover", (event) => {
     if (event.pointerType === "mouse") point(mentionOf(event.target));
   });
-  document.addEventListener("pointerleave", () => point(null));
+  document.documentElement.addEventListener("pointerleave", () => point(null));
   document.addEventListener("click", (event) => {
     const index = mentionOf(event.target);
     if (index !== null) choose(index);

@@ -67,7 +67,7 @@ def make_app():
 
 
 @pytest.fixture(scope="package")
-def service():
+def address():
     """Base URL of the service."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(), log_level="warning"))
@@ -98,21 +98,21 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser, service):
+def visit(browser, address):
     """Opens the page; whatever a test does with it, it asks only its own service, and breaks no rule of its policy."""
-    contexts, addresses, complaints = [], [], []
+    contexts, requested, complaints = [], [], []
 
     def open_page(**options):
         context = browser.new_context(
             **{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | options
         )
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(30_000)
         contexts.append(context)
         page = context.new_page()
-        page.on("request", lambda request: addresses.append(request.url))
+        page.on("request", lambda request: requested.append(request.url))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if "Policy" in message.text else None)
-        page.goto(service)
+        page.goto(address)
         page.locator(".taxonomy").wait_for()
         page.locator(".example").last.wait_for()
         return page
@@ -120,7 +120,7 @@ def visit(browser, service):
     yield open_page
     for context in contexts:
         context.close()
-    assert [address for address in addresses if not address.startswith(service)] == []
+    assert [url for url in requested if not url.startswith(address)] == []
     assert complaints == []
 
 
