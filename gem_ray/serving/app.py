@@ -46,6 +46,10 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Guard(create_api(self._service), self._service.keys, self._config.serving)
 
+    async def drain(self) -> None:
+        """As `Flow.drain`."""
+        await self._service.flow.drain()
+
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """As `Service.reconfigure`."""
         self._service.reconfigure(user_config)

@@ -20,7 +20,7 @@ from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDep
 
 from gem_ray.annotator import active_stages, models_of
 from gem_ray.config import Config, ConfigError, load_config
-from gem_ray.serving.app import DEPLOYED_STAGES
+from gem_ray.serving.app import DEPLOYED_STAGES, INGRESS
 from gem_ray.serving.keys import ApiKeys
 
 IMPORT_PATH = "gem_ray.serving.app:build_app"
@@ -93,8 +93,7 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
     try:
         yield _deploy(schema)
     finally:
-        for application in schema.applications:
-            serve.delete(application.name)  # returns when what has begun is finished; a shutdown alone cuts it off
+        _drain(schema)
         serve.shutdown()
         ray.shutdown()
 
@@ -132,6 +131,15 @@ def _deploy(schema: ServeDeploySchema) -> str:
     for application in schema.applications:
         _wait_for(application)
     return f"http://{f'[{http.host}]' if ':' in http.host else http.host}:{http.port}"
+
+
+def _drain(schema: ServeDeploySchema) -> None:
+    """Serve finishes what a replica has begun when it stops a replica, but not when it ends itself."""
+    states = serve.status().applications
+    for application in schema.applications:
+        state = states.get(application.name)
+        if application.import_path == IMPORT_PATH and state and state.status == ApplicationStatus.RUNNING:
+            serve.get_deployment_handle(INGRESS, application.name).broadcast("drain").results()
 
 
 def _wait_for(application: ServeApplicationSchema) -> None:
