@@ -61,7 +61,7 @@ def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(comma
         until_up(process)
         url = f"http://127.0.0.1:{number}/v1/annotate/batch"
         headers = {"Authorization": f"Bearer {key}"}
-        batch = {"posts": [{"text": f"{TEXT} {index}"} for index in range(60)]}
+        batch = {"posts": [{"text": f"{TEXT} {index}"} for index in range(30)]}
         assert httpx.post(url, json=batch).status_code == 401
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(httpx.post, url, json=batch, headers=headers, timeout=60) for _ in range(2)]
@@ -69,7 +69,7 @@ def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(comma
             process.send_signal(signal.SIGTERM)
             answers = [each.result() for each in asked]
         assert [answer.status_code for answer in answers] == [200, 200]
-        assert all(len(answer.json()["annotations"]) == 60 for answer in answers)
+        assert all(len(answer.json()["annotations"]) == 30 for answer in answers)
         assert process.wait(60) == 0
     finally:
         process.kill()

@@ -85,7 +85,7 @@ def test_settings_that_are_none_are_refused_and_the_old_ones_stay(wrong):
 
 
 def test_a_batch_must_fit_into_what_is_admitted():
-    with pytest.raises(ConfigError, match=r"serving.*max_batch_posts \(64\) is above max_in_flight \(8\)"):
+    with pytest.raises(ConfigError, match=r"serving.*max_batch_posts \(32\) is above max_in_flight \(8\)"):
         load_config(overrides=["serving.max_in_flight=8"])
     with pytest.raises(ConfigError, match=r"serving\.tag.*max_replicas"):
         load_config(overrides=["serving.tag.min_replicas=3"])
