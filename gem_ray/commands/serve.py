@@ -52,8 +52,11 @@ def serve(
             signal.signal(number, lambda number, _: signals.put(number))
         typer.echo(f"gem-ray listens on {url}; the page is there, the API's description at {url}/openapi.json")
         while signals.get() == signal.SIGHUP:
-            if config is not None:
-                redeploy(file_schema(config))
+            try:
+                if config is not None:
+                    redeploy(file_schema(config))
+            except ConfigError as error:
+                typer.secho(f"nothing changes: {error}", fg="red", err=True)
         typer.echo("finishing what has begun")
 
 

@@ -21,8 +21,8 @@ from gem_ray.serving.api import create_api
 from gem_ray.serving.guard import Guard
 from gem_ray.serving.replica import StageReplica
 from gem_ray.serving.service import Service
+from gem_ray.serving.settings import INGRESS
 
-INGRESS = "ingress"
 # The others need no model: the ingress does them.
 DEPLOYED_STAGES = (StageName.KNOWLEDGE, StageName.TAG, StageName.RERANK, StageName.GROUND)
 # Requests beyond `max_in_flight` that still get in, to be refused with a problem rather than with Serve's plain text.
