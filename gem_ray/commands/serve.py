@@ -60,7 +60,7 @@ def serve(
         typer.echo("finishing what has begun")
 
 
-@app.command("new-key", epilog="Example: `gem-ray new-key`, then `GEM_RAY_API_KEYS=HASH gem-ray serve --host 0.0.0.0`")
+@app.command("new-key", epilog="Example: `gem-ray new-key`")
 def new_key() -> None:
     """Make an API key: the key for the client, and the hash for the server."""
     from gem_ray.serving.keys import new_key as make
