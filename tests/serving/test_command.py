@@ -9,7 +9,8 @@ from pathlib import Path
 
 import httpx
 
-from gem_ray.serving.keys import new_key
+from gem_ray.config import ServingConfig
+from gem_ray.serving.keys import ApiKeys, new_key
 
 TEXT = "Taylor Swift is in Paris tonight"
 TEXT_ONLY = ("--set", "reranker.enabled=false", "--set", "grounder.enabled=false")
@@ -51,6 +52,17 @@ def test_the_ray_of_the_service_is_closed_by_a_token(service):
         tokens.add(variables["RAY_AUTH_TOKEN"])
     (token,) = tokens
     assert len(token) == 64
+
+
+def test_a_new_key_is_told_and_its_hash_is_kept(command, tmp_path):
+    file = tmp_path / "keys.txt"
+    keys = []
+    for _ in range(2):
+        out, _ = command("new-key", "--to", file).communicate(timeout=60)
+        keys.append(out.split()[-1])
+    known = ApiKeys.from_config(ServingConfig(api_keys_file=file))
+    assert all(key in known for key in keys)
+    assert len(set(keys)) == 2
 
 
 def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(command, port, until_up):
