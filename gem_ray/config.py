@@ -326,8 +326,8 @@ class ServingConfig(_Section):
     api_keys_file: Path | None = Field(None, description="SHA-256 of the API keys in hex, a line each")
     api_keys_env: str = Field("GEM_RAY_API_KEYS", description="environment variable with such hashes, besides the file")
     max_body_bytes: PositiveInt = Field(24 * 2**20, description="body of a request")
-    max_batch_posts: PositiveInt = Field(64, description="posts of a batch request")
-    max_in_flight: PositiveInt = Field(128, description="posts in each ingress replica, above which it answers 429")
+    max_batch_posts: PositiveInt = Field(32, description="posts of a batch request")
+    max_in_flight: PositiveInt = Field(64, description="posts in each ingress replica, above which it answers 429")
     retry_after_s: PositiveInt = Field(1, description="what an answer of 429 or 503 asks its client to wait")
     timeout_s: float = Field(60, gt=0, description="time for a post")
     image_hosts: list[str] = Field(

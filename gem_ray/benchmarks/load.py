@@ -118,10 +118,11 @@ async def measure_load(load: Load, clients: int, requests: int, seconds: float) 
         seconds: length of the overload.
     """
     await load.closed(clients, 2 * clients)  # every process has done something once
+    memory = [serve_memory()]
     alone = await load.closed(1, max(8, requests // 4))
-    before = serve_memory()
+    memory.append(serve_memory())
     many = await load.closed(clients, requests)
-    after = serve_memory()
+    memory.append(serve_memory())
     overload = await load.open(2 * many.per_second, seconds)
     recovery = await _seconds_to_recover(load, _median(alone))
     return {
@@ -129,7 +130,7 @@ async def measure_load(load: Load, clients: int, requests: int, seconds: float) 
         f"{clients}_clients": many.to_dict(),
         "throughput_ratio": many.per_second / alone.per_second,
         "p99_over_median": many.to_dict()["latency_s"]["200"]["p99"] / _median(many),
-        "memory_mib": {"before": before, "after": after},
+        "memory_mib": dict(zip(("before", "after_one_client", "after_many"), memory, strict=True)),
         "twice_the_sustainable_rate": overload.to_dict(),
         "seconds_to_recover": recovery,
     }
@@ -155,7 +156,7 @@ def serve_memory() -> dict[str, float]:
             continue
         if name.startswith(_SERVE_PROCESSES):
             kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
-            found[f"{name} {folder.name}"] = int(kib) / 1024
+            found[f"{name.partition('.')[0]} {folder.name}"] = int(kib) / 1024
     return found
 
 

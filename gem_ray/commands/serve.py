@@ -52,15 +52,27 @@ def serve(
             signal.signal(number, lambda number, _: signals.put(number))
         typer.echo(f"gem-ray listens on {url}; the page is there, the API's description at {url}/openapi.json")
         while signals.get() == signal.SIGHUP:
-            if config is not None:
-                redeploy(file_schema(config))
+            try:
+                if config is not None:
+                    redeploy(file_schema(config))
+            except ConfigError as error:
+                typer.secho(f"nothing changes: {error}", fg="red", err=True)
         typer.echo("finishing what has begun")
 
 
-@app.command("new-key")
-def new_key() -> None:
-    """Make an API key: the key for the client, and the hash for the server."""
+@app.command("new-key", epilog="Example: `gem-ray new-key --to keys.txt`")
+def new_key(
+    to: Annotated[
+        Path | None, typer.Option(help="Append the hash here, for serving.api_keys_file; else it is printed.")
+    ] = None,
+) -> None:
+    """Make an API key: the key for a client, and its hash for the server."""
     from gem_ray.serving.keys import new_key as make
 
     key, digest = make()
-    typer.echo(f"key, for the client:   {key}\nhash, for the server:  {digest}")
+    typer.echo(f"key, for the client:   {key}")
+    if to is None:
+        typer.echo(f"hash, for the server:  {digest}")
+    else:
+        with to.open("a", encoding="utf-8") as file:
+            file.write(f"{digest}\n")

@@ -58,7 +58,7 @@ def create_api(service: Service) -> FastAPI:
     _add_facts(api, service)
     _add_state(api, service)
     # Last: what no route above has is a file of the page, or nothing.
-    api.mount("/", StaticFiles(directory=str(resources.files("gem_ray.serving") / "page"), html=True, check_dir=False))
+    api.mount("/", StaticFiles(directory=str(resources.files("gem_ray.serving") / "page"), html=True))
     return api
 
 

@@ -21,8 +21,8 @@ from gem_ray.serving.api import create_api
 from gem_ray.serving.guard import Guard
 from gem_ray.serving.replica import StageReplica
 from gem_ray.serving.service import Service
+from gem_ray.serving.settings import INGRESS
 
-INGRESS = "ingress"
 # The others need no model: the ingress does them.
 DEPLOYED_STAGES = (StageName.KNOWLEDGE, StageName.TAG, StageName.RERANK, StageName.GROUND)
 # Requests beyond `max_in_flight` that still get in, to be refused with a problem rather than with Serve's plain text.
@@ -45,6 +45,10 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Guard(create_api(self._service), self._service.keys, self._config.serving)
+
+    async def drain(self) -> None:
+        """As `Flow.drain`."""
+        await self._service.flow.drain()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """As `Service.reconfigure`."""

@@ -22,6 +22,9 @@ from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.rerank.uncertainty import UncertaintyFilter
 from gem_ray.taxonomy import LABEL_SETS
 
+_POLL_S = 0.05
+_LAST_ANSWERS_S = 0.5  # they are still on their way through the proxy
+
 
 class StageHandle(Protocol):
     """What the flow needs of a Serve `DeploymentHandle` of `StageReplica`."""
@@ -81,6 +84,7 @@ class Flow:
         self._decoders = ThreadPoolExecutor(config.serving.decode_threads, "decode")
         self._fetchers = ThreadPoolExecutor(config.image.fetch_concurrency, "fetch")
         self.in_flight = 0
+        self.is_closed = False
         self.set_filter(config.filter)
 
     def set_filter(self, settings: FilterConfig) -> None:
@@ -94,7 +98,10 @@ class Flow:
 
         Raises:
             BusyError: there is none.
+            UnavailableError: the service is being stopped.
         """
+        if self.is_closed:
+            raise UnavailableError("the service is being stopped")
         if self.in_flight + posts > self._config.serving.max_in_flight:
             raise BusyError(f"{self.in_flight} posts are being annotated")
         self.in_flight += posts
@@ -102,6 +109,14 @@ class Flow:
             yield
         finally:
             self.in_flight -= posts
+
+    async def drain(self) -> None:
+        """Let no post in any more; returns when there is none left, or `serving.drain_s` are over."""
+        self.is_closed = True
+        deadline = time.monotonic() + self._config.serving.drain_s
+        while self.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(_LAST_ANSWERS_S)
 
     async def fetch_image(self, post: Post, url: str) -> None:
         """Give a post the image at a URL, which must be on one of `serving.image_hosts`.

@@ -16,6 +16,7 @@ from gem_ray.annotator import GuardedStage, Stage, build_component, models_of
 from gem_ray.config import Config, StageReplicas
 from gem_ray.metrics import StageMetrics
 from gem_ray.records import Post, StageName
+from gem_ray.serving.settings import check_user_config, matcher_threshold
 
 if TYPE_CHECKING:
     from gem_ray.grounding.grounder import Grounder
@@ -56,17 +57,15 @@ class StageReplica:
         self._started: float | None = None
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take over what may change without a restart: the grounder's `threshold`, P_T above which it draws a box.
+        """Take over what may change without a restart: the grounder's threshold.
 
         Raises:
-            ValueError: the stage has no such setting, or the value is none of it.
+            ValueError: the stage has no such setting, or the value is none.
         """
-        if self._stage.name is not StageName.GROUND or user_config.keys() - {"threshold"}:
-            raise ValueError(f"{self._stage.name} has no setting among {', '.join(user_config)}")
-        default = self._config.grounder.matcher
-        settings = type(default).model_validate(default.model_dump() | user_config)
-        grounder: Grounder = self._component  # type: ignore[assignment]
-        grounder.threshold = settings.threshold
+        check_user_config(self._stage.name, user_config, self._config)
+        if self._stage.name is StageName.GROUND:
+            grounder: Grounder = self._component  # type: ignore[assignment]
+            grounder.threshold = matcher_threshold(self._config, user_config)
 
     async def __call__(self, post: Post) -> Post:
         """Run the stage on a post; what comes back holds no pixels."""

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from gem_ray.config import Config, FilterConfig
+from gem_ray.config import Config
 from gem_ray.metrics import PostMetrics
 from gem_ray.records import StageName
 from gem_ray.serving.flow import Annotated, Flow
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.messages import answer_row
+from gem_ray.serving.settings import filter_settings
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -45,7 +46,7 @@ class Service:
         Raises:
             ValueError: another key, or a value that is none.
         """
-        self.flow.set_filter(FilterConfig.model_validate(self.config.filter.model_dump() | user_config))
+        self.flow.set_filter(filter_settings(self.config, user_config))
 
     async def row(self, done: Annotated, heatmaps: bool) -> dict[str, Any]:
         """The answer about a post, which is counted."""

@@ -22,6 +22,7 @@ from gem_ray.annotator import active_stages, models_of
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.serving.app import DEPLOYED_STAGES
 from gem_ray.serving.keys import ApiKeys
+from gem_ray.serving.settings import INGRESS, check_user_config
 
 IMPORT_PATH = "gem_ray.serving.app:build_app"
 _SPARE_CPUS = 1  # for what Serve runs now and then: building the application
@@ -54,12 +55,24 @@ def file_schema(file: Path) -> ServeDeploySchema:
     """What a Serve config, as `serve_configs/nano.yaml`, deploys.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is none, or its `args` or `user_config` are wrong.
     """
     try:
-        return ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{file} is no config for Ray Serve: {error}") from None
+    for application, config in _ours(schema):
+        for deployment in application.deployments:
+            try:
+                if isinstance(deployment.user_config, dict):
+                    check_user_config(deployment.name, deployment.user_config, config)
+            except ValueError as error:
+                raise ConfigError(f"{file}: user_config of {deployment.name}: {error}") from None
+    return schema
+
+
+def _ours(schema: ServeDeploySchema) -> list[tuple[ServeApplicationSchema, Config]]:
+    return [(app, load_config(**app.args)) for app in schema.applications if app.import_path == IMPORT_PATH]
 
 
 def redeploy(schema: ServeDeploySchema) -> None:
@@ -74,14 +87,14 @@ def redeploy(schema: ServeDeploySchema) -> None:
 def serving(schema: ServeDeploySchema) -> Iterator[str]:
     """The service, ready; yields its URL. Posts that are under way when the block ends are finished first.
 
-    Uses the cluster that `RAY_ADDRESS` names, else a Ray of its own.
+    Uses the cluster that `RAY_ADDRESS` names, whose applications it replaces, else a Ray of its own.
 
     Raises:
         ConfigError: it would listen beyond this machine without API keys.
         FileNotFoundError: a model is not there.
         ServingError: a deployment does not start.
     """
-    configs = [load_config(**app.args) for app in schema.applications if app.import_path == IMPORT_PATH]
+    configs = [config for _, config in _ours(schema)]
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         _check_keys(schema.http_options.host, configs)
@@ -93,9 +106,12 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
     try:
         yield _deploy(schema)
     finally:
-        for application in schema.applications:
-            serve.delete(application.name)  # returns when what has begun is finished; a shutdown alone cuts it off
-        serve.shutdown()
+        _drain(schema)
+        if address is None:
+            serve.shutdown()
+        else:
+            for application in schema.applications:
+                serve.delete(application.name)
         ray.shutdown()
 
 
@@ -132,6 +148,15 @@ def _deploy(schema: ServeDeploySchema) -> str:
     for application in schema.applications:
         _wait_for(application)
     return f"http://{f'[{http.host}]' if ':' in http.host else http.host}:{http.port}"
+
+
+def _drain(schema: ServeDeploySchema) -> None:
+    """Serve finishes what a replica has begun when it stops a replica, but not when it ends itself."""
+    states = serve.status().applications
+    for application, _ in _ours(schema):
+        state = states.get(application.name)
+        if state is not None and state.status == ApplicationStatus.RUNNING:
+            serve.get_deployment_handle(INGRESS, application.name).broadcast("drain").results()
 
 
 def _wait_for(application: ServeApplicationSchema) -> None:

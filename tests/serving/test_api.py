@@ -194,8 +194,8 @@ def test_what_is_wrong_with_a_request_is_a_problem(service, assert_problem, path
 
 def test_what_is_not_there(service, assert_problem):
     assert_problem(service.client.get("/v1/nothing"), 404)
-    assert_problem(service.client.get("/../../config.py"), 404)
-    assert_problem(service.client.get("/%2e%2e/api.py"), 404)
+    assert_problem(service.client.get("/../../etc/passwd"), 404)
+    assert_problem(service.client.get("/%2e%2e/%2e%2e/etc/passwd"), 404)
 
 
 def test_a_body_without_length_is_cut_off_at_the_limit(service, assert_problem):

@@ -11,9 +11,10 @@ from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicati
 from gem_ray.annotator import active_stages
 from gem_ray.config import ConfigError, load_config
 from gem_ray.planning.plan import make_plan
-from gem_ray.serving.app import DEPLOYED_STAGES, INGRESS
+from gem_ray.serving.app import DEPLOYED_STAGES
 from gem_ray.serving.service import Service
 from gem_ray.serving.session import IMPORT_PATH, file_schema
+from gem_ray.serving.settings import INGRESS
 
 FOLDER = Path(__file__).parents[2] / "serve_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -84,8 +85,26 @@ def test_settings_that_are_none_are_refused_and_the_old_ones_stay(wrong):
     assert (service.flow.filter.gamma, service.flow.filter.k) == (0.3, 2)
 
 
+@pytest.mark.parametrize(
+    ("deployment", "user_config"),
+    [
+        ("ingress", {"gamma": -1}),
+        ("ingress", {"threshold": 0.1}),
+        ("ground", {"threshold": 2}),
+        ("ground", {"k": 2}),
+        ("tag", {"k": 2}),
+    ],
+)
+def test_wrong_settings_in_a_file_are_named_before_serve_sees_them(tmp_path, deployment, user_config):
+    values = yaml.safe_load((FOLDER / "nano.yaml").read_text())
+    values["applications"][0]["deployments"] = [{"name": deployment, "user_config": user_config}]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=f"x.yaml: user_config of {deployment}"):
+        file_schema(tmp_path / "x.yaml")
+
+
 def test_a_batch_must_fit_into_what_is_admitted():
-    with pytest.raises(ConfigError, match=r"serving.*max_batch_posts \(64\) is above max_in_flight \(8\)"):
+    with pytest.raises(ConfigError, match=r"serving.*max_batch_posts \(32\) is above max_in_flight \(8\)"):
         load_config(overrides=["serving.max_in_flight=8"])
     with pytest.raises(ConfigError, match=r"serving\.tag.*max_replicas"):
         load_config(overrides=["serving.tag.min_replicas=3"])

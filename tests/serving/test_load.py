@@ -109,6 +109,7 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
         return edit
 
     with under_load(service, posts) as answers:
+        service.reload(change(-1, 1.0))  # nonsense changes nothing
         service.reload(change(0.0, 1.0))
         wait_for(lambda: answers and answers[-1].json().get("gamma") == 0.0)
         time.sleep(1)  # the grounder's setting is another deployment's
