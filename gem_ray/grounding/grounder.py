@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
+from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.trace import peak
 from gem_ray.records import Box, Entity, HeatMap, Point, Post
@@ -52,10 +54,11 @@ class Grounder:
     def from_config(cls, config: Config) -> Grounder:
         """Load what the `grounder` section names."""
         settings = config.grounder.matcher
+        threshold = settings.threshold
         return cls(
             Matcher.from_config(config),
             BoxMaker.from_config(config),
-            settings.threshold,
+            Decision.load(resolve(settings.model)).threshold if threshold is None else threshold,
             settings.save_heatmaps,
             settings.subpatch_peak,
         )
