@@ -68,7 +68,9 @@ def decide(folder: Path, count: int, seed: int) -> dict[str, Any]:
         for each layer the share of seen mentions whose peak lies in a gold box.
     """
     posts = [post for post in generate(count, seed) if post.gold]
-    ImageLoader(ImageConfig())(posts)
+    loader = ImageLoader(ImageConfig())
+    for post in posts:
+        loader.load(post)
     asked = [
         (Query(index, pair.entity, pair.category), gold.boxes)
         for index, post in enumerate(posts)
