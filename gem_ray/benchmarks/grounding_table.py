@@ -13,6 +13,7 @@ from gem_ray.data.generated import generate
 from gem_ray.data.images import ImageLoader
 from gem_ray.evaluation.grounding import draw_worst, ground_gold, summarize, worst
 from gem_ray.grounding.grounder import Grounder
+from gem_ray.grounding.matcher import Matcher
 from gem_ray.taxonomy import FMNERG
 
 _WORST = 16
@@ -64,6 +65,7 @@ def _variant(config: Config, changes: Mapping[str, Any] | None) -> Grounder:
         values["grounder"][section] |= settings
     grounder = Grounder.from_config(parse_config(values))
     if changes is None:
+        assert isinstance(grounder.matcher, Matcher)
         torch.manual_seed(0)
         model = grounder.matcher.model
         model.load_state_dict(type(model)(model.config).state_dict())
