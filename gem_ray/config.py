@@ -183,8 +183,12 @@ class MatcherConfig(_Section):
     model: str = "nano:matcher"
     batch_size: PositiveInt = Field(32, description="entities in one pass through the text encoder, at most")
     image_batch_size: PositiveInt = Field(16, description="images in one pass through the image encoder, at most")
-    threshold: Probability = Field(0.5, description="P_T above which an entity is grounded")
-    layer: int | None = Field(None, ge=0, description="cross-attention layer; none: the middle-upper one")
+    threshold: Probability | None = Field(
+        None, description="P_T above which an entity is grounded; none: as stored with the model, or ½"
+    )
+    layer: int | None = Field(
+        None, ge=0, description="cross-attention layer; none: as stored with the model, or the middle-upper one"
+    )
     tokens: Literal["all", "inner", "words"] = Field(
         "all", description="text tokens that eq. 11 sums over: all, without the special ones, the entity's own"
     )
@@ -222,6 +226,10 @@ class BoxConfig(_Section):
         description="coarse or fine categories whose text-prompted instance wins over SAM's mask",
     )
     largest_component: bool = Field(False, description="bound only the largest connected region of SAM's mask")
+    sam_mask: Literal["iou", "map"] = Field(
+        "iou", description="of SAM's three masks: that of the highest predicted IoU, or the one most like the map"
+    )
+    refine_boxes: bool = Field(False, description="tighten a detector's boxes around what SAM cuts out of them")
 
 
 class GrounderConfig(_Section):

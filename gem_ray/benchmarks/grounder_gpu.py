@@ -91,7 +91,7 @@ def _measure_sam(batches: Sequence[int], peak: float) -> dict[str, Any]:
         encoder.append(_measured(batch, partial(_without_gradient, sam.encode, inputs), peak))
         if "images_per_second" in encoder[-1]:
             embeddings = _without_gradient(sam.encode, inputs)
-            decode = partial(sam.decode, embeddings, [_POINTS] * batch, [(480, 640)] * batch)
+            decode = partial(sam.decode_points, embeddings, [_POINTS] * batch, [(480, 640)] * batch)
             decoder.append(_measured(batch, partial(_without_gradient, decode), peak))
     whole = _best(encoder)["batch"]
     sam = SamSegmenter(sam.model, whole, torch.bfloat16)

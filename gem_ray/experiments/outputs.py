@@ -98,7 +98,9 @@ def _differences(experiment: Experiment, out: Path, posts: Posts) -> dict[str, D
     if experiment.against is None:
         return {}
     labels, task = experiment.columns[0].labels, experiment.metric.partition(".")[0]
-    counts = {row.label: _counts(out, row, labels, posts) for row in experiment.table_rows}
+    compared = {column.label for column in experiment.columns if column.metric == experiment.metric}
+    rows = [row for row in experiment.table_rows if not row.columns or compared & set(row.columns)]
+    counts = {row.label: _counts(out, row, labels, posts) for row in rows}
     reference = counts.pop(experiment.against)
     return {label: paired_bootstrap(runs, reference, task) for label, runs in counts.items() if runs and reference}
 

@@ -7,6 +7,7 @@ from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from gem_ray.experiments.definition import Column, Experiment
 from gem_ray.experiments.results import Cell, Results
@@ -104,6 +105,9 @@ def _scatter(
         for x, y, place in points:
             axes.annotate(place, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
     axes.set(xlabel=experiment.plot.x, ylabel=columns[0].label if len(columns) == 1 else "percent", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def pareto(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:

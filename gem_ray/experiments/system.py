@@ -77,10 +77,11 @@ def what_matters(config: Config) -> dict[str, Any]:
     """The part of a configuration that the annotations depend on; not where it runs, nor what is switched off."""
     speed: Any = {"device": True, "pipeline": True, "tagger": {"batch_tokens", "compile"}}
     values = config.model_dump(mode="json", exclude=speed)
-    for section, unread in (("reranker", "gamma"), ("grounder", None)):
+    for section in ("reranker", "grounder"):
         if not values[section]["enabled"]:
             values[section] = {"enabled": False}
-            values["filter"].pop(unread, None)
+    if not config.reranker.enabled:
+        values["filter"] = {"k": config.filter.k}  # of candidates that nobody is asked about
     if not (config.reranker.enabled or config.grounder.enabled):
         del values["image"]
     return values

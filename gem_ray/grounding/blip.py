@@ -11,20 +11,17 @@ from torch.nn import functional as F
 from transformers import BlipForImageTextRetrieval
 
 
-def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor, visible: Tensor | None = None) -> Tensor:
-    """What `model.vision_model` computes, with fused attention: `(B, 3, S, S)` to `(B, 1 + P, D)`.
+def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor) -> Tensor:
+    """What `model.vision_model` computes, with fused attention: `(B, 3, S, S)`, normalised, to `(B, 1 + P, D)`.
 
-    Args:
-        model: BLIP.
-        pixels: normalised; position embeddings are interpolated where `S` is not the model's own.
-        visible: `(1 + P, 1 + P)` bool, which patches each patch attends to; none: all.
+    Position embeddings are interpolated where `S` is not the model's own.
     """
     vision = model.vision_model
     heads = model.config.vision_config.num_attention_heads
     hidden = vision.embeddings(pixels, interpolate_pos_encoding=True)
     for layer in vision.encoder.layers:
         query, key, value = layer.self_attn.qkv(layer.layer_norm1(hidden)).chunk(3, dim=-1)
-        hidden = hidden + layer.self_attn.projection(attend(query, key, value, heads, visible))
+        hidden = hidden + layer.self_attn.projection(attend(query, key, value, heads))
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
     return vision.post_layernorm(hidden)
 

@@ -8,8 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
+from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
+from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.trace import peak
 from gem_ray.records import Box, Entity, HeatMap, Point, Post
@@ -71,10 +73,11 @@ class Grounder:
     def from_config(cls, config: Config) -> Grounder:
         """Load what the `grounder` section names."""
         settings = config.grounder.matcher
+        threshold = settings.threshold
         return cls(
             load_matcher(config),
             BoxMaker.from_config(config),
-            settings.threshold,
+            Decision.load(resolve(settings.model)).threshold if threshold is None else threshold,
             settings.save_heatmaps,
             settings.subpatch_peak,
         )

@@ -18,6 +18,7 @@ from gem_ray.config import Config
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
 from gem_ray.grounding.blip import encode_images
+from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.trace import Target, match_and_trace, middle_upper_layer
 
 ENC_TOKEN = "[ENC]"
@@ -203,7 +204,7 @@ class Matcher:
             model,
             TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size),
             ImageProcessor.from_pretrained(folder),
-            settings.layer,
+            Decision.load(folder).layer if settings.layer is None else settings.layer,
             settings.tokens,
             settings.target,
             settings.batch_size,

@@ -18,6 +18,7 @@ from gem_ray.grounding.matcher import ENC_TOKEN
 from gem_ray.taxonomy import LABEL_SETS
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", ENC_TOKEN)
+_SLOWEST = 1 / 16  # the slowest wave of position embeddings, in those of the fastest, which turns once in four patches
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789#@&'’-_.,:;!?/+*()\"$%…"
 
 
@@ -68,9 +69,32 @@ def build_blip(out: Path, texts: Sequence[str], size: BlipSize | None = None) ->
         },
         image_text_hidden_size=size.width,
     )
-    BlipForImageTextRetrieval(config).save_pretrained(out)
+    model = BlipForImageTextRetrieval(config)
+    _begin_locally(model)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     BlipImageProcessorPil(size={"height": size.image_side, "width": size.image_side}).save_pretrained(out)
+
+
+@torch.no_grad()
+def _begin_locally(model: BlipForImageTextRetrieval) -> None:
+    """Let image patches begin by attending to what is near and alike, which takes long to learn.
+
+    Position embeddings are sines and cosines of rows and columns, and the queries of each head equal its keys.
+    """
+    config = model.config.vision_config
+    side, width = config.image_size // config.patch_size, config.hidden_size
+    rates = math.pi / 2 * _SLOWEST ** (torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    model.vision_model.embeddings.position_embedding[0, 1:] = torch.cat([rows, columns], dim=2).flatten(0, 1) / 2
+    head = width // config.num_attention_heads
+    for layer in model.vision_model.encoder.layers:
+        queries, keys, _ = layer.self_attn.qkv.weight.split(width)
+        for first in range(0, width, head):
+            basis, _ = torch.linalg.qr(torch.randn(width, head))
+            queries[first : first + head] = keys[first : first + head] = basis.T
 
 
 def _build_tokenizer(texts: Sequence[str]) -> BertTokenizer:
@@ -92,15 +116,16 @@ def _build_tokenizer(texts: Sequence[str]) -> BertTokenizer:
     return tokenizer
 
 
-def neighbours(side: int, reach: int, device: torch.device) -> Tensor:
-    """Which of the class patch and `side × side` patches see which: `(1 + P, 1 + P)` bool.
-
-    A patch sees patches at most `reach` away, and the class patch, which sees all.
-    """
-    patches = torch.arange(side * side, device=device)
-    rows, columns = patches // side, patches % side
-    near = ((rows[:, None] - rows).abs() <= reach) & ((columns[:, None] - columns).abs() <= reach)
-    return F.pad(near, (1, 0, 1, 0), value=True)
+def encode_names(model: BlipForImageTextRetrieval, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """BLIP's text features for contrast with images, without cross-attention: `(R, T)` to unit vectors `(R, D)`."""
+    heads = model.config.text_config.num_attention_heads
+    visible = attention_mask[:, None, None, :].bool()
+    hidden = model.text_encoder.embeddings(input_ids=input_ids)
+    for layer in model.text_encoder.encoder.layer:
+        own = layer.attention.self
+        context = attend(own.query(hidden), own.key(hidden), own.value(hidden), heads, visible)
+        hidden = layer.feed_forward_chunk(layer.attention.output(context, hidden))
+    return F.normalize(model.text_proj(hidden[:, 0]), dim=-1)
 
 
 def match_logits(

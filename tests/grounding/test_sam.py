@@ -15,6 +15,7 @@ from gem_ray.grounding import sam as sam_module
 from gem_ray.grounding.sam import SamSegmenter, SamSizes, build_sam, load_sam, save_sam
 from gem_ray.grounding.sam_attention import FusedAttention
 from gem_ray.grounding.train_sam import PointTarget, SamSample, SamTraining, point_loss, train_sam
+from gem_ray.records import Box
 
 TINY = SamSizes(
     image_size=64,
@@ -63,6 +64,21 @@ def test_masks_of_a_batch_equal_the_predictor_of_the_package_point_by_point(mode
             np.testing.assert_allclose(answer.iou, iou, atol=1e-5)
             assert (answer.masks != masks).mean() < 1e-3
             assert answer.best == iou.argmax()
+
+
+def test_masks_of_boxes_equal_the_predictor_of_the_package_box_by_box(model):
+    images = images_of((48, 80), (90, 60))
+    boxes = [[Box(3, 4, 40, 30), Box(0, 0, 80, 48)], [Box(10, 20, 50, 90)]]
+    predictor = SamPredictor(deepcopy(model))
+    answers = SamSegmenter(model, batch_size=2).masks_in_boxes(images, boxes)
+    for image, row, found in zip(images, boxes, answers, strict=True):
+        predictor.set_image(image)
+        for box, answer in zip(row, found, strict=True):
+            corners = np.array([box.x1, box.y1, box.x2, box.y2])
+            masks, iou, _ = predictor.predict(box=corners, multimask_output=False)
+            assert answer.masks.shape == (1, *image.shape[:2])
+            np.testing.assert_allclose(answer.iou, iou, atol=1e-5)
+            assert (answer.masks != masks).mean() < 1e-3
 
 
 def test_each_image_with_points_is_encoded_once_and_others_never(model):
