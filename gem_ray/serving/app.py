@@ -80,7 +80,8 @@ def build(config: Config) -> Application:
 
 def _stage(name: StageName, config: Config) -> Application:
     placement = getattr(config.serving, name)
-    settings = {"threshold": config.grounder.matcher.threshold} if name is StageName.GROUND else None
+    threshold = config.grounder.matcher.threshold
+    settings = {"threshold": threshold} if name is StageName.GROUND and threshold is not None else None
     deployment = serve.deployment(StageReplica).options(
         name=str(name),
         user_config=settings,

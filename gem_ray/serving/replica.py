@@ -44,6 +44,7 @@ class StageReplica:
         torch.set_num_threads(placement.threads)
         self._config = config
         self._component = _load(name, config)
+        self._loaded_threshold: float = getattr(self._component, "threshold", 0.0)  # the grounder's
         self._stage = GuardedStage(name, self._component)
         self._models = models_of(config, [name])
         self._metrics = StageMetrics(name)
@@ -65,7 +66,8 @@ class StageReplica:
         check_user_config(self._stage.name, user_config, self._config)
         if self._stage.name is StageName.GROUND:
             grounder: Grounder = self._component  # type: ignore[assignment]
-            grounder.threshold = matcher_threshold(self._config, user_config)
+            threshold = matcher_threshold(self._config, user_config)
+            grounder.threshold = self._loaded_threshold if threshold is None else threshold
 
     async def __call__(self, post: Post) -> Post:
         """Run the stage on a post; what comes back holds no pixels."""

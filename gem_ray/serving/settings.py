@@ -19,8 +19,8 @@ def filter_settings(config: Config, user_config: dict[str, Any]) -> FilterConfig
     return FilterConfig.model_validate(config.filter.model_dump() | user_config)
 
 
-def matcher_threshold(config: Config, user_config: dict[str, Any]) -> float:
-    """P_T above which the grounder draws a box.
+def matcher_threshold(config: Config, user_config: dict[str, Any]) -> float | None:
+    """P_T above which the grounder draws a box; none: the one that is stored with the matcher.
 
     Raises:
         ValueError: another key, or a value that is none.

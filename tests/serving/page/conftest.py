@@ -1,83 +1,21 @@
 """The page in a real browser, in front of a real HTTP service with the embedded models."""
 
-import base64
 import shutil
-import socket
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
-from fastapi import FastAPI, Form, UploadFile
-from fastapi.staticfiles import StaticFiles
 
-from gem_ray.annotator import Annotator, models_of
-from gem_ray.config import load_config
 from gem_ray.data.generated import make_post
-from gem_ray.data.prepare import post_from_row
-from gem_ray.taxonomy import FMNERG
 
 PAGE = Path(__file__).parents[3] / "gem_ray" / "serving" / "page"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-POLICY = "default-src 'self'; img-src 'self' blob: data:"
-GAMMA = 0.4
 
 
-def make_app():
-    config = load_config(overrides=["grounder.matcher.save_heatmaps=true", f"filter.gamma={GAMMA}"])
-    annotator, models, busy = Annotator.from_config(config), models_of(config), threading.Lock()
-    app = FastAPI()
-
-    @app.middleware("http")
-    async def add_policy(request, call_next):
-        response = await call_next(request)
-        response.headers["Content-Security-Policy"] = POLICY
-        return response
-
-    @app.get("/v1/taxonomy")
-    def taxonomy():
-        return {"labels": "fmnerg", "coarse": FMNERG.tree}
-
-    @app.get("/v1/limits")
-    def limits():
-        return {
-            "max_body_bytes": 10**6,
-            "max_image_bytes": 10**6,
-            "max_text_chars": config.text.max_chars,
-            "gamma": GAMMA,
-        }
-
-    @app.post("/v1/annotate")
-    def annotate(text: str = Form(), image: UploadFile | None = None):
-        post = post_from_row({"post_id": "p", "text": text, "image": image.file.read() if image else None})
-        with busy:
-            before = [stage.seconds for stage in annotator.stages]
-            annotator.annotate([post])
-            seconds = {stage.name: stage.seconds - start for stage, start in zip(annotator.stages, before, strict=True)}
-        row = post.annotation()
-        for entity in row["entities"]:
-            if entity["heatmap"]:
-                entity["heatmap"]["data"] = base64.b64encode(entity["heatmap"]["data"]).decode()
-        return row | {"run_id": "online-1", "models": models, "seconds": seconds, "gamma": GAMMA}
-
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
-    return app
-
-
-@pytest.fixture(scope="package")
-def address():
+@pytest.fixture(scope="session")
+def address(service):
     """Base URL of the service."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join(10)
+    return f"{service.url}/"
 
 
 @pytest.fixture(scope="package")
