@@ -65,13 +65,15 @@ def train_matcher(
 
     Raises:
         ConfigError: a training with another recipe was begun there.
-        ValueError: no post has a gold mention.
+        ValueError: no post has a gold mention, or none an image.
     """
     settings = settings or MatcherTraining()
     folder = resolve(base)
     train, dev = ([post for post in posts if post.gold] for posts in (train, dev))
     if not train:
         raise ValueError("no post has a gold mention: there is nothing to train the matcher on")
+    if not any(post.image is not None or post.image_bytes or post.image_uri for post in train):
+        raise ValueError("no post has an image: shards need an image or image_uri column, a Twitter10000 root --images")
     torch.manual_seed(settings.seed)
     model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32)
     texts = TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size)

@@ -141,6 +141,15 @@ def test_nothing_to_learn_from_is_an_error(base, tmp_path):
         train_matcher([Post("0", "hello", ["hello"], gold=[])], [], str(base), tmp_path)
 
 
+def test_posts_without_any_image_are_an_error_before_anything_is_trained(base, tmp_path):
+    posts = color_posts()
+    for each in posts:
+        each.image_bytes = None
+    with pytest.raises(ValueError, match="no post has an image"):
+        train_matcher(posts, [], str(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 class KilledError(Exception):
     pass
 
