@@ -48,8 +48,8 @@ def train_matcher(
 ) -> dict[str, Any]:
     """Fine-tune a BLIP matching model and save the epoch that is right about most dev mentions.
 
-    The threshold at which it is, is stored with the model. Stopped, by whatever, the same call goes on from the last
-    checkpoint, and ends with the same weights.
+    The threshold at which it is, is stored with the model, beside the base model's layer to trace. Stopped, by
+    whatever, the same call goes on from the last checkpoint, and ends with the same weights.
 
     Args:
         train: posts with `gold`, `tokens` and an image; images are decoded batch by batch and not kept.
@@ -87,7 +87,8 @@ def train_matcher(
     texts.tokenizer.save_pretrained(out)
     BlipImageProcessorPil.from_pretrained(folder).save_pretrained(out)
     result = trainer.summary()
-    Decision(threshold=result["dev"]["threshold"] if dev else 0.5).save(out)
+    threshold = result["dev"]["threshold"] if dev else 0.5
+    Decision(threshold=threshold, layer=Decision.load(folder).layer).save(out)
     shutil.rmtree(out / _CHECKPOINTS)
     return result
 
