@@ -152,6 +152,15 @@ def _read_sizes(file: Path) -> SamSizes:
     return SamSizes(**{**values, "global_layers": tuple(values["global_layers"])})
 
 
+class _Resize(ResizeLongestSide):
+    """The package's resizing, which leaves nothing of an image that is a thousand times as long as it is wide."""
+
+    @staticmethod
+    def get_preprocess_shape(oldh: int, oldw: int, long_side_length: int) -> tuple[int, int]:
+        height, width = ResizeLongestSide.get_preprocess_shape(oldh, oldw, long_side_length)
+        return max(height, 1), max(width, 1)
+
+
 class SamSegmenter:
     """Masks for points of images."""
 
@@ -168,7 +177,7 @@ class SamSegmenter:
         fuse_attention(self.model.image_encoder)
         self._dtype = dtype
         self._batches = Batches.on(model.device, batch_size)
-        self._resize = ResizeLongestSide(model.image_encoder.img_size)
+        self._resize = _Resize(model.image_encoder.img_size)
 
     @classmethod
     def from_config(cls, config: Config) -> SamSegmenter:

@@ -48,8 +48,8 @@ def train_matcher(
 ) -> dict[str, Any]:
     """Fine-tune a BLIP matching model and save the epoch that is right about most dev mentions.
 
-    The threshold at which it is, is stored with the model. Stopped, by whatever, the same call goes on from the last
-    checkpoint, and ends with the same weights.
+    The threshold at which it is, is stored with the model, beside the base model's layer to trace. Stopped, by
+    whatever, the same call goes on from the last checkpoint, and ends with the same weights.
 
     Args:
         train: posts with `gold`, `tokens` and an image; images are decoded batch by batch and not kept.
@@ -65,13 +65,15 @@ def train_matcher(
 
     Raises:
         ConfigError: a training with another recipe was begun there.
-        ValueError: no post has a gold mention.
+        ValueError: no post has a gold mention, or none an image.
     """
     settings = settings or MatcherTraining()
     folder = resolve(base)
     train, dev = ([post for post in posts if post.gold] for posts in (train, dev))
     if not train:
         raise ValueError("no post has a gold mention: there is nothing to train the matcher on")
+    if not any(post.image is not None or post.image_bytes or post.image_uri for post in train):
+        raise ValueError("no post has an image: shards need an image or image_uri column, a Twitter10000 root --images")
     torch.manual_seed(settings.seed)
     model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32)
     texts = TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size)
@@ -85,7 +87,8 @@ def train_matcher(
     texts.tokenizer.save_pretrained(out)
     BlipImageProcessorPil.from_pretrained(folder).save_pretrained(out)
     result = trainer.summary()
-    Decision(threshold=result["dev"]["threshold"] if dev else 0.5).save(out)
+    threshold = result["dev"]["threshold"] if dev else 0.5
+    Decision(threshold=threshold, layer=Decision.load(folder).layer).save(out)
     shutil.rmtree(out / _CHECKPOINTS)
     return result
 

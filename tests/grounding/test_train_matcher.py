@@ -47,6 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     texts = ["Redland is belong country.", "Blue Bay is belong city."]
     build_blip(out, texts, BlipSize(image_side=16, patch=8, width=24, image_layers=1, text_layers=2))
+    Decision(layer=1).save(out)
     return out
 
 
@@ -102,6 +103,7 @@ def test_training_learns_which_image_shows_which_name(base, tmp_path):
     queries = [Query(i, *name) for i in (0, 1) for name in (("Redland", "country"), ("Blue Bay", "city"))]
     threshold = Decision.load(tmp_path).threshold
     assert threshold == result["dev"]["threshold"]
+    assert Decision.load(tmp_path).layer == 1  # the base model's
     seen = [match.probability > threshold for match in matcher.match(images, queries)]
     assert seen == [True, False, False, True]
 
@@ -139,6 +141,15 @@ def test_posts_without_a_usable_image_are_counted_not_fatal(base, tmp_path):
 def test_nothing_to_learn_from_is_an_error(base, tmp_path):
     with pytest.raises(ValueError, match="no post has a gold mention"):
         train_matcher([Post("0", "hello", ["hello"], gold=[])], [], str(base), tmp_path)
+
+
+def test_posts_without_any_image_are_an_error_before_anything_is_trained(base, tmp_path):
+    posts = color_posts()
+    for each in posts:
+        each.image_bytes = None
+    with pytest.raises(ValueError, match="no post has an image"):
+        train_matcher(posts, [], str(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class KilledError(Exception):
