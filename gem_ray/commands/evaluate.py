@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -104,13 +105,14 @@ def gallery(
 @app.command(epilog="Example: `gem-ray experiment tagger --data data/twitter10000 --out out/tagger --seeds 3`")
 def experiment(
     name: Annotated[str, typer.Argument(help="`tagger`, `tagger-recipe`, or a YAML file of the same form.")],
-    data: Annotated[Path, typer.Option(help="A Twitter10000 root.")],
+    data: Annotated[Path, typer.Option(help="A Twitter10000 root, or a folder with shards in `train/` and `dev/`.")],
     out: Annotated[Path, typer.Option(help="Folder for the table and the runs.")],
     seeds: Annotated[int, typer.Option(help="Trainings of each variant.", min=1)] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Just this variant. Repeatable.")] = None,
     set_: RecipeOption = None,
 ) -> None:
     """Variants of a recipe over several seeds, in one table. What is done is not done again."""
+    from gem_ray.experiments.data import read_experiment_posts
     from gem_ray.experiments.definition import load_experiment
     from gem_ray.experiments.run import run_experiment
     from gem_ray.tagger.scores import one_line
@@ -118,8 +120,7 @@ def experiment(
     definition, overrides = load_experiment(name), parse_overrides(set_)
     run_experiment(
         definition,
-        labelled_posts(data, "train"),
-        labelled_posts(data, "dev"),
+        partial(read_experiment_posts, data),
         out,
         seeds=seeds,
         overrides=overrides,

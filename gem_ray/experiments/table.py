@@ -12,14 +12,12 @@ from gem_ray.experiments.definition import Experiment
 _KINDS, _LEVELS = ("without_knowledge", "with_knowledge"), ("fine", "coarse", "span")
 
 
-def write_results(out: Path, experiment: Experiment, train: int, dev: int) -> dict[str, Any]:
+def write_results(out: Path, experiment: Experiment) -> dict[str, Any]:
     """Tabulate what `out/runs` holds of an experiment.
 
     Args:
         out: the experiment's folder; gets `results.json` and `table.md`.
         experiment: its definition.
-        train: number of training posts.
-        dev: number of dev posts.
 
     Returns:
         What `results.json` holds: for each variant its label, settings, seeds' scores, their means and deviations.
@@ -27,8 +25,9 @@ def write_results(out: Path, experiment: Experiment, train: int, dev: int) -> di
     variants = {}
     for variant in experiment.variants:
         files = sorted((out / "runs" / variant.name).glob("seed-*/result.json"))
-        scores = {file.parent.name: json.loads(file.read_text(encoding="utf-8"))["dev"] for file in files}
-        if scores:
+        runs = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+        if runs:
+            scores = {seed: run["dev"] for seed, run in runs.items()}
             variants[variant.name] = {
                 "label": variant.label,
                 "settings": variant.settings,
@@ -36,7 +35,7 @@ def write_results(out: Path, experiment: Experiment, train: int, dev: int) -> di
                 "mean": _over_seeds(list(scores.values()), mean),
                 "deviation": _over_seeds(list(scores.values()), lambda f1s: stdev(f1s) if len(f1s) > 1 else 0.0),
             }
-    results = {"title": experiment.title, "preset": experiment.preset, "train": train, "dev": dev, "variants": variants}
+    results = {"title": experiment.title, "preset": experiment.preset, "variants": variants}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (out / "table.md").write_text(markdown(results), encoding="utf-8")
     return results
@@ -47,8 +46,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# {results['title']}",
         "",
-        f"F1 in percent on {results['dev']} dev posts, after training on {results['train']} by the recipe "
-        f"`{results['preset']}`; mean ± standard deviation over seeds.",
+        f"F1 in percent on dev after training by the recipe `{results['preset']}`; mean ± standard deviation over "
+        "seeds.",
         "",
         "| | without knowledge: fine | coarse | span | with knowledge: fine | coarse | span | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""A linear-chain CRF: `torchcrf.CRF`, with its two slow loops written for many tags (103) and large batches."""
+"""A linear-chain CRF: `torchcrf.CRF`, with its slow loops written for many tags (103) and large batches."""
 
 from __future__ import annotations
 
@@ -17,19 +17,35 @@ class LinearChainCRF(CRF):
     def __init__(self, num_tags: int) -> None:
         super().__init__(num_tags, batch_first=True)
 
+    def _compute_score(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+        """The logarithm of eq. 5's numerator: emissions (W, B, C), tags and mask (W, B) → (B,)."""
+        emitted = emissions.gather(2, tags[:, :, None])[:, :, 0]  # (W, B)
+        moved = self.transitions[tags[:-1], tags[1:]]  # (W - 1, B)
+        last = tags.gather(0, mask.sum(dim=0, keepdim=True) - 1)[0]  # (B,)
+        ends = self.start_transitions[tags[0]] + self.end_transitions[last]
+        return ends + (emitted * mask).sum(dim=0) + (moved * mask[1:]).sum(dim=0)
+
     def _compute_normalizer(self, emissions: Tensor, mask: Tensor) -> Tensor:
         """The logarithm of eq. 5's denominator: emissions (W, B, C), mask (W, B) → (B,).
 
-        log Σ_i exp(s_i + t_ij) is a matrix product in probability space, once the maximum is taken out of s: it needs
-        no (B, C, C) tensor, forward or backward.
+        The forward algorithm in probability space, scaled to 1 at every word (Rabiner 1989, V.A): a step is a matrix
+        product, and the logarithms of all scales are taken at once. It needs no (B, C, C) tensor, forward or backward.
         """
+        first = self.start_transitions + emissions[0]
+        emissions = torch.cat([first[None], emissions[1:]])
+        peaks = emissions.detach().amax(dim=2)  # (W, B)
+        likelihoods = (emissions - peaks[:, :, None]).exp()
         transitions = self.transitions.exp()  # (C, C)
-        score = self.start_transitions + emissions[0]  # (B, C)
-        for emission, valid in zip(emissions[1:], mask[1:], strict=True):
-            peak = score.detach().amax(dim=1, keepdim=True)  # (B, 1)
-            following = peak + ((score - peak).exp() @ transitions).log() + emission  # (B, C)
-            score = torch.where(valid[:, None], following, score)
-        return torch.logsumexp(score + self.end_transitions, dim=1)
+        states, scales = [likelihoods[0]], [torch.ones_like(peaks[0])]
+        for likelihood in likelihoods[1:]:
+            state = (states[-1] @ transitions) * likelihood  # (B, C)
+            scale = state.sum(dim=1, keepdim=True)
+            states.append(state / scale)
+            scales.append(scale[:, 0])
+        logs = (torch.stack(scales).log() + peaks) * mask  # (W, B)
+        lengths = mask.sum(dim=0)
+        last = torch.stack(states)[lengths - 1, torch.arange(len(lengths), device=mask.device)]  # (B, C)
+        return logs.sum(dim=0) + (last @ self.end_transitions.exp()).log()
 
     def _viterbi_decode(self, emissions: Tensor, mask: Tensor) -> list[list[int]]:
         """The best tag sequences: emissions (W, B, C), mask (W, B), which is on from the first word to the last.

@@ -12,6 +12,8 @@ from gem_ray.tagger.model import DualPathTagger
 from gem_ray.tagger.predict import predict_words
 from gem_ray.taxonomy import decode_bio
 
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}  # a GPU waits for its next kernel in smaller batches
+
 Scores = dict[str, dict[str, float]]
 """`{"with_knowledge" | "without_knowledge": {"fine" | "coarse" | "span": F1}}`, from 0 to 1."""
 
@@ -40,9 +42,10 @@ def one_line(scores: Scores) -> str:
 
 def _score(model: DualPathTagger, posts: Sequence[Post], features: SubwordEncoder) -> dict[str, float]:
     parent = model.labels.parent
+    batch_tokens = _BATCH_TOKENS[model.fine_head.weight.device.type]
     predicted = {
         (index, *span)
-        for index, words in enumerate(predict_words(model, posts, features))
+        for index, words in enumerate(predict_words(model, posts, features, batch_tokens))
         for span in decode_bio(words.tags)
     }
     gold = {(index, g.word_start, g.word_end, g.fine) for index, post in enumerate(posts) for g in post.gold or ()}

@@ -10,6 +10,7 @@ from gem_ray.config import ConfigError
 from gem_ray.experiments import run
 from gem_ray.experiments.definition import Experiment, experiment_names, load_experiment
 from gem_ray.experiments.table import markdown
+from gem_ray.records import Post
 from gem_ray.tagger.recipe import TaggerTraining
 
 DEFINITION = """
@@ -20,6 +21,10 @@ variants:
   - {name: full, label: all on}
   - {name: no-crf, label: no CRF, settings: {crf: false}}
 """
+
+
+def no_posts(split: str, labels: str) -> list[Post]:
+    return []
 
 
 @pytest.fixture
@@ -42,6 +47,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TaggerTraining]:
         return {"epochs": [], "best_epoch": 1, "dev": {"with_knowledge": levels, "without_knowledge": levels}}
 
     monkeypatch.setattr(run, "train_tagger", train)
+    monkeypatch.setattr(run, "_annotate", lambda dev, folder, recipe: {})
     return done
 
 
@@ -57,7 +63,7 @@ def test_every_shipped_experiment_has_recipes_that_can_be() -> None:
 def test_the_table_has_means_and_deviations(
     experiment: Experiment, trained: list[TaggerTraining], tmp_path: Path
 ) -> None:
-    results = run.run_experiment(experiment, [], [], tmp_path, seeds=3, overrides={"precision": "bfloat16"})
+    results = run.run_experiment(experiment, no_posts, tmp_path, seeds=3, overrides={"precision": "bfloat16"})
     assert [(recipe.crf, recipe.seed) for recipe in trained] == [
         (crf, seed) for seed in range(3) for crf in (True, False)
     ]
@@ -82,10 +88,10 @@ def test_what_is_done_is_not_done_again(
 
     monkeypatch.setattr(run, "train_tagger", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.run_experiment(experiment, [], [], tmp_path, seeds=2)
+        run.run_experiment(experiment, no_posts, tmp_path, seeds=2)
     assert "| 2 |" in (tmp_path / "table.md").read_text()  # the first variant has both seeds already
     monkeypatch.setattr(run, "train_tagger", train)
-    results = run.run_experiment(experiment, [], [], tmp_path, seeds=2)
+    results = run.run_experiment(experiment, no_posts, tmp_path, seeds=2)
     assert len(trained) == 4
     assert [len(variant["seeds"]) for variant in results["variants"].values()] == [2, 2]
     assert markdown(results) == (tmp_path / "table.md").read_text()
@@ -94,14 +100,14 @@ def test_what_is_done_is_not_done_again(
 def test_results_of_another_recipe_are_not_mixed_in(
     experiment: Experiment, trained: list[TaggerTraining], tmp_path: Path
 ) -> None:
-    run.run_experiment(experiment, [], [], tmp_path, seeds=1, only=["full"])
+    run.run_experiment(experiment, no_posts, tmp_path, seeds=1, only=["full"])
     with pytest.raises(ConfigError, match="result of another recipe"):
-        run.run_experiment(experiment, [], [], tmp_path, seeds=1, overrides={"epochs": 3})
+        run.run_experiment(experiment, no_posts, tmp_path, seeds=1, overrides={"epochs": 3})
     assert len(trained) == 1
 
 
 def test_unknown_names_are_refused_with_the_known_ones(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there are full, no-crf"):
-        run.run_experiment(experiment, [], [], tmp_path, only=["crf"])
+        run.run_experiment(experiment, no_posts, tmp_path, only=["crf"])
     with pytest.raises(ConfigError, match="or one of tagger, tagger-recipe"):
         load_experiment("taggr")

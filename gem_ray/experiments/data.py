@@ -1,0 +1,46 @@
+"""The posts of an experiment: a split of a Twitter10000 root or of shards, under either label set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from gem_ray.config import ConfigError
+from gem_ray.data.shards import read_posts
+from gem_ray.data.twitter10000 import read_split
+from gem_ray.records import Post
+from gem_ray.taxonomy import FMNERG, GMNER, LABEL_SETS, gmner_category
+
+Posts = Callable[[str, str], list[Post]]
+"""`(split, label set) → posts`; splits are `train` and `dev`."""
+
+
+def read_experiment_posts(data: Path, split: str, labels: str) -> list[Post]:
+    """A split of a data set with gold.
+
+    Args:
+        data: a Twitter10000 root, or a folder with shards in `train/` and `dev/`; shards without such folders are all
+            dev.
+        split: `train` or `dev`.
+        labels: `fmnerg` or `gmner`; where the data has no GMNER annotation, its categories follow from the fine ones.
+
+    Raises:
+        ConfigError: there is no such split.
+        FileNotFoundError: there is nothing at `data`.
+    """
+    if (data / "txt_fine").is_dir():
+        return read_split(data, split, LABEL_SETS[labels])
+    folder = data / split
+    if not folder.is_dir():
+        if split != "dev" or (data / "train").is_dir():
+            raise ConfigError(f"{data} has no {split} posts: put shards in {folder}, or give a Twitter10000 root")
+        folder = data
+    return [_under(labels, post) for post in read_posts(folder)]
+
+
+def _under(labels: str, post: Post) -> Post:
+    if labels != GMNER.name or post.gold is None:
+        return post
+    gold = [replace(g, fine=gmner_category(g.fine) if g.fine in FMNERG.parent else g.fine) for g in post.gold]
+    return replace(post, gold=gold)
