@@ -123,7 +123,7 @@ def test_an_unknown_key_is_named_with_the_nearest_and_all_that_are_expected(path
 
 
 def test_a_key_that_resembles_nothing_still_says_what_is_expected():
-    with pytest.raises(ConfigError, match=r"^filter\.zzz: no such key; expected one of gamma, k$"):
+    with pytest.raises(ConfigError, match=r"^filter\.zzz: no such key; expected one of gamma, max_share, k$"):
         load_config(overrides=["filter.zzz=1"])
 
 
