@@ -66,6 +66,7 @@ def _on_vllm(
     from gem_ray.rerank.engine_vllm import VllmEngine
 
     engine = VllmEngine.from_config(config)
+    threes = _threes(config)
     result: dict[str, Any] = {}
     for mode, expected in reference.items():
         choices, facts = _measure(engine, requests, mode, plain_seconds)
@@ -75,7 +76,7 @@ def _on_vllm(
                 float(np.abs(np.subtract(ours.probabilities, theirs.probabilities)).max())
                 for ours, theirs in zip(choices, expected, strict=True)
             )
-        facts["hit_rate_of_posts_with_three"] = _hit_rate(engine, _threes(config), mode)
+        facts["hit_rate_of_posts_with_three"] = _hit_rate(engine, threes, mode)
         result[f"vllm_{mode}"] = facts
     engine.close()
     return result
@@ -114,8 +115,8 @@ def _hard_requests(config: Config) -> Iterator[Request]:
             yield _request(post, entity)
 
 
-def _threes(config: Config, posts: int = 40) -> list[Request]:
-    """Questions about three entities of each of some posts, which no one has asked about before."""
+def _threes(config: Config, posts: int = 20) -> list[Request]:
+    """Questions about three entities of each of some posts, which are not among those above."""
     eligible = (post for post in _tagged(config, _SEED + 1) if len(post.entities) >= _ENTITIES_OF_A_POST)
     return [
         _request(post, entity) for post in islice(eligible, posts) for entity in post.entities[:_ENTITIES_OF_A_POST]
