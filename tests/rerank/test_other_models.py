@@ -59,10 +59,10 @@ def folder(tmp_path_factory):
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": 2,  # vLLM's CPU kernels know no head smaller than 32
+            "num_key_value_heads": 1,
             "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "eos_token_id": fast.eos_token_id,
             "bos_token_id": None,
         },
