@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import math
@@ -106,12 +107,7 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
     try:
         yield _deploy(schema)
     finally:
-        _drain(schema)
-        if address is None:
-            serve.shutdown()
-        else:
-            for application in schema.applications:
-                serve.delete(application.name)
+        asyncio.run(_end(schema, is_own_ray=address is None))
         ray.shutdown()
 
 
@@ -150,13 +146,23 @@ def _deploy(schema: ServeDeploySchema) -> str:
     return f"http://{f'[{http.host}]' if ':' in http.host else http.host}:{http.port}"
 
 
-def _drain(schema: ServeDeploySchema) -> None:
+async def _end(schema: ServeDeploySchema, is_own_ray: bool) -> None:
+    """In one event loop, on which the handle to the ingress lives until Serve forgets it."""
+    await _drain(schema)
+    if is_own_ray:
+        await serve.shutdown_async()
+    else:
+        for application in schema.applications:
+            await asyncio.to_thread(serve.delete, application.name)
+
+
+async def _drain(schema: ServeDeploySchema) -> None:
     """Serve finishes what a replica has begun when it stops a replica, but not when it ends itself."""
     states = serve.status().applications
     for application, _ in _ours(schema):
         state = states.get(application.name)
         if state is not None and state.status == ApplicationStatus.RUNNING:
-            serve.get_deployment_handle(INGRESS, application.name).broadcast("drain").results()
+            await serve.get_deployment_handle(INGRESS, application.name).broadcast("drain").results_async()
 
 
 def _wait_for(application: ServeApplicationSchema) -> None:
