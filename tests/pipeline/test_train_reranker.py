@@ -20,7 +20,10 @@ from gem_ray.rerank.train import train_reranker
 
 @pytest.fixture
 def posts() -> list[Post]:
-    return list(generate(6, seed=3))
+    """Twelve entities: an even number of batches, so that two workers need no sample twice to end together."""
+    posts = list(generate(7, seed=3))
+    assert sum(len(post.gold or ()) for post in posts) == 12
+    return posts
 
 
 @pytest.fixture
