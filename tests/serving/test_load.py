@@ -115,7 +115,7 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
         time.sleep(1)  # the grounder's setting is another deployment's
         done = len(answers)
         wait_for(lambda: len(answers) > done + 24)
-        service.reload(change(0.5, 0.1))
+        service.reload(change(0.3, 0.1))
         wait_for(lambda: answers[-1].json().get("gamma") == 0.3)
     assert {answer.status_code for answer in answers} == {200}
     late = [answer.json() for answer in answers[done + 12 : done + 24]]
