@@ -52,7 +52,7 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
         first = stage.begin()
         second = stage.begin()  # batches may overlap
         stage.end(first, posts=5)
-        time.sleep(0.3)  # not idle: one is still inside
+        time.sleep(1)  # not idle: one is still inside
         stage.end(second, posts=6)
         stage.count({"asked": 3})
         seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
@@ -62,7 +62,8 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     working = work.remote()
     deadline = time.monotonic() + 60
     text = ""
-    while time.monotonic() < deadline and "ray_gem_ray_entities_total" not in text:
+    # Other tests' runs export metrics too, but none of this stage.
+    while time.monotonic() < deadline and not samples(text, "ray_gem_ray_stage_counts_total", 'stage="knowledge"'):
         time.sleep(0.5)
         text = exported()
     ray.get(working)
@@ -74,7 +75,7 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     assert samples(text, "ray_gem_ray_batch_posts_count", 'stage="knowledge"') == [2]
     assert samples(text, "ray_gem_ray_batch_posts_bucket", 'le="4.0",') == [0]
     (idle,) = samples(text, "ray_gem_ray_idle_seconds_total", 'stage="knowledge"')
-    assert 0.05 <= idle < 0.3
+    assert 0.05 <= idle < 1
     assert samples(text, "ray_gem_ray_stage_counts_total", 'stage="knowledge"') == [3]
     asked = set(re.findall(r"ray_gem_ray_\w+", DASHBOARD.read_text()))
     assert asked
