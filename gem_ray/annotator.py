@@ -119,7 +119,16 @@ def build_stage(name: StageName, config: Config) -> GuardedStage:
     Raises:
         FileNotFoundError: one of its models is not there.
     """
-    return GuardedStage(name, _BUILDERS[name](config))
+    return GuardedStage(name, build_component(name, config))
+
+
+def build_component(name: StageName, config: Config) -> Stage:
+    """Load one stage without its guard.
+
+    Raises:
+        FileNotFoundError: one of its models is not there.
+    """
+    return _BUILDERS[name](config)
 
 
 class Annotator:
@@ -151,37 +160,51 @@ class Annotator:
         return posts
 
 
-def models_of(config: Config) -> dict[str, str]:
+def models_of(config: Config, stages: Sequence[StageName] | None = None) -> dict[str, str]:
     """What makes the output: role -> `reference@hash` for every model that a configuration uses.
 
     A model behind an endpoint has no files to hash: its name stands alone.
 
+    Args:
+        config: names the models.
+        stages: only the models of these; none: of all active stages.
+
     Raises:
         FileNotFoundError: a model is not there.
     """
-    names = {role: checkpoints.describe(reference) for role, reference in _references(config).items() if reference}
-    explainer = config.knowledge.explainer
-    if explainer is not None and explainer.engine == "endpoint":
-        names["explainer"] = explainer.model
+    names: dict[str, str] = {}
+    for stage in stages or active_stages(config):
+        references = _references(stage, config)
+        names |= {role: checkpoints.describe(reference) for role, reference in references.items() if reference}
+        names |= _hosted_elsewhere(stage, config)
     return names
 
 
-def _references(config: Config) -> dict[str, str | None]:
-    references = {"captioner": config.knowledge.captioner, "tagger": config.tagger.model}
-    if config.knowledge.explainer is not None and config.knowledge.explainer.engine == "vllm":
-        references["explainer"] = config.knowledge.explainer.model
-    if config.reranker.enabled:
-        adapter = config.reranker.adapter
-        located = config.reranker.adapter_references.get(adapter) if adapter is not None else None
-        references |= {"reranker": config.reranker.model, "reranker_adapter": located}
-    if config.grounder.enabled:
-        boxes = config.grounder.boxes
-        references |= {
+def _hosted_elsewhere(stage: StageName, config: Config) -> dict[str, str]:
+    explainer, reranker = config.knowledge.explainer, config.reranker
+    if stage is StageName.KNOWLEDGE and explainer is not None and explainer.engine == "endpoint":
+        return {"explainer": explainer.model}
+    if stage is StageName.RERANK and reranker.engine == "endpoint" and reranker.endpoint is not None:
+        return {"reranker": reranker.endpoint.model}
+    return {}
+
+
+def _references(stage: StageName, config: Config) -> dict[str, str | None]:
+    knowledge, reranker, boxes = config.knowledge, config.reranker, config.grounder.boxes
+    hosted = knowledge.explainer if knowledge.explainer and knowledge.explainer.engine == "vllm" else None
+    adapter = reranker.adapter_references.get(reranker.adapter) if reranker.adapter is not None else None
+    loaded = {"reranker": reranker.model, "reranker_adapter": adapter}
+    of_stage: dict[StageName, dict[str, str | None]] = {
+        StageName.KNOWLEDGE: {"captioner": knowledge.captioner, "explainer": hosted.model if hosted else None},
+        StageName.TAG: {"tagger": config.tagger.model},
+        StageName.RERANK: {} if reranker.engine == "endpoint" else loaded,
+        StageName.GROUND: {
             "matcher": config.grounder.matcher.model,
             "sam": boxes.sam.model if boxes.sam else None,
             "text_segmenter": boxes.text.model if boxes.text else None,
-        }
-    return references
+        },
+    }
+    return of_stage.get(stage, {})
 
 
 # The builders import what they build, so that a process loads only the libraries of its own stages.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands import annotate, evaluate, reranker, shards, train
+from gem_ray.commands import annotate, evaluate, reranker, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(reranker.app)
 app.add_typer(shards.app, name="shards")
 app.add_typer(train.app, name="train")
 app.add_typer(train.nano, name="nano")
+app.add_typer(serve.app)
 
 
 @app.callback()

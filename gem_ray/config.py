@@ -44,14 +44,17 @@ class ImageConfig(_Section):
     max_side: PositiveInt = Field(1024, description="decoded images are reduced to this longer side, in pixels")
     root: Path | None = Field(None, description="folder to which relative `image_uri` paths refer, and are confined")
     allow_http: bool = Field(False, description="fetch `https://` image URIs")
+    http_hosts: list[str] | None = Field(
+        None,
+        description="the only hosts (`host`, or `host:port`) to fetch from, redirects included; none: any public one",
+    )
     timeout_s: float = Field(10, gt=0, description="time for one try to fetch an image; S3 is tried several times")
     fetch_concurrency: PositiveInt = Field(16, description="images of a batch that are fetched at once")
 
 
-class ExplainerConfig(_Section):
-    """Where auxiliary knowledge comes from (§3.2.1)."""
+class EndpointConfig(_Section):
+    """An OpenAI-compatible chat endpoint."""
 
-    engine: Literal["endpoint", "vllm"] = Field("endpoint", description="`vllm`: a model in this process, no address")
     # No default: posts go to no address that nobody wrote down.
     base_url: str | None = Field(
         None, pattern=r"^https?://", description="OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1"
@@ -64,6 +67,12 @@ class ExplainerConfig(_Section):
     timeout_s: float = Field(60, gt=0, description="time for one try")
     retries: int = Field(4, ge=0, description="further tries when the endpoint is busy, broken, slow or gone")
     max_pause_s: float = Field(30, ge=0, description="longest pause before a retry, whatever the endpoint asks for")
+
+
+class ExplainerConfig(EndpointConfig):
+    """Where auxiliary knowledge comes from (§3.2.1)."""
+
+    engine: Literal["endpoint", "vllm"] = Field("endpoint", description="`vllm`: a model in this process, no address")
     dtype: DType = Field("float32", description="vLLM: of the model")
     max_model_len: PositiveInt = Field(4096, description="vLLM: tokens of question and answer; the examples take 800")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")
@@ -107,11 +116,22 @@ class FilterConfig(_Section):
     k: PositiveInt = Field(5, description="candidate categories")
 
 
+class RerankerEndpointConfig(EndpointConfig):
+    """A model that is asked in context, by worked examples, instead of a trained one (§5.1)."""
+
+    max_tokens: PositiveInt = Field(16, description="length of an answer: a category's name")
+    image: bool = Field(True, description="send the image; false: the caption in its place")
+    hint: bool = Field(False, description="tell the tagger's own probabilities")
+
+
 class RerankerConfig(_Section):
-    """The LLaVA reranker (§3.3.2)."""
+    """The LLaVA reranker (§3.3.2), or another in its place (§5.1)."""
 
     enabled: bool = True
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "text", "endpoint"] = Field(
+        "transformers", description="`text`: a language model that reads the caption; `endpoint`: whoever answers there"
+    )
+    endpoint: RerankerEndpointConfig | None = Field(None, description="for the engine of that name")
     model: str = "nano:reranker"
     adapter: str | None = Field(
         "nano:reranker-lora", description="LoRA adapter, or a name out of `adapters`; none: the model as it is"
@@ -138,6 +158,12 @@ class RerankerConfig(_Section):
         3, description="vLLM: batches of posts that overlap in an actor, so that none waits for the slowest row"
     )
 
+    @model_validator(mode="after")
+    def _knows_whom_to_ask(self) -> RerankerConfig:
+        if self.engine == "endpoint" and (self.endpoint is None or self.endpoint.base_url is None):
+            raise ValueError("engine endpoint needs endpoint.base_url")
+        return self
+
     @property
     def adapter_references(self) -> dict[str, str]:
         """Every adapter to load: name -> where it is."""
@@ -151,15 +177,23 @@ class RerankerConfig(_Section):
 
 
 class MatcherConfig(_Section):
-    """BLIP matching and its Grad-CAM trace (§3.4.1, §3.4.2)."""
+    """BLIP matching and its Grad-CAM trace (§3.4.1, §3.4.2), or another model's in its place (§5.2)."""
 
+    kind: Literal["blip", "blip2", "llava"] = Field("blip", description="architecture of the model")
     model: str = "nano:matcher"
-    batch_size: PositiveInt = Field(32, description="entities in one pass through the text encoder")
-    image_batch_size: PositiveInt = Field(16, description="images in one pass through the image encoder")
-    threshold: Probability = Field(0.5, description="P_T above which an entity is grounded")
-    layer: int | None = Field(None, ge=0, description="cross-attention layer; none: the middle-upper one")
-    tokens: Literal["all", "inner"] = Field("all", description="text tokens that eq. 11 sums over")
+    batch_size: PositiveInt = Field(32, description="entities in one pass through the text encoder, at most")
+    image_batch_size: PositiveInt = Field(16, description="images in one pass through the image encoder, at most")
+    threshold: Probability | None = Field(
+        None, description="P_T above which an entity is grounded; none: as stored with the model, or ½"
+    )
+    layer: int | None = Field(
+        None, ge=0, description="cross-attention layer; none: as stored with the model, or the middle-upper one"
+    )
+    tokens: Literal["all", "inner", "words"] = Field(
+        "all", description="text tokens that eq. 11 sums over: all, without the special ones, the entity's own"
+    )
     target: Literal["probability", "logit"] = Field("probability", description="what eq. 11 differentiates")
+    subpatch_peak: bool = Field(False, description="interpolate the peak between patches by parabolas")
     save_heatmaps: bool = Field(False, description="keep the map with each grounded entity, 8 bits a patch")
     dtype: DType = "float32"
 
@@ -192,6 +226,10 @@ class BoxConfig(_Section):
         description="coarse or fine categories whose text-prompted instance wins over SAM's mask",
     )
     largest_component: bool = Field(False, description="bound only the largest connected region of SAM's mask")
+    sam_mask: Literal["iou", "map"] = Field(
+        "iou", description="of SAM's three masks: that of the highest predicted IoU, or the one most like the map"
+    )
+    refine_boxes: bool = Field(False, description="tighten a detector's boxes around what SAM cuts out of them")
 
 
 class GrounderConfig(_Section):
@@ -267,6 +305,58 @@ class PipelineConfig(_Section):
         return passes
 
 
+class ReplicaPlacement(_Section):
+    """A deployment of Ray Serve: what each replica reserves, and how many there are."""
+
+    num_cpus: float = Field(1, ge=0, description="CPUs each replica reserves")
+    num_gpus: float = Field(0, ge=0, description="GPUs each replica reserves; fractions share a card")
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 1
+    target_ongoing: float = Field(16, gt=0, description="requests a replica has at once, which autoscaling aims at")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ReplicaPlacement:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})")
+        return self
+
+
+class StageReplicas(ReplicaPlacement):
+    """The deployment of a stage with a model."""
+
+    batch_size: PositiveInt = Field(16, description="posts in a batch; those that wait at the same time share one")
+    threads: PositiveInt = Field(1, description="CPU threads of torch in each replica")
+
+
+class ServingConfig(_Section):
+    """The online service: its limits, and its deployments."""
+
+    api_keys_file: Path | None = Field(None, description="SHA-256 of the API keys in hex, a line each")
+    api_keys_env: str = Field("GEM_RAY_API_KEYS", description="environment variable with such hashes, besides the file")
+    max_body_bytes: PositiveInt = Field(24 * 2**20, description="body of a request")
+    max_batch_posts: PositiveInt = Field(32, description="posts of a batch request")
+    max_in_flight: PositiveInt = Field(64, description="posts in each ingress replica, above which it answers 429")
+    retry_after_s: PositiveInt = Field(1, description="what an answer of 429 or 503 asks its client to wait")
+    timeout_s: float = Field(60, gt=0, description="time for a post")
+    image_hosts: list[str] = Field(
+        default_factory=list, description="hosts from which `image_url` is fetched; empty: image URLs are refused"
+    )
+    decode_threads: PositiveInt = Field(2, description="images that an ingress replica decodes at once")
+    drain_s: float = Field(30, ge=0, description="time that a replica which is stopped has for what it has begun")
+    health_check_s: float = Field(5, gt=0, description="time between two health checks of a replica")
+    ingress: ReplicaPlacement = Field(default_factory=lambda: ReplicaPlacement(num_cpus=0.5, target_ongoing=32))
+    knowledge: StageReplicas = Field(default_factory=StageReplicas)
+    tag: StageReplicas = Field(default_factory=StageReplicas)
+    rerank: StageReplicas = Field(default_factory=StageReplicas)
+    ground: StageReplicas = Field(default_factory=StageReplicas)
+
+    @model_validator(mode="after")
+    def _admits_a_batch(self) -> ServingConfig:
+        if self.max_batch_posts > self.max_in_flight:
+            raise ValueError(f"max_batch_posts ({self.max_batch_posts}) is above max_in_flight ({self.max_in_flight})")
+        return self
+
+
 class Config(_Section):
     """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one leaf."""
 
@@ -280,6 +370,7 @@ class Config(_Section):
     reranker: RerankerConfig = Field(default_factory=RerankerConfig)
     grounder: GrounderConfig = Field(default_factory=GrounderConfig)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
+    serving: ServingConfig = Field(default_factory=ServingConfig)
 
 
 def preset_names() -> list[str]:

@@ -122,6 +122,47 @@ def chaos(
     _write(out, "chaos", measure_chaos(location, posts, shards, tuple(set_ or ())))
 
 
+@app.command()
+def grounder(
+    out: OutOption = Path("out/benchmark"),
+    posts: Annotated[int, typer.Option(help="Posts with an image and three entities.", min=1)] = 4,
+    rounds: Annotated[int, typer.Option(help="Pairs of measurements.", min=1)] = 2,
+    sam: Annotated[bool, typer.Option(help="Also with SAM, end to end.")] = True,
+) -> None:
+    """Matching, tracing and SAM in batches against one entity at a time; models of the published base sizes."""
+    from gem_ray.benchmarks.grounder import measure_grounder
+
+    _write(out, "grounder", measure_grounder(posts, rounds, sam))
+
+
+@app.command("grounder-gpu")
+def grounder_gpu(out: OutOption = Path("out/benchmark")) -> None:
+    """Matcher and SAM of the paper's sizes on a GPU, random weights, over batch sizes."""
+    from gem_ray.benchmarks.grounder_gpu import as_table, measure_grounder_gpu
+
+    result = measure_grounder_gpu()
+    _write(out, "grounder-gpu", result)
+    (out / "grounder-gpu.md").write_text(as_table(result))
+
+
+@app.command("grounding")
+def grounding(
+    out: OutOption = Path("out/benchmark"),
+    posts: Annotated[int, typer.Option(help="Generated posts.", min=1)] = 500,
+    seed: Annotated[int, typer.Option(help="Of the posts; the embedded models were trained on 0.")] = 7,
+    only: Annotated[list[str] | None, typer.Option(help="Just this variant. Repeatable.")] = None,
+    preset: Annotated[str, typer.Option(help="Models.")] = "nano",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,
+) -> None:
+    """What each choice of the grounder is worth on gold mentions, with a picture of the worst."""
+    from gem_ray.benchmarks.grounding_table import as_table, measure_grounding
+    from gem_ray.config import load_config
+
+    results = measure_grounding(load_config(preset, overrides=set_ or ()), posts, seed, out, only or ())
+    _write(out, "grounding", results)
+    (out / "grounding.md").write_text(as_table(results))
+
+
 def _write(out: Path, name: str, result: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2)

@@ -16,7 +16,7 @@ import typer.main
 
 from gem_ray.cli import app
 from gem_ray.data.generated import generate
-from gem_ray.data.shards import read_posts
+from gem_ray.data.shards import read_posts, write_posts
 
 
 def gem_ray(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -104,7 +104,7 @@ def test_unknown_embedded_model_is_named(tmp_path: Path) -> None:
     [
         (("train", "tagger", "--preset", "papr-bert"), "expected one of nano, paper-bert, paper-roberta"),
         (("train", "tagger", "--set", "coarse_path=false"), "set augmentation=false with coarse_path=false"),
-        (("experiment", "tagr"), "give a YAML file, or one of tagger, tagger-recipe"),
+        (("experiment", "tagr"), "give a YAML file, or one of cost, figure3"),
     ],
 )
 def test_recipes_and_experiments_that_are_not_there_are_usage_errors(
@@ -113,3 +113,50 @@ def test_recipes_and_experiments_that_are_not_there_are_usage_errors(
     done = gem_ray(*arguments, "--data", tmp_path, "--out", tmp_path / "out")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert message in done.stderr
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve generated posts with gold and images."""
+    folder = tmp_path_factory.mktemp("labelled")
+    write_posts(generate(12, seed=3), folder)
+    return folder
+
+
+def test_an_experiment_leaves_table_plot_and_runs_that_other_commands_read(labelled: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "title: Own\nagainst: all\ncolumns: [{label: MNERG, metric: mnerg.f1}, {label: s, metric: seconds.total}]\n"
+        "variants:\n  - {name: all, label: all}\n"
+        "  - {name: text, label: text alone, config: {reranker: {enabled: false}, grounder: {enabled: false}}}\n"
+    )
+    out = tmp_path / "out"
+    done = gem_ray("experiment", own, "--data", labelled, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "| text alone |" in done.stdout
+    assert {file.name for file in (out / "own").iterdir()} == {
+        "table.md",
+        "table.csv",
+        "plot.png",
+        "results.json",
+        "experiment.yaml",
+    }
+    whole, text = (out / "runs" / name / "seed-0" / "without-knowledge" for name in ("all", "text"))
+    scores = tmp_path / "scores.json"
+    done = gem_ray("evaluate", labelled, whole, "--against", text, "--json", scores)
+    assert done.returncode == 0, done.stderr
+    assert "paired bootstrap" in done.stdout
+    found = json.loads(scores.read_text())
+    rows = json.loads((out / "own" / "results.json").read_text())["rows"]
+    assert found["mnerg"]["f1"] == pytest.approx(rows["all"]["MNERG"]["mean"])
+    assert found["against"]["mnerg"]["second"] == pytest.approx(rows["text alone"]["MNERG"]["mean"])
+    page = tmp_path / "errors.html"
+    done = gem_ray("errors", labelled, text, page, "--train", labelled)
+    assert done.returncode == 0, done.stderr
+    assert "data:image/jpeg;base64," in page.read_text()
+
+
+def test_an_experiment_without_training_posts_says_where_to_put_them(labelled: Path, tmp_path: Path) -> None:
+    done = gem_ray("experiment", "figure3", "--data", labelled, "--out", tmp_path / "out")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert f"put shards in {labelled / 'train'}" in done.stderr

@@ -26,7 +26,7 @@ def test_the_papers_settings_are_the_defaults():
     config = Config()
     assert (config.filter.gamma, config.filter.k) == (0.2, 5)
     assert config.tagger.max_length == 256
-    assert config.grounder.matcher.threshold == 0.5
+    assert config.grounder.matcher.threshold is None
     assert config.grounder.boxes.text_first == ["person"]
 
 

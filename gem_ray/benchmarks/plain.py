@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from segment_anything import SamPredictor, modeling
 
 from gem_ray.annotator import GuardedStage, active_stages, build_stage
 from gem_ray.config import Config
 from gem_ray.grounding.grounder import Grounder
 from gem_ray.grounding.matcher import Match, Matcher, Query
+from gem_ray.grounding.sam import PointMasks, SamSegmenter
 from gem_ray.grounding.trace import MATCH, patch_scores
 from gem_ray.records import Post, StageName
 
@@ -23,10 +25,12 @@ class PlainMatcher(Matcher):
     def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
         """As `Matcher.match`, with the same answers."""
         self.model.requires_grad_(True)
-        return [self._match_one(images[query.image], query.text) for query in queries]
+        answers = [self._match_one(images[query.image], query) for query in queries]
+        self.model.requires_grad_(False)
+        return answers
 
-    def _match_one(self, image: np.ndarray, text: str) -> Match:
-        batch = self.texts([text], self.model.device)
+    def _match_one(self, image: np.ndarray, query: Query) -> Match:
+        batch = self.texts([query], self.model.device)
         pixels = self.images([image]).to(self.model.device, self.model.dtype)
         states = self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
         encoded = self.model.text_encoder(
@@ -40,11 +44,29 @@ class PlainMatcher(Matcher):
         probability = self.model.itm_head(encoded.last_hidden_state[:, 0]).softmax(-1)[0, MATCH]  # P_T
         probability.backward()
         probability = probability.detach()
-        counted = batch.inner if self.tokens == "inner" else batch.attention_mask.bool()
-        scores = patch_scores(attention.detach().float(), attention.grad.float(), counted)  # (11)
+        scores = patch_scores(attention.detach().float(), attention.grad.float(), batch.counted(self.tokens))  # (11)
         self.model.zero_grad()
         side = self.images.side // self.model.config.vision_config.patch_size
         return Match(float(probability), scores.view(side, side).cpu().numpy())
+
+
+class PlainSam(SamSegmenter):
+    """SAM by its package's own predictor: the image encoded for every point again, in float32."""
+
+    def __init__(self, model: modeling.Sam) -> None:
+        self.model = model
+
+    def masks(
+        self, images: Sequence[np.ndarray], points: Sequence[Sequence[tuple[float, float]]]
+    ) -> list[list[PointMasks]]:
+        """As `SamSegmenter.masks`, with the same answers."""
+        return [[self._masks_at(image, p) for p in own] for image, own in zip(images, points, strict=True)]
+
+    def _masks_at(self, image: np.ndarray, point: tuple[float, float]) -> PointMasks:
+        predictor = SamPredictor(self.model)
+        predictor.set_image(image)
+        masks, iou, _ = predictor.predict(np.array([point]), np.array([1]))
+        return PointMasks(masks, iou)
 
 
 class PlainAnnotator:
@@ -57,7 +79,7 @@ class PlainAnnotator:
         """Annotate posts in place, one after the other."""
         for post in posts:
             for stage in self._stages:
-                for part in _entity_by_entity(post) if stage.name in _ENTITY_STAGES else [post]:
+                for part in entity_by_entity(post) if stage.name in _ENTITY_STAGES else [post]:
                     stage([part])
         return list(posts)
 
@@ -70,6 +92,6 @@ def _plain_stage(name: StageName, config: Config) -> GuardedStage:
     return GuardedStage(name, grounder)
 
 
-def _entity_by_entity(post: Post) -> list[Post]:
+def entity_by_entity(post: Post) -> list[Post]:
     """The post once for every entity, with that entity alone; entities and problems are the post's own."""
     return [replace(post, entities=[entity]) for entity in post.entities]

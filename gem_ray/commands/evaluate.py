@@ -1,10 +1,10 @@
-"""Commands that score and compare: `evaluate`, `calibrate`, `gallery`, `experiment`."""
+"""Commands that score and compare: `evaluate`, `errors`, `calibrate`, `gallery`, `experiment`."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,25 +30,65 @@ def evaluate(
     labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
     protocol: Annotated[Protocol, typer.Option(help="How mentions are keyed.")] = Protocol.STRICT,
     iou: Annotated[float, typer.Option(help="A box is right above this.", min=0, max=1)] = 0.5,
+    against: Annotated[
+        Path | None, typer.Option(help="Another output folder, compared by paired bootstrap over posts.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the scores here.")] = None,
 ) -> None:
     """Score annotations against gold: MNER, EEG, MNERG and their company."""
     from gem_ray.evaluation.metrics import evaluate as score
     from gem_ray.evaluation.predictions import read_gold, read_predictions
-    from gem_ray.evaluation.report import print_report, write_report
+    from gem_ray.evaluation.report import print_differences, print_report, write_report
+    from gem_ray.evaluation.significance import compare
     from gem_ray.taxonomy import LABEL_SETS
 
     label_set = LABEL_SETS[labels.value]
-    report = score(
+    how: Any = {"labels": label_set, "protocol": protocol.value, "iou": iou}
+    posts, annotated = read_gold(gold, split, label_set), read_predictions(predictions)
+    report = score(posts, annotated, **how)
+    print_report(report)
+    differences = compare(posts, annotated, read_predictions(against), **how) if against else {}
+    if differences:
+        print_differences(differences, str(against))
+    if json is not None:
+        write_report(report, json, differences)
+
+
+@app.command(epilog="Example: `gem-ray errors posts/ out/ errors.html --train train/`")
+def errors(
+    gold: Annotated[Path, typer.Argument(help="Shards with a `gold` column, or a Twitter10000 root with `--split`.")],
+    predictions: Annotated[Path, typer.Argument(help="An output folder of `annotate`.")],
+    out: Annotated[Path, typer.Argument(help="The HTML page to write.")],
+    split: Annotated[str | None, typer.Option(help="Split of a Twitter10000 root.")] = None,
+    labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
+    train: Annotated[
+        Path | None, typer.Option(help="Training posts, whose mentions say how rare a category is; a root's `train`.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Shards or a folder with the pictures; GOLD if not given.")
+    ] = None,
+    worst: Annotated[int, typer.Option(help="Posts to show.", min=0)] = 40,
+) -> None:
+    """One page of mistakes: spans, confused and rare categories, the worst cases with their pictures."""
+    from gem_ray.config import ImageConfig
+    from gem_ray.evaluation.error_report import write_error_report
+    from gem_ray.evaluation.errors import find_errors, training_counts
+    from gem_ray.evaluation.predictions import read_gold, read_images, read_predictions
+    from gem_ray.taxonomy import LABEL_SETS
+
+    label_set = LABEL_SETS[labels.value]
+    found = find_errors(
         read_gold(gold, split, label_set),
         read_predictions(predictions),
         labels=label_set,
-        protocol=protocol.value,
-        iou=iou,
+        training=training_counts(read_gold(train, "train", label_set), label_set) if train else None,
+        worst=worst,
     )
-    print_report(report)
-    if json is not None:
-        write_report(report, json)
+    shown = {case.post.post_id for case in found.worst}
+    source = images or (None if split else gold)
+    pictures = read_images(source, ImageConfig()) if source else ()
+    write_error_report(found, out, images={name: data for name, data in pictures if name in shown}, labels=label_set)
+    typer.echo(f"error report: {out}")
 
 
 @app.command(epilog="Example: `gem-ray calibrate --data posts/ --budget 0.15 --rerank`")
@@ -102,29 +142,35 @@ def gallery(
     typer.echo(f"gallery: {out}")
 
 
-@app.command(epilog="Example: `gem-ray experiment tagger --data data/twitter10000 --out out/tagger --seeds 3`")
+@app.command(epilog="Example: `gem-ray experiment figure3 --data data/twitter10000 --out out/experiments`")
 def experiment(
-    name: Annotated[str, typer.Argument(help="`tagger`, `tagger-recipe`, or a YAML file of the same form.")],
+    name: Annotated[str, typer.Argument(help="`table1`, `figure5`, `cost` …, or a YAML file of the same form.")],
     data: Annotated[Path, typer.Option(help="A Twitter10000 root, or a folder with shards in `train/` and `dev/`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the table and the runs.")],
-    seeds: Annotated[int, typer.Option(help="Trainings of each variant.", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the runs, which experiments share, and of `NAME/table.md`.")],
+    seeds: Annotated[int, typer.Option(help="Trainings of each variant whose tagger is trained.", min=1)] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Just this variant. Repeatable.")] = None,
+    tabulate: Annotated[bool, typer.Option("--tabulate", help="Run nothing: tabulate what is there.")] = False,
+    preset: PresetOption = "nano",
+    config: ConfigOption = None,
     set_: RecipeOption = None,
 ) -> None:
-    """Variants of a recipe over several seeds, in one table. What is done is not done again."""
+    """A table or figure of the paper: variants of the system, compared. What is done is not done again."""
+    from gem_ray.config import load_config
     from gem_ray.experiments.data import read_experiment_posts
     from gem_ray.experiments.definition import load_experiment
     from gem_ray.experiments.run import run_experiment
-    from gem_ray.tagger.scores import one_line
 
-    definition, overrides = load_experiment(name), parse_overrides(set_)
+    definition = load_experiment(name)
     run_experiment(
         definition,
         partial(read_experiment_posts, data),
         out,
         seeds=seeds,
-        overrides=overrides,
+        overrides=parse_overrides(set_),
+        base=load_config(preset, config),
         only=only or (),
-        on_done=lambda variant, seed, result: typer.echo(f"{variant}, seed {seed}: {one_line(result['dev'])}"),
+        run_missing=not tabulate,
+        on_done=lambda variant, seed, result: typer.echo(f"{variant}, seed {seed}: done"),
     )
-    typer.echo(f"table: {out / 'table.md'}")
+    typer.echo((out / definition.name / "table.md").read_text(encoding="utf-8"))
+    typer.echo(f"table, figures and plot: {out / definition.name}")

@@ -124,13 +124,19 @@ def train_matcher_command(
     out: OutOption,
     base: Annotated[str, typer.Option(help="The BLIP image–text matching checkpoint to start from.")] = "nano:matcher",
     split: SplitOption = "train",
+    dev: Annotated[Path | None, typer.Option(help="Shards to choose the threshold and the epoch by.")] = None,
+    dev_split: Annotated[str, typer.Option(help="The same, as a split of a Twitter10000 root.")] = "dev",
     images: ImagesOption = None,
     set_: RecipeOption = None,
 ) -> None:
-    """The BLIP matcher (§3.4.1)."""
-    from gem_ray.grounding.train_matcher import MatcherTraining, train_matcher
+    """The BLIP matcher (§3.4.1). Stopped, the same command goes on from the last checkpoint."""
+    from gem_ray.grounding.matcher_recipe import MatcherTraining
+    from gem_ray.grounding.train_matcher import train_matcher
 
-    report = train_matcher(labelled_posts(data, split, images), base, out, _recipe(MatcherTraining, set_))
+    source = dev or (data if (data / "txt_fine").is_dir() else None)
+    chosen_by = labelled_posts(source, dev_split, images) if source else []
+    settings = _recipe(MatcherTraining, set_)
+    report = train_matcher(labelled_posts(data, split, images), chosen_by, base, out, settings, report=_print_step)
     typer.echo(f"{report}\nmodel: {out}")
 
 

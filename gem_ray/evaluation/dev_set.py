@@ -13,7 +13,7 @@ from gem_ray.config import Config
 from gem_ray.evaluation.calibration import JudgedEntity
 from gem_ray.evaluation.predictions import iterate_predictions
 from gem_ray.evaluation.rules import EvaluationError, Rules, Verdict, judge
-from gem_ray.records import Entity, Post, StageName
+from gem_ray.records import Entity, GoldEntity, Post, StageName
 from gem_ray.taxonomy import LABEL_SETS
 
 _BLOCK = 256  # posts in memory with their images
@@ -49,11 +49,9 @@ def judge_dev_set(
         silence: Sequence[Sequence[str | None]] = [[None] * len(post.entities) for post in block]
         categories = answers(block) if answers else silence
         for post, said in zip(block, categories, strict=True):
-            verdicts, _ = judge(post, post.gold or (), rules)
-            for entity, verdict, category in zip(post.entities, verdicts, said, strict=True):
-                entities += 1
-                answered += category is not None
-                yield _judged(entity, verdict, k, category)
+            entities += len(said)
+            answered += sum(category is not None for category in said)
+            yield from judge_entities(post, post.gold or (), rules, k, said)
     if not blocks:
         raise EvaluationError("the dev set has no gold: its rows need a `gold` column, as `gem-ray shards` writes it")
     if answers and entities and not answered:
@@ -61,6 +59,14 @@ def judge_dev_set(
             "the reranker has no answer to any entity of the dev set: it needs the posts' images, and all entities "
             "must go to it (annotate with --set filter.gamma=0)"
         )
+
+
+def judge_entities(
+    post: Post, gold: Sequence[GoldEntity], rules: Rules, k: int, categories: Sequence[str | None]
+) -> list[JudgedEntity]:
+    """Judge every entity of an annotated post beside the reranker's category of it, if it has one."""
+    verdicts, _ = judge(post, gold, rules)
+    return [_judged(*each, k=k) for each in zip(post.entities, verdicts, categories, strict=True)]
 
 
 class EarlierRun:
@@ -122,7 +128,7 @@ def _with(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def _judged(entity: Entity, verdict: Verdict, k: int, category: str | None) -> JudgedEntity:
+def _judged(entity: Entity, verdict: Verdict, category: str | None, k: int) -> JudgedEntity:
     if verdict.gold is None:
         return JudgedEntity(entity.entropy, found=False)
     gold = verdict.gold.category

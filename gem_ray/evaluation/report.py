@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gem_ray.evaluation.metrics import Report, Scores
+from gem_ray.evaluation.significance import Difference
 
 TASK_TITLES: dict[str, str] = {
     "mner": "MNER",
@@ -77,10 +78,26 @@ def print_comparison(reports: Mapping[str, Report], console: Console | None = No
     (console or Console()).print(comparison_table(reports))
 
 
-def write_report(report: Report, path: Path) -> None:
-    """Write the report as JSON, ratios from 0 to 1."""
+def print_differences(differences: Mapping[str, Difference], other: str, console: Console | None = None) -> None:
+    """Print how far each task's F1 is from another system's, with the bootstrap's interval."""
+    table = Table("task", title=f"F1 against {other}", title_justify="left", caption_justify="left")
+    for name in ("this", "other", "difference", "95 % interval", "p"):
+        table.add_column(name, justify="right")
+    for name, found in differences.items():
+        interval = f"{100 * found.low:+.2f} … {100 * found.high:+.2f}"
+        figures = percent(found.first), percent(found.second), f"{100 * found.value:+.2f}", interval
+        table.add_row(TASK_TITLES[name], *figures, f"{found.p_value:.4f}")
+    table.caption = "paired bootstrap over posts"
+    (console or Console()).print(table)
+
+
+def write_report(report: Report, path: Path, differences: Mapping[str, Difference] | None = None) -> None:
+    """Write the report as JSON, ratios from 0 to 1; differences from another system stand under `against`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    values = report.to_dict()
+    if differences:
+        values["against"] = {name: found.to_dict() for name, found in differences.items()}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _table(title: str, first: str) -> Table:

@@ -1,1 +1,1 @@
-"""Named experiments: variants of a recipe, trained over seeds, in one table."""
+"""Named experiments: variants of the system, compared in one table, with a plot and what a paper published."""

@@ -1,46 +1,165 @@
-"""What an experiment is: a YAML file that names a recipe and the variants of it to compare."""
+"""What an experiment is: a YAML file that names variants of the system, the table of their scores, and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gem_ray.config import ConfigError
 from gem_ray.tagger.recipe import TaggerTraining, load_recipe
 
+LabelSetName = Literal["fmnerg", "gmner"]
+Input = Literal["with-knowledge", "without-knowledge"]
+INPUTS: tuple[Input, ...] = ("with-knowledge", "without-knowledge")
 
-class Variant(BaseModel):
-    """A row of the table."""
 
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class Variant(_Part):
+    """One variant of the system: how its tagger is trained, if it is, and how the system is configured."""
 
     name: str = Field(pattern=r"^[a-z0-9-]+$", description="also the name of its folder")
     label: str = Field(description="what the table calls it")
-    settings: dict[str, Any] = Field(default_factory=dict, description="of the recipe, over the experiment's")
+    settings: dict[str, Any] | None = Field(
+        None, description="of the recipe by which its tagger is trained, over the experiment's; none: it is not trained"
+    )
+    recipe: str | None = Field(
+        None, description="a preset of its own, in place of the experiment's recipe and settings"
+    )
+    tagger: str | None = Field(None, description="the variant whose trained tagger it uses; none: the preset's tagger")
+    config: dict[str, Any] = Field(default_factory=dict, description="of the whole system, over the experiment's")
+    at: float | None = Field(None, description="its place on the plot's axis")
+
+    @property
+    def is_trained(self) -> bool:
+        """Its tagger is trained, so that seeds matter."""
+        return self.settings is not None or self.tagger is not None
+
+    @model_validator(mode="after")
+    def _has_one_tagger(self) -> Variant:
+        if self.settings is not None and self.tagger is not None:
+            raise ValueError(f"{self.name}: `settings` trains a tagger, `tagger` takes another variant's: say one")
+        return self
 
 
-class Experiment(BaseModel):
-    """Variants of one recipe."""
+class Column(_Part):
+    """A column of the table: one figure of each row's run."""
 
-    model_config = ConfigDict(extra="forbid")
+    label: str
+    metric: str = Field(description="path in a run's scores: `mnerg.f1`, `small.recall`, `seconds.rerank`")
+    labels: LabelSetName = Field("fmnerg", description="which of a row's runs")
+    input: Input | None = Field(None, description="scores with or without knowledge; none: with, if it was read")
 
+    @property
+    def is_ratio(self) -> bool:
+        """Printed in percent."""
+        return not self.metric.startswith("seconds.")
+
+
+class Row(_Part):
+    """A row of the table: the run of each label set."""
+
+    label: str
+    fmnerg: str | None = None
+    gmner: str | None = None
+    columns: list[str] = Field(default_factory=list, description="labels of those that it fills; none: all")
+
+
+class PublishedRow(_Part):
+    """Figures that somebody else measured."""
+
+    label: str
+    values: list[float | str | None] = Field(description="one a column, as printed; none where there is none")
+
+
+class Published(_Part):
+    """Figures quoted for comparison; they were measured on other data, with other models."""
+
+    source: str
+    rows: list[PublishedRow]
+    notes: list[str] = Field(default_factory=list, description="corrections of what the source prints")
+
+
+class Plot(_Part):
+    """What the plot shows."""
+
+    kind: Literal["bars", "line", "scatter", "entropy"] = Field(
+        "bars", description="`line` over the variants' `at`; `scatter` of quality over `x`; `entropy`: figure 5"
+    )
+    columns: list[str] = Field(default_factory=list, description="labels of the table's columns; none: all ratios")
+    x: str = Field("", description="line: name of the axis; scatter: label of a column")
+    reranked: str | None = Field(None, description="entropy: the variant that asks the reranker about every entity")
+
+
+class Experiment(_Part):
+    """Variants of the system, compared."""
+
+    name: str
     title: str
-    preset: str = Field(description="the recipe that all variants change")
+    about: str = Field("", description="a sentence under the title")
+    recipe: str = Field("nano", description="the recipe that trained variants change")
     settings: dict[str, Any] = Field(default_factory=dict, description="of the recipe, for all variants")
+    config: dict[str, Any] = Field(default_factory=dict, description="of the system, over the preset, for all variants")
     variants: list[Variant]
+    columns: list[Column]
+    rows: list[Row] = Field(default_factory=list, description="none: one for each variant")
+    against: str | None = Field(None, description="label of the row that the others are compared with, by bootstrap")
+    metric: str = Field("mner.f1", description="the figure that is compared")
+    published: list[Published] = Field(default_factory=list)
+    plot: Plot = Field(default_factory=lambda: Plot(kind="bars"))
 
-    def recipe(self, variant: Variant, seed: int, overrides: Mapping[str, Any]) -> TaggerTraining:
-        """The recipe of one run; what distinguishes the variant goes over everything else.
+    @model_validator(mode="after")
+    def _names_what_is_there(self) -> Experiment:
+        known = {variant.name for variant in self.variants}
+        if len(known) < len(self.variants):
+            raise ValueError("two variants have the same name")
+        named = [name for row in self.rows for name in (row.fmnerg, row.gmner)]
+        for name in filter(None, [*named, *(variant.tagger for variant in self.variants), self.plot.reranked]):
+            if name not in known:
+                raise ValueError(f"no variant is called {name!r}")
+        labels = {column.label for column in self.columns}
+        in_rows = [label for row in self.rows for label in row.columns]
+        for label in [*in_rows, *self.plot.columns, *([self.plot.x] if self.plot.kind == "scatter" else [])]:
+            if label not in labels:
+                raise ValueError(f"{label!r} is not one of the table's columns")
+        if self.against is not None and self.against not in {row.label for row in self.table_rows}:
+            raise ValueError(f"against: no row is called {self.against!r}")
+        for published in self.published:
+            for row in published.rows:
+                if len(row.values) != len(self.columns):
+                    raise ValueError(f"{row.label}: {len(row.values)} values for {len(self.columns)} columns")
+        return self
+
+    @property
+    def table_rows(self) -> list[Row]:
+        """The rows, one for each variant if none are given."""
+        own = [Row(label=variant.label, fmnerg=variant.name, gmner=variant.name) for variant in self.variants]
+        return self.rows or own
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def recipe_of(self, variant: Variant, seed: int, overrides: Mapping[str, Any]) -> TaggerTraining | None:
+        """The recipe of a variant's tagger; None if it is not trained.
+
+        What distinguishes the variant goes over everything else.
 
         Raises:
             ConfigError: a setting that does not exist, or a value that cannot be.
         """
-        return load_recipe(self.preset, **{**self.settings, **overrides, **variant.settings, "seed": seed})
+        trained = self.variant(variant.tagger) if variant.tagger else variant
+        if trained.settings is None:
+            return None
+        preset, shared = (trained.recipe, {}) if trained.recipe else (self.recipe, self.settings)
+        return load_recipe(preset, **{**shared, **overrides, **trained.settings, "seed": seed})
 
 
 def experiment_names() -> list[str]:
@@ -52,6 +171,9 @@ def experiment_names() -> list[str]:
 def load_experiment(name: str) -> Experiment:
     """An experiment of the package by its name, or the one in a YAML file.
 
+    A variant may be written `EXPERIMENT/VARIANT`: one that another experiment defines. `like: EXPERIMENT` takes over
+    that one's recipe and its settings.
+
     Raises:
         ConfigError: there is none of that name, or the file is no experiment.
     """
@@ -61,6 +183,21 @@ def load_experiment(name: str) -> Experiment:
     elif not file.is_file():
         raise ConfigError(f"no experiment {name!r}: give a YAML file, or one of {', '.join(experiment_names())}")
     try:
-        return Experiment.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        variants = [_variant(entry) for entry in values["variants"]]
+        other = load_experiment(like) if (like := values.pop("like", None)) else None
+        recipe = {"recipe": other.recipe, "settings": other.settings} if other else {}
+        return Experiment.model_validate({"name": Path(name).stem, **recipe, **values, "variants": variants})
+    except (yaml.YAMLError, ValidationError, TypeError, KeyError) as error:
         raise ConfigError(f"{name} is no experiment: {error}") from None
+
+
+def _variant(entry: Any) -> Any:
+    """What a file says of a variant, or the variant of another experiment that it names."""
+    if not isinstance(entry, str):
+        return entry
+    experiment, _, name = entry.partition("/")
+    known = {variant.name: variant for variant in load_experiment(experiment).variants}
+    if name not in known:
+        raise ConfigError(f"{entry}: {experiment} has no variant {name!r}; it has {', '.join(known)}")
+    return known[name]

@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gem_ray.annotator import build_stage
-from gem_ray.config import ConfigError, parse_config
+from gem_ray.annotator import models_of
+from gem_ray.config import Config, ConfigError, load_config, merge_trees, parse_config
 from gem_ray.data.files import open_filesystem, whole_file
-from gem_ray.evaluation.metrics import evaluate
-from gem_ray.experiments.data import Posts
+from gem_ray.experiments.data import Posts, fingerprint
 from gem_ray.experiments.definition import Experiment, Variant
-from gem_ray.experiments.predictions import store_predictions
-from gem_ray.experiments.table import write_results
-from gem_ray.records import Post, StageName
+from gem_ray.experiments.outputs import write_results
+from gem_ray.experiments.results import RESULT, run_folder
+from gem_ray.experiments.system import (
+    annotate_and_score,
+    device_of,
+    has_images,
+    needs_images,
+    system_config,
+    unreachable,
+    what_matters,
+)
 from gem_ray.tagger.recipe import TaggerTraining, parse_recipe
 from gem_ray.tagger.train import train_tagger
-from gem_ray.taxonomy import LABEL_SETS
+
+OnDone = Callable[[str, int, dict[str, Any]], None]
 
 
 def run_experiment(
@@ -30,41 +39,183 @@ def run_experiment(
     *,
     seeds: int = 3,
     overrides: Mapping[str, Any] | None = None,
+    base: Config | None = None,
     only: Sequence[str] = (),
-    on_done: Callable[[str, int, dict[str, Any]], None] = lambda name, seed, result: None,
+    run_missing: bool = True,
+    on_done: OnDone = lambda name, seed, result: None,
 ) -> dict[str, Any]:
-    """Train every variant with every seed, and tabulate the dev scores after each training.
+    """Run every variant, those whose tagger is trained with every seed, and tabulate after each run.
 
-    What is done is not done again; a training that was interrupted goes on from its last checkpoint. Models are not
-    kept.
+    What is done is not done again; a training that was interrupted goes on from its last checkpoint. A trained tagger
+    is kept until every variant that uses it is done. Several experiments may share `out`: they share runs of the same
+    name.
 
     Args:
         experiment: what to compare.
         posts: reads the posts to learn from (`train`) and to score (`dev`, which also chooses the epochs).
-        out: gets `table.md`, `results.json`, and in `runs/VARIANT/seed-N/` the exact recipe and the scores
-            (`result.json`) and the predicted mentions of dev (`with-knowledge/` and `without-knowledge/`).
+        out: gets `runs/VARIANT/seed-N/` with the exact recipe and configuration, the scores (`result.json`) and the
+            predicted mentions of dev, and `EXPERIMENT/` with the table, the plot and `results.json`.
         seeds: trainings of each variant; seeds count from 0.
         overrides: of the recipe, for all variants: the device, say.
+        base: the configuration that variants change; none: the default preset.
         only: names of variants; all if empty.
+        run_missing: do what is not done; else what is there is tabulated.
         on_done: called with a variant's name, the seed and the result, also for what was done before.
 
     Returns:
         What `results.json` holds.
 
     Raises:
-        ConfigError: an unknown variant, a recipe that cannot be, or results of another recipe in `out`.
+        ConfigError: an unknown variant, a recipe or a configuration that cannot be, or results of another in `out`.
     """
-    variants = _chosen(experiment, only)
+    read = cache(posts)
+    chosen = _chosen(experiment, only)
     plan = [
-        (variant, experiment.recipe(variant, seed, overrides or {})) for seed in range(seeds) for variant in variants
+        _Run(
+            experiment, variant, seed, experiment.recipe_of(variant, seed, overrides or {}), base or load_config(), out
+        )
+        for seed in range(seeds)
+        for variant in _with_their_tagger(chosen)
+        if variant.is_trained or seed == 0
     ]
-    results: dict[str, Any] = {}
-    for variant, recipe in plan:
-        folder = out / "runs" / variant.name / f"seed-{recipe.seed}"
-        result = _finished(folder, recipe) or _run(posts, folder, recipe)
-        on_done(variant.name, recipe.seed, result)
-        results = write_results(out, experiment)
-    return results
+    obstacles: dict[str, str] = {}
+    for number, run in enumerate(plan):
+        result = run.finished(read)
+        if result is None and (reason := run.obstacle(read)) is not None:
+            obstacles[run.variant.name] = reason
+        else:
+            result = result or run.copied(read) or (run.do(read) if run_missing else None)
+        if result is not None:
+            on_done(run.variant.name, run.seed, result)
+            write_results(out, experiment, obstacles)
+        if run_missing:  # else what another process is training might go
+            _forget_models(plan[: number + 1], plan[number + 1 :])
+    return write_results(out, experiment, obstacles, read)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A variant with a seed."""
+
+    experiment: Experiment
+    variant: Variant
+    seed: int
+    recipe: TaggerTraining | None
+    base: Config
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.out, self.variant.name, self.seed)
+
+    @property
+    def model(self) -> Path:
+        """Where its trained tagger is while some variant needs it."""
+        return run_folder(self.out, self.variant.tagger or self.variant.name, self.seed) / "model"
+
+    @property
+    def labels(self) -> str:
+        return self.recipe.labels if self.recipe else str(self.changes.get("labels", self.base.labels))
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return merge_trees(self.experiment.config, self.variant.config)
+
+    def obstacle(self, read: Posts) -> str | None:
+        """Why it cannot be run here, if it cannot."""
+        if needs_images(self.variant.config) and not self._has_images(read):
+            return "the posts have no images"
+        try:
+            encoder = {"tagger": {"model": self.recipe.encoder}} if self.recipe else {}
+            models_of(parse_config(merge_trees(self._config(read).model_dump(), encoder)))
+        except FileNotFoundError as error:
+            return str(error)
+        return unreachable(self._config(read))
+
+    def finished(self, read: Posts) -> dict[str, Any] | None:
+        """The result that is there, if there is one; where it was computed does not matter.
+
+        Raises:
+            ConfigError: it is the result of another recipe, another configuration or other posts.
+        """
+        file = self.folder / RESULT
+        if not file.is_file():
+            return None
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if difference := self._difference(result, read):
+            raise ConfigError(f"{file} has the result of {difference}: use another output folder, or remove it")
+        return result
+
+    def copied(self, read: Posts) -> dict[str, Any] | None:
+        """The result of another variant that comes to the same: on posts without images, say, or in another table."""
+        for file in sorted((self.out / "runs").glob(f"*/{self.folder.name}/{RESULT}")):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if self._difference(result, read) is None:
+                ignore = shutil.ignore_patterns("model", RESULT)
+                shutil.copytree(file.parent, self.folder, ignore=ignore, dirs_exist_ok=True)
+                self._write(result)
+                return result
+        return None
+
+    def do(self, read: Posts) -> dict[str, Any]:
+        """Train if need be, annotate, score, and write the result, in this order."""
+        dev = read("dev", self.labels)
+        config = self._config(read)
+        trained: dict[str, Any] = {}
+        system = config
+        if self.recipe is not None:
+            trained = self._train(read, self.recipe)
+            system = parse_config(merge_trees(config.model_dump(), {"tagger": {"model": str(self.model)}}))
+        result = {
+            "recipe": self.recipe and self.recipe.model_dump(),
+            "config": config.model_dump(mode="json"),
+            "data": self._data(read),
+            "posts": len(dev),
+            **trained,
+            "device": device_of(system),
+            "reports": annotate_and_score(dev, system, self.folder, self.recipe),
+        }
+        self._write(result)
+        return result
+
+    def _difference(self, result: Mapping[str, Any], read: Posts) -> str | None:
+        """What distinguishes a result from this run's, if anything does."""
+        recipe = parse_recipe(result["recipe"]) if result["recipe"] else None
+        if recipe != (self.recipe and self.recipe.changed(device=recipe.device if recipe else "cpu")):
+            return "another recipe"
+        if what_matters(parse_config(result["config"])) != what_matters(self._config(read)):
+            return "another configuration"
+        return None if result["data"] == self._data(read) else "other posts"
+
+    def _write(self, result: Mapping[str, Any]) -> None:
+        with whole_file(*open_filesystem(self.folder / RESULT)) as partial:
+            Path(partial).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    def _data(self, read: Posts) -> dict[str, str]:
+        """What tells the posts from others."""
+        splits = ("train", "dev") if self.recipe else ("dev",)
+        return {split: fingerprint(read(split, self.labels)) for split in splits}
+
+    def _has_images(self, read: Posts) -> bool:
+        return has_images(read("dev", self.labels))
+
+    def _config(self, read: Posts) -> Config:
+        return system_config(self.base, self.changes, self.recipe, self._has_images(read))
+
+    def _train(self, read: Posts, recipe: TaggerTraining) -> dict[str, Any]:
+        """Train the tagger, or go on, or find it done."""
+        file = self.model / "training.json"
+        if not file.is_file():
+            train = read("train", recipe.labels)
+            report = train_tagger(train, read("dev", recipe.labels), self.model, recipe)
+            file.write_text(json.dumps({"train": len(train), **report}), encoding="utf-8")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _forget_models(done: Sequence[_Run], to_do: Sequence[_Run]) -> None:
+    """Remove the trained taggers that no later run uses."""
+    for model in {run.model for run in done} - {run.model for run in to_do}:
+        shutil.rmtree(model, ignore_errors=True)
 
 
 def _chosen(experiment: Experiment, only: Sequence[str]) -> list[Variant]:
@@ -74,49 +225,7 @@ def _chosen(experiment: Experiment, only: Sequence[str]) -> list[Variant]:
     return [known[name] for name in only or known]
 
 
-def _finished(folder: Path, recipe: TaggerTraining) -> dict[str, Any] | None:
-    """The result that is there, if there is one; where it was computed does not matter."""
-    file = folder / "result.json"
-    if not file.is_file():
-        return None
-    result = json.loads(file.read_text(encoding="utf-8"))
-    if parse_recipe(result["recipe"]).changed(device=recipe.device) != recipe:
-        raise ConfigError(f"{file} has the result of another recipe: use another output folder, or remove it")
-    return result
-
-
-def _run(posts: Posts, folder: Path, recipe: TaggerTraining) -> dict[str, Any]:
-    train, dev = posts("train", recipe.labels), posts("dev", recipe.labels)
-    report = train_tagger(train, dev, folder / "model", recipe)
-    result = {
-        "recipe": recipe.model_dump(),
-        "train": len(train),
-        "posts": len(dev),
-        **report,
-        "reports": _annotate(dev, folder, recipe),
-    }
-    with whole_file(*open_filesystem(folder / "result.json")) as partial:
-        Path(partial).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder / "model")
-    return result
-
-
-def _annotate(dev: Sequence[Post], folder: Path, recipe: TaggerTraining) -> dict[str, Any]:
-    """Store and score the predictions on dev, once with and once without knowledge; text only, so nothing is seen."""
-    config = parse_config(
-        {
-            "labels": recipe.labels,
-            "device": recipe.device,
-            "tagger": {"model": str(folder / "model"), "max_length": recipe.max_length},
-        }
-    )
-    tag, labels = build_stage(StageName.TAG, config), LABEL_SETS[recipe.labels]
-    inputs = {"without-knowledge": [replace(post, caption=None, knowledge=None) for post in dev]}
-    if recipe.knowledge != "none":
-        inputs["with-knowledge"] = [replace(post) for post in dev]
-    reports = {}
-    for kind, annotated in inputs.items():
-        tag(annotated)
-        store_predictions(annotated, folder / kind)
-        reports[kind] = evaluate(dev, annotated, labels=labels).to_dict()
-    return reports
+def _with_their_tagger(variants: Sequence[Variant]) -> list[Variant]:
+    """The same, those that share a trained tagger one after the other, so that few models are kept at a time."""
+    order = {name: place for place, name in reversed(list(enumerate(v.tagger or v.name for v in variants)))}
+    return sorted(variants, key=lambda variant: order[variant.tagger or variant.name])

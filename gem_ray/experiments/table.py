@@ -1,66 +1,92 @@
-"""An experiment's results as JSON and as a Markdown table: means and standard deviations over seeds."""
+"""An experiment's figures as a Markdown table and as CSV; what was quoted is marked, with its source."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+import csv
+import io
+from collections.abc import Mapping
 
-from gem_ray.experiments.definition import Experiment
+from gem_ray.experiments.definition import Column, Experiment
+from gem_ray.experiments.results import Cell, Results
 
-_KINDS, _LEVELS = ("without_knowledge", "with_knowledge"), ("fine", "coarse", "span")
+_NONE = "–"
 
 
-def write_results(out: Path, experiment: Experiment) -> dict[str, Any]:
-    """Tabulate what `out/runs` holds of an experiment.
+def markdown(experiment: Experiment, results: Results, obstacles: Mapping[str, str], facts: list[str]) -> str:
+    """The table.
 
     Args:
-        out: the experiment's folder; gets `results.json` and `table.md`.
         experiment: its definition.
-
-    Returns:
-        What `results.json` holds: for each variant its label, settings, seeds' scores, their means and deviations.
+        results: its figures.
+        obstacles: name of a variant that could not be run → why.
+        facts: sentences on data, recipe and device, printed above the table.
     """
-    variants = {}
-    for variant in experiment.variants:
-        files = sorted((out / "runs" / variant.name).glob("seed-*/result.json"))
-        runs = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
-        if runs:
-            scores = {seed: run["dev"] for seed, run in runs.items()}
-            variants[variant.name] = {
-                "label": variant.label,
-                "settings": variant.settings,
-                "seeds": scores,
-                "mean": _over_seeds(list(scores.values()), mean),
-                "deviation": _over_seeds(list(scores.values()), lambda f1s: stdev(f1s) if len(f1s) > 1 else 0.0),
-            }
-    results = {"title": experiment.title, "preset": experiment.preset, "variants": variants}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(markdown(results), encoding="utf-8")
-    return results
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table, with F1 in percent."""
-    lines = [
-        f"# {results['title']}",
-        "",
-        f"F1 in percent on dev after training by the recipe `{results['preset']}`; mean ± standard deviation over "
-        "seeds.",
-        "",
-        "| | without knowledge: fine | coarse | span | with knowledge: fine | coarse | span | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for variant in results["variants"].values():
-        cells = [
-            f"{100 * variant['mean'][kind][level]:.1f} ± {100 * variant['deviation'][kind][level]:.1f}"
-            for kind in _KINDS
-            for level in _LEVELS
-        ]
-        lines.append(f"| {variant['label']} | {' | '.join(cells)} | {len(variant['seeds'])} |")
+    columns = experiment.columns
+    lines = [f"# {experiment.title}", ""]
+    lines += [line for line in (experiment.about, *facts) if line]
+    lines += ["", f"| | {' | '.join(column.label for column in columns)} | runs |"]
+    lines += [f"| --- |{' --- |' * (len(columns) + 1)}"]
+    for row in experiment.table_rows:
+        cells = results[row.label]
+        if any(cells.values()):
+            figures = [_cell(cells[column.label], column) for column in columns]
+            lines.append(f"| {row.label} | {' | '.join(figures)} | {_runs(cells)} |")
+    for number, published in enumerate(experiment.published, start=1):
+        for quoted in published.rows:
+            figures = [_quoted(value) for value in quoted.values]
+            lines.append(f"| *{quoted.label}* [{number}] | {' | '.join(figures)} | quoted |")
+    for number, published in enumerate(experiment.published, start=1):
+        lines += ["", f"[{number}] Quoted, not measured here: {published.source}"]
+        lines += [f"  {note}" for note in published.notes]
+    missing = [row.label for row in experiment.table_rows if not any(results[row.label].values())]
+    if missing:
+        lines += ["", f"Not run: {', '.join(missing)}."]
+    lines += [f"- {experiment.variant(name).label}: {reason}" for name, reason in obstacles.items()]
     return "\n".join(lines) + "\n"
 
 
-def _over_seeds(scores: list[dict[str, dict[str, float]]], statistic: Any) -> dict[str, dict[str, float]]:
-    return {kind: {level: statistic([each[kind][level] for each in scores]) for level in _LEVELS} for kind in _KINDS}
+def table_csv(experiment: Experiment, results: Results) -> str:
+    """One line a figure; ratios from 0 to 1, quoted ones as printed divided by 100."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", "column", "labels", "metric", "mean", "deviation", "runs", "source"])
+    for row in experiment.table_rows:
+        for column in experiment.columns:
+            cell = results[row.label][column.label]
+            if cell is not None:
+                deviation = "" if cell.deviation is None else cell.deviation
+                writer.writerow([row.label, *_names(column), cell.mean, deviation, cell.runs, "measured"])
+    for published in experiment.published:
+        for quoted in published.rows:
+            for column, value in zip(experiment.columns, quoted.values, strict=True):
+                if value is not None:
+                    mean, _, deviation = str(value).partition(" ± ")
+                    scaled = [str(round(float(part) / 100, 6)) if part else "" for part in (mean, deviation)]
+                    writer.writerow([quoted.label, *_names(column), *scaled, "", f"quoted: {published.source}"])
+    return text.getvalue()
+
+
+def printed(cell: Cell, ratio: bool) -> str:
+    """A figure with its deviation: ratios in percent."""
+    scale, digits = (100, 2) if ratio else (1, 2)
+    mean = f"{scale * cell.mean:.{digits}f}"
+    return mean if cell.deviation is None else f"{mean} ± {scale * cell.deviation:.{digits}f}"
+
+
+def _cell(cell: Cell | None, column: Column) -> str:
+    return _NONE if cell is None else printed(cell, column.is_ratio)
+
+
+def _quoted(value: float | str | None) -> str:
+    if value is None:
+        return _NONE
+    return value if isinstance(value, str) else f"{value:.2f}"
+
+
+def _names(column: Column) -> tuple[str, str, str]:
+    return column.label, column.labels, column.metric
+
+
+def _runs(cells: Mapping[str, Cell | None]) -> str:
+    counts = sorted({cell.runs for cell in cells.values() if cell})
+    return "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from gem_ray.grounding.text_segmenter import (
 )
 from gem_ray.records import Box
 from gem_ray.taxonomy import GMNER_OF_COARSE
+
+_SAME_OBJECT = 0.5  # IoU below which SAM has cut out something else than the box was drawn around
+
+Mask = tuple[np.ndarray, float]
+"""One of SAM's masks (h, w) bool, and its predicted IoU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +51,13 @@ class BoxRequest:
 class BoxResult:
     """A box in pixels of the decoded image, inside it; `source` is `sam`, `text` or `map`.
 
-    `score` is SAM's predicted IoU or the instance's score; a box of the map has none.
+    `score` is SAM's predicted IoU or the instance's score; a box of the map has none. `has_mask`: it bounds a mask.
     """
 
     box: Box
     source: str
     score: float | None
+    has_mask: bool = True
 
 
 class BoxMaker:
@@ -63,6 +69,8 @@ class BoxMaker:
         text: TextSegmenter | None,
         text_first: Iterable[str],
         largest_component: bool = False,
+        mask_by_map: bool = False,
+        refine: bool = False,
     ) -> None:
         """Combine segmenters.
 
@@ -71,11 +79,15 @@ class BoxMaker:
             text: prompted with the category; none: ablated.
             text_first: coarse or fine categories whose text-prompted instance wins over SAM's mask.
             largest_component: bound only the largest connected region of SAM's mask.
+            mask_by_map: of SAM's masks, take the one most like the map, not the one with the highest predicted IoU.
+            refine: let SAM cut the object out of a box that the text-prompted model gives without a mask.
         """
         self._sam = sam
         self._text = text
         self._text_first = frozenset(text_first)
         self._largest_component = largest_component
+        self._mask_by_map = mask_by_map
+        self._refine = refine and sam is not None
 
     @classmethod
     def from_config(cls, config: Config) -> BoxMaker:
@@ -93,6 +105,8 @@ class BoxMaker:
             load_text_segmenter(config) if section.text else None,
             text_first,
             section.largest_component,
+            section.sam_mask == "map",
+            section.refine_boxes,
         )
 
     def boxes(self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest]) -> list[BoxResult]:
@@ -107,19 +121,42 @@ class BoxMaker:
         instances = self._instances(images, requests, prompted)
         settled = {row for row in prompted if instance_at(instances[row], requests[row].x, requests[row].y)}
         masks = self._masks(images, requests, [row for row in rows if row not in settled])
-        unmasked = [row for row in masks if not masks[row].masks[masks[row].best].any() and row not in instances]
+        chosen = {row: self._choose_mask(requests[row], answer) for row, answer in masks.items()}
+        unmasked = [row for row, (mask, _) in chosen.items() if not mask.any() and row not in instances]
         instances |= self._instances(images, requests, unmasked)
-        return [
+        results = [
             choose_box(
                 request,
                 images[request.image].shape[:2],
                 self._is_text_first(request),
-                masks.get(row),
+                chosen.get(row),
                 instances.get(row, ()),
                 self._largest_component,
             )
             for row, request in enumerate(requests)
         ]
+        return self._refined(images, requests, results) if self._refine else results
+
+    def _choose_mask(self, request: BoxRequest, answer: PointMasks) -> Mask:
+        best = most_like_map(answer.masks, request.map) if self._mask_by_map else answer.best
+        return answer.masks[best], float(answer.iou[best])
+
+    def _refined(
+        self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest], results: list[BoxResult]
+    ) -> list[BoxResult]:
+        """Boxes that came without a mask, tightened around what SAM cuts out of them."""
+        assert self._sam is not None
+        rows_of: list[list[int]] = [[] for _ in images]
+        for row, result in enumerate(results):
+            if result.source == "text" and not result.has_mask:
+                rows_of[requests[row].image].append(row)
+        answers = self._sam.masks_in_boxes(images, [[results[row].box for row in rows] for rows in rows_of])
+        for rows, answer in zip(rows_of, answers, strict=True):
+            for row, masks in zip(rows, answer, strict=True):
+                tight = mask_box(masks.masks[masks.best])
+                if tight and tight.iou(results[row].box) > _SAME_OBJECT:
+                    results[row] = replace(results[row], box=tight, has_mask=True)
+        return results
 
     def _is_text_first(self, request: BoxRequest) -> bool:
         return not self._text_first.isdisjoint((request.fine, request.coarse))
@@ -157,7 +194,7 @@ def choose_box(
     request: BoxRequest,
     size: tuple[int, int],
     text_first: bool,
-    masks: PointMasks | None,
+    chosen: Mask | None,
     instances: Sequence[Instance],
     largest_component: bool = False,
 ) -> BoxResult:
@@ -167,26 +204,39 @@ def choose_box(
         request: the entity.
         size: height and width of its image.
         text_first: its category is one whose objects SAM tends to cut into parts.
-        masks: SAM's answer; none: it was not asked.
+        chosen: SAM's mask; none: it was not asked.
         instances: those of its category; empty: there are none, or they were not asked for.
         largest_component: bound only the largest connected region of SAM's mask.
     """
     held = instance_at(instances, request.x, request.y)
     if text_first and held:
-        return BoxResult(held.box, "text", held.score)
-    if masks and masks.masks[masks.best].any():
-        mask = masks.masks[masks.best]
+        return _of_instance(held)
+    if chosen and chosen[0].any():
+        mask, iou = chosen
         if largest_component:
             mask = max(connected_components(mask), key=np.count_nonzero)
         box = mask_box(mask)
         assert box is not None  # the mask is not empty
-        return BoxResult(box, "sam", float(masks.iou[masks.best]))
+        return BoxResult(box, "sam", iou)
     if not instances:
-        return BoxResult(map_box(request.map, size), "map", None)
+        return BoxResult(map_box(request.map, size), "map", None, has_mask=False)
     if held is None:
         heat = resize_map(request.map, size)
         held = max(instances, key=lambda each: each.mass(heat))
-    return BoxResult(held.box, "text", held.score)
+    return _of_instance(held)
+
+
+def _of_instance(instance: Instance) -> BoxResult:
+    return BoxResult(instance.box, "text", instance.score, has_mask=instance.mask is not None)
+
+
+def most_like_map(masks: np.ndarray, scores: np.ndarray) -> int:
+    """Which of the masks (V, h, w) bool is most like a map (gh, gw), by the cosine of the angle between the two.
+
+    A point on a large object is often answered best by one of its parts; its map covers more than the part.
+    """
+    heat = resize_map(scores, masks.shape[1:])
+    return int(np.argmax([heat[mask].sum() / max(np.linalg.norm(mask), 1.0) for mask in masks]))
 
 
 def instance_at(instances: Sequence[Instance], x: float, y: float) -> Instance | None:

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
+from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.trace import peak
 from gem_ray.records import Box, Entity, HeatMap, Point, Post
+
+
+class AnyMatcher(Protocol):
+    """Says how probably each entity is seen in its image, and where."""
+
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+        """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
+        ...
+
+
+def load_matcher(config: Config) -> AnyMatcher:
+    """The matcher that `grounder.matcher.kind` names."""
+    kind = config.grounder.matcher.kind
+    if kind == "blip":
+        return Matcher.from_config(config)
+    from gem_ray.grounding.other_matchers import Blip2Matcher, LlavaMatcher
+
+    return LlavaMatcher.from_config(config) if kind == "llava" else Blip2Matcher.from_config(config)
 
 
 @dataclass(frozen=True)
@@ -31,20 +52,34 @@ class Grounder:
         boxes: makes boxes out of peaks.
         threshold: P_T above which an entity is grounded.
         save_heatmaps: keep the maps.
+        subpatch_peak: interpolate peaks between patches.
     """
 
-    def __init__(self, matcher: Matcher, boxes: BoxMaker, threshold: float = 0.5, save_heatmaps: bool = False) -> None:
+    def __init__(
+        self,
+        matcher: AnyMatcher,
+        boxes: BoxMaker,
+        threshold: float = 0.5,
+        save_heatmaps: bool = False,
+        subpatch_peak: bool = False,
+    ) -> None:
         self.matcher = matcher
         self.boxes = boxes
         self.threshold = threshold
         self.save_heatmaps = save_heatmaps
+        self.subpatch_peak = subpatch_peak
 
     @classmethod
     def from_config(cls, config: Config) -> Grounder:
         """Load what the `grounder` section names."""
         settings = config.grounder.matcher
+        threshold = settings.threshold
         return cls(
-            Matcher.from_config(config), BoxMaker.from_config(config), settings.threshold, settings.save_heatmaps
+            load_matcher(config),
+            BoxMaker.from_config(config),
+            Decision.load(resolve(settings.model)).threshold if threshold is None else threshold,
+            settings.save_heatmaps,
+            settings.subpatch_peak,
         )
 
     def __call__(self, posts: list[Post]) -> list[Post]:
@@ -74,7 +109,7 @@ class Grounder:
 
     def _point(self, found: _Found) -> None:
         width, height = _original_size(found.post)
-        x, y = peak(found.map, height, width)
+        x, y = peak(found.map, height, width, self.subpatch_peak)
         found.entity.point = Point(x, y)
         if self.save_heatmaps:
             found.entity.heatmap = heat_map(found.map)
@@ -86,7 +121,8 @@ class Grounder:
         requests = []
         for each in found:
             index = position[id(each.post)]
-            x, y = peak(each.map, *images[index].shape[:2])
+            height, width = images[index].shape[:2]
+            x, y = peak(each.map, height, width, self.subpatch_peak)
             requests.append(BoxRequest(index, x, y, each.map, each.entity.fine, each.entity.coarse))
         if not requests:
             return

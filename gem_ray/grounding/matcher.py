@@ -16,10 +16,15 @@ from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProc
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.device import torch_device
+from gem_ray.grounding.batches import Batches
+from gem_ray.grounding.blip import encode_images
+from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.trace import Target, match_and_trace, middle_upper_layer
 
 ENC_TOKEN = "[ENC]"
 MAX_TOKENS = 64  # an entity is a few words
+
+TokenSet = Literal["all", "inner", "words"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,19 @@ class Match:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Tokenised queries: three `(B, T)` tensors; `inner` marks the tokens that are neither special nor padding."""
+    """Tokenised queries: four `(B, T)` tensors.
+
+    `inner` marks the tokens that are neither special nor padding, `words` those of the entity's own words.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     inner: Tensor
+    words: Tensor
+
+    def counted(self, tokens: TokenSet) -> Tensor:
+        """The tokens that eq. 11 sums over."""
+        return {"all": self.attention_mask.bool(), "inner": self.inner, "words": self.words}[tokens]
 
 
 class TextProcessor:
@@ -72,20 +85,24 @@ class TextProcessor:
         if self.enc_id >= vocab_size:
             raise ValueError(f"the model has {vocab_size} token embeddings, none for {ENC_TOKEN} (id {self.enc_id})")
 
-    def __call__(self, texts: Sequence[str], device: torch.device) -> TextBatch:
-        """Tokenise and pad `B` texts."""
+    def __call__(self, queries: Sequence[Query], device: torch.device) -> TextBatch:
+        """Tokenise and pad `B` queries."""
         encoded = self.tokenizer(
-            list(texts),
+            [query.text for query in queries],
             padding=True,
             truncation=True,
             max_length=MAX_TOKENS,
             return_special_tokens_mask=True,
+            return_offsets_mapping=True,
             return_tensors="pt",
         )
         input_ids = encoded["input_ids"]
         input_ids[:, 0] = self.enc_id  # in place of [CLS]
         inner = encoded["special_tokens_mask"] == 0
-        return TextBatch(input_ids.to(device), encoded["attention_mask"].to(device), inner.to(device))
+        lengths = torch.tensor([len(query.entity) for query in queries])
+        words = inner & (encoded["offset_mapping"][..., 0] < lengths[:, None])  # the text begins with the entity
+        words |= inner & ~words.any(dim=1, keepdim=True)  # an entity of characters that yield no token
+        return TextBatch(input_ids.to(device), encoded["attention_mask"].to(device), inner.to(device), words.to(device))
 
 
 def resize_square(image: np.ndarray, side: int) -> np.ndarray:
@@ -120,13 +137,18 @@ class ImageProcessor:
             raise ValueError(f"{folder}: image size {height} × {width} is not square")
         return cls(height, published.image_mean, published.image_std)
 
-    def normalize(self, squares: np.ndarray) -> Tensor:
-        """`(N, side, side, 3)` uint8 to `(N, 3, side, side)` float32."""
-        return (torch.from_numpy(squares).permute(0, 3, 1, 2).float() - self.mean) / self.std
+    def normalize(self, squares: Tensor) -> Tensor:
+        """`(N, side, side, 3)` uint8 to `(N, 3, side, side)` float32, on the device where they are."""
+        mean, std = self.mean.to(squares.device), self.std.to(squares.device)
+        return (squares.permute(0, 3, 1, 2).float() - mean) / std
+
+    def squares(self, images: Sequence[np.ndarray]) -> Tensor:
+        """`N` images to `(N, side, side, 3)` uint8."""
+        return torch.from_numpy(np.stack([resize_square(image, self.side) for image in images]))
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """`N` images to `(N, 3, side, side)` float32."""
-        return self.normalize(np.stack([resize_square(image, self.side) for image in images]))
+        return self.normalize(self.squares(images))
 
 
 class Matcher:
@@ -139,10 +161,10 @@ class Matcher:
         texts: its text processor.
         images: its image processor.
         layer: cross-attention layer to trace; none: the middle-upper one.
-        tokens: text tokens that eq. 11 sums over; `inner` leaves the special ones out.
+        tokens: text tokens that eq. 11 sums over; `inner` leaves the special ones out, `words` also the category.
         target: what eq. 11 differentiates.
-        batch_size: queries in one pass through the text encoder.
-        image_batch_size: images in one pass through the image encoder.
+        batch_size: queries in one pass through the text encoder, at most.
+        image_batch_size: images in one pass through the image encoder, at most.
 
     Raises:
         ValueError: the text encoder has no such layer.
@@ -154,7 +176,7 @@ class Matcher:
         texts: TextProcessor,
         images: ImageProcessor,
         layer: int | None = None,
-        tokens: Literal["all", "inner"] = "all",
+        tokens: TokenSet = "all",
         target: Target = "probability",
         batch_size: int = 32,
         image_batch_size: int = 16,
@@ -166,10 +188,10 @@ class Matcher:
         self.texts = texts
         self.images = images
         self.layer = middle_upper_layer(depth) if layer is None else layer
-        self.tokens = tokens
+        self.tokens: TokenSet = tokens
         self.target: Target = target
-        self.batch_size = batch_size
-        self.image_batch_size = image_batch_size
+        self._query_batches = Batches.on(model.device, batch_size)
+        self._image_batches = Batches.on(model.device, image_batch_size)
 
     @classmethod
     def from_config(cls, config: Config) -> Matcher:
@@ -182,7 +204,7 @@ class Matcher:
             model,
             TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size),
             ImageProcessor.from_pretrained(folder),
-            settings.layer,
+            Decision.load(folder).layer if settings.layer is None else settings.layer,
             settings.tokens,
             settings.target,
             settings.batch_size,
@@ -194,30 +216,31 @@ class Matcher:
         if not queries:
             return []
         states = self.encode_images(images)
-        matches: list[Match] = []
-        for start in range(0, len(queries), self.batch_size):
-            matches += self._match_batch(states, queries[start : start + self.batch_size])
-        return matches
+        return self._query_batches.run(lambda batch: self.match_states(states, batch), queries)
 
-    @torch.no_grad()
     def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """The image encoder's output, `(N, 1 + P, D)`, class patch first."""
-        device, dtype = self.model.device, self.model.dtype
-        encoded = []
-        for start in range(0, len(images), self.image_batch_size):
-            pixels = self.images(images[start : start + self.image_batch_size]).to(device, dtype)
-            encoded.append(self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state)
-        return torch.cat(encoded)
+        return torch.stack(
+            self._image_batches.run(lambda batch: list(self.encode_squares(self.images.squares(batch))), images)
+        )
 
-    def _match_batch(self, states: Tensor, queries: Sequence[Query]) -> list[Match]:
-        batch = self.texts([query.text for query in queries], states.device)
-        counted = batch.inner if self.tokens == "inner" else batch.attention_mask.bool()
+    @torch.no_grad()
+    def encode_squares(self, squares: Tensor) -> Tensor:
+        """The same for one batch of images that are resized already, `(N, side, side, 3)` uint8."""
+        pixels = self.images.normalize(squares.to(self.model.device))
+        return encode_images(self.model, pixels.to(self.model.dtype))
+
+    def match_states(self, states: Tensor, queries: Sequence[Query]) -> list[Match]:
+        """Answer one batch of queries about encoded images."""
+        rows, image_of_query = torch.unique(torch.tensor([query.image for query in queries]), return_inverse=True)
+        batch = self.texts(queries, states.device)
         probabilities, scores = match_and_trace(
             self.model,
             batch.input_ids,
             batch.attention_mask,
-            counted,
-            states[[query.image for query in queries]],
+            batch.counted(self.tokens),
+            states[rows.to(states.device)],
+            image_of_query.to(states.device),
             self.layer,
             self.target,
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,12 @@ from torch import nn
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, SamConfig
 from gem_ray.device import torch_device
+from gem_ray.grounding.batches import Batches
+from gem_ray.grounding.sam_attention import fuse_attention
+from gem_ray.records import Box
+
+T = TypeVar("T")
+Decoded = tuple[torch.Tensor, torch.Tensor]  # mask logits (P, V, M, M) and predicted IoU (P, V)
 
 # Width of the image encoder -> its name in the package's registry.
 _PUBLISHED = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -54,7 +61,10 @@ class SamSizes:
 
 @dataclass(frozen=True)
 class PointMasks:
-    """What SAM answers to one point: `masks` (3, h, w) bool in the image's pixels, `iou` (3,) predicted."""
+    """What SAM answers to one prompt: `masks` (V, h, w) bool in the image's pixels, `iou` (V,) predicted.
+
+    V is 3 for a point, which may mean a part or the whole, and 1 for a box.
+    """
 
     masks: np.ndarray
     iou: np.ndarray
@@ -142,6 +152,15 @@ def _read_sizes(file: Path) -> SamSizes:
     return SamSizes(**{**values, "global_layers": tuple(values["global_layers"])})
 
 
+class _Resize(ResizeLongestSide):
+    """The package's resizing, which leaves nothing of an image that is a thousand times as long as it is wide."""
+
+    @staticmethod
+    def get_preprocess_shape(oldh: int, oldw: int, long_side_length: int) -> tuple[int, int]:
+        height, width = ResizeLongestSide.get_preprocess_shape(oldh, oldw, long_side_length)
+        return max(height, 1), max(width, 1)
+
+
 class SamSegmenter:
     """Masks for points of images."""
 
@@ -150,14 +169,15 @@ class SamSegmenter:
 
         Args:
             model: on the device where it shall run.
-            batch_size: images in one pass through the image encoder.
+            batch_size: images, with all their points, in one pass, at most.
             dtype: of the image encoder; prompts and masks stay in float32.
         """
         self.model = model
         self.model.image_encoder.to(dtype)
+        fuse_attention(self.model.image_encoder)
         self._dtype = dtype
-        self._batch_size = batch_size
-        self._resize = ResizeLongestSide(model.image_encoder.img_size)
+        self._batches = Batches.on(model.device, batch_size)
+        self._resize = _Resize(model.image_encoder.img_size)
 
     @classmethod
     def from_config(cls, config: Config) -> SamSegmenter:
@@ -183,16 +203,37 @@ class SamSegmenter:
         Returns:
             For each image, an answer for each of its points.
         """
+        return self._prompted(images, points, self.decode_points)
+
+    @torch.inference_mode()
+    def masks_in_boxes(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[list[PointMasks]]:
+        """One mask, `best`, for every box, such as a detector gives; arguments and answers as those of `masks`."""
+        return self._prompted(images, boxes, self.decode_boxes)
+
+    def _prompted(
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[T]], decode: Callable[..., list[Decoded]]
+    ) -> list[list[PointMasks]]:
+        prompted = [row for row in range(len(images)) if prompts[row]]
+        answers = self._batches.run(
+            lambda rows: self._masks([images[row] for row in rows], [prompts[row] for row in rows], decode), prompted
+        )
         found: list[list[PointMasks]] = [[] for _ in images]
-        prompted = [row for row in range(len(images)) if points[row]]
-        for start in range(0, len(prompted), self._batch_size):
-            rows = prompted[start : start + self._batch_size]
-            resized = [self._to_input(images[row]) for row in rows]
-            embeddings = self.encode(torch.stack([self.model.preprocess(image) for image in resized]))
-            answers = self._decode(embeddings, [points[row] for row in rows], [images[row].shape[:2] for row in rows])
-            for row, image, (logits, iou) in zip(rows, resized, answers, strict=True):
-                found[row] = self._to_masks(logits, iou, image.shape[-2:], images[row].shape[:2])
+        for row, answer in zip(prompted, answers, strict=True):
+            found[row] = answer
         return found
+
+    def _masks(
+        self, images: Sequence[np.ndarray], prompts: Sequence[Sequence[T]], decode: Callable[..., list[Decoded]]
+    ) -> list[list[PointMasks]]:
+        """The answers for one batch of images, each with at least one prompt."""
+        sizes = [image.shape[:2] for image in images]
+        resized = [self._to_input(image) for image in images]
+        embeddings = self.encode(torch.stack([self.model.preprocess(image) for image in resized]))
+        decoded = decode(embeddings, prompts, sizes)
+        return [
+            self._to_masks(logits, iou, image.shape[-2:], size)
+            for image, size, (logits, iou) in zip(resized, sizes, decoded, strict=True)
+        ]
 
     def encode(self, inputs: torch.Tensor) -> torch.Tensor:
         """Image embeddings (B, D, G, G), float32, of normalised and padded images (B, 3, S, S)."""
@@ -202,20 +243,33 @@ class SamSegmenter:
         """(3, h', w'), the longer side of the size that the model takes."""
         return torch.from_numpy(self._resize.apply_image(image)).permute(2, 0, 1).to(self.model.device)
 
-    def _decode(
+    def decode_points(
         self,
         embeddings: torch.Tensor,
         points: Sequence[Sequence[tuple[float, float]]],
         sizes: Sequence[tuple[int, ...]],
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> list[Decoded]:
         """Mask logits and predicted IoU of the points of each image: one pass for all points of all images."""
         scaled = [
             self._resize.apply_coords(np.asarray(p, dtype=np.float64), s) for p, s in zip(points, sizes, strict=True)
         ]
-        counts = [len(each) for each in points]
         coordinates = torch.as_tensor(np.concatenate(scaled), dtype=torch.float32, device=self.model.device)[:, None]
+        return self._decode(embeddings, [len(each) for each in points], points=coordinates)
+
+    def decode_boxes(
+        self, embeddings: torch.Tensor, boxes: Sequence[Sequence[Box]], sizes: Sequence[tuple[int, ...]]
+    ) -> list[Decoded]:
+        """The same of boxes."""
+        scaled = [
+            self._resize.apply_boxes(np.array([(b.x1, b.y1, b.x2, b.y2) for b in own], dtype=np.float64), s)
+            for own, s in zip(boxes, sizes, strict=True)
+        ]
+        corners = torch.as_tensor(np.concatenate(scaled), dtype=torch.float32, device=self.model.device)
+        return self._decode(embeddings, [len(each) for each in boxes], boxes=corners)
+
+    def _decode(self, embeddings: torch.Tensor, counts: list[int], **prompts: torch.Tensor) -> list[Decoded]:
         repeated = embeddings.repeat_interleave(torch.tensor(counts, device=embeddings.device), dim=0)  # (P, D, G, G)
-        logits, iou = decode_points(self.model, repeated, coordinates)
+        logits, iou = decode_prompts(self.model, repeated, **prompts)
         return list(zip(logits.split(counts), iou.split(counts), strict=True))
 
     def _to_masks(
@@ -225,26 +279,32 @@ class SamSegmenter:
         return [PointMasks(*pair) for pair in zip(masks.cpu().numpy(), iou.cpu().numpy(), strict=True)]
 
 
-def decode_points(
-    model: modeling.Sam, embeddings: torch.Tensor, coordinates: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask logits and predicted IoU of points, of one image or of several.
+def decode_prompts(
+    model: modeling.Sam,
+    embeddings: torch.Tensor,
+    points: torch.Tensor | None = None,
+    boxes: torch.Tensor | None = None,
+) -> Decoded:
+    """Mask logits and predicted IoU of points or of boxes, of one image or of several.
 
     Args:
         model: SAM.
-        embeddings: for each point its image's, (P, D, G, G).
-        coordinates: (P, 1, 2), x and y in the model's input pixels.
+        embeddings: for each prompt its image's, (P, D, G, G).
+        points: (P, 1, 2), x and y in the model's input pixels.
+        boxes: (P, 4), x1, y1, x2 and y2 in the model's input pixels.
 
     Returns:
-        Logits (P, 3, 4G, 4G) and predicted IoU (P, 3).
+        Logits (P, V, 4G, 4G) and predicted IoU (P, V); V is 3 for a point, which may mean several things, and else 1.
     """
-    foreground = torch.ones(coordinates.shape[:2], dtype=torch.int, device=coordinates.device)
-    sparse, dense = model.prompt_encoder(points=(coordinates, foreground), boxes=None, masks=None)
+    foreground = None
+    if points is not None:
+        foreground = points, torch.ones(points.shape[:2], dtype=torch.int, device=points.device)
+    sparse, dense = model.prompt_encoder(points=foreground, boxes=boxes, masks=None)
     # The decoder adds the dense prompts to the embedding of a single image, so images can differ there.
     return model.mask_decoder(
         image_embeddings=torch.zeros_like(embeddings[:1]),
         image_pe=model.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense + embeddings,
-        multimask_output=True,
+        multimask_output=points is not None,
     )

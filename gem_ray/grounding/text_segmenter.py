@@ -24,6 +24,7 @@ from transformers import (
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, TextSegmenterConfig
 from gem_ray.device import torch_device
+from gem_ray.grounding.batches import Batches
 from gem_ray.records import Box
 
 Features = TypeVar("Features")
@@ -113,12 +114,14 @@ class TextSegmenter(ABC, Generic[Features]):
             model: on the device where it shall run, in evaluation mode.
             processor: its processor.
             threshold: score above which a pixel (CLIPSeg) or an instance is kept.
-            batch_size: images, or pairs of image and prompt, in one forward pass.
+            batch_size: images, or pairs of image and prompt, in one forward pass, at most.
         """
         self.model = model
         self.processor = processor
         self.threshold = threshold
         self.batch_size = batch_size
+        self._image_batches = Batches.on(model.device, self.images_at_once)
+        self._prompt_batches = Batches.on(model.device, batch_size)
 
     @torch.inference_mode()
     def instances(self, images: Sequence[np.ndarray], prompts: Sequence[tuple[int, str]]) -> list[list[Instance]]:
@@ -131,23 +134,34 @@ class TextSegmenter(ABC, Generic[Features]):
         Returns:
             For each pair its instances, perhaps none.
         """
+        pairs_of: dict[int, list[int]] = {}
+        for pair, (image, _) in enumerate(prompts):
+            pairs_of.setdefault(image, []).append(pair)
+        answers = self._image_batches.run(
+            lambda chosen: self._of_images(
+                [images[image] for image in chosen],
+                [[prompts[pair][1] for pair in pairs_of[image]] for image in chosen],
+            ),
+            sorted(pairs_of),
+        )
         found: list[list[Instance]] = [[] for _ in prompts]
-        prompted = sorted({image for image, _ in prompts})
-        for start in range(0, len(prompted), self.images_at_once):
-            chosen = prompted[start : start + self.images_at_once]
-            features = self.encode([images[image] for image in chosen])
-            pairs = [pair for pair, (image, _) in enumerate(prompts) if image in chosen]
-            for first in range(0, len(pairs), self.batch_size):
-                batch = pairs[first : first + self.batch_size]
-                answers = self.decode(
-                    features,
-                    torch.tensor([chosen.index(prompts[pair][0]) for pair in batch], device=self.model.device),
-                    [prompts[pair][1] for pair in batch],
-                    [images[prompts[pair][0]].shape[:2] for pair in batch],
-                )
-                for pair, answer in zip(batch, answers, strict=True):
-                    found[pair] = answer
+        for image, answer in zip(sorted(pairs_of), answers, strict=True):
+            for pair, instances in zip(pairs_of[image], answer, strict=True):
+                found[pair] = instances
         return found
+
+    def _of_images(self, images: list[np.ndarray], prompts: list[list[str]]) -> list[list[list[Instance]]]:
+        """For each of a batch of images, which are encoded together, the instances of each of its prompts."""
+        features = self.encode(images)
+        pairs = [(row, prompt) for row, own in enumerate(prompts) for prompt in own]
+
+        def decode(batch: Sequence[tuple[int, str]]) -> list[list[Instance]]:
+            rows = torch.tensor([row for row, _ in batch], device=self.model.device)
+            sizes = [images[row].shape[:2] for row, _ in batch]
+            return self.decode(features, rows, [prompt for _, prompt in batch], sizes)
+
+        answers = iter(self._prompt_batches.run(decode, pairs))
+        return [[next(answers) for _ in own] for own in prompts]
 
     @property
     def images_at_once(self) -> int:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval
 
+from gem_ray.grounding.blip import encode_texts
+
 MATCH, NO_MATCH = 1, 0  # columns of the matching head's logits, as BLIP was trained
 
 Target = Literal["probability", "logit"]
@@ -27,6 +29,7 @@ def match_and_trace(
     attention_mask: Tensor,
     counted: Tensor,
     image_states: Tensor,
+    image_of_text: Tensor,
     layer: int,
     target: Target,
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +43,8 @@ def match_and_trace(
         input_ids: `(B, T)`, beginning with `[ENC]`.
         attention_mask: `(B, T)`, 0 at padding.
         counted: `(B, T)` bool, the tokens that eq. 11 sums over.
-        image_states: `(B, 1 + P, D)`, the image encoder's output for the image of each text.
+        image_states: `(N, 1 + P, D)`, the image encoder's output.
+        image_of_text: `(B,)`, the row of `image_states` that each text is matched with.
         layer: index of a cross-attention layer, from 0.
         target: differentiate the probability P_T (the paper) or the match logit.
 
@@ -48,9 +52,7 @@ def match_and_trace(
         P_T `(B,)` and the scores of the image patches `(B, P)`, float32.
     """
     with torch.enable_grad(), _attention_as_leaf(model, layer) as leaves:
-        states = model.text_encoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_states
-        ).last_hidden_state  # (B, T, D)
+        states = encode_texts(model, input_ids, attention_mask, image_states, image_of_text)  # (B, T, D)
         logits = model.itm_head(states[:, 0]).float()  # (B, 2)
         margin = logits[:, MATCH] - logits[:, NO_MATCH]
         score = margin if target == "probability" else logits[:, MATCH]
@@ -98,8 +100,8 @@ def _attention_as_leaf(model: BlipForImageTextRetrieval, layer: int) -> Iterator
         handle.remove()
 
 
-def peak(scores: np.ndarray, height: int, width: int) -> tuple[int, int]:
-    """Where the map, resized bilinearly to the image, is highest.
+def peak(scores: np.ndarray, height: int, width: int, subpatch: bool = False) -> tuple[int, int]:
+    """Where the map, resized to the image, is highest.
 
     Between the centres of patches a bilinear surface lies between its values there, so that its maximum is at the
     centre of the highest patch: no pixel has to be computed, whatever the size of the image.
@@ -108,10 +110,26 @@ def peak(scores: np.ndarray, height: int, width: int) -> tuple[int, int]:
         scores: `(gh, gw)`.
         height: of the image, in pixels.
         width: of the image, in pixels.
+        subpatch: interpolate with parabolas through the highest patch and its neighbours instead, whose maximum may
+            lie up to half a patch from its centre.
 
     Returns:
-        `(x, y)`, column and row of the pixel that holds this centre.
+        `(x, y)`, column and row of the pixel that holds this point.
     """
-    row, column = np.unravel_index(np.argmax(scores), scores.shape)
+    row, column = (int(index) for index in np.unravel_index(np.argmax(scores), scores.shape))
+    across, down = 0.5, 0.5
+    if subpatch:
+        across += _vertex(scores[row], column)
+        down += _vertex(scores[:, column], row)
     rows, columns = scores.shape
-    return int((column + 0.5) * width / columns), int((row + 0.5) * height / rows)
+    x, y = int((column + across) * width / columns), int((row + down) * height / rows)
+    return min(x, width - 1), min(y, height - 1)
+
+
+def _vertex(values: np.ndarray, top: int) -> float:
+    """How far from a maximum the parabola through it and its two neighbours is highest, from -½ to ½."""
+    if not 0 < top < len(values) - 1:
+        return 0.0
+    before, highest, after = (float(value) for value in values[top - 1 : top + 2])
+    bend = before - 2 * highest + after
+    return (before - after) / (2 * bend) if bend < 0 else 0.0

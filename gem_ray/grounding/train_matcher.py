@@ -1,10 +1,9 @@
-"""Fine-tuning of BLIP's matching head on (entity, category, image, present?) pairs (§3.4.1)."""
+"""Training the matcher: BLIP's matching head is fine-tuned on pairs of a name and an image; interrupted, it goes on."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,198 +11,242 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProcessorPil
+from transformers import (
+    AutoTokenizer,
+    BlipForImageTextRetrieval,
+    BlipImageProcessorPil,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import ImageConfig
+from gem_ray.config import ConfigError
 from gem_ray.data.images import ImageLoader
-from gem_ray.data.tokenize import word_spans
 from gem_ray.device import torch_device
-from gem_ray.grounding.matcher import ImageProcessor, Query, TextProcessor
+from gem_ray.grounding.blip import encode_images, encode_texts
+from gem_ray.grounding.decision import Decision, best_threshold
+from gem_ray.grounding.matcher import ImageProcessor, TextProcessor
+from gem_ray.grounding.matcher_recipe import MatcherTraining
+from gem_ray.grounding.pairs import EpochOrder, PairCollator, PairsOfPosts
+from gem_ray.grounding.trace import MATCH
 from gem_ray.records import Post
 
-
-@dataclass(frozen=True)
-class MatcherTraining:
-    """How the matcher is trained. The defaults are the paper's.
-
-    Args:
-        learning_rate: at the start; it falls in a line to 0.
-        epochs: passes over the posts.
-        batch_size: posts, each with all its pairs, in a step.
-        weight_decay: of AdamW.
-        image_negatives: mentions of other posts asked of each image, as absent.
-        category_negatives: ask a name that elsewhere has another category with that one too, as absent.
-        balance: weigh present and absent pairs so that both count alike.
-        seed: of the order and of the negatives.
-        device: `auto`, `cpu`, `cuda`.
-        image: limits of images, and where they may come from.
-    """
-
-    learning_rate: float = 5e-5
-    epochs: int = 1
-    batch_size: int = 16
-    weight_decay: float = 0.05
-    image_negatives: int = 0
-    category_negatives: bool = False
-    balance: bool = False
-    seed: int = 0
-    device: str = "auto"
-    image: ImageConfig = field(default_factory=ImageConfig)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A name, its category, and whether the image shows it."""
-
-    entity: str
-    category: str
-    present: bool
+_CHECKPOINTS, _RECIPE, _ACCURACY = "checkpoints", "recipe.json", "eval_accuracy"
 
 
 def train_matcher(
-    posts: Sequence[Post],
+    train: Sequence[Post],
+    dev: Sequence[Post],
     base: str,
     out: Path,
     settings: MatcherTraining | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Any]:
-    """Fine-tune a BLIP matching model on posts with gold mentions and images.
+    """Fine-tune a BLIP matching model and save the epoch that is right about most dev mentions.
+
+    The threshold at which it is, is stored with the model, beside the base model's layer to trace. Stopped, by
+    whatever, the same call goes on from the last checkpoint, and ends with the same weights.
 
     Args:
-        posts: with `gold`, `tokens` and an image; images are decoded batch by batch and not kept.
+        train: posts with `gold`, `tokens` and an image; images are decoded batch by batch and not kept.
+        dev: the same; empty: the last epoch is kept, with a threshold of ½.
         base: the model to start from, as `checkpoints.resolve` takes it.
-        out: Hugging Face directory to write.
-        settings: rates, length and negatives.
-        report: called with a line of progress at each epoch's end.
+        out: Hugging Face directory to write; `out/checkpoints` is there until the training is done.
+        settings: the recipe.
+        report: called with step and loss now and then.
 
     Returns:
-        `loss` (of each epoch), `pairs` and `present` (in the last epoch) and `skipped` (posts without a usable image).
+        `loss` of each epoch, `pairs` and `present` (in the last epoch), `skipped` (posts without a usable image), and
+        with dev posts `dev`: the `accuracy` of present-or-not and the `threshold` at which it is reached.
 
     Raises:
-        ValueError: no post has a gold mention.
+        ConfigError: a training with another recipe was begun there.
+        ValueError: no post has a gold mention, or none an image.
     """
     settings = settings or MatcherTraining()
-    posts = [post for post in posts if post.gold]
-    if not posts:
-        raise ValueError("no post has a gold mention: there is nothing to train the matcher on")
-    torch.manual_seed(settings.seed)
-    rng = np.random.default_rng(settings.seed)
     folder = resolve(base)
-    model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32).to(torch_device(settings.device))
-    trainer = _Trainer(model.train(), folder, settings, steps=settings.epochs * -(-len(posts) // settings.batch_size))
-    result: dict[str, Any] = {"loss": []}
-    for epoch in range(settings.epochs):
-        pairs = build_pairs(posts, settings, rng)
-        losses = list(trainer.epoch(posts, pairs, rng.permutation(len(posts))))
-        result["loss"].append(float(np.mean(losses)) if losses else float("nan"))
-        result["pairs"] = sum(map(len, pairs))
-        result["present"] = sum(pair.present for group in pairs for pair in group)
-        report(f"matcher epoch {epoch + 1} of {settings.epochs}: loss {result['loss'][-1]:.4f}")
-    trainer.save(out)
-    return {**result, "skipped": trainer.skipped}
+    train, dev = ([post for post in posts if post.gold] for posts in (train, dev))
+    if not train:
+        raise ValueError("no post has a gold mention: there is nothing to train the matcher on")
+    if not any(post.image is not None or post.image_bytes or post.image_uri for post in train):
+        raise ValueError("no post has an image: shards need an image or image_uri column, a Twitter10000 root --images")
+    torch.manual_seed(settings.seed)
+    model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32)
+    texts = TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size)
+    images = ImageProcessor.from_pretrained(folder)
+    data = PairsOfPosts(train, settings)
+    # Dev asks for gold mentions alone, each counting once.
+    dev_data = PairsOfPosts(dev, MatcherTraining()) if dev else None
+    trainer = _MatcherTrainer(model, images, data, dev_data, texts, out / _CHECKPOINTS, settings, report)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out / _CHECKPOINTS, settings))
+    model.save_pretrained(out)
+    texts.tokenizer.save_pretrained(out)
+    BlipImageProcessorPil.from_pretrained(folder).save_pretrained(out)
+    result = trainer.summary()
+    threshold = result["dev"]["threshold"] if dev else 0.5
+    Decision(threshold=threshold, layer=Decision.load(folder).layer).save(out)
+    shutil.rmtree(out / _CHECKPOINTS)
+    return result
 
 
-def build_pairs(posts: Sequence[Post], settings: MatcherTraining, rng: np.random.Generator) -> list[list[Pair]]:
-    """The pairs of every post: its gold mentions, present if they have a box, and the negatives asked for."""
-    gold = [_gold_pairs(post) for post in posts]
-    categories: dict[str, set[str]] = defaultdict(set)
-    for pair in (pair for group in gold for pair in group):
-        categories[pair.entity].add(pair.category)
-    mentions = [Pair(pair.entity, pair.category, present=False) for group in gold for pair in group]
-    pairs = []
-    for group in gold:
-        known = {(pair.entity, pair.category) for pair in group}
-        negatives = []
-        if settings.category_negatives:
-            negatives += [
-                Pair(entity, category, present=False)
-                for entity in dict.fromkeys(pair.entity for pair in group)
-                for category in sorted(categories[entity])
-                if (entity, category) not in known
-            ]
-        names = {pair.entity for pair in group}
-        others = (mentions[index] for index in rng.integers(len(mentions), size=settings.image_negatives))
-        negatives += [pair for pair in others if pair.entity not in names]
-        pairs.append([*group, *negatives])
-    return pairs
+class _Objective(nn.Module):
+    """The model with its loss: cross-entropy of present and absent pairs."""
+
+    def __init__(self, model: BlipForImageTextRetrieval, images: ImageProcessor) -> None:
+        super().__init__()
+        self.model, self._images = model, images
+
+    def forward(
+        self,
+        squares: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        square_of_pair: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+    ) -> dict[str, Tensor]:
+        """Loss and logits `(B, 2)` of a batch; each image is encoded once for all its pairs."""
+        if not len(labels):  # no image of the batch can be used
+            nothing = self.model.itm_head.bias
+            return {"loss": 0 * nothing.sum(), "logits": nothing.new_zeros((0, 2))}
+        states = encode_images(self.model, self._images.normalize(squares))
+        hidden = encode_texts(self.model, input_ids, attention_mask, states, square_of_pair)
+        logits = self.model.itm_head(hidden[:, 0]).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return {"loss": (losses * weights).sum() / weights.sum(), "logits": logits}
 
 
-def _gold_pairs(post: Post) -> list[Pair]:
-    spans = word_spans(post.text, post.tokens)
-    return [
-        Pair(post.text[spans[gold.word_start][0] : spans[gold.word_end - 1][1]], gold.fine, bool(gold.boxes))
-        for gold in post.gold or ()
-    ]
+class _MatcherTrainer(Trainer):
+    """`transformers.Trainer` whose pairs are drawn anew each epoch, in an order that survives interruption."""
 
-
-class _Trainer:
-    """The model, its optimizer and its files."""
-
-    def __init__(self, model: BlipForImageTextRetrieval, folder: Path, settings: MatcherTraining, steps: int) -> None:
-        self.model = model
-        self.settings = settings
-        self.texts = TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size)
-        self.images = ImageProcessor.from_pretrained(folder)
-        self.image_files = BlipImageProcessorPil.from_pretrained(folder)
-        self.loader = ImageLoader(settings.image)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    def __init__(
+        self,
+        model: BlipForImageTextRetrieval,
+        images: ImageProcessor,
+        data: PairsOfPosts,
+        dev: PairsOfPosts | None,
+        texts: TextProcessor,
+        checkpoints: Path,
+        settings: MatcherTraining,
+        report: Callable[[int, float], None],
+    ) -> None:
+        self.data = data
+        self.collate = PairCollator(data, texts, images, ImageLoader(settings.image))
+        super().__init__(
+            model=_Objective(model, images),
+            args=_arguments(settings, checkpoints, has_dev=dev is not None),
+            data_collator=self.collate,
+            train_dataset=data,
+            eval_dataset=dev,
+            compute_metrics=_accuracy,
+            callbacks=[_Epochs(data, settings.checkpoint_steps), _Report(report)],
         )
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
-        self.skipped = 0
+        self.remove_callback(PrinterCallback)
 
-    def epoch(self, posts: Sequence[Post], pairs: Sequence[Sequence[Pair]], order: np.ndarray) -> Iterator[float]:
-        """One pass over the posts in the given order; yields each step's loss."""
-        weight = self._class_weight(pairs)
-        self.skipped = 0
-        for start in range(0, len(order), self.settings.batch_size):
-            chosen = order[start : start + self.settings.batch_size]
-            images = {index: image for index in chosen if (image := self._pixels(posts[index])) is not None}
-            self.skipped += len(chosen) - len(images)
-            if images:
-                loss = self._loss(list(images.values()), [pairs[index] for index in images], weight)
-                self.optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                self.optimizer.step()
-                self.schedule.step()
-                yield loss.item()
+    def summary(self) -> dict[str, Any]:
+        """What the training came to."""
+        history = self.state.log_history
+        pairs = [pair for group in self.data.pairs for pair in group]
+        posts = {post.post_id for post in self.data.posts}
+        result: dict[str, Any] = {
+            "loss": [entry["loss"] for entry in history if "loss" in entry],
+            "pairs": len(pairs),
+            "present": sum(pair.present for pair in pairs),
+            "skipped": len(posts & self.collate.unusable),
+        }
+        dev = [entry for entry in history if _ACCURACY in entry]
+        if dev:
+            best = max(dev, key=lambda entry: entry[_ACCURACY])  # the first of equals, as the library keeps
+            result["dev"] = {"accuracy": best[_ACCURACY], "threshold": best["eval_threshold"]}
+        return result
 
-    def save(self, out: Path) -> None:
-        """Write the model, its tokenizer with `[ENC]`, and its image preprocessing."""
-        self.model.save_pretrained(out)
-        self.texts.tokenizer.save_pretrained(out)
-        self.image_files.save_pretrained(out)
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        return EpochOrder(self.data)
 
-    def _loss(self, images: list[np.ndarray], pairs: list[Sequence[Pair]], weight: Tensor | None) -> Tensor:
-        device = self.model.device
-        # One pass through the image encoder serves all the pairs of a post.
-        states = self.model.vision_model(self.images(images).to(device), interpolate_pos_encoding=True)
-        image_of_pair = [image for image, group in enumerate(pairs) for _ in group]
-        asked = [pair for group in pairs for pair in group]
-        batch = self.texts([Query(0, pair.entity, pair.category).text for pair in asked], device)
-        hidden = self.model.text_encoder(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            encoder_hidden_states=states.last_hidden_state[image_of_pair],
-        ).last_hidden_state  # (N, T, D)
-        labels = torch.tensor([int(pair.present) for pair in asked], device=device)
-        return F.cross_entropy(self.model.itm_head(hidden[:, 0]), labels, weight=weight)
 
-    def _class_weight(self, pairs: Sequence[Sequence[Pair]]) -> Tensor | None:
-        """Weights of absent and present pairs, inverse to their numbers."""
-        if not self.settings.balance:
-            return None
-        present = sum(pair.present for group in pairs for pair in group)
-        absent = sum(map(len, pairs)) - present
-        counts = torch.tensor([max(absent, 1), max(present, 1)], device=self.model.device)
-        return counts.sum() / (2 * counts)
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of dev mentions that are rightly called present or absent, at the threshold that is best for it."""
+    logits, labels = (np.asarray(values) for values in (prediction.predictions, prediction.label_ids))
+    probabilities = torch.from_numpy(logits).softmax(dim=-1)[:, MATCH].tolist()
+    threshold, accuracy = best_threshold(probabilities, labels.astype(bool).tolist())
+    return {"accuracy": accuracy, "threshold": threshold}
 
-    def _pixels(self, post: Post) -> np.ndarray | None:
-        if post.image is not None:
-            return post.image
-        # A copy carries what the loader fills in, so that pixels are freed with the batch.
-        copy = Post(post.post_id, post.text, image_bytes=post.image_bytes, image_uri=post.image_uri)
-        self.loader.load(copy)
-        return copy.image
+
+def _arguments(settings: MatcherTraining, checkpoints: Path, has_dev: bool) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,  # below 1: a share of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "float16",
+        use_cpu=torch_device(settings.device).type == "cpu",
+        seed=settings.seed,
+        eval_strategy="epoch" if has_dev else "no",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        label_names=["labels"],
+        metric_for_best_model=_ACCURACY if has_dev else None,
+        greater_is_better=True,
+        load_best_model_at_end=has_dev,
+        save_total_limit=1,  # the last, and the best
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # One process drives one device: several are started by torchrun, not as threads by torch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _last_checkpoint(folder: Path, settings: MatcherTraining) -> str | None:
+    """Where to go on; on the first call, the recipe is put there.
+
+    Raises:
+        ConfigError: another recipe is there.
+    """
+    file = folder / _RECIPE
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(settings.model_dump_json(indent=2), encoding="utf-8")
+    elif MatcherTraining.model_validate_json(file.read_text(encoding="utf-8")) != settings:
+        raise ConfigError(
+            f"{folder} holds a training that was begun with another recipe ({_RECIPE}): use the same one, "
+            "another output folder, or remove the checkpoints"
+        )
+    return get_last_checkpoint(str(folder))
+
+
+class _Epochs(TrainerCallback):
+    """Has pairs and order drawn for each epoch, also when one is resumed in its middle, and checkpoints within it."""
+
+    def __init__(self, data: PairsOfPosts, checkpoint_steps: int | None) -> None:
+        self.data, self.checkpoint_steps = data, checkpoint_steps
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.data.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.checkpoint_steps and state.global_step % self.checkpoint_steps == 0:
+            control.should_save = True
+
+
+class _Report(TrainerCallback):
+    """Calls a function with every loss that is logged."""
+
+    def __init__(self, report: Callable[[int, float], None]) -> None:
+        self.report = report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.report(state.global_step, logs["loss"])

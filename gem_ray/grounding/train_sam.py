@@ -13,7 +13,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from gem_ray.grounding.sam import decode_points
+from gem_ray.grounding.sam import decode_prompts
 
 # Weights and focusing of SAM's mask loss (Kirillov et al. 2023, appendix A: 20 parts focal, 1 part dice).
 _FOCAL_WEIGHT = 20.0
@@ -113,7 +113,7 @@ def batch_loss(model: modeling.Sam, batch: Sequence[SamSample]) -> torch.Tensor:
     embeddings = model.image_encoder(torch.stack([item.image for item in inputs]))  # (B, D, G, G)
     rows = torch.tensor([row for row, item in enumerate(inputs) for _ in item.masks], device=model.device)
     points = torch.cat([item.points for item in inputs])  # (P, 1, 2)
-    logits, iou = decode_points(model, embeddings[rows], points)  # (P, 3, M, M), (P, 3)
+    logits, iou = decode_prompts(model, embeddings[rows], points)  # (P, 3, M, M), (P, 3)
     masks = [mask for item in inputs for mask in item.masks]
     exists = pad_sequence([torch.ones(len(mask), dtype=torch.bool, device=mask.device) for mask in masks], True)
     return point_loss(logits, iou, pad_sequence(masks, batch_first=True), exists)

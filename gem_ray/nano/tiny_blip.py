@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessorPil
 
+from gem_ray.grounding.blip import attend
 from gem_ray.grounding.matcher import ENC_TOKEN
 from gem_ray.taxonomy import LABEL_SETS
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", ENC_TOKEN)
+_SLOWEST = 1 / 16  # the slowest wave of position embeddings, in those of the fastest, which turns once in four patches
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789#@&'’-_.,:;!?/+*()\"$%…"
 
 
@@ -67,9 +69,32 @@ def build_blip(out: Path, texts: Sequence[str], size: BlipSize | None = None) ->
         },
         image_text_hidden_size=size.width,
     )
-    BlipForImageTextRetrieval(config).save_pretrained(out)
+    model = BlipForImageTextRetrieval(config)
+    _begin_locally(model)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     BlipImageProcessorPil(size={"height": size.image_side, "width": size.image_side}).save_pretrained(out)
+
+
+@torch.no_grad()
+def _begin_locally(model: BlipForImageTextRetrieval) -> None:
+    """Let image patches begin by attending to what is near and alike, which takes long to learn.
+
+    Position embeddings are sines and cosines of rows and columns, and the queries of each head equal its keys.
+    """
+    config = model.config.vision_config
+    side, width = config.image_size // config.patch_size, config.hidden_size
+    rates = math.pi / 2 * _SLOWEST ** (torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    model.vision_model.embeddings.position_embedding[0, 1:] = torch.cat([rows, columns], dim=2).flatten(0, 1) / 2
+    head = width // config.num_attention_heads
+    for layer in model.vision_model.encoder.layers:
+        queries, keys, _ = layer.self_attn.qkv.weight.split(width)
+        for first in range(0, width, head):
+            basis, _ = torch.linalg.qr(torch.randn(width, head))
+            queries[first : first + head] = keys[first : first + head] = basis.T
 
 
 def _build_tokenizer(texts: Sequence[str]) -> BertTokenizer:
@@ -91,27 +116,16 @@ def _build_tokenizer(texts: Sequence[str]) -> BertTokenizer:
     return tokenizer
 
 
-def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor, reach: int | None = None) -> Tensor:
-    """What `model.vision_model` computes, with fused attention: `(B, 3, S, S)` to `(B, 1 + P, D)`.
-
-    With a `reach`, a patch attends to patches at most so far away, and to the class patch.
-    """
-    vision = model.vision_model
-    visible = None if reach is None else _neighbours(pixels.shape[-1] // model.config.vision_config.patch_size, reach)
-    heads = model.config.vision_config.num_attention_heads
-    hidden = vision.embeddings(pixels)
-    for layer in vision.encoder.layers:
-        query, key, value = layer.self_attn.qkv(layer.layer_norm1(hidden)).chunk(3, dim=-1)
-        hidden = hidden + layer.self_attn.projection(_attend(query, key, value, heads, visible))
-        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    return vision.post_layernorm(hidden)
-
-
-def _neighbours(side: int, reach: int) -> Tensor:
-    """Which of the class patch and `side × side` patches see which: `(1 + P, 1 + P)` bool."""
-    rows, columns = torch.arange(side * side) // side, torch.arange(side * side) % side
-    near = ((rows[:, None] - rows).abs() <= reach) & ((columns[:, None] - columns).abs() <= reach)
-    return F.pad(near, (1, 0, 1, 0), value=True)
+def encode_names(model: BlipForImageTextRetrieval, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """BLIP's text features for contrast with images, without cross-attention: `(R, T)` to unit vectors `(R, D)`."""
+    heads = model.config.text_config.num_attention_heads
+    visible = attention_mask[:, None, None, :].bool()
+    hidden = model.text_encoder.embeddings(input_ids=input_ids)
+    for layer in model.text_encoder.encoder.layer:
+        own = layer.attention.self
+        context = attend(own.query(hidden), own.key(hidden), own.value(hidden), heads, visible)
+        hidden = layer.feed_forward_chunk(layer.attention.output(context, hidden))
+    return F.normalize(model.text_proj(hidden[:, 0]), dim=-1)
 
 
 def match_logits(
@@ -140,21 +154,15 @@ def match_logits(
     for layer in layers:
         asking = hidden[:, :1] if layer is layers[-1] else hidden  # the head reads [ENC] only
         own = layer.attention.self
-        context = _attend(own.query(asking), own.key(hidden), own.value(hidden), heads, visible)
+        context = attend(own.query(asking), own.key(hidden), own.value(hidden), heads, visible)
         asking = layer.attention.output(context, asking).reshape(images, -1, hidden.shape[-1])  # (B, N · T, D)
         cross = layer.crossattention.self
         query, key = cross.query(asking), cross.key(states)
         if layer is layers[0]:
             looking = _attention_on_patches(query, key, heads, attention_mask)
-        asking = layer.crossattention.output(_attend(query, key, cross.value(states), heads), asking)
+        asking = layer.crossattention.output(attend(query, key, cross.value(states), heads), asking)
         hidden = layer.feed_forward_chunk(asking).view(images * names, -1, hidden.shape[-1])
     return model.itm_head(hidden[:, 0]).view(images, names, 2), looking
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, visible: Tensor | None = None) -> Tensor:
-    """Multi-head attention of `(B, T, D)` on `(B, S, D)`; `visible`, bool, spreads to `(B, 1, T, S)`."""
-    query, key, value = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).transpose(1, 2).flatten(2)
 
 
 def _attention_on_patches(query: Tensor, key: Tensor, heads: int, attention_mask: Tensor) -> Tensor:

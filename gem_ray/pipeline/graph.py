@@ -16,9 +16,9 @@ from ray.data import ActorPoolStrategy
 
 from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config, StagePlacement
+from gem_ray.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.logs import log_as_json, log_problems
-from gem_ray.pipeline.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.records import Post, ProblemKind, StageName
 

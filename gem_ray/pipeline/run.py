@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["RunError", "annotate_dataset"]
 
 # What may differ between two starts of a run: where and how fast it runs, not what it gives.
-_ONLY_PLACE = ("pipeline", "device")
+_ONLY_PLACE = ("pipeline", "serving", "device")
 _ONLY_SPEED = (
     "batch_size",
     "batch_tokens",

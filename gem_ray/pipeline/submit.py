@@ -37,6 +37,7 @@ class Job(StrEnum):
     TRAIN_MATCHER = "train-matcher"
     TRAIN_TEXT_SEGMENTER = "train-text-segmenter"
     EVALUATE = "evaluate"
+    EXPERIMENT = "experiment"
 
     @property
     def script(self) -> str:

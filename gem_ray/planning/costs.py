@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from gem_ray.config import Config
+from gem_ray.config import Config, ConfigError
 from gem_ray.planning import stacks
 from gem_ray.planning.cards import GIB, Card
 from gem_ray.planning.model_facts import ModelFacts, model_facts
@@ -182,8 +182,22 @@ def _tag(config: Config, card_memory: int, work: Workload) -> StageNeed:
 
 def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
     settings = config.reranker
+    if settings.engine == "endpoint":
+        return StageNeed(StageName.RERANK, ())
     facts = _facts(config, "reranker.model", settings.model, "llava-hf/llava-1.5-7b-hf")
     size = BYTES[settings.dtype]
+    if settings.engine == "text":
+        longest = stacks.llama(facts.shape, settings.max_model_len)
+        usual = stacks.llama(facts.shape, work.prompt_tokens + work.caption_tokens)
+        reader = _model(
+            facts,
+            "reranker",
+            settings.dtype,
+            settings.batch_size,
+            activations=settings.batch_size * size * (longest.activations + _logits(facts.shape)),
+            flops=work.hard * usual.flops,
+        )
+        return StageNeed(StageName.RERANK, (reader,))
     images, text = stacks.vision(facts.shape["vision_config"]), facts.shape["text_config"]
     language = partial(stacks.llama, text)
     image_tokens = images.tokens - 1
@@ -240,6 +254,10 @@ def _ground(config: Config, card_memory: int, work: Workload) -> StageNeed:
 
 def _matcher(config: Config, work: Workload) -> ModelNeed:
     settings = config.grounder.matcher
+    if settings.kind != "blip":
+        raise ConfigError(
+            f"grounder.matcher.kind: the plan does not know what {settings.kind} needs, only what blip does"
+        )
     facts = _facts(config, "grounder.matcher.model", settings.model, "Salesforce/blip-itm-base-coco")
     size = BYTES[settings.dtype]
     images = stacks.vision(facts.shape["vision_config"], stacks.EAGER)

@@ -21,11 +21,15 @@ class Request:
         image: `(h, w, 3)` uint8; requests of one post pass the same array, and its features are computed once.
         prompt: from `prompts.build_prompt`, in the engine's format.
         choices: the answers to choose from, all different.
+        caption: of the image, for engines that do not see it.
+        hints: how probable the tagger finds each choice, for engines that are told.
     """
 
     image: np.ndarray
     prompt: str
     choices: tuple[str, ...]
+    caption: str | None = None
+    hints: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ class Reranker:
         assert post.image is not None  # checked where hard entities are collected
         choices = ordered(entity, self._order)
         words = post.tokens, entity.word_start, entity.word_end
-        return Request(post.image, build_prompt(*words, choices, self._engine.prompt_format), choices)
+        prompt = build_prompt(*words, choices, self._engine.prompt_format)
+        probability = {candidate.fine: candidate.probability for candidate in entity.candidates}
+        return Request(post.image, prompt, choices, post.caption, tuple(probability[choice] for choice in choices))
 
     def _settle(self, entity: Entity, fine: str, answer: Choice) -> None:
         entity.fine = fine
@@ -104,6 +106,14 @@ def load_engine(config: Config) -> Engine:
         from gem_ray.rerank.engine_vllm import VllmEngine
 
         return VllmEngine.from_config(config)
+    if config.reranker.engine == "endpoint":
+        from gem_ray.rerank.engine_endpoint import EndpointEngine
+
+        return EndpointEngine.from_config(config)
+    if config.reranker.engine == "text":
+        from gem_ray.rerank.engine_text import TextEngine
+
+        return TextEngine.from_config(config)
     from gem_ray.rerank.engine_transformers import TransformersEngine
 
     return TransformersEngine.from_config(config)

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gem_ray.config import ServingConfig, load_config
+
 ROOT = Path(__file__).parents[2]
 Strings = dict[str, str]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=47)]  # KubeRay adds to it
@@ -170,6 +172,21 @@ class JobSpec(Part):
     suspend: bool = False
 
 
+class UpgradeStrategy(Part):
+    type: Literal["NewCluster", "NewClusterWithIncrementalUpgrade", "None"]
+    clusterUpgradeOptions: dict[str, Any] | None = None
+
+
+class ServiceSpec(Part):
+    rayClusterDeletionDelaySeconds: Count | None = None
+    serveService: dict[str, Any] | None = None
+    upgradeStrategy: UpgradeStrategy | None = None
+    serveConfigV2: str
+    rayClusterConfig: ClusterSpec
+    excludeHeadPodFromServeSvc: bool = False
+    suspend: bool = False
+
+
 class RayCluster(Part):
     apiVersion: Literal["ray.io/v1"]
     kind: Literal["RayCluster"]
@@ -184,8 +201,16 @@ class RayJob(Part):
     spec: JobSpec
 
 
+class RayService(Part):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayService"]
+    metadata: Metadata
+    spec: ServiceSpec
+
+
 def load(path):
-    return yaml.safe_load(path.read_text())
+    """The manifest; of several in a file the first."""
+    return next(yaml.safe_load_all(path.read_text()))
 
 
 @pytest.fixture
@@ -193,10 +218,17 @@ def job(clusters):
     return RayJob.model_validate(load(clusters / "kuberay-job.yaml"))
 
 
-@pytest.fixture(params=["RayCluster", "RayJob"])
-def spec(request, clusters, job):
+@pytest.fixture
+def service(clusters):
+    return RayService.model_validate(load(clusters / "kuberay-service.yaml"))
+
+
+@pytest.fixture(params=["RayCluster", "RayJob", "RayService"])
+def spec(request, clusters, job, service):
     if request.param == "RayJob":
         return job.spec.rayClusterSpec
+    if request.param == "RayService":
+        return service.spec.rayClusterConfig
     return RayCluster.model_validate(load(clusters / "kuberay-cluster.yaml")).spec
 
 
@@ -274,3 +306,30 @@ def test_only_the_pods_themselves_the_submitter_and_the_operator_get_in(clusters
     submitter, operator = outside["from"]
     assert submitter["podSelector"]["matchLabels"] == {"ray.io/originated-from-cr-name": job.metadata.name}
     assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+
+
+def test_the_service_deploys_what_the_serve_config_of_clusters_deploys(service):
+    assert yaml.safe_load(service.spec.serveConfigV2) == load(ROOT / "serve_configs" / "cluster.yaml")
+
+
+def test_the_service_listens_where_its_pods_are_reached_and_knows_only_hashes_of_keys(service, clusters):
+    (group,) = service.spec.rayClusterConfig.workerGroupSpecs
+    (container,) = group.template.spec.containers
+    port = yaml.safe_load(service.spec.serveConfigV2)["http_options"]["port"]
+    assert [each.containerPort for each in container.ports] == [port]
+    (keys,) = [variable for variable in container.env if variable.name == ServingConfig().api_keys_env]
+    assert keys.value is None
+    assert keys.valueFrom == {"secretKeyRef": {"name": "gem-ray-api-keys", "key": "hashes"}}
+    _, policy = yaml.safe_load_all((clusters / "kuberay-service.yaml").read_text())
+    (rule,) = policy["spec"]["ingress"]
+    assert rule["ports"] == [{"port": port, "protocol": "TCP"}]
+    assert all("podSelector" in peer for peer in rule["from"])
+
+
+def test_the_smallest_cluster_of_the_service_holds_every_deployments_least_replicas(service):
+    application = yaml.safe_load(service.spec.serveConfigV2)["applications"][0]
+    serving = load_config(**application["args"]).serving
+    least = {each["name"]: each["autoscaling_config"]["min_replicas"] for each in application["deployments"]}
+    gpus = sum(getattr(serving, name).num_gpus * count for name, count in least.items())
+    (group,) = service.spec.rayClusterConfig.workerGroupSpecs
+    assert 0 < gpus <= group.minReplicas

@@ -174,7 +174,7 @@ def test_the_command_calibrates_the_embedded_tagger(posts: list[Post], tmp_path:
     )
     in_top = sum(fine in [candidate.fine for candidate in entity.candidates] for entity, fine in found)
     assert everything["top_recall"]["right"] == in_top
-    assert written["thresholds"]["configured"]["gamma"] == 0.5
+    assert written["thresholds"]["configured"]["gamma"] == config.filter.gamma
     hard = sum(entity.entropy > written["thresholds"]["budget"]["gamma"] for entity, _ in entities)
     assert written["thresholds"]["budget"]["share"]["right"] == hard <= 0.2 * len(entities)
     assert (out / "calibration.png").stat().st_size > 10_000

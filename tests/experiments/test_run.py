@@ -1,113 +1,210 @@
 """Experiments: every run once, whatever interrupts them, and a table that says what the runs say."""
 
+import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
 
-from gem_ray.config import ConfigError
+from gem_ray.config import ConfigError, load_config
+from gem_ray.evaluation.metrics import evaluate
+from gem_ray.evaluation.predictions import read_predictions
 from gem_ray.experiments import run
 from gem_ray.experiments.definition import Experiment, experiment_names, load_experiment
-from gem_ray.experiments.table import markdown
+from gem_ray.experiments.system import system_config
 from gem_ray.records import Post
-from gem_ray.tagger.recipe import TaggerTraining
+from gem_ray.taxonomy import LABEL_SETS
 
-DEFINITION = """
-title: A trial
-preset: nano
-settings: {epochs: 2}
-variants:
-  - {name: full, label: all on}
-  - {name: no-crf, label: no CRF, settings: {crf: false}}
-"""
-
-
-def no_posts(split: str, labels: str) -> list[Post]:
-    return []
+Read = Callable[[str, str], list[Post]]
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
-    file = tmp_path / "trial.yaml"
-    file.write_text(DEFINITION)
-    return load_experiment(str(file))
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """`(crf, seed)` of every training that was begun."""
+    begun: list[tuple[bool, int]] = []
+    train = run.train_tagger
+
+    def counted(posts: Any, dev: Any, out: Path, settings: Any) -> dict[str, Any]:
+        begun.append((settings.crf, settings.seed))
+        return train(posts, dev, out, settings)
+
+    monkeypatch.setattr(run, "train_tagger", counted)
+    return begun
 
 
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[TaggerTraining]:
-    """Recipes in the order in which they were trained; a training's scores follow from its recipe."""
-    done: list[TaggerTraining] = []
-
-    def train(posts: Any, dev: Any, out: Path, settings: TaggerTraining) -> dict[str, Any]:
-        out.mkdir(parents=True)
-        done.append(settings)
-        f1 = (0.7 if settings.crf else 0.5) + 0.1 * settings.seed
-        levels = {"fine": f1, "coarse": f1 + 0.01, "span": f1 + 0.02}
-        return {"epochs": [], "best_epoch": 1, "dev": {"with_knowledge": levels, "without_knowledge": levels}}
-
-    monkeypatch.setattr(run, "train_tagger", train)
-    monkeypatch.setattr(run, "_annotate", lambda dev, folder, recipe: {})
-    return done
-
-
-def test_every_shipped_experiment_has_recipes_that_can_be() -> None:
+def test_every_shipped_experiment_has_recipes_and_configurations_that_can_be() -> None:
+    assert {"table1", "table2", "table3", "table5", "figure3", "figure4", "figure5", "figure6", "cost"} <= set(
+        experiment_names()
+    )
     for name in experiment_names():
         experiment = load_experiment(name)
-        assert len({variant.name for variant in experiment.variants}) == len(experiment.variants)
         for variant in experiment.variants:
-            recipe = experiment.recipe(variant, 1, {"device": "cuda"})
-            assert (recipe.seed, recipe.device) == (1, "cuda")
+            recipe = experiment.recipe_of(variant, 1, {"device": "cuda"})
+            assert (recipe is not None) == variant.is_trained
+            if recipe is not None:
+                assert (recipe.seed, recipe.device) == (1, "cuda")
+            changes = {**experiment.config, **variant.config}
+            system_config(load_config(), changes, recipe, images=True)
 
 
-def test_the_table_has_means_and_deviations(
-    experiment: Experiment, trained: list[TaggerTraining], tmp_path: Path
+def test_a_run_leaves_its_recipe_configuration_scores_and_predictions(
+    experiment: Experiment, posts: Read, tmp_path: Path
 ) -> None:
-    results = run.run_experiment(experiment, no_posts, tmp_path, seeds=3, overrides={"precision": "bfloat16"})
-    assert [(recipe.crf, recipe.seed) for recipe in trained] == [
-        (crf, seed) for seed in range(3) for crf in (True, False)
-    ]
-    assert all((recipe.epochs, recipe.precision) == (2, "bfloat16") for recipe in trained)
-    assert results == json.loads((tmp_path / "results.json").read_text())
-    table = (tmp_path / "table.md").read_text()
-    # 0.7, 0.8 and 0.9: mean 0.8, standard deviation of the sample 0.1.
-    assert "| all on | 80.0 ± 10.0 | 81.0 ± 10.0 | 82.0 ± 10.0 | 80.0 ± 10.0 | 81.0 ± 10.0 | 82.0 ± 10.0 | 3 |" in table
-    assert "| no CRF | 60.0 ± 10.0 |" in table
+    results = run.run_experiment(experiment, posts, tmp_path, seeds=2)
+    f1s = []
+    for seed in range(2):
+        folder = tmp_path / "runs" / "full" / f"seed-{seed}"
+        result = json.loads((folder / "result.json").read_text())
+        assert (result["recipe"]["seed"], result["train"], result["posts"]) == (seed, 12, 6)
+        assert result["config"]["reranker"]["enabled"] is False  # the posts have no images
+        for kind in ("with-knowledge", "without-knowledge"):
+            assert sum(file.stat().st_size for file in (folder / kind).iterdir()) < 400_000
+            report = evaluate(posts("dev", "fmnerg"), read_predictions(folder / kind))
+            assert report.mner.f1 == result["reports"][kind]["mner"]["f1"]
+            # The training's own scores are another computation.
+            assert report.mner.f1 == pytest.approx(result["dev"][kind.replace("-", "_")]["fine"])
+        f1s.append(result["reports"]["with-knowledge"]["mner"]["f1"])
+    cell = results["rows"]["all on"]["fine"]
+    assert (cell["mean"], cell["deviation"], cell["runs"]) == (mean(f1s), stdev(f1s), 2)
     assert not list(tmp_path.rglob("model"))
 
 
-def test_what_is_done_is_not_done_again(
-    experiment: Experiment, trained: list[TaggerTraining], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_table_has_measured_and_quoted_rows_and_says_which(
+    experiment: Experiment, posts: Read, tmp_path: Path
 ) -> None:
-    train = run.train_tagger
+    results = run.run_experiment(experiment, posts, tmp_path, seeds=1)
+    folder = tmp_path / "trial"
+    table = (folder / "table.md").read_text()
+    fine = results["rows"]["all on"]["fine"]["mean"]
+    assert f"| all on | {100 * fine:.2f} |" in table
+    assert "| *Theirs* [1] | 50.5 ± 0.1 | – | 40.25 | – | 77.00 | quoted |" in table
+    assert "[1] Quoted, not measured here: A paper" in table
+    assert "A correction." in table
+    assert "Not run: no reranker." in table
+    assert "the posts have no images" in table
+    lines = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+    assert {line["source"] for line in lines} == {"measured", "quoted: A paper"}
+    theirs = next(line for line in lines if line["row"] == "Theirs")
+    assert (theirs["mean"], theirs["deviation"]) == ("0.505", "0.001")
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert load_experiment(str(folder / "experiment.yaml")) == experiment
 
-    def interrupted(posts: Any, dev: Any, out: Path, settings: TaggerTraining) -> dict[str, Any]:
-        if len(trained) == 3:
+
+def test_rows_are_compared_by_bootstrap_with_the_one_that_is_named(
+    experiment: Experiment, posts: Read, tmp_path: Path
+) -> None:
+    results = run.run_experiment(experiment, posts, tmp_path, seeds=1)
+    difference = results["differences"]["no CRF"]
+    rows = results["rows"]
+    assert difference["first"] == pytest.approx(rows["no CRF"]["fine"]["mean"])
+    assert difference["difference"] == pytest.approx(rows["no CRF"]["fine"]["mean"] - rows["all on"]["fine"]["mean"])
+    assert results["differences"]["tagger alone"]["low"] == results["differences"]["tagger alone"]["high"] == 0
+    assert "## Against all on" in (tmp_path / "trial" / "table.md").read_text()
+
+
+def test_variants_that_come_to_the_same_are_one_training(
+    experiment: Experiment, posts: Read, tmp_path: Path, trainings: list[tuple[bool, int]]
+) -> None:
+    run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["alone", "full", "no-rerank"])
+    assert trainings == [(True, 0)]
+    results = [(tmp_path / "runs" / name / "seed-0" / "result.json").read_text() for name in ("alone", "full")]
+    assert results[0] == results[1]
+
+
+def test_gmner_is_trained_and_scored_under_its_own_labels(experiment: Experiment, posts: Read, tmp_path: Path) -> None:
+    results = run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["gmner"])
+    predicted = read_predictions(tmp_path / "runs" / "gmner" / "seed-0" / "with-knowledge")
+    expected = evaluate(posts("dev", "gmner"), predicted, labels=LABEL_SETS["gmner"]).mner.f1
+    assert results["rows"]["all on"]["GMNER"]["mean"] == expected
+    assert "fine" not in results["rows"]["all on"]
+
+
+def test_what_is_done_is_not_done_again_and_the_same_seed_gives_the_same(
+    experiment: Experiment,
+    posts: Read,
+    tmp_path: Path,
+    trainings: list[tuple[bool, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = run.run_experiment(experiment, posts, tmp_path / "whole", seeds=2, only=["full", "no-crf"])
+    assert trainings == [(True, 0), (False, 0), (True, 1), (False, 1)]
+    annotate = run.annotate_and_score
+    calls = []
+
+    def interrupted(*args: Any) -> dict[str, Any]:
+        calls.append(args)
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        return train(posts, dev, out, settings)
+        return annotate(*args)
 
-    monkeypatch.setattr(run, "train_tagger", interrupted)
+    monkeypatch.setattr(run, "annotate_and_score", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.run_experiment(experiment, no_posts, tmp_path, seeds=2)
-    assert "| 2 |" in (tmp_path / "table.md").read_text()  # the first variant has both seeds already
-    monkeypatch.setattr(run, "train_tagger", train)
-    results = run.run_experiment(experiment, no_posts, tmp_path, seeds=2)
-    assert len(trained) == 4
-    assert [len(variant["seeds"]) for variant in results["variants"].values()] == [2, 2]
-    assert markdown(results) == (tmp_path / "table.md").read_text()
+        run.run_experiment(experiment, posts, tmp_path / "part", seeds=2, only=["full", "no-crf"])
+    results = run.run_experiment(experiment, posts, tmp_path / "part", seeds=2, only=["full", "no-crf"])
+    # The third training was done before the interruption: its model was there.
+    assert trainings[4:] == [(True, 0), (False, 0), (True, 1), (False, 1)]
+    assert results == whole
 
 
-def test_results_of_another_recipe_are_not_mixed_in(
-    experiment: Experiment, trained: list[TaggerTraining], tmp_path: Path
+def test_what_is_there_is_tabulated_without_running_the_rest(
+    experiment: Experiment, posts: Read, tmp_path: Path, trainings: list[tuple[bool, int]]
 ) -> None:
-    run.run_experiment(experiment, no_posts, tmp_path, seeds=1, only=["full"])
+    run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])
+    results = run.run_experiment(experiment, posts, tmp_path, run_missing=False)
+    assert trainings == [(True, 0)]
+    assert results["rows"]["all on"]["fine"]["runs"] == 1
+    assert results["rows"]["tagger alone"] == {**results["rows"]["all on"]}  # it comes to the same: copied, not run
+    assert results["rows"]["no CRF"] == {}
+
+
+def test_results_of_another_recipe_or_configuration_are_not_mixed_in(
+    experiment: Experiment, posts: Read, tmp_path: Path
+) -> None:
+    run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])
     with pytest.raises(ConfigError, match="result of another recipe"):
-        run.run_experiment(experiment, no_posts, tmp_path, seeds=1, overrides={"epochs": 3})
-    assert len(trained) == 1
+        run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"], overrides={"epochs": 3})
+    shorter = load_config(text={"max_chars": 5})
+    with pytest.raises(ConfigError, match="result of another configuration"):
+        run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"], base=shorter)
+    with pytest.raises(ConfigError, match="result of other posts"):
+        run.run_experiment(experiment, lambda *which: posts(*which)[1:], tmp_path, seeds=1, only=["full"])
+    # Where it runs, and how fast, does not matter.
+    faster = load_config(overrides=["tagger.batch_tokens=64", "pipeline.tag.threads=2", "filter.gamma=0.7"])
+    run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"], overrides={"device": "cuda"}, base=faster)
 
 
-def test_unknown_names_are_refused_with_the_known_ones(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_costs_its_row_alone(experiment: Experiment, posts: Read, tmp_path: Path) -> None:
+    values = experiment.model_dump(exclude_defaults=True)
+    values["variants"][1]["settings"] = {"encoder": str(tmp_path / "nowhere")}
+    results = run.run_experiment(Experiment.model_validate(values), posts, tmp_path, seeds=1, only=["full", "no-crf"])
+    assert results["rows"]["all on"]["fine"]["runs"] == 1
+    assert "nowhere" in results["obstacles"]["no-crf"]
+
+
+def test_unknown_names_are_refused_with_the_known_ones(experiment: Experiment, posts: Read, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there are full, no-crf"):
-        run.run_experiment(experiment, no_posts, tmp_path, only=["crf"])
-    with pytest.raises(ConfigError, match="or one of tagger, tagger-recipe"):
+        run.run_experiment(experiment, posts, tmp_path, only=["crf"])
+    with pytest.raises(ConfigError, match="or one of cost, figure3"):
         load_experiment("taggr")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("against: nobody", "no row is called 'nobody'"),
+        ("plot: {columns: [MNRG]}", "'MNRG' is not one of the table's columns"),
+        ("variants: [tagger/ful]", "tagger has no variant 'ful'"),
+        ("rows: [{label: x, fmnerg: none}]", "no variant is called 'none'"),
+        ("colums: []", "colums"),
+    ],
+)
+def test_a_definition_that_names_what_is_not_there_is_refused(tmp_path: Path, change: str, message: str) -> None:
+    file = tmp_path / "own.yaml"
+    lines = {"title": "title: x", "columns": "columns: [{label: F1, metric: mner.f1}]", "variants": "variants: []"}
+    lines[change.partition(":")[0]] = change
+    file.write_text("\n".join(lines.values()), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(str(file))

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from gem_ray.config import parse_config
-from gem_ray.grounding.boxes import BoxMaker, BoxRequest, choose_box, instance_at, map_box, resize_map
+from gem_ray.grounding.boxes import BoxMaker, BoxRequest, choose_box, instance_at, map_box, most_like_map, resize_map
 from gem_ray.grounding.sam import PointMasks, build_sam, save_sam
 from gem_ray.grounding.text_segmenter import Instance, connected_components, mask_box
 from gem_ray.nano.segmenters import SAM_SIZES, build_clipseg
@@ -40,10 +40,8 @@ PERSON, TEAM = ("actor", "person"), ("sports_team", "organization")
 EMPTY = rectangle(0, 0, 0, 0)
 SAM_BOX, AT_PEAK, ELSEWHERE = Box(4, 3, 9, 8), Box(2, 2, 12, 18), Box(20, 10, 28, 19)
 
-IOU = np.array([0.2, 0.9, 0.5], dtype=np.float32)
-MASK = PointMasks(np.stack([rectangle(0, 0, 30, 20), rectangle(4, 3, 9, 8), rectangle(5, 5, 6, 6)]), IOU)
-# Only the best mask is the answer: that the others are not empty does not count.
-NO_MASK = PointMasks(np.stack([rectangle(0, 0, 30, 20), EMPTY, rectangle(5, 5, 6, 6)]), IOU)
+MASK = (rectangle(4, 3, 9, 8), 0.9)
+NO_MASK = (EMPTY, 0.9)
 HOLDING = [instance(20, 10, 28, 19, 0.9), instance(2, 2, 12, 18)]
 OTHERS = [instance(13, 0, 15, 2), instance(20, 10, 28, 19)]
 
@@ -275,7 +273,58 @@ def test_specks_of_a_mask_can_be_left_out_of_its_box():
     mask = np.zeros((20, 30), dtype=bool)
     mask[5:12, 4:10] = True
     mask[18, 28] = True
-    masks = PointMasks(np.stack([mask] * 3), np.array([0.9, 0.5, 0.1]))
-    whole, largest = (choose_box(request(*TEAM), (20, 30), False, masks, [], flag) for flag in (False, True))
+    whole, largest = (choose_box(request(*TEAM), (20, 30), False, (mask, 0.9), [], flag) for flag in (False, True))
     assert whole.box == Box(4, 5, 29, 19)
     assert largest.box == Box(4, 5, 10, 12)
+
+
+def test_the_mask_most_like_the_map_is_neither_its_part_nor_all_around_it():
+    part, whole, everything = rectangle(5, 5, 10, 10), rectangle(5, 5, 20, 15), rectangle(0, 0, 30, 20)
+    heat = np.zeros((4, 6), dtype=np.float32)
+    heat[1:3, 1:4] = 1
+    masks = np.stack([part, everything, whole])
+    assert most_like_map(masks, heat) == 2
+    heat[:] = 0
+    heat[1, 1] = 1
+    assert most_like_map(masks, heat) == 0
+    assert most_like_map(np.stack([EMPTY, whole, EMPTY]), heat) == 1
+
+
+def test_sams_mask_can_be_chosen_by_the_map(models):
+    maker = load(models, "sam", sam_mask="map")
+    image = images_of((20, 30))
+    (answer,) = maker._sam.masks(image, [[(5, 5)]])[0]
+    (result,) = maker.boxes(image, [request(*TEAM)])
+    expected = answer.masks[most_like_map(answer.masks, request(*TEAM).map)]
+    assert (result.box, result.source) == (mask_box(expected), "sam")
+
+
+class FakeDetector:
+    """Gives a box without a mask to every prompt."""
+
+    def __init__(self, box: Box) -> None:
+        self.box = box
+
+    def instances(self, images, prompts):
+        return [[Instance(self.box, 0.8)] for _ in prompts]
+
+
+def test_a_detectors_box_is_tightened_around_what_sam_cuts_out_of_it(models, monkeypatch):
+    sam = load(models, "sam")._sam
+    asked = []
+
+    def masks_in_boxes(images, boxes):
+        asked.extend(boxes)
+        return [[PointMasks(rectangle(4, 3, 9, 8)[None], np.array([0.7])) for _ in own] for own in boxes]
+
+    monkeypatch.setattr(sam, "masks_in_boxes", masks_in_boxes)
+    images, requests = images_of((20, 30)), [request(*PERSON)]
+    for box, refine, expected in [
+        (Box(3, 2, 9, 8), True, Box(4, 3, 9, 8)),
+        (Box(3, 2, 9, 8), False, Box(3, 2, 9, 8)),
+        (Box(0, 0, 30, 20), True, Box(0, 0, 30, 20)),  # what was cut out is something else
+    ]:
+        maker = BoxMaker(sam, FakeDetector(box), ["person"], refine=refine)
+        (result,) = maker.boxes(images, requests)
+        assert (result.box, result.source, result.score) == (expected, "text", 0.8)
+    assert asked == [[Box(3, 2, 9, 8)], [Box(0, 0, 30, 20)]]

@@ -5,6 +5,7 @@ import pytest
 
 from gem_ray.config import parse_config
 from gem_ray.grounding.boxes import BoxMaker, BoxResult
+from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.grounder import Grounder, heat_map, to_original
 from gem_ray.grounding.matcher import Matcher
 from gem_ray.grounding.trace import peak
@@ -146,3 +147,23 @@ def test_box_is_scaled_to_the_original_and_stays_in_it(box, expected):
 
 def test_box_of_a_reduced_image_never_vanishes():
     assert to_original(Box(0.2, 0.2, 0.4, 0.4), (20_000, 3), (20_000, 3)) == Box(0, 0, 1, 1)
+
+
+def test_a_models_own_threshold_holds_unless_the_configuration_sets_one(build_random_blip):
+    folder = build_random_blip(2)
+    Decision(threshold=0.2).save(folder)
+    boxes = {"sam": None, "text": None}
+    for setting, threshold in [({}, 0.2), ({"threshold": 0.7}, 0.7)]:
+        matcher = {"model": str(folder), "subpatch_peak": True, **setting}
+        grounder = Grounder.from_config(parse_config({"grounder": {"matcher": matcher, "boxes": boxes}}))
+        assert grounder.threshold == threshold
+        assert grounder.subpatch_peak
+
+
+def test_subpatch_peaks_are_where_the_parabolas_are_highest(random_blip):
+    posts = [post(0, "Cleveland", "Sea", shape=(96, 128))]
+    boxes = ground(random_blip, posts, threshold=0.0, subpatch_peak=True)
+    ((_, requests),) = boxes.calls
+    for each, request in zip(posts[0].entities, requests, strict=True):
+        assert (each.point.x, each.point.y) == peak(request.map, 960, 1280, subpatch=True)
+        assert (request.x, request.y) == peak(request.map, 96, 128, subpatch=True)

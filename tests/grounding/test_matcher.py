@@ -50,14 +50,14 @@ def test_probability_is_that_of_the_whole_model(random_blip):
 def test_each_image_is_encoded_once_whatever_is_asked_of_it(random_blip):
     matcher = load(random_blip, batch_size=2, image_batch_size=2)
     encoded = []
-    matcher.model.vision_model.register_forward_hook(lambda _m, inputs, _o: encoded.append(len(inputs[0])))
+    matcher.model.vision_model.embeddings.register_forward_hook(lambda _m, inputs, _o: encoded.append(len(inputs[0])))
     matcher.match(IMAGES, QUERIES * 3)
     assert encoded == [2, 1]
 
 
 def test_no_query_needs_no_image(random_blip):
     matcher = load(random_blip)
-    matcher.model.vision_model.register_forward_hook(lambda *_: pytest.fail("an image was encoded"))
+    matcher.model.vision_model.embeddings.register_forward_hook(lambda *_: pytest.fail("an image was encoded"))
     assert matcher.match(IMAGES, []) == []
 
 
@@ -73,7 +73,7 @@ def test_answers_do_not_depend_on_the_batch(random_blip):
 def test_text_begins_with_enc_and_only_names_and_template_are_inner(random_blip):
     matcher = load(random_blip)
     batch = matcher.texts(
-        ["Cleveland is belong city.", "Sea is belong written_work and the edge of"], torch.device("cpu")
+        [Query(0, "Cleveland", "city"), Query(0, "The Edge of the Sea", "written_work")], torch.device("cpu")
     )
     tokens = matcher.texts.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
     assert tokens[0] == "[ENC]"
@@ -82,6 +82,15 @@ def test_text_begins_with_enc_and_only_names_and_template_are_inner(random_blip)
     assert inner[0] == "cleveland"
     assert inner[-1] == "."
     assert not {"[ENC]", "[SEP]", "[PAD]"} & set(inner)
+    tokens = matcher.texts.tokenizer.convert_ids_to_tokens(batch.input_ids[1].tolist())
+    words = [token for token, is_word in zip(tokens, batch.words[1].tolist(), strict=True) if is_word]
+    assert words == ["the", "edge", "of", "the", "sea"]
+
+
+def test_an_entity_without_tokens_of_its_own_counts_by_its_category(random_blip):
+    batch = load(random_blip).texts([Query(0, "\u200d", "city")], torch.device("cpu"))
+    assert batch.words.any()
+    assert torch.equal(batch.words, batch.inner)
 
 
 def test_published_tokenizers_without_enc_get_it_where_the_model_has_it():
@@ -89,7 +98,7 @@ def test_published_tokenizers_without_enc_get_it_where_the_model_has_it():
     words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     vocabulary = words | {f"word{index}": index for index in range(5, 30_522)}
     texts = TextProcessor(BertTokenizer(vocab=vocabulary), vocab_size=30_524)
-    assert texts(["word5"], torch.device("cpu")).input_ids.tolist() == [[30_523, 5, 3]]
+    assert texts([Query(0, "word5", "word6")], torch.device("cpu")).input_ids.tolist() == [[30_523, 5, 1, 1, 6, 1, 3]]
 
 
 def test_a_model_without_an_embedding_for_enc_is_refused():

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from segment_anything import SamPredictor, sam_model_registry
+from segment_anything.modeling.image_encoder import Attention
 
 from gem_ray.config import parse_config
 from gem_ray.grounding import sam as sam_module
 from gem_ray.grounding.sam import SamSegmenter, SamSizes, build_sam, load_sam, save_sam
+from gem_ray.grounding.sam_attention import FusedAttention
 from gem_ray.grounding.train_sam import PointTarget, SamSample, SamTraining, point_loss, train_sam
+from gem_ray.records import Box
 
 TINY = SamSizes(
     image_size=64,
@@ -27,7 +31,7 @@ TINY = SamSizes(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
     torch.manual_seed(0)
     model = build_sam(TINY)
@@ -44,9 +48,11 @@ def images_of(*sizes: tuple[int, int]) -> list[np.ndarray]:
 def test_masks_of_a_batch_equal_the_predictor_of_the_package_point_by_point(model):
     images = images_of((48, 80), (90, 60), (64, 64), (20, 30))
     points = [[(3.0, 4.0), (70.5, 40.0)], [(10.0, 80.0)], [], [(29.0, 0.0), (5.0, 5.0), (15.0, 19.0)]]
+    predictor = SamPredictor(deepcopy(model))
     answers = SamSegmenter(model, batch_size=2).masks(images, points)
+    assert all(type(block.attn) is FusedAttention for block in model.image_encoder.blocks)
+    assert all(type(block.attn) is Attention for block in predictor.model.image_encoder.blocks)
 
-    predictor = SamPredictor(model)
     assert [len(row) for row in answers] == [2, 1, 0, 3]
     for image, row, found in zip(images, points, answers, strict=True):
         predictor.set_image(image)
@@ -58,6 +64,21 @@ def test_masks_of_a_batch_equal_the_predictor_of_the_package_point_by_point(mode
             np.testing.assert_allclose(answer.iou, iou, atol=1e-5)
             assert (answer.masks != masks).mean() < 1e-3
             assert answer.best == iou.argmax()
+
+
+def test_masks_of_boxes_equal_the_predictor_of_the_package_box_by_box(model):
+    images = images_of((48, 80), (90, 60))
+    boxes = [[Box(3, 4, 40, 30), Box(0, 0, 80, 48)], [Box(10, 20, 50, 90)]]
+    predictor = SamPredictor(deepcopy(model))
+    answers = SamSegmenter(model, batch_size=2).masks_in_boxes(images, boxes)
+    for image, row, found in zip(images, boxes, answers, strict=True):
+        predictor.set_image(image)
+        for box, answer in zip(row, found, strict=True):
+            corners = np.array([box.x1, box.y1, box.x2, box.y2])
+            masks, iou, _ = predictor.predict(box=corners, multimask_output=False)
+            assert answer.masks.shape == (1, *image.shape[:2])
+            np.testing.assert_allclose(answer.iou, iou, atol=1e-5)
+            assert (answer.masks != masks).mean() < 1e-3
 
 
 def test_each_image_with_points_is_encoded_once_and_others_never(model):

@@ -1,3 +1,4 @@
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,15 @@ def random_images(count: int) -> list[np.ndarray]:
     return [rng.integers(0, 256, size=(40 + 9 * i, 50, 3), dtype=np.uint8) for i in range(count)]
 
 
-def plain_map(matcher: Matcher, image: np.ndarray, query: Query, layer: int, tokens: str, target: str) -> np.ndarray:
-    """Eq. 11 as it is written: one entity, full forward and backward passes in double precision, explicit sums."""
+def plain_maps(
+    matcher: Matcher, image: np.ndarray, query: Query, options: list[tuple[int, str, str]]
+) -> list[np.ndarray]:
+    """Eq. 11 as it is written, for each layer, token set and target: full passes in double precision, explicit sums."""
     model = BlipForImageTextRetrieval(matcher.model.config).eval().double()
     model.load_state_dict(matcher.model.state_dict())
-    encoded = matcher.texts.tokenizer(query.text, return_special_tokens_mask=True, return_tensors="pt")
+    encoded = matcher.texts.tokenizer(
+        query.text, return_special_tokens_mask=True, return_offsets_mapping=True, return_tensors="pt"
+    )
     encoded["input_ids"][:, 0] = matcher.texts.tokenizer.convert_tokens_to_ids("[ENC]")
     states = model.vision_model(matcher.images([image]).double()).last_hidden_state
     output = model.text_encoder(
@@ -42,42 +47,41 @@ def plain_map(matcher: Matcher, image: np.ndarray, query: Query, layer: int, tok
         output_attentions=True,
     )
     logits = model.itm_head(output.last_hidden_state[:, 0])[0]
-    score = logits.softmax(dim=0)[1] if target == "probability" else logits[1]
-    attention = output.cross_attentions[layer]
-    (gradient,) = torch.autograd.grad(score, attention)
-    heads, length, patches = attention.shape[1:]
-    scores = np.zeros(patches - 1)
-    attention, gradient = attention.detach().numpy(), gradient.numpy()
-    for i in range(1, patches):
+    score = {"probability": logits.softmax(dim=0)[1], "logit": logits[1]}
+    gradients = {
+        target: torch.autograd.grad(value, output.cross_attentions, retain_graph=True)
+        for target, value in score.items()
+    }
+    maps = []
+    for layer, tokens, target in options:
+        attention = output.cross_attentions[layer][0].detach().numpy()
+        gradient = gradients[target][layer][0].numpy()
+        heads, length, patches = attention.shape
+        scores = np.zeros(patches - 1)
         for j in range(length):
-            if tokens == "inner" and encoded["special_tokens_mask"][0, j]:
+            special, start = encoded["special_tokens_mask"][0, j], encoded["offset_mapping"][0, j, 0]
+            if (tokens != "all" and special) or (tokens == "words" and start >= len(query.entity)):
                 continue
             for h in range(heads):
-                scores[i - 1] += max(0.0, gradient[0, h, j, i]) * attention[0, h, j, i] / heads
-    side = round(len(scores) ** 0.5)
-    return scores.reshape(side, side)
+                for i in range(1, patches):
+                    scores[i - 1] += max(0.0, gradient[h, j, i]) * attention[h, j, i] / heads
+        side = round(len(scores) ** 0.5)
+        maps.append(scores.reshape(side, side))
+    return maps
 
 
-@pytest.mark.parametrize(
-    ("depth", "layer", "tokens", "target"),
-    [
-        (1, 0, "all", "probability"),
-        (4, 0, "all", "probability"),
-        (4, 2, "inner", "probability"),
-        (4, 2, "all", "logit"),
-        (4, 3, "all", "probability"),  # only [ENC] has a gradient
-        (12, 7, "all", "probability"),
-        (12, 7, "inner", "logit"),
-    ],
-)
-def test_maps_of_a_batch_equal_those_computed_one_by_one(build_random_blip, depth, layer, tokens, target):
-    matcher = load(build_random_blip(depth), layer=layer, tokens=tokens, target=target)
+@pytest.mark.parametrize("depth", range(1, 13))
+def test_maps_of_a_batch_equal_those_computed_one_by_one_for_every_option(build_random_blip, depth):
+    matcher = load(build_random_blip(depth))
     images = random_images(2)
-    matches = matcher.match(images, QUERIES)
-    for query, match in zip(QUERIES, matches, strict=True):
-        expected = plain_map(matcher, images[query.image], query, layer, tokens, target)
-        assert expected.max() > 0
-        assert np.abs(match.map - expected).max() < 1e-5 * expected.max()
+    options = list(product(range(depth), ["all", "inner", "words"], ["probability", "logit"]))
+    expected = [plain_maps(matcher, images[query.image], query, options) for query in QUERIES]
+    for row, (layer, tokens, target) in enumerate(options):
+        matcher.layer, matcher.tokens, matcher.target = layer, tokens, target
+        for match, maps in zip(matcher.match(images, QUERIES), expected, strict=True):
+            # In the last layer only [ENC] has a gradient, and so without it there is none.
+            assert (maps[row].max() > 0) == (tokens == "all" or layer < depth - 1)
+            assert np.abs(match.map - maps[row]).max() <= 1e-5 * maps[row].max()
 
 
 def test_map_equals_finite_differences_of_the_probability(build_random_blip):
@@ -85,7 +89,7 @@ def test_map_equals_finite_differences_of_the_probability(build_random_blip):
     matcher = load(build_random_blip(3, side=16), layer=layer)
     matcher.model.double()
     image, query = random_images(1)[0], QUERIES[0]
-    batch = matcher.texts([query.text], torch.device("cpu"))
+    batch = matcher.texts([query], torch.device("cpu"))
     states = matcher.model.vision_model(matcher.images([image]).double()).last_hidden_state
 
     def probability(nudge: torch.Tensor | float) -> tuple[float, torch.Tensor]:
@@ -165,3 +169,25 @@ def test_peak_is_the_pixel_at_the_centre_of_the_only_lit_patch(patch, height, wi
     scores = np.zeros((12, 12), dtype=np.float32)
     scores[patch] = 1
     assert peak(scores, height, width) == expected
+
+
+def test_subpatch_peak_is_the_top_of_a_paraboloid():
+    rows, columns = np.mgrid[:6, :8]
+    for down, across in [(2.0, 3.0), (2.3, 4.8), (3.49, 1.51)]:  # in patches, from the first one's centre
+        scores = 5 - 0.7 * (rows - down) ** 2 - 0.4 * (columns - across) ** 2
+        x, y = peak(scores, 600, 800, subpatch=True)
+        assert abs(x - 100 * (across + 0.5)) <= 1
+        assert abs(y - 100 * (down + 0.5)) <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (5, 5)])
+def test_subpatch_peak_lies_in_the_highest_patch_and_in_the_image(shape):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scores = rng.random(shape) * rng.integers(0, 2, size=shape)
+        row, column = np.unravel_index(scores.argmax(), shape)
+        x, y = peak(scores, 50, 100, subpatch=True)
+        assert 0 <= x < 100
+        assert 0 <= y < 50
+        assert abs(x - (column + 0.5) * 100 / shape[1]) <= 50 / shape[1] + 1
+        assert abs(y - (row + 0.5) * 50 / shape[0]) <= 25 / shape[0] + 1

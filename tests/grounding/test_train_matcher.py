@@ -6,11 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import BlipForImageTextRetrieval
-from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip import BlipVisionEmbeddings
 
-from gem_ray.config import parse_config
+from gem_ray.config import ConfigError, parse_config
+from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Matcher, Query
-from gem_ray.grounding.train_matcher import MatcherTraining, Pair, build_pairs, train_matcher
+from gem_ray.grounding.matcher_recipe import MatcherTraining
+from gem_ray.grounding.pairs import Pair, PairsOfPosts, build_pairs
+from gem_ray.grounding.train_matcher import train_matcher
 from gem_ray.nano.blip import BlipSize, build_blip
 from gem_ray.records import Box, GoldEntity, Post
 
@@ -44,6 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     texts = ["Redland is belong country.", "Blue Bay is belong city."]
     build_blip(out, texts, BlipSize(image_side=16, patch=8, width=24, image_layers=1, text_layers=2))
+    Decision(layer=1).save(out)
     return out
 
 
@@ -87,46 +91,126 @@ def test_mentions_of_other_posts_are_absent_unless_named_here_too():
 
 
 def test_training_learns_which_image_shows_which_name(base, tmp_path):
-    settings = MatcherTraining(learning_rate=1e-2, epochs=80, batch_size=2, balance=True)
-    result = train_matcher(color_posts(), str(base), tmp_path, settings)
+    settings = MatcherTraining(learning_rate=1e-2, epochs=50, batch_size=2, balance=True)
+    result = train_matcher(color_posts(), color_posts(), str(base), tmp_path, settings)
     assert result["loss"][0] > 0.5
     assert result["loss"][-1] < 0.05
     assert (result["pairs"], result["present"], result["skipped"]) == (4, 2, 0)
+    assert result["dev"]["accuracy"] == 1
+    assert not (tmp_path / "checkpoints").exists()
     matcher = Matcher.from_config(parse_config({"grounder": {"matcher": {"model": str(tmp_path)}}}))
     images = [np.full((30, 40, 3), color, dtype=np.uint8) for color in (RED, BLUE)]
     queries = [Query(i, *name) for i in (0, 1) for name in (("Redland", "country"), ("Blue Bay", "city"))]
-    seen = [match.probability > 0.5 for match in matcher.match(images, queries)]
+    threshold = Decision.load(tmp_path).threshold
+    assert threshold == result["dev"]["threshold"]
+    assert Decision.load(tmp_path).layer == 1  # the base model's
+    seen = [match.probability > threshold for match in matcher.match(images, queries)]
     assert seen == [True, False, False, True]
 
 
 def test_same_seed_same_model(base, tmp_path):
     for name in ("one", "two"):
-        train_matcher(color_posts(), str(base), tmp_path / name, MatcherTraining(learning_rate=1e-3, image_negatives=2))
+        train_matcher(
+            color_posts(), [], str(base), tmp_path / name, MatcherTraining(learning_rate=1e-3, image_negatives=2)
+        )
     one, two = (BlipForImageTextRetrieval.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_each_image_is_encoded_once_for_all_pairs_of_its_post(base, tmp_path, monkeypatch):
     encoded = []
-    original = BlipVisionModel.forward
+    original = BlipVisionEmbeddings.forward
 
     def counting(self, pixel_values, **options):
         encoded.append(len(pixel_values))
         return original(self, pixel_values, **options)
 
-    monkeypatch.setattr(BlipVisionModel, "forward", counting)
-    train_matcher(color_posts(), str(base), tmp_path, MatcherTraining(image_negatives=9))
+    monkeypatch.setattr(BlipVisionEmbeddings, "forward", counting)
+    train_matcher(color_posts(), [], str(base), tmp_path, MatcherTraining(image_negatives=9))
     assert encoded == [2]
 
 
 def test_posts_without_a_usable_image_are_counted_not_fatal(base, tmp_path):
     broken = color_posts()
     broken[0].image_bytes = b"not an image"
-    result = train_matcher(broken, str(base), tmp_path, MatcherTraining(batch_size=1))
+    result = train_matcher(broken, [], str(base), tmp_path, MatcherTraining(batch_size=1))
     assert result["skipped"] == 1
     assert np.isfinite(result["loss"][0])
 
 
 def test_nothing_to_learn_from_is_an_error(base, tmp_path):
     with pytest.raises(ValueError, match="no post has a gold mention"):
-        train_matcher([Post("0", "hello", ["hello"], gold=[])], str(base), tmp_path)
+        train_matcher([Post("0", "hello", ["hello"], gold=[])], [], str(base), tmp_path)
+
+
+def test_posts_without_any_image_are_an_error_before_anything_is_trained(base, tmp_path):
+    posts = color_posts()
+    for each in posts:
+        each.image_bytes = None
+    with pytest.raises(ValueError, match="no post has an image"):
+        train_matcher(posts, [], str(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(base, tmp_path):
+    settings = MatcherTraining(learning_rate=1e-3, epochs=4, batch_size=1, image_negatives=3, checkpoint_steps=1)
+
+    def kill(step: int, _loss: float) -> None:
+        if step >= 4:  # the end of the second of four epochs
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_matcher(color_posts(), color_posts(), str(base), tmp_path / "killed", settings, report=kill)
+    steps: list[int] = []
+    resumed = train_matcher(
+        color_posts(), color_posts(), str(base), tmp_path / "killed", settings, lambda step, _: steps.append(step)
+    )
+    assert steps[0] > 2  # what was done is not done again
+    whole = train_matcher(color_posts(), color_posts(), str(base), tmp_path / "whole", settings)
+    assert resumed["loss"][-1] == pytest.approx(whole["loss"][-1], abs=1e-6)
+    one, two = (BlipForImageTextRetrieval.from_pretrained(tmp_path / name).state_dict() for name in ("killed", "whole"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_another_recipe_does_not_go_on_where_one_was_killed(base, tmp_path):
+    def kill(step: int, _loss: float) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        train_matcher(color_posts(), [], str(base), tmp_path, MatcherTraining(), report=kill)
+    with pytest.raises(ConfigError, match="another recipe"):
+        train_matcher(color_posts(), [], str(base), tmp_path, MatcherTraining(epochs=2))
+
+
+def test_the_epoch_that_is_best_on_dev_is_kept(base, tmp_path):
+    # A rate so high that the model is ruined in the end: what is saved is from before.
+    settings = MatcherTraining(
+        learning_rate=1e-2, epochs=40, batch_size=2, balance=True, schedule="constant_with_warmup"
+    )
+    result = train_matcher(color_posts() * 5, color_posts(), str(base), tmp_path, settings)
+    matcher = Matcher.from_config(parse_config({"grounder": {"matcher": {"model": str(tmp_path)}}}))
+    images = [np.full((30, 40, 3), color, dtype=np.uint8) for color in (RED, BLUE)]
+    queries = [Query(i, *name) for i in (0, 1) for name in (("Redland", "country"), ("Blue Bay", "city"))]
+    seen = [match.probability > result["dev"]["threshold"] for match in matcher.match(images, queries)]
+    assert np.mean(np.array(seen) == [True, False, False, True]) == result["dev"]["accuracy"]
+
+
+def test_pairs_of_an_epoch_depend_on_seed_and_epoch_alone():
+    posts, settings = color_posts() * 4, MatcherTraining(image_negatives=3)
+    one, two = PairsOfPosts(posts, settings), PairsOfPosts(posts, settings)
+    first = (one.pairs, one.order)
+    one.set_epoch(3)
+    two.set_epoch(5)
+    two.set_epoch(3)
+    assert (one.pairs, one.order) == (two.pairs, two.order) != first
+
+
+def test_balanced_weights_let_present_and_absent_pairs_count_alike():
+    data = PairsOfPosts(color_posts(), MatcherTraining(image_negatives=20, balance=True))
+    labels = [pair.present for group in data.pairs for pair in group]
+    absent, present = data.weights()
+    assert absent * labels.count(False) == pytest.approx(present * labels.count(True))

@@ -167,7 +167,7 @@ def test_retry_after_is_capped_and_nonsense_is_ignored(server, explainer_config,
 def test_pauses_grow_until_they_reach_the_cap(server, explainer_config, reply, monkeypatch):
     pauses = []
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append)
-    monkeypatch.setattr("gem_ray.knowledge.explainer.time", clock)
+    monkeypatch.setattr("gem_ray.chat.time", clock)
     server.script = lambda text, n: reply(hang_up=True)
     with pytest.raises(ExplainerError):
         Explainer(explainer_config(retries=6, max_pause_s=10)).ask(Query("hello"))
@@ -202,7 +202,7 @@ def test_retry_after_holds_for_every_thread(server, explainer_config, reply):
     )
     explainer = Explainer(explainer_config(concurrency=1, max_pause_s=5))
     others = Explainer(explainer_config(concurrency=4))
-    others._pace = explainer._pace
+    others._client._pace = explainer._client._pace
     answers = explainer.ask_all([Query("first")])
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, answers)

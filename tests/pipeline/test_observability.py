@@ -13,8 +13,8 @@ import httpx
 import pytest
 import ray
 
+from gem_ray.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.logs import JsonFormatter, log_problems
-from gem_ray.pipeline.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.progress import json_lines
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.records import Box, Entity, Post, ProblemKind, StageName
@@ -53,7 +53,7 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
         first = stage.begin()
         second = stage.begin()  # batches may overlap
         stage.end(first, posts=5)
-        time.sleep(0.3)  # not idle: one is still inside
+        time.sleep(1)  # not idle: one is still inside
         stage.end(second, posts=6)
         stage.count({"asked": 3})
         seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
@@ -63,8 +63,13 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     working = work.remote()
     deadline = time.monotonic() + 60
     text = ""
+<<<<<<< HEAD
     # Until what was counted last is there; other tests' metrics may be there before.
     while time.monotonic() < deadline and 2 not in samples(text, "ray_gem_ray_entities_total", 'what="found"'):
+=======
+    # Other tests' runs export metrics too, but none of this stage.
+    while time.monotonic() < deadline and not samples(text, "ray_gem_ray_stage_counts_total", 'stage="knowledge"'):
+>>>>>>> main
         time.sleep(0.5)
         text = exported()
     ray.get(working)
@@ -76,7 +81,7 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     assert samples(text, "ray_gem_ray_batch_posts_count", 'stage="knowledge"') == [2]
     assert samples(text, "ray_gem_ray_batch_posts_bucket", 'le="4.0",', 'stage="knowledge"') == [0]
     (idle,) = samples(text, "ray_gem_ray_idle_seconds_total", 'stage="knowledge"')
-    assert 0.05 <= idle < 0.3
+    assert 0.05 <= idle < 1
     assert samples(text, "ray_gem_ray_stage_counts_total", 'stage="knowledge"') == [3]
     asked = set(re.findall(r"ray_gem_ray_\w+", DASHBOARD.read_text()))
     assert asked

@@ -477,3 +477,23 @@ def test_a_plan_loads_no_heavy_library() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+def test_a_reranker_behind_an_endpoint_needs_no_card() -> None:
+    there = {"engine": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:8000/v1"}}
+    assert stage_need(StageName.RERANK, load_config(reranker=there)).models == ()
+
+
+def test_a_reranker_that_reads_captions_is_as_large_as_its_language_model(tmp_path: Path) -> None:
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_attention_heads=2))
+    model.save_pretrained(tmp_path)
+    config = load_config(reranker={"engine": "text", "model": str(tmp_path), "adapter": None, "dtype": "float16"})
+    (reader,) = stage_need(StageName.RERANK, config).models
+    assert reader.weights == 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert reader.flops > 0
+
+
+def test_matchers_whose_needs_nobody_has_worked_out_are_refused_by_key() -> None:
+    with pytest.raises(ConfigError, match=r"grounder\.matcher\.kind"):
+        stage_need(StageName.GROUND, load_config(grounder={"matcher": {"kind": "llava"}}))

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a run, through Ray: what the stages do with their time, and what becomes of the posts."""
+"""Prometheus metrics, through Ray: what the stages do with their time, and what becomes of the posts."""
 
 from __future__ import annotations
 

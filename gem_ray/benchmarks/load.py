@@ -1,0 +1,175 @@
+"""Load on a running service: clients in a closed loop, or requests that arrive whether or not the last are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from gem_ray.data.generated import generate
+
+_SEED = 7
+_QUANTILES = (50, 90, 95, 99)
+_TIMEOUT_S = 120
+_SERVE_PROCESSES = ("ray::ServeReplica", "ray::ProxyActor")
+
+
+@dataclass
+class Outcome:
+    """What became of the requests of one load.
+
+    Attributes:
+        seconds: from the first request to the last answer.
+        latencies: of the answers by status; 0 stands for connections that broke.
+        stage_seconds: sums over the answers of 200.
+    """
+
+    seconds: float = 0.0
+    latencies: dict[int, list[float]] = field(default_factory=dict)
+    stage_seconds: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def per_second(self) -> float:
+        """Annotated posts a second."""
+        return len(self.latencies.get(200, ())) / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rates, percentiles in seconds by status, and each stage's share of the time in stages."""
+        total = sum(self.stage_seconds.values()) or 1.0
+        return {
+            "annotated_per_second": self.per_second,
+            "seconds": self.seconds,
+            "statuses": {str(status): len(times) for status, times in sorted(self.latencies.items())},
+            "latency_s": {str(status): _percentiles(times) for status, times in sorted(self.latencies.items())},
+            "share_of_time": {name: seconds / total for name, seconds in self.stage_seconds.most_common()},
+        }
+
+
+class Load:
+    """Sends generated posts with their images to a service.
+
+    Args:
+        url: where it is.
+        posts: how many different posts; they are sent over and over.
+        api_key: a key that the service knows, if it wants one.
+    """
+
+    def __init__(self, url: str, posts: int = 256, api_key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        self._new_client = lambda: httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT_S, limits=limits)
+        self._requests = cycle([_request_of(post.text, post.image_bytes or b"") for post in generate(posts, _SEED)])
+
+    async def closed(self, clients: int, requests: int) -> Outcome:
+        """Clients that send their next request when the last is answered."""
+        outcome, todo = Outcome(), iter(range(requests))
+        started = time.perf_counter()
+        async with self._new_client() as http:
+            await asyncio.gather(*(self._client(http, todo, outcome) for _ in range(clients)))
+        outcome.seconds = time.perf_counter() - started
+        return outcome
+
+    async def open(self, rate: float, seconds: float) -> Outcome:
+        """Requests that arrive at random, independent of each other (a Poisson process), `rate` a second."""
+        outcome, chance = Outcome(), random.Random(_SEED)
+        started = time.perf_counter()
+        due = started
+        async with self._new_client() as http, asyncio.TaskGroup() as tasks:
+            while (due := due + chance.expovariate(rate)) < started + seconds:
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                tasks.create_task(self._send(http, outcome))
+        outcome.seconds = time.perf_counter() - started
+        return outcome
+
+    async def _client(self, http: httpx.AsyncClient, todo: Iterator[int], outcome: Outcome) -> None:
+        for _ in todo:
+            await self._send(http, outcome)
+
+    async def _send(self, http: httpx.AsyncClient, outcome: Outcome) -> None:
+        content, headers = next(self._requests)
+        started = time.perf_counter()
+        status = 0
+        try:
+            answer = await http.post("/v1/annotate", content=content, headers=headers)
+            status = answer.status_code
+        except httpx.TransportError:
+            pass
+        outcome.latencies.setdefault(status, []).append(time.perf_counter() - started)
+        if status == 200:
+            outcome.stage_seconds.update(answer.json()["seconds"])
+
+
+async def measure_load(load: Load, clients: int, requests: int, seconds: float) -> dict[str, Any]:
+    """One client against many; then twice what the service can take, and how soon it is itself again.
+
+    Args:
+        load: the service.
+        clients: of the closed loop.
+        requests: of the closed loop; one client alone sends a quarter of them.
+        seconds: length of the overload.
+    """
+    await load.closed(clients, 2 * clients)  # every process has done something once
+    memory = [serve_memory()]
+    alone = await load.closed(1, max(8, requests // 4))
+    memory.append(serve_memory())
+    many = await load.closed(clients, requests)
+    memory.append(serve_memory())
+    overload = await load.open(2 * many.per_second, seconds)
+    recovery = await _seconds_to_recover(load, _median(alone))
+    return {
+        "one_client": alone.to_dict(),
+        f"{clients}_clients": many.to_dict(),
+        "throughput_ratio": many.per_second / alone.per_second,
+        "p99_over_median": many.to_dict()["latency_s"]["200"]["p99"] / _median(many),
+        "memory_mib": dict(zip(("before", "after_one_client", "after_many"), memory, strict=True)),
+        "twice_the_sustainable_rate": overload.to_dict(),
+        "seconds_to_recover": recovery,
+    }
+
+
+async def _seconds_to_recover(load: Load, usual: float) -> float:
+    """Until a request is answered within twice the time that it takes on an idle service."""
+    started = time.perf_counter()
+    while True:
+        one = await load.closed(1, 1)
+        if one.latencies.get(200, [2 * usual])[0] < 2 * usual:
+            return time.perf_counter() - started
+
+
+def serve_memory() -> dict[str, float]:
+    """Resident memory in MiB of each Serve process of this machine that the user may see, by process name and id."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = folder.joinpath("cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").strip()
+            status = folder.joinpath("status").read_text()
+        except OSError:  # it has ended
+            continue
+        if name.startswith(_SERVE_PROCESSES):
+            kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
+            found[f"{name.partition('.')[0]} {folder.name}"] = int(kib) / 1024
+    return found
+
+
+def _request_of(text: str, image: bytes) -> tuple[bytes, dict[str, str]]:
+    """Body and headers, made once: making them takes as long as sending."""
+    request = httpx.Request("POST", "http://any", data={"text": text}, files={"image": ("image", image)})
+    return request.read(), {"Content-Type": request.headers["content-type"]}
+
+
+def _median(outcome: Outcome) -> float:
+    return float(np.median(outcome.latencies[200]))
+
+
+def _percentiles(times: Sequence[float]) -> dict[str, float]:
+    quantiles = {f"p{quantile}": float(np.percentile(times, quantile)) for quantile in _QUANTILES}
+    return quantiles | {"max": max(times)}

@@ -1,0 +1,78 @@
+"""Commands of the online service: `serve`, `new-key`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gem_ray.commands.options import PresetOption, SetOption
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: `gem-ray serve --port 8000`, then open http://127.0.0.1:8000")
+def serve(
+    preset: PresetOption = "nano",
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="In place of a preset: a Serve config as serve_configs/*.yaml."),
+    ] = None,
+    set_: SetOption = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; 127.0.0.1, or the config's. Others need API keys.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="8000, or the config's.", min=1, max=65535)] = None,
+) -> None:
+    """Annotate over HTTP, with a page to try it, until the command is stopped (Ctrl-C, SIGTERM).
+
+    With `--config`, SIGHUP reads the file again: `user_config` changes without a restart.
+    """
+    import signal
+    from queue import SimpleQueue
+
+    from gem_ray.config import ConfigError
+    from gem_ray.serving.environment import prepare_own_ray
+
+    prepare_own_ray()
+    from gem_ray.serving.session import file_schema, preset_schema, redeploy, serving
+
+    if config is None:
+        schema = preset_schema(preset, set_ or (), host or "127.0.0.1", port or 8000)
+    elif set_:
+        raise ConfigError("--set goes with a preset; a Serve config has `args` for that")
+    else:
+        schema = file_schema(config)
+        changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        schema.http_options = schema.http_options.model_copy(update=changes)
+    with serving(schema) as url:
+        signals: SimpleQueue[int] = SimpleQueue()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # now, because Ray has set its own
+            signal.signal(number, lambda number, _: signals.put(number))
+        typer.echo(f"gem-ray listens on {url}; the page is there, the API's description at {url}/openapi.json")
+        while signals.get() == signal.SIGHUP:
+            try:
+                if config is not None:
+                    redeploy(file_schema(config))
+            except ConfigError as error:
+                typer.secho(f"nothing changes: {error}", fg="red", err=True)
+        typer.echo("finishing what has begun")
+
+
+@app.command("new-key", epilog="Example: `gem-ray new-key --to keys.txt`")
+def new_key(
+    to: Annotated[
+        Path | None, typer.Option(help="Append the hash here, for serving.api_keys_file; else it is printed.")
+    ] = None,
+) -> None:
+    """Make an API key: the key for a client, and its hash for the server."""
+    from gem_ray.serving.keys import new_key as make
+
+    key, digest = make()
+    typer.echo(f"key, for the client:   {key}")
+    if to is None:
+        typer.echo(f"hash, for the server:  {digest}")
+    else:
+        with to.open("a", encoding="utf-8") as file:
+            file.write(f"{digest}\n")

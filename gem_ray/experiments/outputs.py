@@ -1,0 +1,131 @@
+"""What an experiment leaves beside its runs: table, CSV, plot, all figures as JSON, and its exact definition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from gem_ray.evaluation.calibration_report import plot as plot_entropy
+from gem_ray.evaluation.predictions import read_predictions
+from gem_ray.evaluation.significance import Counts, Difference, counts_by_post, paired_bootstrap
+from gem_ray.experiments.by_entropy import calibration_of
+from gem_ray.experiments.data import Posts
+from gem_ray.experiments.definition import Experiment, Row
+from gem_ray.experiments.plot import plot
+from gem_ray.experiments.results import Results, collect, main_input, read_runs
+from gem_ray.experiments.table import markdown, table_csv
+from gem_ray.taxonomy import LABEL_SETS
+
+
+def write_results(
+    out: Path, experiment: Experiment, obstacles: Mapping[str, str], posts: Posts | None = None
+) -> dict[str, Any]:
+    """Tabulate what `out/runs` holds of an experiment.
+
+    Args:
+        out: the folder of runs; `out/EXPERIMENT/` gets `table.md`, `table.csv`, `plot.png`, `results.json` and
+            `experiment.yaml`.
+        experiment: its definition.
+        obstacles: name of a variant that could not be run → why.
+        posts: reads the dev posts, for what needs more than the scores: comparison by bootstrap, accuracy by entropy.
+
+    Returns:
+        What `results.json` holds.
+    """
+    folder = out / experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    results = collect(experiment, out)
+    facts = _facts(experiment, out)
+    text = markdown(experiment, results, obstacles, facts)
+    differences = _differences(experiment, out, posts) if posts else {}
+    if differences:
+        text += "\n" + _comparison(experiment, differences)
+    report: dict[str, Any] = {
+        "title": experiment.title,
+        "facts": facts,
+        "rows": {
+            row: {column: asdict(cell) for column, cell in cells.items() if cell} for row, cells in results.items()
+        },
+        "obstacles": dict(obstacles),
+        "differences": {row: difference.to_dict() for row, difference in differences.items()},
+    }
+    figure = _plot(experiment, results)
+    if experiment.plot.kind == "entropy" and posts and (calibration := calibration_of(experiment, out, posts)):
+        report["calibration"] = calibration.to_dict()
+        figure = plot_entropy(calibration)
+    if figure is not None:
+        figure.savefig(folder / "plot.png", dpi=150)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    (folder / "table.csv").write_text(table_csv(experiment, results), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    definition = yaml.safe_dump(experiment.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    (folder / "experiment.yaml").write_text(definition, encoding="utf-8")
+    return report
+
+
+def _plot(experiment: Experiment, results: Results) -> Figure | None:
+    if experiment.plot.kind == "entropy" or not any(any(cells.values()) for cells in results.values()):
+        return None
+    return plot(experiment, results)
+
+
+def _facts(experiment: Experiment, out: Path) -> list[str]:
+    """On what data, with what and where the runs of the table were made."""
+    runs = [result for variant in experiment.variants for _, result in read_runs(out, variant.name)]
+    trained = [result for result in runs if result["recipe"]]
+    facts = []
+    if runs:
+        posts = ", ".join(sorted({str(result["posts"]) for result in runs}))
+        devices = ", ".join(sorted({result["device"] for result in runs}))
+        facts.append(f"Measured on {posts} dev posts, on {devices}. Ratios in percent.")
+    if trained:
+        facts.append(
+            f"Taggers were trained on {', '.join(sorted({str(result['train']) for result in trained}))} posts by the "
+            f"recipe `{experiment.recipe}` ({', '.join(sorted({result['recipe']['encoder'] for result in trained}))}), "
+            "the epoch chosen on dev; mean ± standard deviation over seeds."
+        )
+    return facts
+
+
+def _differences(experiment: Experiment, out: Path, posts: Posts) -> dict[str, Difference]:
+    """Each row against the one that the experiment names, on the label set of its first column."""
+    if experiment.against is None:
+        return {}
+    labels, task = experiment.columns[0].labels, experiment.metric.partition(".")[0]
+    compared = {column.label for column in experiment.columns if column.metric == experiment.metric}
+    rows = [row for row in experiment.table_rows if not row.columns or compared & set(row.columns)]
+    counts = {row.label: _counts(out, row, labels, posts) for row in rows}
+    reference = counts.pop(experiment.against)
+    return {label: paired_bootstrap(runs, reference, task) for label, runs in counts.items() if runs and reference}
+
+
+def _counts(out: Path, row: Row, labels: str, posts: Posts) -> list[Counts]:
+    """Of each run of a row, from its stored predictions."""
+    return [
+        counts_by_post(posts("dev", labels), read_predictions(folder / main_input(result)), labels=LABEL_SETS[labels])
+        for folder, result in read_runs(out, getattr(row, labels))
+        if result["config"]["labels"] == labels
+    ]
+
+
+def _comparison(experiment: Experiment, differences: Mapping[str, Difference]) -> str:
+    lines = [
+        f"## Against {experiment.against}",
+        "",
+        f"Difference in {experiment.metric}, in points, with the 95 % interval of a paired bootstrap over posts "
+        "(10,000 resamples; seeds averaged).",
+        "",
+        "| | difference | interval | p |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {label} | {100 * d.value:+.2f} | {100 * d.low:+.2f} … {100 * d.high:+.2f} | {d.p_value:.4f} |"
+        for label, d in differences.items()
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,57 @@
+"""What is chosen on dev and stored with a matcher: the probability from which an entity is seen, the traced layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+_FILE = "grounding.json"
+
+
+class Decision(BaseModel):
+    """Settings of a matcher that its own dev set chose; a configuration may set others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threshold: float = Field(0.5, ge=0, le=1, description="P_T above which an entity is grounded")
+    layer: int | None = Field(None, ge=0, description="cross-attention layer to trace; none: the middle-upper one")
+
+    @classmethod
+    def load(cls, folder: Path) -> Decision:
+        """A model directory's, or the defaults where it has none.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        file = folder / _FILE
+        return cls.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else cls()
+
+    def save(self, folder: Path) -> None:
+        """Write it into a model directory."""
+        (folder / _FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def best_threshold(probabilities: Sequence[float], present: Sequence[bool]) -> tuple[float, float]:
+    """The threshold above which most pairs are right, and the share of pairs that then are.
+
+    Thresholds lie half-way between neighbouring probabilities, so that equal ones fall on one side; of several that are
+    as good, it is the one nearest to ½, where the loss would have it.
+
+    Raises:
+        ValueError: no pairs.
+    """
+    if not len(probabilities):
+        raise ValueError("a threshold can only be chosen on pairs, and there are none")
+    order = np.argsort(probabilities, kind="stable")
+    values, labels = np.asarray(probabilities, dtype=float)[order], np.asarray(present, dtype=bool)[order]
+    # right[k]: with the k least probable pairs called absent
+    right = np.concatenate([[0], np.cumsum(~labels)]) + np.concatenate([np.cumsum(labels[::-1])[::-1], [0]])
+    cuts = np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
+    separates = np.concatenate([[values[0] > 0], values[:-1] < values[1:], [True]])
+    best = right[separates].max()
+    candidates = cuts[separates & (right == best)]
+    threshold = min(candidates, key=lambda cut: abs(cut - 0.5))
+    return float(threshold), float(best / len(values))

@@ -1,0 +1,67 @@
+"""The reranker at an OpenAI-compatible endpoint: a model that is asked in context, with the image or its caption."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+
+from PIL import Image
+
+from gem_ray.chat import ChatClient, ChatError
+from gem_ray.config import Config, RerankerEndpointConfig
+from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
+from gem_ray.rerank.in_context import BARE, conversation, question, read_answer
+
+_JPEG_QUALITY = 90
+
+
+class EndpointEngine:
+    """Asks one question a request; an answer that names no candidate, or more than one, is no answer.
+
+    Args:
+        settings: the endpoint, and what it is told.
+    """
+
+    prompt_format = BARE
+
+    def __init__(self, settings: RerankerEndpointConfig) -> None:
+        self.counts: Counter[str] = Counter()
+        self._settings = settings
+        self._client = ChatClient(settings)
+
+    @classmethod
+    def from_config(cls, config: Config) -> EndpointEngine:
+        """Build from the section `reranker.endpoint`."""
+        assert config.reranker.endpoint is not None  # checked with the configuration
+        return cls(config.reranker.endpoint)
+
+    def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
+        """Answer each request; see `Engine.choose`. Whatever the mode, the answer is free, and its probability is 1.
+
+        Raises:
+            KeyError: an adapter is named; an endpoint has none.
+        """
+        if adapter is not None:
+            raise KeyError(f"an endpoint has no adapter {adapter!r}")
+        answers: dict[int, Choice | RequestError] = {}
+        for index, answer in self._client.complete_all(range(len(requests)), lambda i: self._messages(requests[i])):
+            answers[index] = _choice(answer, requests[index])
+        return [answers[index] for index in range(len(requests))]
+
+    def _messages(self, request: Request) -> list[dict[str, object]]:
+        text = question(request, caption=not self._settings.image, hint=self._settings.hint)
+        return conversation(text, _data_url(request) if self._settings.image else None)
+
+
+def _choice(answer: str | ChatError, request: Request) -> Choice | RequestError:
+    if isinstance(answer, ChatError):
+        return RequestError(str(answer))
+    index = read_answer(answer, request.choices)
+    return index if isinstance(index, RequestError) else Choice(index, 1.0)
+
+
+def _data_url(request: Request) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(request.image).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,1 @@
+"""Online: the annotator's stages as Ray Serve deployments, behind an HTTP API."""

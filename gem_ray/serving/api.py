@@ -1,0 +1,208 @@
+"""The HTTP API, version 1: its routes and what they answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from importlib import resources
+from typing import Annotated as Typed
+from typing import Any
+from uuid import uuid4
+
+import httpx
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+import gem_ray
+from gem_ray.data.fetch import ImageError
+from gem_ray.records import Post, ProblemKind, StageName, Status
+from gem_ray.serving.bodies import BATCH_BODY, POST_BODY, read_batch, read_post
+from gem_ray.serving.flow import Flow, UnavailableError
+from gem_ray.serving.messages import AnnotationOut, BatchOut, Limits, PostIn, Taxonomy
+from gem_ray.serving.problems import (
+    MEDIA_TYPE,
+    ProblemDetails,
+    ProblemError,
+    add_problem_handlers,
+    problem_of,
+)
+from gem_ray.serving.scrape import METRICS_TYPE, scrape
+from gem_ray.serving.service import Service
+from gem_ray.taxonomy import LABEL_SETS
+
+_NDJSON = "application/x-ndjson"
+_DESCRIPTION = """Fine-grained entities of social posts, and where they are seen in the image.
+
+Every error is a problem (RFC 9457). A post that cannot be annotated for its own fault is an error of `/v1/annotate`
+(422; 403 and 413 for what `image_url` leads to), and a `rejected` or `degraded` row of `/v1/annotate/batch`."""
+_FETCH_STATUS = {ProblemKind.IMAGE_FORBIDDEN: 403, ProblemKind.IMAGE_TOO_LARGE: 413}
+
+HeatMaps = Typed[bool, Query(description="Give the heat map of each entity that is seen.")]
+
+
+def create_api(service: Service) -> FastAPI:
+    """The API of a service."""
+    api = FastAPI(
+        title="gem-ray",
+        version=gem_ray.__version__,
+        description=_DESCRIPTION,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+    )
+    add_problem_handlers(api, service.config.serving.retry_after_s)
+    _add_annotate(api, service)
+    _add_batch(api, service)
+    _add_facts(api, service)
+    _add_state(api, service)
+    # Last: what no route above has is a file of the page, or nothing.
+    api.mount("/", StaticFiles(directory=str(resources.files("gem_ray.serving") / "page"), html=True))
+    return api
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    content = {MEDIA_TYPE: {"schema": ProblemDetails.model_json_schema()}}
+    return {status: {"content": content, "description": "A problem"} for status in statuses}
+
+
+_REFUSALS = _problems(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
+
+
+def _add_annotate(api: FastAPI, service: Service) -> None:
+    @api.post(
+        "/v1/annotate",
+        summary="Annotate a post",
+        responses={200: {"model": AnnotationOut}, **_REFUSALS},
+        openapi_extra=POST_BODY,
+    )
+    async def annotate(request: Request, heatmaps: HeatMaps = False) -> JSONResponse:
+        with service.flow.admitted(1):
+            asked = await read_post(request, service.config)
+            post = asked.to_post(uuid4().hex)
+            if asked.image_url:
+                await _fetch_or_refuse(service.flow, post, asked.image_url)
+            done = await service.flow.annotate(post)
+        if post.is_rejected:
+            raise _refusal(post)
+        return JSONResponse(await service.row(done, heatmaps))
+
+
+async def _fetch_or_refuse(flow: Flow, post: Post, url: str) -> None:
+    try:
+        await flow.fetch_image(post, url)
+    except ImageError as error:
+        timed_out = isinstance(error.__cause__, (TimeoutError, httpx.TimeoutException))
+        raise ProblemError(504 if timed_out else _FETCH_STATUS.get(error.kind, 422), str(error)) from error
+
+
+def _refusal(post: Post) -> ProblemError:
+    reason = next(problem for problem in post.problems if problem.status is Status.REJECTED)
+    if reason.kind is ProblemKind.STAGE_FAILED:
+        return ProblemError(500, f"the stage {reason.stage} failed on this post")
+    return ProblemError(422, reason.message)
+
+
+def _add_batch(api: FastAPI, service: Service) -> None:
+    lines = {"schema": {"type": "string", "description": "an annotation a line, as it is done, with its `index`"}}
+
+    @api.post(
+        "/v1/annotate/batch",
+        summary="Annotate posts; with `Accept: application/x-ndjson` each is answered as soon as it is done",
+        responses={200: {"model": BatchOut, "content": {_NDJSON: lines}}, **_REFUSALS},
+        openapi_extra=BATCH_BODY,
+    )
+    async def annotate_batch(request: Request, heatmaps: HeatMaps = False) -> Response:
+        with service.flow.admitted(1):  # so many bodies are read at once, at most
+            asked = (await read_batch(request, service.config)).posts
+        if _NDJSON in request.headers.get("accept", ""):
+            return _Lines(service, asked, heatmaps)
+        with service.flow.admitted(len(asked)):
+            answers = await asyncio.gather(
+                *(_row(service, each, heatmaps) for each in asked), return_exceptions=True
+            )  # none is left behind when another fails
+        failed = next((answer for answer in answers if isinstance(answer, BaseException)), None)
+        if failed is not None:
+            raise failed
+        return JSONResponse({"annotations": answers})
+
+
+async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any]:
+    """A post of a batch: what is wrong with it is in its row."""
+    post = asked.to_post(uuid4().hex)
+    if asked.image_url:
+        try:
+            await service.flow.fetch_image(post, asked.image_url)
+        except ImageError as error:
+            post.fail(StageName.LOAD_IMAGE, error.kind, str(error))
+    return await service.row(await service.flow.annotate(post), heatmaps)
+
+
+class _Lines(StreamingResponse):
+    """A line of JSON for each post, in the order in which they are done: its row, or a `problem`, and its `index`."""
+
+    def __init__(self, service: Service, asked: list[PostIn], heatmaps: bool) -> None:
+        super().__init__(self._lines(), media_type=_NDJSON)
+        self._service = service
+        self._asked = asked
+        self._heatmaps = heatmaps
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.flow.admitted(len(self._asked)):
+            await super().__call__(scope, receive, send)
+
+    async def _lines(self) -> AsyncIterator[str]:
+        tasks = [asyncio.create_task(self._line(*item)) for item in enumerate(self._asked)]
+        try:
+            for done in asyncio.as_completed(tasks):
+                yield await done
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _line(self, index: int, asked: PostIn) -> str:
+        try:
+            answer = await _row(self._service, asked, self._heatmaps)
+        except Exception as error:
+            answer = {"problem": problem_of(error, self._service.config.serving.retry_after_s).to_dict()}
+        return json.dumps({"index": index} | answer) + "\n"
+
+
+def _add_facts(api: FastAPI, service: Service) -> None:
+    @api.get("/v1/taxonomy", summary="The categories", responses=_problems(401, 403))
+    async def taxonomy() -> Taxonomy:
+        labels = LABEL_SETS[service.config.labels]
+        coarse = {name: list(fine) for name, fine in labels.tree.items()}
+        return Taxonomy(labels=service.config.labels, coarse=coarse)
+
+    @api.get("/v1/limits", summary="What a request may hold", responses=_problems(401, 403))
+    async def limits() -> Limits:
+        return Limits.of(service.config, service.flow.filter, bool(service.keys))
+
+
+def _add_state(api: FastAPI, service: Service) -> None:
+    @api.get("/healthz", summary="Whether this process answers", response_class=PlainTextResponse)
+    async def healthz() -> str:
+        return "ok\n"
+
+    @api.get(
+        "/readyz",
+        summary="Whether every stage has a process",
+        response_class=PlainTextResponse,
+        responses=_problems(503),
+    )
+    async def readyz() -> str:
+        missing = await service.missing_stages()
+        if missing:
+            raise UnavailableError(f"no process of {', '.join(missing)}")
+        return "ready\n"
+
+    @api.get(
+        "/metrics",
+        summary="Of all nodes, for Prometheus",
+        response_class=PlainTextResponse,
+        responses=_problems(401, 403, 503),
+    )
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(await scrape(), media_type=METRICS_TYPE)

@@ -1,0 +1,88 @@
+"""Errors of the HTTP API as JSON problems (RFC 9457), without internals."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from gem_ray.serving.flow import BusyError, UnavailableError
+
+MEDIA_TYPE = "application/problem+json"
+logger = logging.getLogger(__name__)
+
+
+class ProblemDetails(BaseModel):
+    """What every answer that is no success holds (RFC 9457)."""
+
+    type: str = Field("about:blank", description="`about:blank`: the status says it all")
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+
+
+class ProblemError(Exception):
+    """A request that is not done: the status to answer with, a sentence for a person, and headers."""
+
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = headers or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The members of `ProblemDetails`."""
+        title = HTTPStatus(self.status).phrase
+        return ProblemDetails(title=title, status=self.status, detail=self.detail).model_dump(exclude_none=True)
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.to_dict(), self.status, self.headers, MEDIA_TYPE)
+
+
+def problem_of(error: BaseException, retry_after_s: int) -> ProblemError:
+    """What a client is told of an error; of a bug, nothing: the log has it."""
+    later = {"Retry-After": str(retry_after_s)}
+    if isinstance(error, ProblemError):
+        return error
+    if isinstance(error, BusyError):
+        return ProblemError(429, f"{error}; try again later", later)
+    if isinstance(error, UnavailableError):
+        return ProblemError(503, f"{error}; try again later", later)
+    if isinstance(error, TimeoutError):
+        return ProblemError(504, "the post was not annotated in time", later)
+    logger.error("a request failed", exc_info=error)
+    return ProblemError(500, "the server failed on this request; its log says why")
+
+
+def add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
+    """Answer with problems where endpoints, routes, parameters and methods fail."""
+
+    async def of_error(_: Request, error: Exception) -> JSONResponse:
+        return problem_of(error, retry_after_s).response()
+
+    async def of_parameters(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        return ProblemError(422, "; ".join(lines)).response()
+
+    async def of_route(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        details = {
+            404: f"there is nothing at {request.url.path}",
+            405: f"{request.method} is not a method of {request.url.path}",
+        }
+        detail = details.get(error.status_code, HTTPStatus(error.status_code).phrase.lower())
+        return ProblemError(error.status_code, detail, dict(error.headers or {})).response()
+
+    for kind in (ProblemError, BusyError, UnavailableError, TimeoutError, Exception):
+        api.add_exception_handler(kind, of_error)
+    api.add_exception_handler(RequestValidationError, of_parameters)
+    api.add_exception_handler(HTTPException, of_route)

@@ -1,0 +1,133 @@
+"""A stage with its model as a Ray Serve deployment: posts that wait at the same time are done together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from gem_ray.annotator import GuardedStage, Stage, build_component, models_of
+from gem_ray.config import Config, StageReplicas
+from gem_ray.metrics import StageMetrics
+from gem_ray.records import Post, StageName
+from gem_ray.serving.settings import check_user_config, matcher_threshold
+
+if TYPE_CHECKING:
+    from gem_ray.grounding.grounder import Grounder
+
+logger = logging.getLogger(__name__)
+
+
+class StageReplica:
+    """One stage of the annotator.
+
+    `serve.batch` closes a batch by the clock, also while the one before it is still computed: under load its batches
+    would hold one post each. Here posts wait at a gate until the stage is idle and go in together, so that a batch
+    holds what has come in the meantime, and a post that comes alone does not wait. vLLM's engine makes up its batches
+    itself, anew for every token: it gets each post at once.
+
+    Args:
+        name: the stage; the tagger comes without the uncertainty filter, whose settings are the ingress's.
+        config: models, batch sizes and threads.
+    """
+
+    def __init__(self, name: StageName, config: Config) -> None:
+        import torch
+
+        placement: StageReplicas = getattr(config.serving, name)
+        torch.set_num_threads(placement.threads)
+        self._config = config
+        self._component = _load(name, config)
+        self._loaded_threshold: float = getattr(self._component, "threshold", 0.0)  # the grounder's
+        self._stage = GuardedStage(name, self._component)
+        self._models = models_of(config, [name])
+        self._metrics = StageMetrics(name)
+        self._batch_size = placement.batch_size
+        self._run_together.set_max_batch_size(placement.batch_size)
+        self._engine_batches = name is StageName.RERANK and config.reranker.engine == "vllm"
+        self._threads = ThreadPoolExecutor(2 * placement.batch_size if self._engine_batches else 1, str(name))
+        self._gate = asyncio.Event()
+        self._gate.set()
+        self._inside = 0
+        self._started: float | None = None
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over what may change without a restart: the grounder's threshold.
+
+        Raises:
+            ValueError: the stage has no such setting, or the value is none.
+        """
+        check_user_config(self._stage.name, user_config, self._config)
+        if self._stage.name is StageName.GROUND:
+            grounder: Grounder = self._component  # type: ignore[assignment]
+            threshold = matcher_threshold(self._config, user_config)
+            grounder.threshold = self._loaded_threshold if threshold is None else threshold
+
+    async def __call__(self, post: Post) -> Post:
+        """Run the stage on a post; what comes back holds no pixels."""
+        if self._engine_batches:
+            return (await self._in_thread([post]))[0]
+        while not self._gate.is_set():
+            await self._gate.wait()
+        self._inside += 1
+        if self._inside >= self._batch_size:
+            self._gate.clear()
+        try:
+            return await self._run_together(post)
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._gate.set()
+
+    def models(self) -> dict[str, str]:
+        """Role -> `reference@hash` of the stage's models."""
+        return self._models
+
+    def check_health(self) -> None:
+        """For Ray Serve, which replaces the replica if this raises.
+
+        Raises:
+            RuntimeError: a batch takes so long that nobody waits for it any more.
+        """
+        if self._started is not None and time.monotonic() - self._started > self._config.serving.timeout_s:
+            raise RuntimeError(f"stage {self._stage.name} has not come back for {self._config.serving.timeout_s:g} s")
+
+    @serve.batch(max_concurrent_batches=1, batch_wait_timeout_s=0)
+    async def _run_together(self, posts: list[Post]) -> list[Post]:
+        self._gate.clear()
+        self._started = time.monotonic()
+        try:
+            return await self._in_thread(posts)
+        finally:
+            self._started = None
+
+    async def _in_thread(self, posts: list[Post]) -> list[Post]:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, posts)
+
+    def _run(self, posts: list[Post]) -> list[Post]:
+        started = self._metrics.begin()
+        try:
+            self._stage(posts)
+        except Exception:
+            # The engine or the card is gone. The ingress tries elsewhere, and Ray starts another process.
+            logger.exception("the process of stage %s ends", self._stage.name)
+            os._exit(1)
+        self._metrics.end(started, len(posts))
+        return [replace(post, image=None, image_bytes=None) for post in posts]
+
+
+def _load(name: StageName, config: Config) -> Stage:
+    if name is StageName.TAG:
+        from gem_ray.tagger.tagger import Tagger
+
+        return Tagger.from_config(config)
+    config = config.model_copy(deep=True)
+    config.filter.gamma = 0.0  # γ is the ingress's: whatever it sends to the reranker is hard
+    config.grounder.matcher.save_heatmaps = True  # the ingress gives them to those who ask
+    return build_component(name, config)

@@ -1,0 +1,72 @@
+"""What the API stands on: the flow of posts, who may use it, and facts about the deployments."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from gem_ray.config import Config
+from gem_ray.metrics import PostMetrics
+from gem_ray.records import StageName
+from gem_ray.serving.flow import Annotated, Flow
+from gem_ray.serving.keys import ApiKeys
+from gem_ray.serving.messages import answer_row
+from gem_ray.serving.settings import filter_settings
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+_RUNNING = ("RUNNING", "UPDATING")  # the latter take over a `user_config`
+
+
+class Service:
+    """The online annotator of one ingress replica.
+
+    Args:
+        config: the whole configuration.
+        handles: the deployments of the active stages with models.
+        run_id: of this deployment of the application.
+    """
+
+    def __init__(self, config: Config, handles: Mapping[StageName, DeploymentHandle], run_id: str) -> None:
+        self.config = config
+        self.flow = Flow(config, handles)
+        self.keys = ApiKeys.from_config(config.serving)
+        self._handles = handles
+        self._run_id = run_id
+        self._metrics = PostMetrics()
+        self._models: dict[str, str] | None = None
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over `gamma` and `k`; posts that are under way keep theirs.
+
+        Raises:
+            ValueError: another key, or a value that is none.
+        """
+        self.flow.set_filter(filter_settings(self.config, user_config))
+
+    async def row(self, done: Annotated, heatmaps: bool) -> dict[str, Any]:
+        """The answer about a post, which is counted."""
+        self._metrics.count([done.post])
+        return answer_row(done, self._run_id, await self.models(), heatmaps)
+
+    async def models(self) -> dict[str, str]:
+        """Role -> `reference@hash` of what annotates, as the stages' own processes loaded it."""
+        if self._models is None:
+            answers = await asyncio.gather(*(handle.models.remote() for handle in self._handles.values()))
+            self._models = {role: name for answer in answers for role, name in answer.items()}
+        return self._models
+
+    async def missing_stages(self) -> list[str]:
+        """Stages of which no process runs."""
+        application = serve.get_replica_context().app_name
+        status = await asyncio.to_thread(serve.status)
+        deployments = status.applications[application].deployments
+        return [
+            str(name)
+            for name in self._handles
+            if not any(deployments[str(name)].replica_states.get(state) for state in _RUNNING)
+        ]

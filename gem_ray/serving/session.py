@@ -1,0 +1,176 @@
+"""A Ray with the service on it, for as long as a command runs."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import yaml
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
+
+from gem_ray.annotator import active_stages, models_of
+from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.serving.app import DEPLOYED_STAGES
+from gem_ray.serving.keys import ApiKeys
+from gem_ray.serving.settings import INGRESS, check_user_config
+
+IMPORT_PATH = "gem_ray.serving.app:build_app"
+_SPARE_CPUS = 1  # for what Serve runs now and then: building the application
+_POLL_S = 0.2
+
+
+class ServingError(RuntimeError):
+    """The service did not start; the message says why."""
+
+
+def preset_schema(preset: str, overrides: Sequence[str], host: str, port: int) -> ServeDeploySchema:
+    """What to deploy for a preset.
+
+    Raises:
+        ConfigError: there is no such preset, or an override is wrong.
+    """
+    load_config(preset, overrides=overrides)
+    application = {
+        "name": "gem-ray",
+        "import_path": IMPORT_PATH,
+        "args": {"preset": preset, "overrides": list(overrides)},
+    }
+    http = {"host": host, "port": port}
+    return ServeDeploySchema.model_validate(
+        {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
+    )
+
+
+def file_schema(file: Path) -> ServeDeploySchema:
+    """What a Serve config, as `serve_configs/nano.yaml`, deploys.
+
+    Raises:
+        ConfigError: it is none, or its `args` or `user_config` are wrong.
+    """
+    try:
+        schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{file} is no config for Ray Serve: {error}") from None
+    for application, config in _ours(schema):
+        for deployment in application.deployments:
+            try:
+                if isinstance(deployment.user_config, dict):
+                    check_user_config(deployment.name, deployment.user_config, config)
+            except ValueError as error:
+                raise ConfigError(f"{file}: user_config of {deployment.name}: {error}") from None
+    return schema
+
+
+def _ours(schema: ServeDeploySchema) -> list[tuple[ServeApplicationSchema, Config]]:
+    return [(app, load_config(**app.args)) for app in schema.applications if app.import_path == IMPORT_PATH]
+
+
+def redeploy(schema: ServeDeploySchema) -> None:
+    """Take over another config while the service runs; returns at once.
+
+    What stands under `user_config` changes in place, everything else replica by replica. Address and port stay.
+    """
+    _get_global_client().deploy_apps(schema)  # as `serve deploy` does
+
+
+@contextmanager
+def serving(schema: ServeDeploySchema) -> Iterator[str]:
+    """The service, ready; yields its URL. Posts that are under way when the block ends are finished first.
+
+    Uses the cluster that `RAY_ADDRESS` names, whose applications it replaces, else a Ray of its own.
+
+    Raises:
+        ConfigError: it would listen beyond this machine without API keys.
+        FileNotFoundError: a model is not there.
+        ServingError: a deployment does not start.
+    """
+    configs = [config for _, config in _ours(schema)]
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _check_keys(schema.http_options.host, configs)
+        for config in configs:
+            models_of(config)  # Serve would try to start a replica without its model over and over
+        _start(configs)
+    elif not ray.is_initialized():
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield _deploy(schema)
+    finally:
+        asyncio.run(_end(schema, is_own_ray=address is None))
+        ray.shutdown()
+
+
+def _check_keys(host: str, configs: Sequence[Config]) -> None:
+    if not _is_loopback(host) and not all(ApiKeys.from_config(config.serving) for config in configs):
+        raise ConfigError(
+            f"--host {host} lets other machines in, and there are no API keys: make one with `gem-ray new-key`, and "
+            "give its hash in GEM_RAY_API_KEYS or in the file that serving.api_keys_file names"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _start(configs: Sequence[Config]) -> None:
+    """A local Ray with as many logical CPUs as the replicas may reserve, whatever the machine has."""
+    reserved = 0.0
+    for config in configs:
+        stages = [getattr(config.serving, name) for name in active_stages(config) if name in DEPLOYED_STAGES]
+        reserved += sum(part.num_cpus * part.max_replicas for part in (config.serving.ingress, *stages))
+    cpus = max(os.cpu_count() or 1, math.ceil(reserved) + _SPARE_CPUS)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+
+
+def _deploy(schema: ServeDeploySchema) -> str:
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    http = schema.http_options
+    serve.start(proxy_location=schema.proxy_location, http_options=http.model_dump())
+    redeploy(schema)
+    for application in schema.applications:
+        _wait_for(application)
+    return f"http://{f'[{http.host}]' if ':' in http.host else http.host}:{http.port}"
+
+
+async def _end(schema: ServeDeploySchema, is_own_ray: bool) -> None:
+    """In one event loop, on which the handle to the ingress lives until Serve forgets it."""
+    await _drain(schema)
+    if is_own_ray:
+        await serve.shutdown_async()
+    else:
+        for application in schema.applications:
+            await asyncio.to_thread(serve.delete, application.name)
+
+
+async def _drain(schema: ServeDeploySchema) -> None:
+    """Serve finishes what a replica has begun when it stops a replica, but not when it ends itself."""
+    states = serve.status().applications
+    for application, _ in _ours(schema):
+        state = states.get(application.name)
+        if state is not None and state.status == ApplicationStatus.RUNNING:
+            await serve.get_deployment_handle(INGRESS, application.name).broadcast("drain").results_async()
+
+
+def _wait_for(application: ServeApplicationSchema) -> None:
+    while True:
+        state = serve.status().applications.get(application.name)
+        if state is not None and state.status == ApplicationStatus.RUNNING:
+            return
+        if state is not None and state.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            reasons = [deployment.message for deployment in state.deployments.values() if deployment.message]
+            raise ServingError("\n".join([state.message, *reasons]).strip())
+        time.sleep(_POLL_S)

@@ -1,0 +1,44 @@
+"""What may change without a restart: the `user_config` of a deployment, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gem_ray.config import Config, FilterConfig, MatcherConfig
+from gem_ray.records import StageName
+
+INGRESS = "ingress"
+
+
+def filter_settings(config: Config, user_config: dict[str, Any]) -> FilterConfig:
+    """γ and K of the ingress: what is not given is the configuration's.
+
+    Raises:
+        ValueError: another key, or a value that is none.
+    """
+    return FilterConfig.model_validate(config.filter.model_dump() | user_config)
+
+
+def matcher_threshold(config: Config, user_config: dict[str, Any]) -> float | None:
+    """P_T above which the grounder draws a box; none: the one that is stored with the matcher.
+
+    Raises:
+        ValueError: another key, or a value that is none.
+    """
+    if unknown := user_config.keys() - {"threshold"}:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; expected threshold")
+    return MatcherConfig.model_validate(config.grounder.matcher.model_dump() | user_config).threshold
+
+
+def check_user_config(deployment: str, user_config: dict[str, Any], config: Config) -> None:
+    """Raise what the deployment would raise: Serve stops a replica that refuses its settings.
+
+    Raises:
+        ValueError: the deployment has no such settings.
+    """
+    if deployment == INGRESS:
+        filter_settings(config, user_config)
+    elif deployment == StageName.GROUND:
+        matcher_threshold(config, user_config)
+    elif user_config:
+        raise ValueError(f"{deployment} has no settings")

@@ -1,0 +1,78 @@
+"""Load on the online service: `python jobs/load_test.py [--url URL | --preset P] {compare,arrivals} --out DIR …`."""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+UrlOption = Annotated[str | None, typer.Option(help="A service that runs; else one is started on this machine.")]
+PresetOption = Annotated[str, typer.Option(help="Of the service that is started.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="One key of its configuration.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for `load-NAME.json`.")]
+
+
+@app.command()
+def compare(
+    url: UrlOption = None,
+    preset: PresetOption = "nano",
+    set_: SetOption = None,
+    clients: Annotated[int, typer.Option(help="Clients at once.", min=2)] = 32,
+    requests: Annotated[int, typer.Option(help="Requests of all clients.", min=32)] = 2000,
+    seconds: Annotated[float, typer.Option(help="Length of the overload.", min=1)] = 20,
+    out: OutOption = Path("out/benchmark"),
+) -> None:
+    """One client, many clients, and twice the rate that these reached."""
+    from gem_ray.benchmarks.load import Load, measure_load
+
+    with _service(url, preset, set_) as address:
+        load = Load(address, api_key=os.environ.get("GEM_RAY_API_KEY"))
+        _write(out, "load-compare", asyncio.run(measure_load(load, clients, requests, seconds)))
+
+
+@app.command()
+def arrivals(
+    rate: Annotated[float, typer.Option(help="Requests a second.", min=0.1)],
+    url: UrlOption = None,
+    preset: PresetOption = "nano",
+    set_: SetOption = None,
+    seconds: Annotated[float, typer.Option(help="For how long.", min=1)] = 30,
+    out: OutOption = Path("out/benchmark"),
+) -> None:
+    """Requests that arrive at random, whether or not the last are answered. The key is in GEM_RAY_API_KEY."""
+    from gem_ray.benchmarks.load import Load
+
+    with _service(url, preset, set_) as address:
+        load = Load(address, api_key=os.environ.get("GEM_RAY_API_KEY"))
+        _write(out, "load-arrivals", asyncio.run(load.open(rate, seconds)).to_dict())
+
+
+@contextmanager
+def _service(url: str | None, preset: str, overrides: list[str] | None) -> Iterator[str]:
+    if url is not None:
+        yield url
+        return
+    from gem_ray.serving.environment import prepare_own_ray
+
+    prepare_own_ray()
+    from gem_ray.serving.session import preset_schema, serving
+
+    with serving(preset_schema(preset, overrides or (), "127.0.0.1", 8321)) as address:
+        yield address
+
+
+def _write(out: Path, name: str, result: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2)
+    (out / f"{name}.json").write_text(text + "\n")
+    typer.echo(text)
+
+
+if __name__ == "__main__":
+    app()

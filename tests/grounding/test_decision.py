@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from gem_ray.config import parse_config
+from gem_ray.grounding.decision import Decision, best_threshold
+from gem_ray.grounding.matcher import Matcher
+
+PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.51, 0.9, 1.0]), st.booleans()), min_size=1)
+
+
+def accuracy(pairs: list[tuple[float, bool]], threshold: float) -> float:
+    return sum((probability > threshold) == present for probability, present in pairs) / len(pairs)
+
+
+@given(PAIRS)
+def test_no_threshold_is_right_more_often_than_the_best(pairs):
+    threshold, reached = best_threshold(*zip(*pairs, strict=True))
+    assert reached == pytest.approx(accuracy(pairs, threshold))
+    assert all(accuracy(pairs, cut / 200) <= reached + 1e-9 for cut in range(201))
+
+
+def test_of_equally_good_thresholds_the_one_nearest_to_a_half_is_chosen():
+    assert best_threshold([0.1, 0.2, 0.9, 0.95], [False, False, True, True]) == (pytest.approx(0.55), 1.0)
+    assert best_threshold([0.1, 0.3], [True, True]) == (0.0, 1.0)
+    assert best_threshold([0.6, 0.7], [False, False]) == (1.0, 1.0)
+
+
+def test_no_pairs_are_an_error():
+    with pytest.raises(ValueError, match="there are none"):
+        best_threshold([], [])
+
+
+def test_a_model_without_a_decision_has_the_papers_threshold_and_the_default_layer(tmp_path):
+    assert Decision.load(tmp_path) == Decision(threshold=0.5, layer=None)
+
+
+def test_a_decision_with_an_unknown_setting_is_refused(tmp_path):
+    (tmp_path / "grounding.json").write_text('{"treshold": 0.4}')
+    with pytest.raises(ValidationError, match="treshold"):
+        Decision.load(tmp_path)
+
+
+def test_a_models_own_layer_holds_unless_the_configuration_sets_one(build_random_blip):
+    folder: Path = build_random_blip(4)
+    Decision(threshold=0.3, layer=0).save(folder)
+    for setting, layer in [({}, 0), ({"layer": 2}, 2)]:
+        config = parse_config({"grounder": {"matcher": {"model": str(folder), **setting}}})
+        assert Matcher.from_config(config).layer == layer

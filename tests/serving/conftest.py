@@ -1,0 +1,199 @@
+"""One real service for all tests: `gem-ray serve` in a process of its own, asked over HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+import yaml
+
+from gem_ray.data.generated import generate
+from gem_ray.records import Post
+
+ROOT = Path(__file__).parents[2]
+MAX_IN_FLIGHT = 40
+# Hosts that a careless owner might allow: what they lead to must be refused all the same.
+ALLOWED_HOSTS = ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "169.254.169.254", "10.0.0.1", "0x7f.1"]
+
+
+@dataclass
+class Running:
+    """A service that runs.
+
+    Attributes:
+        url: where.
+        process: of `gem-ray serve`.
+        config: the Serve config's file.
+    """
+
+    url: str
+    process: subprocess.Popen[str]
+    config: Path
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=120)
+
+    def annotate(self, post: Post, **options: Any) -> httpx.Response:
+        files = {"image": ("image", post.image_bytes)} if post.image_bytes else None
+        return self.client.post("/v1/annotate", data={"text": post.text}, files=files, **options)
+
+    def replicas(self, deployment: str) -> list[int]:
+        """Ids of a deployment's processes."""
+        return [pid for pid in self.descendants() if deployment_of(pid) == deployment]
+
+    def descendants(self) -> list[int]:
+        """Ids of all processes that the command has started, and those have started."""
+        parents = {int(stat.parent.name): _parent(stat) for stat in Path("/proc").glob("[0-9]*/stat")}
+
+        def is_ours(pid: int | None) -> bool:
+            while pid and pid != self.process.pid:
+                pid = parents.get(pid)
+            return bool(pid)
+
+        return [pid for pid in parents if is_ours(parents[pid])]
+
+    def reload(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change the config's file and say so."""
+        values = yaml.safe_load(self.config.read_text())
+        change(values)
+        self.config.write_text(yaml.safe_dump(values))
+        self.process.send_signal(signal.SIGHUP)
+
+
+def deployment_of(pid: int) -> str | None:
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0].strip()
+    except OSError:
+        return None
+    return title.rpartition(":")[2] if title.startswith("ray::ServeReplica:") else None
+
+
+def _parent(stat: Path) -> int | None:
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
+    """The command `gem-ray`, with this checkout's source."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
+    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_until_up(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "listens on" in line:
+            # What comes later is read, so that the process never waits for us.
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            return
+    pytest.fail("gem-ray serve ended before it listened")
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """`serve_configs/nano.yaml` with narrower limits."""
+    values = yaml.safe_load((ROOT / "serve_configs" / "nano.yaml").read_text())
+    values["http_options"]["port"] = free_port()
+    values["applications"][0]["args"] |= {
+        "text": {"max_chars": 2000},
+        "image": {"max_bytes": 1_000_000, "max_pixels": 10_000_000},
+        "serving": {
+            "max_body_bytes": 3_000_000,
+            "max_batch_posts": 32,
+            "max_in_flight": MAX_IN_FLIGHT,
+            "health_check_s": 1,
+            "image_hosts": ALLOWED_HOSTS,
+        },
+    }
+    config = tmp_path_factory.mktemp("serve") / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    process = start("serve", "--config", config)
+    try:
+        wait_until_up(process)
+        yield Running(f"http://127.0.0.1:{values['http_options']['port']}", process, config)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def posts() -> list[Post]:
+    """200 posts whose images show some of their entities."""
+    return list(generate(200, seed=5))
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.Popen[str]]:
+    return start
+
+
+@pytest.fixture(scope="session")
+def until_up() -> Callable[[subprocess.Popen[str]], None]:
+    return wait_until_up
+
+
+@pytest.fixture(scope="session")
+def port() -> Callable[[], int]:
+    return free_port
+
+
+@pytest.fixture(scope="session")
+def listening() -> Callable[..., AbstractContextManager[int]]:
+    """An ASGI application on a real socket; gives its port."""
+    return _listening
+
+
+@pytest.fixture(scope="session")
+def assert_problem() -> Callable[[httpx.Response, int], dict[str, Any]]:
+    """An RFC 9457 problem of a status, without internals."""
+    return _assert_problem
+
+
+@contextmanager
+def _listening(app: Any, host: str = "127.0.0.1") -> Iterator[int]:
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(10)
+
+
+def _assert_problem(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem.keys() >= {"type", "title", "status", "detail"}
+    assert problem["status"] == status
+    assert not any(word in answer.text for word in ("Traceback", "gem_ray/", "site-packages", ".py"))
+    return problem

@@ -1,0 +1,179 @@
+"""What the page shows of an answer: files, boxes, labels, heat maps, marks, numbers."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def test_the_examples_are_posts_of_the_generated_corpus(files, corpus_post):
+    shown = [example for example in json.loads((files / "examples.json").read_text("utf-8")) if example["image"]]
+    assert len(shown) >= 3
+    for example in shown:
+        seed, number = map(int, re.fullmatch(r"gen-(\d+)-(\d+)\.jpg", example["image"]).groups())
+        made = corpus_post(number, seed)
+        assert example["text"] == made.text
+        assert (files / example["image"]).read_bytes() == made.image_bytes
+
+
+def test_the_page_refers_to_its_own_files_only(files):
+    for file in files.glob("*.*"):
+        if file.suffix in {".html", ".css", ".js"}:
+            code = file.read_text(encoding="utf-8")
+            assert not re.search(r"//[\w-]+\.\w|url\(|@import", code.replace("http://www.w3.org/", "")), file.name
+    html = (files / "index.html").read_text("utf-8")
+    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
+    for name in re.findall(r'(?:src|href)="([^"#]+)"', html):
+        assert (files / name).is_file() or name == "openapi.json"
+
+
+def rectangles(page, selector):
+    script = "nodes => nodes.map(node => node.getBoundingClientRect()).map(r => [r.left, r.top, r.right, r.bottom])"
+    return np.array(page.locator(selector).evaluate_all(script))
+
+
+def test_boxes_lie_where_the_answer_says_at_any_size(page, annotate, post):
+    answer = annotate(page, post.text, post.image_bytes)
+    boxes = {i: entity["box"] for i, entity in enumerate(answer["entities"]) if entity["box"]}
+    assert len(boxes) == 3
+    for width, height in ((1280, 900), (390, 844), (820, 500)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.wait_for_timeout(50)
+        ((left, top, right, bottom),) = rectangles(page, "#pixels")
+        assert (right - left) / (bottom - top) == pytest.approx(320 / 240, rel=0.01)
+        scale = (right - left) / answer["image_width"]
+        for number, box in boxes.items():
+            expected = [
+                left + scale * box["x1"],
+                top + scale * box["y1"],
+                left + scale * box["x2"],
+                top + scale * box["y2"],
+            ]
+            (shown,) = rectangles(page, f"g[data-mention='{number}'] .box")
+            np.testing.assert_allclose(shown, expected, atol=1)
+
+
+def test_labels_stay_inside_the_image_and_off_each_other(page, annotate, post):
+    annotate(page, post.text, post.image_bytes)
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.wait_for_timeout(100)
+        (stage,) = rectangles(page, "#stage")
+        labels = rectangles(page, ".tag")
+        assert len(labels) == 3
+        assert (labels[:, :2] >= stage[:2] - 1).all()
+        assert (labels[:, 2:] <= stage[2:] + 1).all()
+        for i, one in enumerate(labels):
+            for other in labels[i + 1 :]:
+                overlap = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
+                assert (overlap <= 0).any()
+
+
+def test_photos_are_shown_upright_and_reduced(page, annotate):
+    pixels = np.full((1500, 3000, 3), 90, np.uint8)
+    pixels[300:600, 2400:2700] = (250, 20, 20)
+    photo, stored = Image.fromarray(pixels), io.BytesIO()
+    exif = photo.getexif()
+    exif[0x0112] = 6  # what is stored must be turned by a quarter, clockwise
+    photo.rotate(90, expand=True).save(stored, "JPEG", exif=exif)
+    answer = annotate(page, "Paris in spring", stored.getvalue())
+    assert (answer["image_width"], answer["image_height"]) == (3000, 1500)
+    size, inside, outside = page.evaluate(
+        """() => {
+            const canvas = document.getElementById("pixels");
+            const [width, height, context] = [canvas.width, canvas.height, canvas.getContext("2d")];
+            const at = (x, y) => [...context.getImageData(x * width, y * height, 1, 1).data];
+            return [[width, height], at(0.85, 0.3), at(0.3, 0.85)];
+        }"""
+    )
+    assert size == [2048, 1024]
+    assert inside[0] > 200 > 100 > inside[1]
+    assert abs(outside[0] - outside[1]) < 10
+    assert "3000 × 1500" in page.inner_text("#file-name")
+
+
+def test_the_heat_map_of_the_chosen_entity_lies_over_the_image(page, annotate, post):
+    answer = annotate(page, post.text, post.image_bytes)
+    assert page.locator(".heated").count() == 0
+    page.locator(".mention").nth(2).click()
+    assert page.locator(".heated").count() == 1
+    heat = answer["entities"][2]["heatmap"]
+    values = np.frombuffer(base64.b64decode(heat["data"]), np.uint8).reshape(heat["height"], heat["width"])
+    shown = page.evaluate(
+        """() => {
+            const canvas = document.getElementById("heat");
+            const [width, height, context] = [canvas.width, canvas.height, canvas.getContext("2d")];
+            return [height, width, [...context.getImageData(0, 0, width, height).data]];
+        }"""
+    )
+    alpha = np.array(shown[2]).reshape(shown[0], shown[1], 4)[..., 3]
+    assert alpha.shape == values.shape
+    assert np.unravel_index(alpha.argmax(), alpha.shape) == np.unravel_index(values.argmax(), values.shape)
+    page.mouse.move(5, 5)
+    page.keyboard.press("Escape")
+    assert page.locator(".heated").count() == 0
+
+
+def test_marks_are_right_behind_emoji(page, annotate):
+    # An astronaut is one grapheme, three code points and five UTF-16 units.
+    text = "👩‍🚀🏆 Taylor Swift lands in New York 🎤🎸 and meets Google & <b>NASA</b>"
+    answer = annotate(page, text)
+    names = [entity["text"] for entity in answer["entities"]]
+    assert {"Taylor Swift", "New York"} <= set(names)
+    assert page.locator("mark").evaluate_all("marks => marks.map(mark => mark.firstChild.data)") == names
+    page.locator("mark small").evaluate_all("notes => notes.forEach(note => note.remove())")
+    assert page.locator(".text").evaluate("node => node.textContent") == text
+
+
+def test_the_inspector_says_what_the_answer_says(page):
+    with page.expect_response("**/v1/annotate*") as response:
+        page.locator(".example").first.click()
+    page.locator(".totals").wait_for()
+    entities, gamma = response.value.json()["entities"], response.value.json()["gamma"]
+    assert page.input_value("#text") == page.inner_text(".example >> nth=0")
+    assert any(entity["reranked"] for entity in entities)
+    for number, entity in enumerate(entities):
+        page.locator(".mention").nth(number).hover()
+        panel = page.inner_text("#inspector")
+        for candidate in entity["candidates"]:
+            assert f"{candidate['probability']:.3f}" in panel
+        for key in ("entropy", "score", "match_score", "box_score"):
+            assert f"{entity[key]:.3f}" in panel
+        assert ("so the reranker looked at the image" in panel) == entity["reranked"]
+        assert entity["box_source"] in panel
+    line = page.locator("#inspector .gauge b").bounding_box()
+    bar = page.locator("#inspector .gauge .meter").bounding_box()
+    full = max(3 * gamma, entities[-1]["entropy"])
+    assert line["x"] + line["width"] / 2 - bar["x"] == pytest.approx(bar["width"] * gamma / full, abs=1.5)
+
+
+def test_times_models_and_the_answer_are_there_to_see_and_copy(visit, annotate):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    answer = annotate(page, "Paris in spring")
+    assert [row.split("\n")[0] for row in page.locator("#times li").all_inner_texts()] == [
+        stage.replace("_", " ") for stage in answer["seconds"]
+    ]
+    for name in answer["models"].values():
+        assert name in page.inner_text("#facts")
+    page.get_by_text("JSON", exact=True).click()
+    page.get_by_role("button", name="Copy: JSON").click()
+    page.get_by_text("Copied.").wait_for()
+    assert json.loads(page.evaluate("navigator.clipboard.readText()")) == answer
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
+def test_the_curl_command_gives_the_same(page, tmp_path, annotate, post):
+    text = f"@home 'quoted' \"twice\" $HOME {post.text}"
+    answer = annotate(page, text, post.image_bytes)
+    page.get_by_text("The same with curl").click()
+    command = page.inner_text("#facts details:last-child code")
+    (tmp_path / "post.jpg").write_bytes(post.image_bytes)
+    run = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(run.stdout)["text"] == text
+    assert json.loads(run.stdout)["entities"][0]["box"] == answer["entities"][0]["box"]

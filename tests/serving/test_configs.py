@@ -1,0 +1,110 @@
+"""The Serve configs against Ray's own schema, and against the application that they configure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+from gem_ray.annotator import active_stages
+from gem_ray.config import ConfigError, load_config
+from gem_ray.planning.plan import make_plan
+from gem_ray.serving.app import DEPLOYED_STAGES
+from gem_ray.serving.service import Service
+from gem_ray.serving.session import IMPORT_PATH, file_schema
+from gem_ray.serving.settings import INGRESS
+
+FOLDER = Path(__file__).parents[2] / "serve_configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def args_of(file):
+    (application,) = yaml.safe_load(file.read_text())["applications"]
+    return application["args"]
+
+
+def test_there_is_one_for_every_preset():
+    assert [file.stem for file in FILES] == ["cluster", "nano", "one-gpu"]
+    assert all(args_of(file)["preset"] == file.stem for file in FILES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_rays_schema_takes_it_and_knows_every_key(file):
+    """Serve ignores keys that it does not know."""
+    values = yaml.safe_load(file.read_text())
+    assert file_schema(file).applications[0].import_path == IMPORT_PATH
+    assert values.keys() <= ServeDeploySchema.model_fields.keys()
+    assert values["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
+    for application in values["applications"]:
+        assert application.keys() <= ServeApplicationSchema.model_fields.keys()
+        for deployment in application["deployments"]:
+            assert deployment.keys() <= DeploymentSchema.model_fields.keys()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_configures_the_deployments_that_there_are(file):
+    config = load_config(**args_of(file))
+    there = {INGRESS, *(str(name) for name in active_stages(config) if name in DEPLOYED_STAGES)}
+    deployments = yaml.safe_load(file.read_text())["applications"][0]["deployments"]
+    named = {deployment["name"]: deployment.get("user_config") for deployment in deployments}
+    assert named.keys() <= there
+    assert named[INGRESS] == {"gamma": config.filter.gamma, "k": config.filter.k}
+    assert (named["ground"] or {}).get("threshold") == config.grounder.matcher.threshold  # none: the matcher's own
+
+
+def test_only_the_clusters_listens_beyond_its_machine():
+    hosts = {file.stem: yaml.safe_load(file.read_text())["http_options"]["host"] for file in FILES}
+    assert hosts == {"nano": "127.0.0.1", "one-gpu": "127.0.0.1", "cluster": "0.0.0.0"}
+
+
+@pytest.mark.parametrize(("name", "gpus", "memory_gb"), [("one-gpu", 1, 24), ("cluster", 2, 80)])
+def test_the_plan_finds_room_for_every_replicas_models_in_its_share_of_a_card(name, gpus, memory_gb):
+    config = load_config(**args_of(FOLDER / f"{name}.yaml"))
+    config.pipeline.passes = None  # all at once, as replicas are
+    for stage in ("knowledge", "tag", "rerank", "ground"):
+        replicas, actors = getattr(config.serving, stage), getattr(config.pipeline, stage)
+        actors.num_gpus, actors.batch_size = replicas.num_gpus, replicas.batch_size
+    make_plan(config, gpus, memory_gb).check()
+
+
+def test_what_is_no_serve_config_is_named(tmp_path):
+    for text in ("applications: 7", "{", "- a"):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"x\.yaml is no config for Ray Serve"):
+            file_schema(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("wrong", [{"gama": 0.1}, {"gamma": -1}, {"k": 0}])
+def test_settings_that_are_none_are_refused_and_the_old_ones_stay(wrong):
+    service = Service(load_config(), {}, "run")
+    service.reconfigure({"gamma": 0.3})
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        service.reconfigure(wrong)
+    assert (service.flow.filter.gamma, service.flow.filter.k) == (0.3, 2)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "user_config"),
+    [
+        ("ingress", {"gamma": -1}),
+        ("ingress", {"threshold": 0.1}),
+        ("ground", {"threshold": 2}),
+        ("ground", {"k": 2}),
+        ("tag", {"k": 2}),
+    ],
+)
+def test_wrong_settings_in_a_file_are_named_before_serve_sees_them(tmp_path, deployment, user_config):
+    values = yaml.safe_load((FOLDER / "nano.yaml").read_text())
+    values["applications"][0]["deployments"] = [{"name": deployment, "user_config": user_config}]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=f"x.yaml: user_config of {deployment}"):
+        file_schema(tmp_path / "x.yaml")
+
+
+def test_a_batch_must_fit_into_what_is_admitted():
+    with pytest.raises(ConfigError, match=r"serving.*max_batch_posts \(32\) is above max_in_flight \(8\)"):
+        load_config(overrides=["serving.max_in_flight=8"])
+    with pytest.raises(ConfigError, match=r"serving\.tag.*max_replicas"):
+        load_config(overrides=["serving.tag.min_replicas=3"])

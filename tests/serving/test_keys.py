@@ -1,0 +1,96 @@
+"""API keys: who may ask, and from where."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+
+import httpx
+import pytest
+
+from gem_ray.config import ConfigError, ServingConfig
+from gem_ray.serving.guard import Guard
+from gem_ray.serving.keys import ApiKeys, new_key
+
+KEY, HASH = new_key()
+
+
+async def hello(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+@pytest.fixture
+def ask(listening):
+    def ask(keys, path="/v1/annotate", host="127.0.0.1", **headers):
+        with listening(Guard(hello, ApiKeys(keys), ServingConfig()), host="0.0.0.0") as port:
+            return httpx.get(f"http://{host}:{port}{path}", headers=headers)
+
+    return ask
+
+
+def test_keys_are_known_by_their_hashes(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    other = hashlib.sha256(b"other").hexdigest()
+    file.write_text(f"# of the newsroom\n{HASH.upper()}\n\n")
+    monkeypatch.setenv("KEYS", f"{other}, {hashlib.sha256(b'third').hexdigest()}")
+    keys = ApiKeys.from_config(ServingConfig(api_keys_file=file, api_keys_env="KEYS"))
+    assert all(key in keys for key in (KEY, "other", "third"))
+    assert not any(key in keys for key in ("", HASH, KEY[:-1], f"{KEY} ", "\ud800"))
+    assert KEY not in file.read_text()
+
+
+def test_without_hashes_there_are_no_keys(monkeypatch):
+    monkeypatch.delenv("GEM_RAY_API_KEYS", raising=False)
+    assert not ApiKeys.from_config(ServingConfig())
+
+
+def test_what_is_no_hash_is_named(tmp_path):
+    file = tmp_path / "keys"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ApiKeys.from_config(ServingConfig(api_keys_file=file))
+    file.write_text(KEY)
+    with pytest.raises(ConfigError, match="64 hex digits") as caught:
+        ApiKeys.from_config(ServingConfig(api_keys_file=file))
+    assert KEY not in str(caught.value)
+
+
+def test_two_keys_differ():
+    assert new_key() != new_key()
+
+
+def test_a_known_key_lets_in_and_any_other_does_not(ask, assert_problem):
+    assert ask([HASH], authorization=f"Bearer {KEY}").text == "hello"
+    assert ask([HASH], authorization=f"bearer  {KEY}").text == "hello"
+    for wrong in ({}, {"authorization": KEY}, {"authorization": f"Basic {KEY}"}, {"authorization": f"Bearer {HASH}"}):
+        answer = ask([HASH], **wrong)
+        assert_problem(answer, 401)
+        assert answer.headers["www-authenticate"] == "Bearer"
+    for path in ("/v1/limits", "/v1/annotate/batch", "/metrics"):
+        assert_problem(ask([HASH], path), 401)
+    for path in ("/", "/style.css", "/healthz", "/readyz", "/openapi.json"):
+        assert ask([HASH], path).text == "hello"
+
+
+def test_without_keys_other_machines_are_not_served(ask, assert_problem):
+    address = _address_of_this_machine()
+    assert ask([]).text == "hello"
+    assert_problem(ask([], host=address), 403)
+    assert ask([HASH], host=address, authorization=f"Bearer {KEY}").text == "hello"
+
+
+def _address_of_this_machine():
+    """Not its loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        return probe.getsockname()[0]
+
+
+async def failing(scope, receive, send):
+    raise KeyError("/secret/path")
+
+
+def test_a_bug_is_a_problem_that_tells_nothing(listening, assert_problem):
+    with listening(Guard(failing, ApiKeys([]), ServingConfig())) as port:
+        answer = httpx.get(f"http://127.0.0.1:{port}/")
+    assert "secret" not in assert_problem(answer, 500)["detail"]

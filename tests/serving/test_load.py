@@ -1,0 +1,171 @@
+"""The service under load: batches, refusals, changes of settings, and processes that die or stand still."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import re
+import signal
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+
+from gem_ray.benchmarks.load import Load
+
+TEXT = "Taylor Swift is in Paris tonight"
+
+
+@contextmanager
+def under_load(service, posts, clients=12):
+    """Clients that ask on and on while the block runs; gives the list of their answers, which grows."""
+    answers, stopped = [], Event()
+
+    def ask(number):
+        while not stopped.is_set():
+            answers.append(service.annotate(posts[(number + 7 * len(answers)) % len(posts)]))
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask, number) for number in range(clients)]
+        try:
+            yield answers
+        finally:
+            stopped.set()
+            for each in asking:
+                each.result()
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+@contextmanager
+def standing_still(service, deployment):
+    """The processes of a stage do nothing while the block runs."""
+    processes = service.replicas(deployment)
+    assert processes
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+
+def test_posts_that_come_together_share_batches(service, posts):
+    before = batches(service)
+    outcome = asyncio.run(Load(service.url, posts=64).closed(clients=24, requests=96))
+    assert {status: len(times) for status, times in outcome.latencies.items()} == {200: 96}
+    assert set(outcome.stage_seconds) == {"prepare", "tag", "load_image", "rerank", "ground"}
+    time.sleep(6)  # metrics are exported from time to time
+    after = batches(service)
+    for stage in ("tag", "ground"):
+        assert 0 < after[stage] - before[stage] < 96 / 3, stage
+
+
+def batches(service):
+    """Stage -> batches so far."""
+    totals = Counter()
+    for line in service.client.get("/metrics").text.splitlines():
+        if line.startswith("ray_gem_ray_batch_posts_count"):
+            stage = re.search('stage="(.*?)"', line).group(1)
+            totals[stage] += float(line.rsplit(" ", 1)[1])
+    return totals
+
+
+def test_posts_wait_for_no_stage_that_they_do_not_need(service, posts):
+    seen = [service.annotate(post).json() for post in posts[:20]]
+    easy = next(i for i, row in enumerate(seen) if row["entities"] and not any(e["reranked"] for e in row["entities"]))
+    hard = next(i for i, row in enumerate(seen) if any(e["reranked"] for e in row["entities"]))
+    with ThreadPoolExecutor(1) as pool:
+        with standing_still(service, "rerank"):
+            waiting = pool.submit(service.annotate, posts[hard])
+            assert service.annotate(posts[easy]).json()["entities"] == seen[easy]["entities"]
+            with standing_still(service, "ground"):
+                answer = service.client.post("/v1/annotate", json={"text": TEXT})
+                assert {entity["text"] for entity in answer.json()["entities"]} >= {"Taylor Swift", "Paris"}
+            assert not waiting.done()
+        answer = waiting.result().json()
+    assert [e["fine"] for e in answer["entities"] if e["reranked"]] == [
+        e["fine"] for e in seen[hard]["entities"] if e["reranked"]
+    ]
+
+
+def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(service, posts):
+    processes = {name: service.replicas(name) for name in ("ingress", "tag", "rerank", "ground")}
+
+    def change(gamma, threshold):
+        def edit(values):
+            ingress, ground = values["applications"][0]["deployments"]
+            ingress["user_config"]["gamma"] = gamma
+            ground["user_config"]["threshold"] = threshold
+
+        return edit
+
+    with under_load(service, posts) as answers:
+        service.reload(change(-1, 1.0))  # nonsense changes nothing
+        service.reload(change(0.0, 1.0))
+        wait_for(lambda: answers and answers[-1].json().get("gamma") == 0.0)
+        time.sleep(1)  # the grounder's setting is another deployment's
+        done = len(answers)
+        wait_for(lambda: len(answers) > done + 24)
+        service.reload(change(0.3, 0.1))
+        wait_for(lambda: answers[-1].json().get("gamma") == 0.3)
+    assert {answer.status_code for answer in answers} == {200}
+    late = [answer.json() for answer in answers[done + 12 : done + 24]]
+    entities = [entity for row in late for entity in row["entities"] if row["status"] == "ok"]
+    assert all(entity["reranked"] for entity in entities)
+    assert not any(entity["box"] for entity in entities)
+    for answer in answers:  # a post is judged by one γ from beginning to end
+        row = answer.json()
+        assert all(e["reranked"] == (e["entropy"] > row["gamma"]) for e in row["entities"] if row["status"] == "ok")
+    assert {name: service.replicas(name) for name in processes} == processes
+    assert service.client.get("/v1/limits").json()["gamma"] == 0.3
+
+
+def test_a_process_that_is_killed_costs_no_answer(service, posts):
+    with under_load(service, posts, clients=8) as answers:
+        wait_for(lambda: len(answers) > 16)
+        (victim,) = service.replicas("ground")
+        os.kill(victim, signal.SIGKILL)
+        before = len(answers)
+        wait_for(lambda: service.replicas("ground") not in ([], [victim]))
+        wait_for(lambda: len(answers) > before + 16)
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["status"] for answer in answers} == {"ok"}
+    wait_for(lambda: service.client.get("/readyz").status_code == 200)
+
+
+def test_overload_is_refused_at_once_with_429_and_soon_over(service, assert_problem):
+    load = Load(service.url, posts=64)
+    usual = min(asyncio.run(load.closed(1, 4)).latencies[200])
+    many = asyncio.run(load.closed(24, 72))
+    outcome = asyncio.run(load.open(rate=3 * many.per_second, seconds=5))
+    statuses = Counter({status: len(times) for status, times in outcome.latencies.items()})
+    assert statuses.keys() == {200, 429}
+    assert statuses[429] > statuses[200] / 4
+    refused = sorted(outcome.latencies[429])
+    assert refused[len(refused) // 2] < sorted(outcome.latencies[200])[statuses[200] // 2] / 2
+    wait_for(lambda: min(asyncio.run(load.closed(1, 2)).latencies[200]) < 3 * usual, seconds=10)
+
+
+def test_a_refusal_says_when_to_come_back(service, posts, assert_problem):
+    """A batch counts with all its posts."""
+    image = base64.b64encode(posts[0].image_bytes).decode()
+    batch = {"posts": [{"text": posts[0].text, "image": image}] * 30}
+    with standing_still(service, "ground"), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(service.client.post, "/v1/annotate/batch", json=batch)
+        time.sleep(1)
+        for headers in ({}, {"Accept": "application/x-ndjson"}):
+            refused = service.client.post("/v1/annotate/batch", json=batch, headers=headers)
+            assert_problem(refused, 429)
+            assert refused.headers["retry-after"] == "1"
+        os.kill(service.replicas("ground")[0], signal.SIGCONT)
+        assert first.result().status_code == 200
+    assert service.client.post("/v1/annotate/batch", json=batch).status_code == 200

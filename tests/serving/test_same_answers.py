@@ -1,0 +1,54 @@
+"""The same posts in one process and online. That bulk runs give what one process gives is `tests/pipeline`'s."""
+
+from __future__ import annotations
+
+import base64
+import copy
+
+import pytest
+
+from gem_ray.annotator import Annotator
+from gem_ray.config import load_config
+
+
+def assert_same(left, right, where=""):
+    """Equal, up to the float noise of other batches."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(left, float):
+        assert left == pytest.approx(right, abs=1e-4, rel=1e-4), where
+    else:
+        assert left == right, where
+
+
+def row(annotation):
+    """The fields that a post's annotation has everywhere."""
+    own = ("row_id", "run_id", "models", "seconds", "gamma")
+    return {name: value for name, value in annotation.items() if name not in own}
+
+
+def request(post):
+    image = base64.b64encode(post.image_bytes).decode()
+    return {"post_id": post.post_id, "text": post.text, "tokens": post.tokens or None, "image": image}
+
+
+def test_two_hundred_posts_give_the_same_annotations_in_process_and_over_http(service, posts):
+    online = {}
+    for first in range(0, len(posts), 25):
+        asked = [request(post) for post in posts[first : first + 25]]
+        answer = service.client.post("/v1/annotate/batch", json={"posts": asked})
+        assert answer.status_code == 200, answer.text
+        online |= {each["post_id"]: each for each in answer.json()["annotations"]}
+    in_process = Annotator.from_config(load_config()).annotate([copy.deepcopy(post) for post in posts])
+
+    assert len(online) == len(posts) == 200
+    assert sum(entity.reranked for post in in_process for entity in post.entities) > 20
+    assert sum(entity.box is not None for post in in_process for entity in post.entities) > 100
+    for post in in_process:
+        assert_same(row(post.annotation()), row(online[post.post_id]), post.post_id)
