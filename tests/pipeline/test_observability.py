@@ -63,13 +63,8 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     working = work.remote()
     deadline = time.monotonic() + 60
     text = ""
-<<<<<<< HEAD
     # Until what was counted last is there; other tests' metrics may be there before.
     while time.monotonic() < deadline and 2 not in samples(text, "ray_gem_ray_entities_total", 'what="found"'):
-=======
-    # Other tests' runs export metrics too, but none of this stage.
-    while time.monotonic() < deadline and not samples(text, "ray_gem_ray_stage_counts_total", 'stage="knowledge"'):
->>>>>>> main
         time.sleep(0.5)
         text = exported()
     ray.get(working)
