@@ -18,7 +18,8 @@ def address(service):
     return f"{service.url}/"
 
 
-@pytest.fixture(scope="package")
+# Of a module: while Playwright runs, it holds the event loop of the thread, and other tests have loops of their own.
+@pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine: the page is not driven")
