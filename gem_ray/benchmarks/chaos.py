@@ -23,17 +23,10 @@ from gem_ray.records import Post
 
 _SEED = 7
 _NODES, _CPUS_PER_NODE = 3, 4
-KILLS = ("driver", "actor", "node")
+_KILLS = ("driver", "actor", "node")
 
 
-def measure_chaos(
-    location: str,
-    posts: int,
-    shards: int,
-    settings: tuple[str, ...],
-    kills: tuple[str, ...] = KILLS,
-    seed: int = 0,
-) -> dict[str, Any]:
+def measure_chaos(location: str, posts: int, shards: int, settings: tuple[str, ...], seed: int = 0) -> dict[str, Any]:
     """Annotate the same posts undisturbed and under kills at random moments, and compare.
 
     Half of the images are in the shards, half are objects that the posts name.
@@ -43,7 +36,6 @@ def measure_chaos(
         posts: generated posts.
         shards: files that hold them.
         settings: overrides of the configuration, as `filter.gamma=0.3`.
-        kills: what is killed, one after the other, each in a start of its own.
         seed: of the moments.
 
     Returns:
@@ -58,10 +50,10 @@ def measure_chaos(
         started = time.perf_counter()
         _drive(cluster, location, "undisturbed", settings).wait()
         undisturbed = time.perf_counter() - started
-        outcomes = []
-        for kill in kills:
+        kills = []
+        for kill in _KILLS:
             driver = _drive(cluster, location, "killed", settings)
-            outcomes.append(_kill(kill, driver, cluster, nodes, location, rng.uniform(0.12, 0.2) * posts))
+            kills.append(_kill(kill, driver, cluster, nodes, location, rng.uniform(0.12, 0.2) * posts))
         started = time.perf_counter()
         _drive(cluster, location, "killed", settings).wait()
     finally:
@@ -69,7 +61,7 @@ def measure_chaos(
     first, second = (_annotations(f"{location}/{name}") for name in ("undisturbed", "killed"))
     return {
         "posts": posts,
-        "kills": outcomes,
+        "kills": kills,
         "every_row_once": sorted(first) == sorted(second) and len(second) == posts,
         "different_rows": sum(not _same(first[row], second[row]) for row in first.keys() & second.keys()),
         "seconds_undisturbed": undisturbed,

@@ -1,4 +1,4 @@
-"""SIGKILL to a node of a cluster of several, and what a new start finds; test_resume.py kills drivers and actors."""
+"""SIGKILL to the driver, to an actor and to a node of a cluster of several, and what a new start finds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ _SETTINGS = (
 )
 
 
-def test_every_row_once_and_little_done_again_when_a_node_is_lost(tmp_path: Path) -> None:
-    result = measure_chaos(str(tmp_path), posts=400, shards=10, settings=_SETTINGS, kills=("node",))
+def test_every_row_once_and_little_done_again_whatever_is_killed(tmp_path: Path) -> None:
+    result = measure_chaos(str(tmp_path), posts=1000, shards=10, settings=_SETTINGS)
     assert result["every_row_once"]
     assert result["different_rows"] == 0
-    (kill,) = result["kills"]
-    assert kill["killed"] == "node"
-    assert kill["kept_share"] >= 0.8
+    assert [kill["killed"] for kill in result["kills"]] == ["driver", "actor", "node"]
+    assert min(kill["kept_share"] for kill in result["kills"]) >= 0.8
