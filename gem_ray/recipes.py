@@ -1,11 +1,10 @@
-"""Recipes of trainings: checked settings, the presets that come with the package, and going on with one."""
+"""Recipes of trainings: checked settings, and the presets that come with the package."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -45,32 +44,6 @@ def parse_recipe(kind: type[R], values: Mapping[str, Any]) -> R:
         return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(kind, dict(item)) for item in error.errors())) from None
-
-
-def last_checkpoint(folder: Path, recipe: BaseModel, may_begin: bool) -> str | None:
-    """Where a training goes on; where none was begun, its recipe is put there.
-
-    Args:
-        folder: of `transformers.Trainer`'s checkpoints.
-        recipe: of the training.
-        may_begin: this process is the one that writes.
-
-    Raises:
-        ConfigError: another recipe is there.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    file = folder / "recipe.json"
-    if file.is_file():
-        if type(recipe).model_validate_json(file.read_text(encoding="utf-8")) != recipe:
-            raise ConfigError(
-                f"{folder} holds a training that was begun with another recipe ({file.name}): use the same one, "
-                "another output folder, or remove the checkpoints"
-            )
-    elif may_begin:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(recipe.model_dump_json(indent=2), encoding="utf-8")
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _folder(component: str) -> Traversable:

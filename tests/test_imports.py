@@ -12,7 +12,20 @@ PACKAGE = ROOT / "gem_ray"
 
 # A module may import what lies below its own layer, and its own part. Parts of one layer do not know each other.
 LAYERS = [
-    {"records", "taxonomy", "config", "recipes", "checkpoints", "device", "s3", "chat", "pace", "metrics", "client"},
+    {
+        "records",
+        "taxonomy",
+        "config",
+        "recipes",
+        "checkpoints",
+        "device",
+        "s3",
+        "training",
+        "chat",
+        "pace",
+        "metrics",
+        "client",
+    },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},
     {"annotator"},

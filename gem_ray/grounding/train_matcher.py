@@ -21,10 +21,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import ConfigError
 from gem_ray.data.images import ImageLoader
 from gem_ray.device import torch_device
 from gem_ray.grounding.blip import encode_images, encode_texts
@@ -34,8 +32,9 @@ from gem_ray.grounding.matcher_recipe import MatcherTraining
 from gem_ray.grounding.pairs import EpochOrder, PairCollator, PairsOfPosts
 from gem_ray.grounding.trace import MATCH
 from gem_ray.records import Post
+from gem_ray.training import last_checkpoint, training_arguments
 
-_CHECKPOINTS, _RECIPE, _ACCURACY = "checkpoints", "recipe.json", "eval_accuracy"
+_CHECKPOINTS, _ACCURACY = "checkpoints", "eval_accuracy"
 
 
 def train_matcher(
@@ -82,7 +81,7 @@ def train_matcher(
     # Dev asks for gold mentions alone, each counting once.
     dev_data = PairsOfPosts(dev, MatcherTraining()) if dev else None
     trainer = _MatcherTrainer(model, images, data, dev_data, texts, out / _CHECKPOINTS, settings, report)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out / _CHECKPOINTS, settings))
+    trainer.train(resume_from_checkpoint=last_checkpoint(out / _CHECKPOINTS, settings, may_begin=True))
     model.save_pretrained(out)
     texts.tokenizer.save_pretrained(out)
     BlipImageProcessorPil.from_pretrained(folder).save_pretrained(out)
@@ -177,21 +176,14 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _arguments(settings: MatcherTraining, checkpoints: Path, has_dev: bool) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+    return training_arguments(
+        settings,
+        checkpoints,
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,  # below 1: a share of all steps
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bfloat16",
-        fp16=settings.precision == "float16",
         use_cpu=torch_device(settings.device).type == "cpu",
-        seed=settings.seed,
         eval_strategy="epoch" if has_dev else "no",
         save_strategy="epoch",
         logging_strategy="epoch",
@@ -199,32 +191,7 @@ def _arguments(settings: MatcherTraining, checkpoints: Path, has_dev: bool) -> T
         metric_for_best_model=_ACCURACY if has_dev else None,
         greater_is_better=True,
         load_best_model_at_end=has_dev,
-        save_total_limit=1,  # the last, and the best
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
     )
-    # One process drives one device: several are started by torchrun, not as threads by torch.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def _last_checkpoint(folder: Path, settings: MatcherTraining) -> str | None:
-    """Where to go on; on the first call, the recipe is put there.
-
-    Raises:
-        ConfigError: another recipe is there.
-    """
-    file = folder / _RECIPE
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(settings.model_dump_json(indent=2), encoding="utf-8")
-    elif MatcherTraining.model_validate_json(file.read_text(encoding="utf-8")) != settings:
-        raise ConfigError(
-            f"{folder} holds a training that was begun with another recipe ({_RECIPE}): use the same one, "
-            "another output folder, or remove the checkpoints"
-        )
-    return get_last_checkpoint(str(folder))
 
 
 class _Epochs(TrainerCallback):

@@ -26,13 +26,13 @@ from transformers import (
 from gem_ray.checkpoints import resolve
 from gem_ray.config import ConfigError
 from gem_ray.device import torch_device
-from gem_ray.recipes import last_checkpoint
 from gem_ray.records import Post
 from gem_ray.rerank.candidates import training_candidates
 from gem_ray.rerank.prompts import PromptFormat
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.samples import IGNORED, CandidateRule, EntitySamples, SampleEncoder
 from gem_ray.taxonomy import LABEL_SETS
+from gem_ray.training import last_checkpoint, training_arguments
 
 # A plain list of names would also match the vision tower, whose adapters vLLM does not serve.
 LORA_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -178,31 +178,17 @@ class _Reports(TrainerCallback):
 
 
 def _arguments(settings: RerankerTraining, checkpoints: Path) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+    return training_arguments(
+        settings,
+        checkpoints,
         num_train_epochs=1,  # the samples hold all epochs
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,  # below 1: a share of all steps
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bfloat16",
-        fp16=settings.precision == "float16",
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=torch_device(settings.device).type == "cpu",
-        seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.checkpoint_steps,
-        save_total_limit=1,
         logging_steps=settings.report_every,
         logging_first_step=True,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
     )
-    # One process drives one device: on several, processes are started by Ray Train or torchrun, not threads by torch.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

@@ -12,7 +12,6 @@ import torch
 from transformers import Trainer
 
 from gem_ray.checkpoints import resolve
-from gem_ray.recipes import last_checkpoint
 from gem_ray.records import Post
 from gem_ray.tagger.card import write_card
 from gem_ray.tagger.checkpoint import load_encoder, load_tagger, save_tagger
@@ -24,6 +23,7 @@ from gem_ray.tagger.scores import one_line, score_with_and_without_knowledge
 from gem_ray.tagger.trainer import VALUE, Progress, TaggerTrainer
 from gem_ray.tagger.views import TrainingViews
 from gem_ray.taxonomy import LABEL_SETS
+from gem_ray.training import last_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from gem_ray.tagger.objective import TrainingObjective
 from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.tagger.scores import score_with_and_without_knowledge, value_of
 from gem_ray.tagger.views import LengthGroupedSampler, TrainingViews, collate_views
+from gem_ray.training import training_arguments
 
 VALUE = "eval_value"
 """The metric that chooses the epoch, as `Trainer` logs it."""
@@ -133,33 +134,19 @@ def _layers_above(name: str, layers: int) -> int:
 
 
 def _arguments(settings: TaggerTraining, checkpoints: Path, has_dev: bool) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+    return training_arguments(
+        settings,
+        checkpoints,
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,  # below 1: a share of all steps
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bfloat16",
-        fp16=settings.precision == "float16",
         use_cpu=settings.device == "cpu",
-        seed=settings.seed,
         eval_strategy="epoch" if has_dev else "no",
         save_strategy="epoch",
         logging_strategy="epoch",
         metric_for_best_model=VALUE if has_dev else None,
         greater_is_better=True,
         load_best_model_at_end=has_dev,
-        save_total_limit=1,  # the last, and the best
         restore_callback_states_from_checkpoint=True,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
     )
-    # One process drives one device: on several, processes are started by Ray Train or torchrun, not threads by torch.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 class _EpochOrder(TrainerCallback):
