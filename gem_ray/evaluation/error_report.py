@@ -9,14 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from gem_ray.config import ImageConfig
 from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.tokenize import word_spans
 from gem_ray.evaluation.errors import Errors, PostErrors
-from gem_ray.evaluation.report import TASK_TITLES, percent
+from gem_ray.evaluation.gallery import page_environment
+from gem_ray.evaluation.report import TASK_TITLES
 from gem_ray.evaluation.rules import Rules, Verdict, judge
 from gem_ray.records import Entity, GoldEntity
 from gem_ray.taxonomy import FMNERG, LabelSet
@@ -44,21 +44,17 @@ def write_error_report(
         labels: the categories.
         title: heading of the page.
     """
-    environment = Environment(
-        loader=PackageLoader("gem_ray.evaluation", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    page = environment.get_template("errors.html.j2").render(
-        title=title,
-        errors=errors,
-        tasks=[(TASK_TITLES[name], scores) for name, scores in errors.report.tasks.items()],
-        matrix=_matrix(errors, labels),
-        pairs=errors.confused[:_PAIRS],
-        cases=[_case(case, (images or {}).get(case.post.post_id), Rules(labels)) for case in errors.worst],
+    page = (
+        page_environment()
+        .get_template("errors.html.j2")
+        .render(
+            title=title,
+            errors=errors,
+            tasks=[(TASK_TITLES[name], scores) for name, scores in errors.report.tasks.items()],
+            matrix=_matrix(errors, labels),
+            pairs=errors.confused[:_PAIRS],
+            cases=[_case(case, (images or {}).get(case.post.post_id), Rules(labels)) for case in errors.worst],
+        )
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")

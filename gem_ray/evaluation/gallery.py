@@ -62,7 +62,7 @@ def write_gallery(
     rules = Rules(labels, iou=report.iou) if report else Rules(labels)
     script = _asset("gallery_cards.js") + _asset("gallery.js")
     stream = (
-        _environment()
+        page_environment()
         .get_template("gallery.html.j2")
         .stream(
             title=title,
@@ -132,7 +132,8 @@ def _run_facts(run: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Of the templates of this package's pages."""
     environment = Environment(
         loader=PackageLoader("gem_ray.evaluation", ""),
         autoescape=True,

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import Config
+from gem_ray.config import Config, MatcherConfig
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Match, Matcher, Query
@@ -73,11 +73,10 @@ class Grounder:
     def from_config(cls, config: Config) -> Grounder:
         """Load what the `grounder` section names."""
         settings = config.grounder.matcher
-        threshold = settings.threshold
         return cls(
             load_matcher(config),
             BoxMaker.from_config(config),
-            Decision.load(resolve(settings.model)).threshold if threshold is None else threshold,
+            threshold_of(settings),
             settings.save_heatmaps,
             settings.subpatch_peak,
         )
@@ -167,3 +166,10 @@ def _original_size(post: Post) -> tuple[int, int]:
     """Width and height of the original; of the decoded image where a caller set only that."""
     height, width = _pixels(post).shape[:2]
     return post.image_width or width, post.image_height or height
+
+
+def threshold_of(settings: MatcherConfig) -> float:
+    """P_T above which an entity is grounded: the configured one, else the one that is stored with the model."""
+    if settings.threshold is not None:
+        return settings.threshold
+    return Decision.load(resolve(settings.model)).threshold

@@ -16,7 +16,7 @@ from gem_ray.annotator import GuardedStage, Stage, build_component, models_of
 from gem_ray.config import Config, StageReplicas
 from gem_ray.metrics import StageMetrics
 from gem_ray.records import Post, StageName
-from gem_ray.serving.settings import check_user_config, matcher_threshold
+from gem_ray.serving.settings import check_user_config, matcher_settings
 
 if TYPE_CHECKING:
     from gem_ray.grounding.grounder import Grounder
@@ -44,7 +44,6 @@ class StageReplica:
         torch.set_num_threads(placement.threads)
         self._config = config
         self._component = _load(name, config)
-        self._loaded_threshold: float = getattr(self._component, "threshold", 0.0)  # the grounder's
         self._stage = GuardedStage(name, self._component)
         self._models = models_of(config, [name])
         self._metrics = StageMetrics(name)
@@ -66,8 +65,9 @@ class StageReplica:
         check_user_config(self._stage.name, user_config, self._config)
         if self._stage.name is StageName.GROUND:
             grounder: Grounder = self._component  # type: ignore[assignment]
-            threshold = matcher_threshold(self._config, user_config)
-            grounder.threshold = self._loaded_threshold if threshold is None else threshold
+            from gem_ray.grounding.grounder import threshold_of
+
+            grounder.threshold = threshold_of(matcher_settings(self._config, user_config))
 
     async def __call__(self, post: Post) -> Post:
         """Run the stage on a post; what comes back holds no pixels."""

@@ -19,15 +19,15 @@ def filter_settings(config: Config, user_config: dict[str, Any]) -> FilterConfig
     return FilterConfig.model_validate(config.filter.model_dump() | user_config)
 
 
-def matcher_threshold(config: Config, user_config: dict[str, Any]) -> float | None:
-    """P_T above which the grounder draws a box; none: the one that is stored with the matcher.
+def matcher_settings(config: Config, user_config: dict[str, Any]) -> MatcherConfig:
+    """The matcher's, with the threshold of P_T above which the grounder draws a box.
 
     Raises:
         ValueError: another key, or a value that is none.
     """
     if unknown := user_config.keys() - {"threshold"}:
         raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; expected threshold")
-    return MatcherConfig.model_validate(config.grounder.matcher.model_dump() | user_config).threshold
+    return MatcherConfig.model_validate(config.grounder.matcher.model_dump() | user_config)
 
 
 def check_user_config(deployment: str, user_config: dict[str, Any], config: Config) -> None:
@@ -39,6 +39,6 @@ def check_user_config(deployment: str, user_config: dict[str, Any], config: Conf
     if deployment == INGRESS:
         filter_settings(config, user_config)
     elif deployment == StageName.GROUND:
-        matcher_threshold(config, user_config)
+        matcher_settings(config, user_config)
     elif user_config:
         raise ValueError(f"{deployment} has no settings")
