@@ -1,10 +1,11 @@
 """What the system costs and gains: `python jobs/benchmark.py {throughput,tagger,memory,resume,…} --out DIR …`."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from gem_ray.benchmarks.results import write_result
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -23,7 +24,9 @@ def throughput(
     from gem_ray.benchmarks.throughput import measure_throughput
     from gem_ray.config import load_config
 
-    _write(out, "throughput", measure_throughput(out, load_config(preset, overrides=set_ or ()), posts, plain_posts))
+    write_result(
+        out, "throughput", measure_throughput(out, load_config(preset, overrides=set_ or ()), posts, plain_posts)
+    )
 
 
 @app.command()
@@ -44,7 +47,7 @@ def tagger(
     from gem_ray.data.twitter10000 import read_split
 
     texts = read_split(tweets, "dev")[:posts] if tweets else list(generate(posts, seed=7))
-    _write(out, "tagger", measure_tagger(load_config(preset, overrides=set_ or ()), texts, rounds))
+    write_result(out, "tagger", measure_tagger(load_config(preset, overrides=set_ or ()), texts, rounds))
 
 
 @app.command()
@@ -60,7 +63,7 @@ def reranker(
     from gem_ray.config import load_config
 
     config = load_config(preset, overrides=set_ or ())
-    _write(out, "reranker", measure_reranker_engines(config, entities, with_vllm=vllm))
+    write_result(out, "reranker", measure_reranker_engines(config, entities, with_vllm=vllm))
 
 
 @app.command("reranker-gpu")
@@ -71,7 +74,7 @@ def reranker_gpu(
     """A LLaVA-1.5-7B with random weights through the transformers engine, against the card's limit."""
     from gem_ray.benchmarks.reranker_gpu import measure_reranker_gpu
 
-    _write(out, "reranker-gpu", measure_reranker_gpu(tiny=tiny))
+    write_result(out, "reranker-gpu", measure_reranker_gpu(tiny=tiny))
 
 
 @app.command()
@@ -82,7 +85,7 @@ def memory(
     """Peak memory of the driver over short and long inputs."""
     from gem_ray.benchmarks.memory import measure_memory
 
-    _write(out, "memory", measure_memory(out, tuple(rows or (20_000, 200_000))))
+    write_result(out, "memory", measure_memory(out, tuple(rows or (20_000, 200_000))))
 
 
 @app.command("scale-out")
@@ -94,7 +97,7 @@ def scale_out(
     """How busy the GPUs of a pretended cluster are."""
     from gem_ray.benchmarks.scale_out import measure_scale_out
 
-    _write(out, f"scale-out-{gpus}", measure_scale_out(out / f"scale-out-{gpus}", gpus, batch_seconds))
+    write_result(out, f"scale-out-{gpus}", measure_scale_out(out / f"scale-out-{gpus}", gpus, batch_seconds))
 
 
 @app.command()
@@ -105,7 +108,7 @@ def resume(
     """What it costs to be killed half-way and started again."""
     from gem_ray.benchmarks.resume import measure_resume
 
-    _write(out, "resume", measure_resume(out / "resume", rows))
+    write_result(out, "resume", measure_resume(out / "resume", rows))
 
 
 @app.command()
@@ -119,7 +122,7 @@ def chaos(
     """A run whose driver, an actor and a node are killed, against an undisturbed one."""
     from gem_ray.benchmarks.chaos import measure_chaos
 
-    _write(out, "chaos", measure_chaos(location, posts, shards, tuple(set_ or ())))
+    write_result(out, "chaos", measure_chaos(location, posts, shards, tuple(set_ or ())))
 
 
 @app.command()
@@ -132,7 +135,7 @@ def grounder(
     """Matching, tracing and SAM in batches against one entity at a time; models of the published base sizes."""
     from gem_ray.benchmarks.grounder import measure_grounder
 
-    _write(out, "grounder", measure_grounder(posts, rounds, sam))
+    write_result(out, "grounder", measure_grounder(posts, rounds, sam))
 
 
 @app.command("grounder-gpu")
@@ -141,7 +144,7 @@ def grounder_gpu(out: OutOption = Path("out/benchmark")) -> None:
     from gem_ray.benchmarks.grounder_gpu import as_table, measure_grounder_gpu
 
     result = measure_grounder_gpu()
-    _write(out, "grounder-gpu", result)
+    write_result(out, "grounder-gpu", result)
     (out / "grounder-gpu.md").write_text(as_table(result))
 
 
@@ -159,15 +162,8 @@ def grounding(
     from gem_ray.config import load_config
 
     results = measure_grounding(load_config(preset, overrides=set_ or ()), posts, seed, out, only or ())
-    _write(out, "grounding", results)
+    write_result(out, "grounding", results)
     (out / "grounding.md").write_text(as_table(results))
-
-
-def _write(out: Path, name: str, result: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2)
-    (out / f"{name}.json").write_text(text + "\n")
-    typer.echo(text)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Load on the online service: `python jobs/load_test.py [--url URL | --preset P] {compare,arrivals} --out DIR …`."""
 
 import asyncio
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from gem_ray.benchmarks.results import write_result
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -33,7 +34,7 @@ def compare(
 
     with _service(url, preset, set_) as address:
         load = Load(address, api_key=os.environ.get("GEM_RAY_API_KEY"))
-        _write(out, "load-compare", asyncio.run(measure_load(load, clients, requests, seconds)))
+        write_result(out, "load-compare", asyncio.run(measure_load(load, clients, requests, seconds)))
 
 
 @app.command()
@@ -50,7 +51,7 @@ def arrivals(
 
     with _service(url, preset, set_) as address:
         load = Load(address, api_key=os.environ.get("GEM_RAY_API_KEY"))
-        _write(out, "load-arrivals", asyncio.run(load.open(rate, seconds)).to_dict())
+        write_result(out, "load-arrivals", asyncio.run(load.open(rate, seconds)).to_dict())
 
 
 @contextmanager
@@ -65,13 +66,6 @@ def _service(url: str | None, preset: str, overrides: list[str] | None) -> Itera
 
     with serving(preset_schema(preset, overrides or (), "127.0.0.1", 8321)) as address:
         yield address
-
-
-def _write(out: Path, name: str, result: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2)
-    (out / f"{name}.json").write_text(text + "\n")
-    typer.echo(text)
 
 
 if __name__ == "__main__":
