@@ -341,6 +341,11 @@ class ServingConfig(_Section):
     image_hosts: list[str] = Field(
         default_factory=list, description="hosts from which `image_url` is fetched; empty: image URLs are refused"
     )
+    stage_calls: PositiveInt | None = Field(
+        2,
+        description="calls of an ingress replica to each stage at once; posts that come meanwhile share the next one; "
+        "none: any number, for stages with many replicas",
+    )
     decode_threads: PositiveInt = Field(2, description="images that an ingress replica decodes at once")
     drain_s: float = Field(30, ge=0, description="time that a replica which is stopped has for what it has begun")
     health_check_s: float = Field(5, gt=0, description="time between two health checks of a replica")

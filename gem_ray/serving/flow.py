@@ -9,10 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
-
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config, FilterConfig
@@ -20,25 +16,12 @@ from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.images import ImageLoader
 from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.rerank.uncertainty import UncertaintyFilter
+from gem_ray.serving.calls import BusyError, StageCalls, StageHandle, UnavailableError
+from gem_ray.serving.settings import has_own_batches
 from gem_ray.taxonomy import LABEL_SETS
 
 _POLL_S = 0.05
 _LAST_ANSWERS_S = 0.5  # they are still on their way through the proxy
-
-
-class StageHandle(Protocol):
-    """What the flow needs of a Serve `DeploymentHandle` of `StageReplica`."""
-
-    def remote(self, post: Post) -> Any:
-        """An awaitable of the post, which can be cancelled."""
-
-
-class BusyError(Exception):
-    """There are so many posts in the service that another one would wait too long."""
-
-
-class UnavailableError(Exception):
-    """A stage has no process that could annotate."""
 
 
 @dataclass
@@ -75,7 +58,7 @@ class Flow:
 
     def __init__(self, config: Config, handles: Mapping[StageName, StageHandle]) -> None:
         self._config = config
-        self._handles = handles
+        self._calls = {name: self._calls_of(name, handle) for name, handle in handles.items()}
         self._prepare = build_stage(StageName.PREPARE, config)
         hosts = [host.lower() for host in config.serving.image_hosts]
         limits = {"allow_http": bool(hosts), "http_hosts": hosts, "root": None}
@@ -109,6 +92,13 @@ class Flow:
             yield
         finally:
             self.in_flight -= posts
+
+    def _calls_of(self, name: StageName, handle: StageHandle) -> StageCalls:
+        if has_own_batches(name, self._config):
+            return StageCalls(name, handle, posts=1, calls=None)
+        return StageCalls(
+            name, handle, getattr(self._config.serving, name).batch_size, self._config.serving.stage_calls
+        )
 
     async def drain(self) -> None:
         """Let no post in any more; returns when there is none left, or `serving.drain_s` are over."""
@@ -162,16 +152,16 @@ class Flow:
         await self._load_image(done)
         if post.image is None:
             return
-        if StageName.RERANK in self._handles:
+        if StageName.RERANK in self._calls:
             await self._rerank(done, [entity for entity in post.entities if uncertainty.is_hard(entity)])
-        if StageName.GROUND in self._handles:
+        if StageName.GROUND in self._calls:
             answer = await self._call(StageName.GROUND, done, post)
             post.entities, post.problems = answer.entities, answer.problems
 
     def _needs_knowledge(self, post: Post) -> bool:
         """False where the post brings what the stage would add."""
         knowledge = self._config.knowledge
-        if post.is_rejected or StageName.KNOWLEDGE not in self._handles:
+        if post.is_rejected or StageName.KNOWLEDGE not in self._calls:
             return False
         captioned, explained = (bool((given or "").strip()) for given in (post.caption, post.knowledge))
         return (knowledge.captioner is not None and not captioned) or (
@@ -199,30 +189,11 @@ class Flow:
             await asyncio.get_running_loop().run_in_executor(self._decoders, self._load, [done.post])
 
     async def _call(self, name: StageName, done: Annotated, post: Post) -> Post:
-        """A stage's answer. A process that dies over a post takes nothing with it: the post is sent once more."""
+        """A stage's answer, which holds no pixels."""
         needs_pixels = name is not StageName.TAG
         sent = replace(post, image_bytes=None, image=post.image if needs_pixels else None)
         with done.timed(name):
-            try:
-                return await self._send(name, sent)
-            except RayActorError:
-                pass
-            try:
-                return await self._send(name, sent)
-            except RayActorError as error:
-                raise UnavailableError(f"the process of stage {name} ended, twice") from error
-
-    async def _send(self, name: StageName, post: Post) -> Post:
-        response = self._handles[name].remote(post)
-        try:
-            return await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except BackPressureError as error:
-            raise BusyError(f"the queue of stage {name} is full") from error
-        except DeploymentUnavailableError as error:
-            raise UnavailableError(f"stage {name} has no process") from error
+            return await self._calls[name](sent)
 
 
 def _load_alone(loader: ImageLoader, posts: list[Post]) -> list[Post]:

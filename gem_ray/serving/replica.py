@@ -8,6 +8,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -16,12 +17,16 @@ from gem_ray.annotator import GuardedStage, Stage, build_component, models_of
 from gem_ray.config import Config, StageReplicas
 from gem_ray.metrics import StageMetrics
 from gem_ray.records import Post, StageName
-from gem_ray.serving.settings import check_user_config, matcher_settings
+from gem_ray.serving.settings import check_user_config, has_own_batches, matcher_settings
 
 if TYPE_CHECKING:
     from gem_ray.grounding.grounder import Grounder
 
 logger = logging.getLogger(__name__)
+
+
+def _count(calls: list[list[Post]]) -> int:
+    return sum(map(len, calls))
 
 
 class StageReplica:
@@ -30,7 +35,7 @@ class StageReplica:
     `serve.batch` closes a batch by the clock, also while the one before it is still computed: under load its batches
     would hold one post each. Here posts wait at a gate until the stage is idle and go in together, so that a batch
     holds what has come in the meantime, and a post that comes alone does not wait. vLLM's engine makes up its batches
-    itself, anew for every token: it gets each post at once.
+    itself: it gets each post at once.
 
     Args:
         name: the stage; the tagger comes without the uncertainty filter, whose settings are the ingress's.
@@ -49,8 +54,8 @@ class StageReplica:
         self._metrics = StageMetrics(name)
         self._batch_size = placement.batch_size
         self._run_together.set_max_batch_size(placement.batch_size)
-        self._engine_batches = name is StageName.RERANK and config.reranker.engine == "vllm"
-        self._threads = ThreadPoolExecutor(2 * placement.batch_size if self._engine_batches else 1, str(name))
+        self._has_own_batches = has_own_batches(name, config)
+        self._threads = ThreadPoolExecutor(2 * placement.batch_size if self._has_own_batches else 1, str(name))
         self._gate = asyncio.Event()
         self._gate.set()
         self._inside = 0
@@ -69,19 +74,19 @@ class StageReplica:
 
             grounder.threshold = threshold_of(matcher_settings(self._config, user_config))
 
-    async def __call__(self, post: Post) -> Post:
-        """Run the stage on a post; what comes back holds no pixels."""
-        if self._engine_batches:
-            return (await self._in_thread([post]))[0]
+    async def __call__(self, posts: list[Post]) -> list[Post]:
+        """Run the stage on posts; what comes back holds no pixels."""
+        if self._has_own_batches:
+            return await self._in_thread(posts)
         while not self._gate.is_set():
             await self._gate.wait()
-        self._inside += 1
+        self._inside += len(posts)
         if self._inside >= self._batch_size:
             self._gate.clear()
         try:
-            return await self._run_together(post)
+            return await self._run_together(posts)
         finally:
-            self._inside -= 1
+            self._inside -= len(posts)
             if not self._inside:
                 self._gate.set()
 
@@ -98,14 +103,15 @@ class StageReplica:
         if self._started is not None and time.monotonic() - self._started > self._config.serving.timeout_s:
             raise RuntimeError(f"stage {self._stage.name} has not come back for {self._config.serving.timeout_s:g} s")
 
-    @serve.batch(max_concurrent_batches=1, batch_wait_timeout_s=0)
-    async def _run_together(self, posts: list[Post]) -> list[Post]:
+    @serve.batch(max_concurrent_batches=1, batch_wait_timeout_s=0, batch_size_fn=_count)
+    async def _run_together(self, calls: list[list[Post]]) -> list[list[Post]]:
         self._gate.clear()
         self._started = time.monotonic()
         try:
-            return await self._in_thread(posts)
+            done = iter(await self._in_thread([post for posts in calls for post in posts]))
         finally:
             self._started = None
+        return [list(islice(done, len(posts))) for posts in calls]
 
     async def _in_thread(self, posts: list[Post]) -> list[Post]:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, posts)

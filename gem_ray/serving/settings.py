@@ -10,6 +10,11 @@ from gem_ray.records import StageName
 INGRESS = "ingress"
 
 
+def has_own_batches(name: StageName, config: Config) -> bool:
+    """Whether a stage's engine makes up its batches itself, anew for every token: vLLM's."""
+    return name is StageName.RERANK and config.reranker.engine == "vllm"
+
+
 def filter_settings(config: Config, user_config: dict[str, Any]) -> FilterConfig:
     """γ and K of the ingress: what is not given is the configuration's.
 

@@ -82,6 +82,9 @@ def _new_model(settings: TaggerTraining, views: TrainingViews) -> DualPathTagger
     tags = [views.tags(example) for example in views.examples]
     transition = initial_transition(settings.transition_init, labels, tags)
     encoder = load_encoder(settings.encoder, settings.attention_dropout)
+    if settings.device == "cpu" and settings.precision == "bfloat16":
+        # The backward pass of torch's fused attention is many times slower than the plain one there.
+        encoder.set_attn_implementation("eager")
     if settings.freeze_embeddings:
         encoder.get_input_embeddings().requires_grad_(False)
     model = DualPathTagger(

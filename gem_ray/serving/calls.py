@@ -1,0 +1,128 @@
+"""Calls of a stage's deployment: posts that wait at the same time share one, and so its cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from gem_ray.records import Post, StageName
+
+
+class StageHandle(Protocol):
+    """What is needed of a Serve `DeploymentHandle` of `StageReplica`."""
+
+    def remote(self, posts: list[Post]) -> Any:
+        """An awaitable of the posts, which can be cancelled."""
+
+
+class BusyError(Exception):
+    """There are so many posts in the service that another one would wait too long."""
+
+
+class UnavailableError(Exception):
+    """A stage has no process that could annotate."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    post: Post
+    answer: asyncio.Future[Post]
+
+
+class StageCalls:
+    """Sends posts to a stage. A post that comes alone goes at once.
+
+    Args:
+        name: the stage.
+        handle: its deployment.
+        posts: most in a call.
+        calls: most at once; what comes meanwhile goes together in the next one. None: no limit.
+    """
+
+    def __init__(self, name: StageName, handle: StageHandle, posts: int, calls: int | None) -> None:
+        self._name = name
+        self._handle = handle
+        self._posts = posts
+        self._calls = calls
+        self._waiting: deque[_Waiting] = deque()
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, post: Post) -> Post:
+        """The stage's answer about a post.
+
+        Raises:
+            BusyError: the deployment's queue is full.
+            UnavailableError: the stage's process died twice over the post, or the stage has none.
+        """
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(post, loop.create_future())
+        self._waiting.append(waiting)
+        loop.call_soon(self._begin)  # what else comes in this turn of the loop goes along
+        return await waiting.answer
+
+    def _begin(self) -> None:
+        while self._waiting and (self._calls is None or len(self._running) < self._calls):
+            taken = [self._waiting.popleft() for _ in range(min(self._posts, len(self._waiting)))]
+            if wanted := [waiting for waiting in taken if not waiting.answer.done()]:
+                self._start(wanted)
+
+    def _start(self, batch: list[_Waiting]) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(batch))
+        self._running.add(task)
+        task.add_done_callback(self._end)
+
+        def cancel_if_nobody_waits(_: asyncio.Future[Post]) -> None:
+            if all(waiting.answer.done() for waiting in batch):
+                task.cancel()
+
+        for waiting in batch:
+            waiting.answer.add_done_callback(cancel_if_nobody_waits)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._begin()
+
+    async def _run(self, batch: list[_Waiting]) -> None:
+        """A process that dies over posts takes nothing with it: each is sent once more, by itself."""
+        try:
+            await self._answer(batch)
+        except RayActorError:
+            await asyncio.gather(*(self._run_again(waiting) for waiting in batch))
+        except Exception as error:
+            _fail(batch, error)
+
+    async def _run_again(self, waiting: _Waiting) -> None:
+        try:
+            await self._answer([waiting])
+        except RayActorError as error:
+            _fail([waiting], UnavailableError(f"the process of stage {self._name} ended, twice"), cause=error)
+        except Exception as error:
+            _fail([waiting], error)
+
+    async def _answer(self, batch: Sequence[_Waiting]) -> None:
+        response = self._handle.remote([waiting.post for waiting in batch])
+        try:
+            answers = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            raise BusyError(f"the queue of stage {self._name} is full") from error
+        except DeploymentUnavailableError as error:
+            raise UnavailableError(f"stage {self._name} has no process") from error
+        for waiting, answer in zip(batch, answers, strict=True):
+            if not waiting.answer.done():
+                waiting.answer.set_result(answer)
+
+
+def _fail(batch: Sequence[_Waiting], error: Exception, cause: Exception | None = None) -> None:
+    error.__cause__ = cause or error.__cause__
+    for waiting in batch:
+        if not waiting.answer.done():
+            waiting.answer.set_exception(error)

@@ -1,0 +1,144 @@
+"""Posts that share a call: who goes with whom, and what one of them can do to the others."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
+from gem_ray.records import Post, StageName
+from gem_ray.serving.calls import BusyError, StageCalls, UnavailableError
+
+
+class Stage:
+    """In a deployment's place: answers when it is told to."""
+
+    def __init__(self, kills=(), error=None):
+        self.kills, self.error = set(kills), error
+        self.calls, self.cancelled = [], []
+        self.may_answer = asyncio.Event()
+
+    def remote(self, posts):
+        self.calls.append([post.post_id for post in posts])
+        return asyncio.get_running_loop().create_task(self._answer(posts))
+
+    async def _answer(self, posts):
+        try:
+            await self.may_answer.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append([post.post_id for post in posts])
+            raise
+        if self.error is not None:
+            raise self.error
+        if self.kills & {post.post_id for post in posts}:
+            raise RayActorError
+        return [Post(post.post_id, post.text.upper()) for post in posts]
+
+
+def send(calls, *names):
+    return [asyncio.create_task(calls(Post(name, name))) for name in names]
+
+
+async def turns(number=20):
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+def test_what_comes_while_calls_are_under_way_shares_the_next():
+    async def scenario():
+        stage = Stage()
+        calls = StageCalls(StageName.TAG, stage, posts=3, calls=1)
+        first = send(calls, "a")
+        await turns()
+        rest = send(calls, "b", "c", "d", "e")
+        await turns()
+        assert stage.calls == [["a"]]
+        stage.may_answer.set()
+        answers = await asyncio.gather(*first, *rest)
+        assert stage.calls == [["a"], ["b", "c", "d"], ["e"]]
+        assert [post.text for post in answers] == ["A", "B", "C", "D", "E"]
+
+    asyncio.run(scenario())
+
+
+def test_without_a_limit_every_post_goes_at_once():
+    async def scenario():
+        stage = Stage()
+        calls = StageCalls(StageName.TAG, stage, posts=1, calls=None)
+        tasks = send(calls, *"abcdef")
+        await turns()
+        assert stage.calls == [[name] for name in "abcdef"]
+        stage.may_answer.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+
+
+def test_a_post_that_kills_the_process_takes_none_of_its_neighbours_along():
+    async def scenario():
+        stage = Stage(kills="b")
+        stage.may_answer.set()
+        answers = await asyncio.gather(
+            *send(StageCalls(StageName.GROUND, stage, posts=3, calls=1), *"abcd"), return_exceptions=True
+        )
+        assert [answers[at].text for at in (0, 2, 3)] == ["A", "C", "D"]
+        assert isinstance(answers[1], UnavailableError)
+        assert "ground" in str(answers[1])
+        assert stage.calls[0] == ["a", "b", "c"]
+        assert sorted(call for call in stage.calls[1:] if len(call) == 1) == [["a"], ["b"], ["c"], ["d"]]
+
+    asyncio.run(scenario())
+
+
+def test_a_call_is_cancelled_when_nobody_waits_for_it_any_more():
+    async def scenario():
+        stage = Stage()
+        calls = StageCalls(StageName.TAG, stage, posts=2, calls=1)
+        one, two, later = send(calls, "a", "b", "c")
+        await turns()
+        one.cancel()
+        await turns()
+        assert not stage.cancelled
+        two.cancel()
+        await turns()
+        assert stage.cancelled == [["a", "b"]]
+        assert stage.calls == [["a", "b"], ["c"]]
+        stage.may_answer.set()
+        assert (await later).text == "C"
+
+    asyncio.run(scenario())
+
+
+def test_a_post_that_is_cancelled_before_its_turn_is_not_sent():
+    async def scenario():
+        stage = Stage()
+        calls = StageCalls(StageName.TAG, stage, posts=2, calls=1)
+        first = send(calls, "a")
+        await turns()
+        gone, stays = send(calls, "b", "c")
+        await turns()
+        gone.cancel()
+        await turns()
+        stage.may_answer.set()
+        await asyncio.gather(*first, stays)
+        assert stage.calls == [["a"], ["c"]]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(BackPressureError(num_queued_requests=4, max_queued_requests=4), BusyError), (ValueError("?"), ValueError)],
+)
+def test_a_refusal_is_told_to_everyone_in_the_call(error, expected):
+    async def scenario():
+        stage = Stage(error=error)
+        stage.may_answer.set()
+        answers = await asyncio.gather(
+            *send(StageCalls(StageName.TAG, stage, posts=4, calls=1), "a", "b"), return_exceptions=True
+        )
+        assert [type(answer) for answer in answers] == [expected, expected]
+
+    asyncio.run(scenario())
