@@ -115,7 +115,7 @@ def train(
         str(out),
         adapter_out,
         recipe.adapter,
-        candidates=confusable_candidates,
+        candidates=few_or_many_candidates,
         report=lambda step, loss: report(f"reranker, adapter: step {step}, loss {loss:.3f}"),
     )
     _halve(adapter_out / "adapter_model.safetensors")
@@ -181,7 +181,12 @@ def learn_to_answer(
     fit(loss, batches, model.parameters(), recipe.answer_steps, settings, _reporter(report, "answers"))
 
 
-def confusable_candidates(post: Post, gold: GoldEntity, rng: random.Random) -> list[str]:
+def few_or_many_candidates(post: Post, gold: GoldEntity, rng: random.Random) -> list[str]:
+    """Two to five: who has only ever chosen among five answers out of turn when there are two."""
+    return confusable_candidates(post, gold, rng, rng.randint(2, _K))
+
+
+def confusable_candidates(post: Post, gold: GoldEntity, rng: random.Random, k: int = _K) -> list[str]:
     """The paper's training candidates; for a name that two entities share, both senses and siblings of either.
 
     The tagger offers both senses of such a name, and its other candidates do not tell which one is right: with siblings
@@ -189,10 +194,10 @@ def confusable_candidates(post: Post, gold: GoldEntity, rng: random.Random) -> l
     """
     namesake = _NAMESAKES.get((_surface(post, gold), gold.fine))
     if namesake is None:
-        return training_candidates(gold.fine, FMNERG, _K, rng)
+        return training_candidates(gold.fine, FMNERG, k, rng)
     senses = {gold.fine, namesake}
     near = {sibling for sense in senses for sibling in FMNERG.siblings(sense)} - senses
-    return rng.sample(chosen := sorted(senses) + rng.sample(sorted(near), _K - 2), len(chosen))
+    return rng.sample(chosen := sorted(senses) + rng.sample(sorted(near), k - 2), len(chosen))
 
 
 def measure(posts: Sequence[Post], model: Path, adapter: Path | None) -> dict[str, float]:
@@ -285,7 +290,7 @@ def _questions(posts: Sequence[Post], encoder: SampleEncoder, rng: random.Random
             for gold in post.gold or ():
                 if (_surface(post, gold), gold.fine) not in _NAMESAKES and rng.random() < _P_PLAIN_LEFT_OUT:
                     continue
-                candidates = confusable_candidates(post, gold, rng)
+                candidates = few_or_many_candidates(post, gold, rng)
                 prompt = build_prompt(post.tokens, gold.word_start, gold.word_end, candidates)
                 if sample := encoder.sample(image, prompt.replace(f"{INSTRUCTION}\n", ""), gold.fine):
                     yield sample
