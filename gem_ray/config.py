@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 DType = Literal["float32", "bfloat16", "float16"]
+M = TypeVar("M", bound=BaseModel)
 CandidateOrder = Literal["probability", "name", "shuffled"]
 # `records.StageName`, in its order, without importing Arrow for `--help`.
 Stage = Literal["prepare", "knowledge", "tag", "load_image", "rerank", "ground"]
@@ -408,12 +409,21 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     """Check a mapping against the tree.
 
     Raises:
+        ConfigError: as `parse_settings`.
+    """
+    return parse_settings(Config, values)
+
+
+def parse_settings(kind: type[M], values: Mapping[str, Any]) -> M:
+    """Check a mapping against a tree of settings: the configuration, or a training's recipe.
+
+    Raises:
         ConfigError: with a line for every key that is unknown or wrong.
     """
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(item)) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(kind, dict(item)) for item in error.errors())) from None
 
 
 def _read_mapping(file: Any) -> dict[str, Any]:
@@ -451,20 +461,20 @@ def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
-    key = ".".join(path) or "the config"
+    message = f"{error['msg']} (got {error['input']!r})"
     if error["type"] == "extra_forbidden":
-        return f"{key}: no such key; {_nearest(path[-1], _keys_at(path[:-1]))}"
-    if error["type"] == "missing":
-        return f"{key}: must be set"
-    if error["type"] == "value_error":  # raised by a section about several keys at once
-        return f"{key}: {error['ctx']['error']}"
-    return f"{key}: {error['msg']} (got {error['input']!r})"
+        message = f"no such key; {_nearest(path[-1], _keys_at(kind, path[:-1]))}"
+    elif error["type"] == "missing":
+        message = "must be set"
+    elif error["type"] == "value_error":  # raised by a section about several keys at once
+        message = str(error["ctx"]["error"])
+    return ": ".join([".".join(path), message] if path else [message])
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
+    section = kind
     for part in path:
         if part in section.model_fields:
             section = _section_type(section.model_fields[part].annotation) or section

@@ -8,9 +8,9 @@ from importlib.resources.abc import Traversable
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from gem_ray.config import ConfigError
+from gem_ray.config import ConfigError, parse_settings
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -31,29 +31,8 @@ def load_recipe(kind: type[R], component: str, preset: str | None, values: Mappi
         if preset not in recipe_names(component):
             raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(recipe_names(component))}")
         base = yaml.safe_load((_folder(component) / f"{preset}.yaml").read_text(encoding="utf-8"))
-    return parse_recipe(kind, {**base, **values})
-
-
-def parse_recipe(kind: type[R], values: Mapping[str, Any]) -> R:
-    """Check a mapping.
-
-    Raises:
-        ConfigError: with a line for every setting that is unknown or wrong.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, dict(item)) for item in error.errors())) from None
+    return parse_settings(kind, {**base, **values})
 
 
 def _folder(component: str) -> Traversable:
     return resources.files("gem_ray") / "presets" / component
-
-
-def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
-    setting = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"{setting}: no such setting; expected one of {', '.join(kind.model_fields)}"
-    if error["type"] == "value_error":  # about several settings at once
-        return str(error["ctx"]["error"])
-    return f"{setting}: {error['msg']} (got {error['input']!r})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,8 +21,6 @@ from gem_ray.commands.options import (
 
 if TYPE_CHECKING:
     from gem_ray.tagger.trainer import Progress
-
-T = TypeVar("T")
 
 app = typer.Typer(help="Train a component.", no_args_is_help=True)
 nano = typer.Typer(help="The embedded default's models.", no_args_is_help=True)
@@ -130,12 +128,13 @@ def train_matcher_command(
     set_: RecipeOption = None,
 ) -> None:
     """The BLIP matcher (§3.4.1). Stopped, the same command goes on from the last checkpoint."""
+    from gem_ray.config import parse_settings
     from gem_ray.grounding.matcher_recipe import MatcherTraining
     from gem_ray.grounding.train_matcher import train_matcher
 
     source = dev or (data if (data / "txt_fine").is_dir() else None)
     chosen_by = labelled_posts(source, dev_split, images) if source else []
-    settings = _recipe(MatcherTraining, set_)
+    settings = parse_settings(MatcherTraining, parse_overrides(set_))
     report = train_matcher(labelled_posts(data, split, images), chosen_by, base, out, settings, report=_print_step)
     typer.echo(f"{report}\nmodel: {out}")
 
@@ -152,7 +151,7 @@ def train_text_segmenter_command(
     set_: RecipeOption = None,
 ) -> None:
     """The text-prompted segmenter (§3.4.3), on gold boxes as masks."""
-    from gem_ray.config import ImageConfig
+    from gem_ray.config import ImageConfig, parse_settings
     from gem_ray.data.images import ImageLoader
     from gem_ray.grounding.train_text_segmenter import TextSegmenterTraining, samples_from_posts, train_text_segmenter
 
@@ -160,7 +159,7 @@ def train_text_segmenter_command(
     posts = labelled_posts(data, split, images)
     for post in posts:
         loader.load(post)
-    settings = _recipe(TextSegmenterTraining, set_)
+    settings = parse_settings(TextSegmenterTraining, parse_overrides(set_))
     train_text_segmenter(list(samples_from_posts(posts)), base, out, settings, report=_print_step)
     typer.echo(f"model: {out}")
 
@@ -184,27 +183,6 @@ def nano_build(
         jobs=jobs,
         on_done=lambda name, scores: typer.echo(f"{name}: {scores}"),
     )
-
-
-def _recipe(kind: type[T], overrides: list[str] | None) -> T:
-    """A recipe with some settings changed.
-
-    Raises:
-        ConfigError: an override that is no `key=value`, or names no setting, or has a value of the wrong kind.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    from gem_ray.config import ConfigError
-
-    values = parse_overrides(overrides)
-    known = list(TypeAdapter(kind).json_schema()["properties"])
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{name}: no such setting; expected one of {', '.join(known)}")
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _print_step(step: int, loss: float) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from torch.nn import functional as F
 from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from gem_ray.checkpoints import resolve
+from gem_ray.config import PositiveInt
 from gem_ray.device import torch_device
 from gem_ray.grounding.text_segmenter import category_prompt, image_activations, mask_logits, prompt_conditions
 from gem_ray.records import Box, Post
@@ -25,33 +27,23 @@ class PromptSample:
     masks: dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class TextSegmenterTraining:
-    """How CLIPSeg is trained.
+class TextSegmenterTraining(BaseModel):
+    """How CLIPSeg is trained."""
 
-    Args:
-        steps: optimizer steps.
-        batch_size: images in a step.
-        absent: prompts added to each image that it does not show; their mask is empty.
-        learning_rate: the peak of the one-cycle schedule.
-        weight_decay: AdamW's.
-        clip: largest norm of the gradient.
-        train_backbone: train CLIP too; otherwise only the decoder.
-        seed: of the order of samples and the choice of absent prompts.
-        report_every: steps between reports.
-        device: as the config's `device`.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = 2000
-    batch_size: int = 16
-    absent: int = 2
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    train_backbone: bool = False
-    seed: int = 0
-    report_every: int = 50
-    device: str = "auto"
+    steps: PositiveInt = Field(2000, description="of the optimizer")
+    batch_size: PositiveInt = Field(16, description="images in a step")
+    absent: NonNegativeInt = Field(
+        2, description="prompts added to each image that it does not show; their mask is empty"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="the peak of the one-cycle schedule")
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    train_backbone: bool = Field(False, description="train CLIP too; otherwise only the decoder")
+    seed: int = Field(0, description="of the order of samples and the choice of absent prompts")
+    report_every: PositiveInt = Field(50, description="steps between reports")
+    device: str = Field("auto", description="as the config's `device`")
 
 
 Report = Callable[[int, float], None]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gem_ray import recipes
-from gem_ray.config import DType, PositiveInt, Probability
+from gem_ray.config import DType, PositiveInt, Probability, parse_settings
 
 KnowledgeSource = Literal["none", "caption", "knowledge", "both"]
 
@@ -127,4 +127,4 @@ def parse_recipe(values: Mapping[str, Any]) -> TaggerTraining:
     Raises:
         ConfigError: with a line for every setting that is unknown or wrong.
     """
-    return recipes.parse_recipe(TaggerTraining, values)
+    return parse_settings(TaggerTraining, values)

@@ -199,7 +199,7 @@ def test_presets_are_valid(name):
 def test_the_papers_recipe_is_the_default():
     settings = load_reranker_recipe()
     assert (settings.rank, settings.epochs, settings.learning_rate, settings.k) == (64, 3, 5e-6, 5)
-    with pytest.raises(ConfigError, match="ranks: no such setting"):
+    with pytest.raises(ConfigError, match="ranks: no such key"):
         load_reranker_recipe(ranks=3)
 
 

@@ -37,9 +37,9 @@ def test_settings_go_over_the_preset() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epoch": 3}, "epoch: no such setting; expected one of .*epochs"),
+        ({"epoch": 3}, "epoch: no such key; did you mean 'epochs'"),
         ({"epochs": 0}, "epochs: .*greater than or equal to 1"),
-        ({"lora": {"rnk": 3}}, r"lora\.rnk: no such setting"),
+        ({"lora": {"rnk": 3}}, r"lora\.rnk: no such key; did you mean 'rank'"),
         ({"coarse_path": False}, "augmentation=false with coarse_path=false"),
         ({"consistency": 1.0}, "consistency needs a second view"),
         ({"second_view": "bare", "knowledge": "none"}, "needs knowledge to leave out"),
