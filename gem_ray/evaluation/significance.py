@@ -43,11 +43,6 @@ class Difference:
         """First minus second."""
         return self.first - self.second
 
-    @property
-    def is_significant(self) -> bool:
-        """The interval does not hold 0."""
-        return self.low > 0 or self.high < 0
-
     def to_dict(self) -> dict[str, Any]:
         """The JSON of one comparison; F1 from 0 to 1."""
         return {**asdict(self), "difference": self.value}

@@ -222,13 +222,6 @@ def collate(windows: Sequence[Window], pad_token_id: int) -> Batch:
     )
 
 
-def by_length(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Batches of windows of similar length, the longest first: little padding, and memory runs out early or never."""
-    ordered = sorted(windows, key=lambda window: len(window.input_ids), reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
-
-
 def by_token_budget(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Batches of windows of similar length, the longest first, each of at most `batch_tokens` subwords with padding.
 

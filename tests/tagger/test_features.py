@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, RobertaTokenizer
 
 from gem_ray.records import Post
-from gem_ray.tagger.features import SubwordEncoder, by_length, by_token_budget, collate, load_tokenizer
+from gem_ray.tagger.features import SubwordEncoder, by_token_budget, collate, load_tokenizer
 
 ZERO_WIDTH = "\u200b"
 
@@ -80,13 +80,6 @@ def test_batches_are_padded_and_masked(features: SubwordEncoder) -> None:
     assert batch.word_mask.tolist() == [[True, False, False], [True, True, True]]
     assert batch.first_subwords.tolist() == [[1, 0, 0], [1, 2, 4]]
     assert batch.tags is None
-
-
-def test_batches_hold_similar_lengths_and_every_window(features: SubwordEncoder, posts: list[Post]) -> None:
-    batches = list(by_length(features.encode(posts), 3))
-    lengths = [len(window.input_ids) for batch in batches for window in batch]
-    assert lengths == sorted(lengths, reverse=True)
-    assert sorted(window.post for batch in batches for window in batch) == list(range(len(posts)))
 
 
 @pytest.mark.parametrize("budget", [1, 20, 40, 10_000])
