@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands import annotate, evaluate, reranker, serve, shards, train
+from gem_ray.commands import annotate, evaluate, export, reranker, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(annotate.app)
 app.add_typer(evaluate.app)
+app.add_typer(export.app)
 app.add_typer(reranker.app)
 app.add_typer(shards.app, name="shards")
 app.add_typer(train.app, name="train")

@@ -233,14 +233,14 @@ class Post:
         return cls(
             post_id=row["post_id"],
             text=row["text"],
-            tokens=list(row["tokens"] or ()),
+            tokens=list(row.get("tokens") or ()),
             caption=row.get("caption"),
             knowledge=row.get("knowledge"),
             image_width=row.get("image_width"),
             image_height=row.get("image_height"),
             entities=[Entity.from_dict(entity) for entity in row["entities"] or ()],
             problems=[
-                Problem(StageName(p["stage"]), ProblemKind(p["kind"]), p["message"]) for p in row["problems"] or ()
+                Problem(StageName(p["stage"]), ProblemKind(p["kind"]), p["message"]) for p in row.get("problems") or ()
             ],
             row_id=row.get("row_id"),
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer.main
@@ -17,6 +18,7 @@ import typer.main
 from gem_ray.cli import app
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.records import Entity, Post, ProblemKind, StageName
 
 
 def gem_ray(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -85,6 +87,25 @@ def test_jsonl_becomes_shards_with_their_images(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = pq.read_table(tmp_path / "posts")
     assert table["image"].to_pylist() == [post.image_bytes, None]
+
+
+def test_an_export_says_what_it_wrote_and_left_out_and_which_formats_there_are(tmp_path: Path) -> None:
+    posts = [Post("a", "in Paris", ["in", "Paris"]), Post("b", "")]
+    posts[0].entities = [Entity("Paris", 3, 8, 1, 2, "location", "city", 0.5)]
+    posts[1].fail(StageName.PREPARE, ProblemKind.BAD_RECORD, "text is empty")
+    pq.write_table(pa.Table.from_pylist([post.annotation() for post in posts]), tmp_path / "rows.parquet")
+    out = tmp_path / "words.conllup"
+    done = gem_ray("export", tmp_path / "rows.parquet", out, "--format", "conll")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{out}: 2 posts read, 1 entities and 0 boxes written",
+        "posts left out, because they are rejected or have no words: 1",
+    ]
+    done = gem_ray("export", tmp_path / "rows.parquet", out, "--format", "conll")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "exists already" in done.stderr
+    done = gem_ray("export", tmp_path / "rows.parquet", tmp_path / "out", "--format", "yolo")
+    assert (done.returncode, "label-studio" in done.stderr) == (2, True)
 
 
 def test_unknown_setting_of_a_recipe_is_a_usage_error(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ LAYERS = [
     {"annotator"},
     {"planning"},
     {"pipeline", "serving", "evaluation"},
-    {"benchmarks", "experiments"},
+    {"benchmarks", "experiments", "export"},
     {"nano"},
     {"commands"},
     {"cli"},

@@ -16,7 +16,7 @@ from gem_ray.config import Config, ImageConfig
 from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.records import Post, ProblemKind, StageName
 
-__all__ = ["DecodedImage", "ImageError", "ImageLoader", "decode_image"]
+__all__ = ["DecodedImage", "ImageError", "ImageLoader", "decode_image", "image_suffix"]
 
 # Pillow knows some fifty formats, among them some that run other programs; posts bring these.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
@@ -102,6 +102,16 @@ def decode_image(data: bytes, config: ImageConfig) -> DecodedImage:
     if orientation in _QUARTER_TURNS:
         width, height = height, width
     return DecodedImage(np.array(image), width, height)  # a copy: views of Pillow images are read-only
+
+
+def image_suffix(data: bytes, config: ImageConfig) -> str:
+    """What a file with this image is named, by its header: `.jpg`, `.png` …; nothing is decoded.
+
+    Raises:
+        ImageError: the image has no header that `decode_image` takes.
+    """
+    kind = _open(data, config).format
+    return ".jpg" if kind in ("JPEG", "MPO") else f".{str(kind).lower()}"
 
 
 class ImageLoader:

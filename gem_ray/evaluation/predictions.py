@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,32 @@ def read_predictions(path: Path | str) -> list[Post]:
 
 def iterate_predictions(path: Path | str) -> Iterator[Post]:
     """`read_predictions`, a batch of rows in memory at a time."""
-    dataset = _open(str(path))
-    missing = [name for name in _REQUIRED if name not in dataset.schema.names]
-    if missing:
-        raise EvaluationError(
-            f"{path} does not hold annotations: its Parquet files have no column {', '.join(missing)}"
-        )
-    columns = [name for name in _COLUMNS if name in dataset.schema.names]
-    for batch in dataset.to_batches(columns=columns, batch_size=_ROWS_PER_BATCH):
-        for row in batch.to_pylist():
-            yield Post.from_annotation({"tokens": None, "problems": None, **row})
+    return map(Post.from_annotation, iterate_rows(path, _COLUMNS))
+
+
+def iterate_rows(path: Path | str, columns: Sequence[str] = ANNOTATION_SCHEMA.names) -> Iterator[dict[str, Any]]:
+    """Annotations as plain values that `Post.from_annotation` reads, a batch of rows in memory at a time.
+
+    Args:
+        path: as for `read_predictions`; also one Parquet file of it.
+        columns: of the output row; those that the files do not have are left out.
+
+    Raises:
+        FileNotFoundError, EvaluationError: as `read_predictions`.
+    """
+    dataset = _open_annotations(path)
+    there = [name for name in columns if name in dataset.schema.names]
+    for batch in dataset.to_batches(columns=there, batch_size=_ROWS_PER_BATCH):
+        yield from batch.to_pylist()
+
+
+def count_rows(path: Path | str) -> int:
+    """How many rows `iterate_rows` gives, from the files' footers.
+
+    Raises:
+        FileNotFoundError, EvaluationError: as `read_predictions`.
+    """
+    return _open_annotations(path).count_rows()
 
 
 def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMNERG) -> list[Post]:
@@ -93,16 +109,29 @@ def read_images(path: Path | str, config: ImageConfig) -> Iterator[tuple[str, by
     Raises:
         FileNotFoundError: neither shards nor images are at `path`.
     """
+    fetcher = Fetcher(config)
+    for post_id, image in iterate_images(path):
+        with suppress(ImageError):
+            yield post_id, fetcher.fetch(image) if isinstance(image, str) else image
+
+
+def iterate_images(path: Path | str) -> Iterator[tuple[str, bytes | str]]:
+    """Post id and image of the posts that have one, as it is there: encoded, or the `image_uri`, which is not followed.
+
+    Args:
+        path: as for `read_images`.
+
+    Raises:
+        FileNotFoundError: neither shards nor images are at `path`.
+    """
     files = _image_files(Path(path))
     if files:
         yield from ((file.stem, file.read_bytes()) for file in files)
         return
-    fetcher = Fetcher(config)
     for post in shards.read_posts(path):
-        with suppress(ImageError):
-            data = post.image_bytes or (fetcher.fetch(post.image_uri) if post.image_uri else None)
-            if data:
-                yield post.post_id, data
+        image = post.image_bytes or post.image_uri
+        if image:
+            yield post.post_id, image
 
 
 def read_run(path: Path | str) -> dict[str, Any]:
@@ -115,6 +144,16 @@ def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _open_annotations(path: Path | str) -> ds.Dataset:
+    dataset = _open(str(path))
+    missing = [name for name in _REQUIRED if name not in dataset.schema.names]
+    if missing:
+        raise EvaluationError(
+            f"{path} does not hold annotations: its Parquet files have no column {', '.join(missing)}"
+        )
+    return dataset
 
 
 def _open(path: str) -> ds.Dataset:

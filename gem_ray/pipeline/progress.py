@@ -26,12 +26,14 @@ Report = Callable[[int, int], None]  # posts done, posts in all
 
 
 @contextmanager
-def reporting(report: Report | None, done: Callable[[], int], total: int, every_s: float = 0.5) -> Iterator[None]:
+def reporting(
+    report: Report | None, done: Callable[[], int], total: int, every_s: float = 0.5, title: str = "annotating"
+) -> Iterator[None]:
     """While the block runs, call `report(done(), total)` now and then from a thread; once more when it succeeds.
 
-    Without `report`, a bar on standard error, or nothing where that is no terminal.
+    Without `report`, a bar with the title on standard error, or nothing where that is no terminal.
     """
-    with nullcontext(report) if report else _bar() as show:
+    with nullcontext(report) if report else _bar(title) as show:
         if show is None:
             yield
             return
@@ -89,7 +91,7 @@ def _polling(action: Callable[[], None], every_s: float) -> Iterator[None]:
 
 
 @contextmanager
-def _bar() -> Iterator[Report | None]:
+def _bar(title: str) -> Iterator[Report | None]:
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -103,5 +105,5 @@ def _bar() -> Iterator[Report | None]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("annotating", total=None)
+        task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,55 @@
+"""`gem-ray export`: annotations for other tools."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gem_ray.commands.options import Labels
+
+app = typer.Typer()
+
+
+class Format(StrEnum):
+    """What other tools read."""
+
+    COCO = "coco"
+    JSONL = "jsonl"
+    CONLL = "conll"
+    LABEL_STUDIO = "label-studio"
+
+
+@app.command(epilog="Example: `gem-ray export out/ tasks.json --format label-studio --images posts/`")
+def export(
+    context: typer.Context,
+    annotations: Annotated[str, typer.Argument(help="An output folder of `annotate`, or a Parquet file of it.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    format_: Annotated[Format, typer.Option("--format", "-f", help="What is written.")],
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="For `coco` and `label-studio`: the shards that were annotated, or a folder of images. Images in the "
+            "shards become files in `images/` beside OUT; an `image_uri` is passed on."
+        ),
+    ] = None,
+    labels: Annotated[Labels | None, typer.Option(help="Label set; if not given, what `run.json` says.")] = None,
+) -> None:
+    """Annotations as COCO boxes, JSON lines, CoNLL tags or Label Studio tasks."""
+    from gem_ray.export.run import export_annotations
+    from gem_ray.pipeline.progress import json_lines
+    from gem_ray.taxonomy import LABEL_SETS
+
+    tally = export_annotations(
+        annotations,
+        out,
+        format_.value,
+        images=images,
+        labels=LABEL_SETS[labels.value] if labels else None,
+        report=json_lines() if context.obj["json_logs"] else None,
+    )
+    typer.echo(f"{out}: {tally.posts:,} posts read, {tally.entities:,} entities and {tally.boxes:,} boxes written")
+    for remark, posts in tally.remarks.items():
+        typer.echo(f"{remark}: {posts:,}")

@@ -1,0 +1,85 @@
+"""From a run's annotations to a file of another tool: a row at a time, and whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from pyarrow import fs
+
+from gem_ray.config import ConfigError
+from gem_ray.data.files import whole_file
+from gem_ray.evaluation.predictions import count_rows, iterate_images, iterate_rows, read_run
+from gem_ray.export.coco import write_coco
+from gem_ray.export.conll import write_conll
+from gem_ray.export.images import ImageReferences
+from gem_ray.export.jsonl import write_jsonl
+from gem_ray.export.label_studio import labelling_setup, write_label_studio
+from gem_ray.export.writing import Tally
+from gem_ray.pipeline.progress import Report, reporting
+from gem_ray.taxonomy import FMNERG, LABEL_SETS, LabelSet
+
+_OF_IMAGES = ("coco", "label-studio")
+
+
+def export_annotations(
+    annotations: str,
+    out: Path,
+    form: str,
+    *,
+    images: str | None = None,
+    labels: LabelSet | None = None,
+    report: Report | None = None,
+) -> Tally:
+    """Write the annotations in another format; for Label Studio also its setup, as `STEM-setup.xml` beside `out`.
+
+    Args:
+        annotations: what `iterate_rows` takes.
+        out: the file to write, in a folder that is made if it is not there.
+        form: `coco`, `jsonl`, `conll` or `label-studio`.
+        images: the shards that were annotated, or a folder of images named by post id: where the images are.
+            Those that are in the shards become files in the folder `images` beside `out`.
+        labels: the categories; by default what the run says it has, else FMNERG.
+        report: told of the progress; by default a bar is shown at a terminal.
+
+    Raises:
+        ConfigError: images are given for a format without any.
+        FileExistsError: `out` is there already.
+        FileNotFoundError: nothing is at `annotations` or `images`.
+        ValueError: what is there are no annotations, or not with these categories.
+    """
+    if images and form not in _OF_IMAGES:
+        raise ConfigError(f"--images is for {' and '.join(_OF_IMAGES)}: there are none in {form}")
+    setup = out.with_name(f"{out.stem}-setup.xml") if form == "label-studio" else None
+    for path in filter(None, (out, setup)):
+        if path.exists():
+            raise FileExistsError(f"{path} exists already; write to another file or remove it first")
+    labels = labels or LABEL_SETS[read_run(annotations).get("config", {}).get("labels", FMNERG.name)]
+    tally = Tally()
+    total, rows = count_rows(annotations), iterate_rows(annotations)
+    references = ImageReferences(iterate_images(images), out.parent) if images else None
+    with reporting(report, lambda: tally.posts, total, title="exporting"), _whole_text(out) as file:
+        match form:
+            case "coco":
+                write_coco(rows, file, tally, labels, references)
+            case "jsonl":
+                write_jsonl(rows, file, tally)
+            case "conll":
+                write_conll(rows, file, tally)
+            case "label-studio":
+                write_label_studio(rows, file, tally, references)
+    if setup:
+        with _whole_text(setup) as file:
+            file.write(labelling_setup(labels))
+    return tally
+
+
+@contextmanager
+def _whole_text(out: Path) -> Iterator[TextIO]:
+    with (
+        whole_file(fs.LocalFileSystem(), str(out.absolute())) as partial,
+        Path(partial).open("w", encoding="utf-8", newline="\n") as file,
+    ):
+        yield file
