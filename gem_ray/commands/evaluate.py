@@ -24,14 +24,14 @@ app = typer.Typer()
 
 @app.command(epilog="Example: `gem-ray evaluate posts/ out/ --json scores.json`")
 def evaluate(
-    gold: Annotated[Path, typer.Argument(help="Shards with a `gold` column, or a Twitter10000 root with `--split`.")],
-    predictions: Annotated[Path, typer.Argument(help="An output folder of `annotate`.")],
+    gold: Annotated[str, typer.Argument(help="Shards with a `gold` column, or a Twitter10000 root with `--split`.")],
+    predictions: Annotated[str, typer.Argument(help="An output folder of `annotate`.")],
     split: Annotated[str | None, typer.Option(help="Split of a Twitter10000 root.")] = None,
     labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
     protocol: Annotated[Protocol, typer.Option(help="How mentions are keyed.")] = Protocol.STRICT,
     iou: Annotated[float, typer.Option(help="A box is right above this.", min=0, max=1)] = 0.5,
     against: Annotated[
-        Path | None, typer.Option(help="Another output folder, compared by paired bootstrap over posts.")
+        str | None, typer.Option(help="Another output folder, compared by paired bootstrap over posts.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the scores here.")] = None,
 ) -> None:
@@ -56,17 +56,15 @@ def evaluate(
 
 @app.command(epilog="Example: `gem-ray errors posts/ out/ errors.html --train train/`")
 def errors(
-    gold: Annotated[Path, typer.Argument(help="Shards with a `gold` column, or a Twitter10000 root with `--split`.")],
-    predictions: Annotated[Path, typer.Argument(help="An output folder of `annotate`.")],
+    gold: Annotated[str, typer.Argument(help="Shards with a `gold` column, or a Twitter10000 root with `--split`.")],
+    predictions: Annotated[str, typer.Argument(help="An output folder of `annotate`.")],
     out: Annotated[Path, typer.Argument(help="The HTML page to write.")],
     split: Annotated[str | None, typer.Option(help="Split of a Twitter10000 root.")] = None,
     labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
     train: Annotated[
-        Path | None, typer.Option(help="Training posts, whose mentions say how rare a category is; a root's `train`.")
+        str | None, typer.Option(help="Training posts, whose mentions say how rare a category is; a root's `train`.")
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Shards or a folder with the pictures; GOLD if not given.")
-    ] = None,
+    images: Annotated[str | None, typer.Option(help="Shards or a folder with the pictures; GOLD if not given.")] = None,
     worst: Annotated[int, typer.Option(help="Posts to show.", min=0)] = 40,
 ) -> None:
     """One page of mistakes: spans, confused and rare categories, the worst cases with their pictures."""
@@ -130,8 +128,8 @@ def calibrate(
 
 @app.command(epilog="Example: `gem-ray gallery out/ posts/ gallery.html`")
 def gallery(
-    annotations: Annotated[Path, typer.Argument(help="An output folder of `annotate`.")],
-    images: Annotated[Path, typer.Argument(help="The shards that were annotated: images, and gold if there is any.")],
+    annotations: Annotated[str, typer.Argument(help="An output folder of `annotate`.")],
+    images: Annotated[str, typer.Argument(help="The shards that were annotated: images, and gold if there is any.")],
     out: Annotated[Path, typer.Argument(help="The HTML page to write.")],
     limit: Annotated[int, typer.Option(help="At most this many posts.", min=1)] = 5000,
 ) -> None:

@@ -85,12 +85,12 @@ def write_gallery(
         file.writelines(stream)
 
 
-def write_gallery_of_run(annotations: Path, images: Path, out: Path, *, limit: int = 5000) -> None:
+def write_gallery_of_run(annotations: Path | str, images: Path | str, out: Path, *, limit: int = 5000) -> None:
     """Write the page of a run, in the order of its input; with scores and marks where the input has gold.
 
     Args:
-        annotations: an output directory of `annotate`.
-        images: the shards that were annotated, or a folder of images named by post id.
+        annotations: an output directory of `annotate`, local or `s3://`.
+        images: the shards that were annotated, local or `s3://`, or a folder of images named by post id.
         out: the HTML file.
         limit: only the first posts.
 

@@ -12,10 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 from PIL import Image
+from pyarrow import fs
 
 from gem_ray.config import ImageConfig
 from gem_ray.data import shards, twitter10000
 from gem_ray.data.fetch import Fetcher, ImageError
+from gem_ray.data.files import open_filesystem
 from gem_ray.data.webdataset import IMAGE_SUFFIXES
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import ANNOTATION_SCHEMA, Post
@@ -135,9 +137,14 @@ def iterate_images(path: Path | str) -> Iterator[tuple[str, bytes | str]]:
 
 
 def read_run(path: Path | str) -> dict[str, Any]:
-    """The facts that `annotate` wrote beside its annotations; empty if there are none, or not on this machine."""
-    file = Path(path) / RUN_FACTS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """The facts that `annotate` wrote beside its annotations; empty if there are none."""
+    filesystem, folder = open_filesystem(path)
+    file = f"{folder}/{RUN_FACTS}"
+    if filesystem.get_file_info(file).type != fs.FileType.File:
+        return {}
+    with filesystem.open_input_stream(file) as stream:
+        facts: dict[str, Any] = json.loads(stream.read())
+    return facts
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from gem_ray.cli import app
 from gem_ray.config import ImageConfig
 from gem_ray.data.shards import write_posts
 from gem_ray.evaluation.metrics import evaluate
@@ -65,6 +67,37 @@ def test_a_run_is_read_from_its_folder_or_from_its_annotations(tmp_path):
     write_run(tmp_path, posts)
     for path in (tmp_path, str(tmp_path), tmp_path / "annotations"):
         assert sorted(read_predictions(path), key=lambda post: post.post_id) == posts
+
+
+def test_what_is_in_a_bucket_is_scored_and_shown_by_the_commands(s3, tmp_path):
+    post = annotated("a")
+    post.image_bytes = jpeg()
+    post.gold = [GoldEntity(1, 3, "city", (Box(1, 2, 30, 20),))]
+    write_run(tmp_path / "out", [post])
+    facts = {
+        "run_id": "r",
+        "input": "posts",
+        "rows_per_second": 2.5,
+        "reranked_share": 0.5,
+        "models": {"sam": "tiny@1"},
+    }
+    (tmp_path / "out" / "run.json").write_text(json.dumps(facts))
+    write_posts([post], tmp_path / "posts")
+    bucket = s3.bucket("scored")
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        s3.put(f"{bucket}/{file.relative_to(tmp_path)}", file.read_bytes())
+    posts, out = f"{bucket}/posts", f"{bucket}/out"
+    commands = (
+        ["evaluate", posts, out, "--against", out, "--json", str(tmp_path / "s.json")],
+        ["errors", posts, out, str(tmp_path / "e.html")],
+        ["gallery", out, posts, str(tmp_path / "g.html")],
+    )
+    for command in commands:
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "s.json").read_text())["mnerg"]["f1"] == 1
+    assert all(shown in (tmp_path / "g.html").read_text() for shown in ("New York", "tiny@1"))
+    assert read_run(out) == facts
 
 
 def test_other_files_of_the_run_are_not_annotations(tmp_path):
