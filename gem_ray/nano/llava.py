@@ -290,7 +290,7 @@ def _questions(posts: Sequence[Post], encoder: SampleEncoder, rng: random.Random
             for gold in post.gold or ():
                 if (_surface(post, gold), gold.fine) not in _NAMESAKES and rng.random() < _P_PLAIN_LEFT_OUT:
                     continue
-                candidates = few_or_many_candidates(post, gold, rng)
+                candidates = confusable_candidates(post, gold, rng)
                 prompt = build_prompt(post.tokens, gold.word_start, gold.word_end, candidates)
                 if sample := encoder.sample(image, prompt.replace(f"{INSTRUCTION}\n", ""), gold.fine):
                     yield sample
