@@ -10,7 +10,7 @@ from gem_ray.data.twitter10000 import read_split
 from gem_ray.tagger.recipe import load_recipe
 from gem_ray.tagger.train import train_tagger
 
-_GENERATED_POSTS = 3000
+_GENERATED_POSTS = 2000
 
 
 def build(out: Path, seed: int, tweets: Path) -> dict[str, Any]:
