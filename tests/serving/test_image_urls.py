@@ -34,9 +34,10 @@ class Tag:
         async def remote():
             return {"tagger": "stand-in"}
 
-    async def remote(self, post):
-        post.entities = [Entity("Paris", 19, 24, 4, 5, "location", "city", 0.9)]
-        return post
+    async def remote(self, posts):
+        for post in posts:
+            post.entities = [Entity("Paris", 19, 24, 4, 5, "location", "city", 0.9)]
+        return posts
 
 
 @pytest.fixture
