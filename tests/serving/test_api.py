@@ -53,7 +53,7 @@ def test_an_answer_holds_the_fields_of_a_row_and_how_it_came_about(service, show
     assert answer["models"].keys() == {"tagger", "reranker", "reranker_adapter", "matcher", "sam", "text_segmenter"}
     assert answer["models"]["tagger"].startswith("nano:tagger@")
     assert {"prepare", "tag", "load_image", "ground"} <= answer["seconds"].keys()
-    assert answer["gamma"] == 0.3
+    assert answer["gamma"] == 0.2
 
 
 def test_heat_maps_are_given_to_those_who_ask(service, shown):
@@ -120,7 +120,7 @@ def test_facts(service):
     limits = service.client.get("/v1/limits").json()
     assert limits["max_text_chars"] == 2000
     assert limits["max_batch_posts"] == 32
-    assert (limits["gamma"], limits["k"], limits["api_key"]) == (0.3, 2, False)
+    assert (limits["gamma"], limits["k"], limits["api_key"]) == (0.2, 2, False)
 
 
 def test_state(service):

@@ -115,8 +115,8 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
         time.sleep(1)  # the grounder's setting is another deployment's
         done = len(answers)
         wait_for(lambda: len(answers) > done + 24)
-        service.reload(change(0.3, 0.1))
-        wait_for(lambda: answers[-1].json().get("gamma") == 0.3)
+        service.reload(change(0.2, 0.1))
+        wait_for(lambda: answers[-1].json().get("gamma") == 0.2)
     assert {answer.status_code for answer in answers} == {200}
     late = [answer.json() for answer in answers[done + 12 : done + 24]]
     entities = [entity for row in late for entity in row["entities"] if row["status"] == "ok"]
@@ -126,7 +126,7 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
         row = answer.json()
         assert all(e["reranked"] == (e["entropy"] > row["gamma"]) for e in row["entities"] if row["status"] == "ok")
     assert {name: service.replicas(name) for name in processes} == processes
-    assert service.client.get("/v1/limits").json()["gamma"] == 0.3
+    assert service.client.get("/v1/limits").json()["gamma"] == 0.2
 
 
 def test_a_process_that_is_killed_costs_no_answer(service, posts):
