@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from gem_ray.config import load_config
 from gem_ray.experiments.by_entropy import calibration_of
 from gem_ray.experiments.definition import Experiment
 from gem_ray.experiments.outputs import write_results
@@ -69,7 +68,7 @@ def test_figure_5_follows_from_the_stored_predictions_of_two_runs(experiment: Ex
     assert (everything.accuracy.right, everything.reranked.right, everything.top_recall.right) == (2, 3, 4)
     # Above 0.3 the reranker is right twice where the tagger is wrong; below it loses one and wins none.
     assert calibration.thresholds["crossing"].gamma == pytest.approx(0.3, abs=2e-4)
-    assert calibration.thresholds["configured"].gamma == load_config().filter.gamma
+    assert calibration.thresholds["configured"].gamma == 0.3
     results = write_results(tmp_path, experiment, {}, dev)
     assert results["calibration"]["all"]["reranked"]["right"] == 3
     assert (tmp_path / "figure" / "plot.png").stat().st_size > 10_000
