@@ -343,9 +343,9 @@ class ServingConfig(_Section):
         default_factory=list, description="hosts from which `image_url` is fetched; empty: image URLs are refused"
     )
     stage_calls: PositiveInt | None = Field(
-        2,
-        description="calls of an ingress replica to each stage at once; posts that come meanwhile share the next one; "
-        "none: any number, for stages with many replicas",
+        1,
+        description="calls of an ingress replica at once to each replica that a stage may have; posts that come "
+        "meanwhile share the next one; none: any number, for many ingress replicas",
     )
     decode_threads: PositiveInt = Field(2, description="images that an ingress replica decodes at once")
     drain_s: float = Field(30, ge=0, description="time that a replica which is stopped has for what it has begun")

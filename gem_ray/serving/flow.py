@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from gem_ray.annotator import GuardedStage, build_stage
-from gem_ray.config import Config, FilterConfig
+from gem_ray.config import Config, FilterConfig, StageReplicas
 from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.images import ImageLoader
 from gem_ray.records import Entity, Post, ProblemKind, StageName
@@ -96,9 +96,9 @@ class Flow:
     def _calls_of(self, name: StageName, handle: StageHandle) -> StageCalls:
         if has_own_batches(name, self._config):
             return StageCalls(name, handle, posts=1, calls=None)
-        return StageCalls(
-            name, handle, getattr(self._config.serving, name).batch_size, self._config.serving.stage_calls
-        )
+        placement: StageReplicas = getattr(self._config.serving, name)
+        each = self._config.serving.stage_calls
+        return StageCalls(name, handle, placement.batch_size, each and each * placement.max_replicas)
 
     async def drain(self) -> None:
         """Let no post in any more; returns when there is none left, or `serving.drain_s` are over."""
