@@ -101,7 +101,9 @@ class StageCalls:
         try:
             await self._answer([waiting])
         except RayActorError as error:
-            _fail([waiting], UnavailableError(f"the process of stage {self._name} ended, twice"), cause=error)
+            twice = UnavailableError(f"the process of stage {self._name} ended, twice")
+            twice.__cause__ = error
+            _fail([waiting], twice)
         except Exception as error:
             _fail([waiting], error)
 
@@ -121,8 +123,7 @@ class StageCalls:
                 waiting.answer.set_result(answer)
 
 
-def _fail(batch: Sequence[_Waiting], error: Exception, cause: Exception | None = None) -> None:
-    error.__cause__ = cause or error.__cause__
+def _fail(batch: Sequence[_Waiting], error: Exception) -> None:
     for waiting in batch:
         if not waiting.answer.done():
             waiting.answer.set_exception(error)
