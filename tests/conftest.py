@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import socket
 import struct
@@ -18,6 +19,9 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+
+# Small models gain nothing from a second thread, and threads that share cores with Ray's processes wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
