@@ -182,7 +182,7 @@ class BoxMaker:
         for row in rows:
             rows_of[requests[row].image].append(row)
         points = [[(requests[row].x, requests[row].y) for row in group] for group in rows_of]
-        answers = self._sam.masks(images, points)
+        answers = self._sam.masks(images, points, best_only=not self._mask_by_map)
         return {
             row: answer
             for group, found in zip(rows_of, answers, strict=True)

@@ -63,7 +63,7 @@ class SamSizes:
 class PointMasks:
     """What SAM answers to one prompt: `masks` (V, h, w) bool in the image's pixels, `iou` (V,) predicted.
 
-    V is 3 for a point, which may mean a part or the whole, and 1 for a box.
+    V is 3 for a point, which may mean a part or the whole, and 1 for a box or where only the best mask was asked for.
     """
 
     masks: np.ndarray
@@ -192,18 +192,22 @@ class SamSegmenter:
 
     @torch.inference_mode()
     def masks(
-        self, images: Sequence[np.ndarray], points: Sequence[Sequence[tuple[float, float]]]
+        self,
+        images: Sequence[np.ndarray],
+        points: Sequence[Sequence[tuple[float, float]]],
+        best_only: bool = False,
     ) -> list[list[PointMasks]]:
-        """Three masks for every point.
+        """Three masks for every point, or the `best` of them.
 
         Args:
             images: each (h, w, 3) uint8 RGB.
             points: for each image its (x, y) points, in pixels; an image without points is not encoded.
+            best_only: only the mask with the highest predicted IoU is brought to the size of the image.
 
         Returns:
             For each image, an answer for each of its points.
         """
-        return self._prompted(images, points, self.decode_points)
+        return self._prompted(images, points, self._decode_best if best_only else self.decode_points)
 
     @torch.inference_mode()
     def masks_in_boxes(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[list[PointMasks]]:
@@ -255,6 +259,19 @@ class SamSegmenter:
         ]
         coordinates = torch.as_tensor(np.concatenate(scaled), dtype=torch.float32, device=self.model.device)[:, None]
         return self._decode(embeddings, [len(each) for each in points], points=coordinates)
+
+    def _decode_best(
+        self,
+        embeddings: torch.Tensor,
+        points: Sequence[Sequence[tuple[float, float]]],
+        sizes: Sequence[tuple[int, ...]],
+    ) -> list[Decoded]:
+        """Of the masks of `decode_points`, the one with the highest predicted IoU for each point."""
+        best_of = []
+        for logits, iou in self.decode_points(embeddings, points, sizes):
+            best = iou.argmax(dim=1, keepdim=True)  # (P, 1)
+            best_of.append((logits.take_along_dim(best[..., None, None], dim=1), iou.take_along_dim(best, dim=1)))
+        return best_of
 
     def decode_boxes(
         self, embeddings: torch.Tensor, boxes: Sequence[Sequence[Box]], sizes: Sequence[tuple[int, ...]]

@@ -109,7 +109,7 @@ class Calls:
         self.points: list[list[tuple[float, float]]] = []
         instances, masks = maker._text.instances, maker._sam.masks
         monkeypatch.setattr(maker._text, "instances", lambda i, p: (self.prompts.extend(p), instances(i, p))[1])
-        monkeypatch.setattr(maker._sam, "masks", lambda i, p: (self.points.extend(p), masks(i, p))[1])
+        monkeypatch.setattr(maker._sam, "masks", lambda i, p, **how: (self.points.extend(p), masks(i, p, **how))[1])
 
 
 def images_of(*sizes: tuple[int, int]) -> list[np.ndarray]:

@@ -66,6 +66,16 @@ def test_masks_of_a_batch_equal_the_predictor_of_the_package_point_by_point(mode
             assert answer.best == iou.argmax()
 
 
+def test_the_best_mask_alone_is_the_best_of_all(model):
+    images = images_of((48, 80), (90, 60))
+    points = [[(3.0, 4.0), (70.5, 40.0)], [(10.0, 80.0)]]
+    segmenter = SamSegmenter(model)
+    every, best = segmenter.masks(images, points), segmenter.masks(images, points, best_only=True)
+    for row, alone in zip(itertools.chain(*every), itertools.chain(*best), strict=True):
+        np.testing.assert_array_equal(alone.masks, row.masks[[row.best]])
+        np.testing.assert_array_equal(alone.iou, row.iou[[row.best]])
+
+
 def test_masks_of_boxes_equal_the_predictor_of_the_package_box_by_box(model):
     images = images_of((48, 80), (90, 60))
     boxes = [[Box(3, 4, 40, 30), Box(0, 0, 80, 48)], [Box(10, 20, 50, 90)]]
