@@ -347,6 +347,12 @@ class ServingConfig(_Section):
         description="calls of an ingress replica at once to each replica that a stage may have; posts that come "
         "meanwhile share the next one; none: any number, for many ingress replicas",
     )
+    linger_s: float = Field(
+        0.1,
+        ge=0,
+        description="longest that a call of a stage which is not half full waits for more posts, while an ingress "
+        "replica has more posts than the stage's batch; with fewer none waits",
+    )
     decode_threads: PositiveInt = Field(2, description="images that an ingress replica decodes at once")
     drain_s: float = Field(30, ge=0, description="time that a replica which is stopped has for what it has begun")
     health_check_s: float = Field(5, gt=0, description="time between two health checks of a replica")

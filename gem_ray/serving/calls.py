@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,15 +44,30 @@ class StageCalls:
         handle: its deployment.
         posts: most in a call.
         calls: most at once; what comes meanwhile goes together in the next one. None: no limit.
+        linger_s: while the service is busy, how long a call that is not half full waits for more posts; it never waits
+            longer than the call before took.
+        is_busy: whether it is.
     """
 
-    def __init__(self, name: StageName, handle: StageHandle, posts: int, calls: int | None) -> None:
+    def __init__(
+        self,
+        name: StageName,
+        handle: StageHandle,
+        posts: int,
+        calls: int | None,
+        linger_s: float = 0.0,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._name = name
         self._handle = handle
         self._posts = posts
         self._calls = calls
+        self._linger_s = linger_s
+        self._is_busy = is_busy
         self._waiting: deque[_Waiting] = deque()
         self._running: set[asyncio.Task[None]] = set()
+        self._lingering: asyncio.TimerHandle | None = None
+        self._last_call_s = 0.0
 
     async def __call__(self, post: Post) -> Post:
         """The stage's answer about a post.
@@ -66,8 +82,16 @@ class StageCalls:
         loop.call_soon(self._begin)  # what else comes in this turn of the loop goes along
         return await waiting.answer
 
-    def _begin(self) -> None:
+    def _begin(self, lingered: bool = False) -> None:
         while self._waiting and (self._calls is None or len(self._running) < self._calls):
+            if not lingered and 2 * len(self._waiting) < self._posts and self._is_busy():
+                if self._lingering is None:
+                    seconds = min(self._linger_s, self._last_call_s)
+                    self._lingering = asyncio.get_running_loop().call_later(seconds, self._begin, True)
+                return
+            if self._lingering is not None:
+                self._lingering.cancel()
+                self._lingering = None
             taken = [self._waiting.popleft() for _ in range(min(self._posts, len(self._waiting)))]
             if wanted := [waiting for waiting in taken if not waiting.answer.done()]:
                 self._start(wanted)
@@ -108,6 +132,7 @@ class StageCalls:
             _fail([waiting], error)
 
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
+        started = time.perf_counter()
         response = self._handle.remote([waiting.post for waiting in batch])
         try:
             answers = await response
@@ -118,6 +143,7 @@ class StageCalls:
             raise BusyError(f"the queue of stage {self._name} is full") from error
         except DeploymentUnavailableError as error:
             raise UnavailableError(f"stage {self._name} has no process") from error
+        self._last_call_s = time.perf_counter() - started
         for waiting, answer in zip(batch, answers, strict=True):
             if not waiting.answer.done():
                 waiting.answer.set_result(answer)

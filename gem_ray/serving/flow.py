@@ -96,9 +96,16 @@ class Flow:
     def _calls_of(self, name: StageName, handle: StageHandle) -> StageCalls:
         if has_own_batches(name, self._config):
             return StageCalls(name, handle, posts=1, calls=None)
-        placement: StageReplicas = getattr(self._config.serving, name)
-        each = self._config.serving.stage_calls
-        return StageCalls(name, handle, placement.batch_size, each and each * placement.max_replicas)
+        settings = self._config.serving
+        placement: StageReplicas = getattr(settings, name)
+        return StageCalls(
+            name,
+            handle,
+            placement.batch_size,
+            settings.stage_calls and settings.stage_calls * placement.max_replicas,
+            settings.linger_s,
+            lambda: self.in_flight > placement.batch_size,
+        )
 
     async def drain(self) -> None:
         """Let no post in any more; returns when there is none left, or `serving.drain_s` are over."""

@@ -63,6 +63,45 @@ def test_what_comes_while_calls_are_under_way_shares_the_next():
     asyncio.run(scenario())
 
 
+def test_a_busy_service_waits_a_moment_for_half_a_call_and_an_idle_one_does_not():
+    async def scenario():
+        stage, is_busy = Stage(), True
+        calls = StageCalls(StageName.TAG, stage, posts=4, calls=1, linger_s=30, is_busy=lambda: is_busy)
+        tasks = send(calls, "a")
+        await asyncio.sleep(0.2)  # there was no call before, and so there is nothing to wait for
+        stage.may_answer.set()
+        await turns()
+        tasks += send(calls, "b")
+        await turns()
+        assert stage.calls == [["a"]]
+        tasks += send(calls, "c")
+        await turns()
+        assert stage.calls == [["a"], ["b", "c"]]
+        is_busy = False
+        tasks += send(calls, "d")
+        await turns()
+        assert stage.calls == [["a"], ["b", "c"], ["d"]]
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_has_waited_as_long_as_the_one_before_took_goes():
+    async def scenario():
+        stage = Stage()
+        calls = StageCalls(StageName.TAG, stage, posts=4, calls=1, linger_s=30, is_busy=lambda: True)
+        first = send(calls, "a")
+        await asyncio.sleep(0.2)
+        stage.may_answer.set()
+        await asyncio.gather(*first)
+        started = asyncio.get_running_loop().time()
+        await asyncio.gather(*send(calls, "b"))
+        assert 0.1 < asyncio.get_running_loop().time() - started < 10
+        assert stage.calls == [["a"], ["b"]]
+
+    asyncio.run(scenario())
+
+
 def test_without_a_limit_every_post_goes_at_once():
     async def scenario():
         stage = Stage()
