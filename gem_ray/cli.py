@@ -31,7 +31,7 @@ app.add_typer(serve.app)
 def _common(
     context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
-    json_logs: Annotated[bool, typer.Option(help="Progress and results as JSON lines, for machines.")] = False,
+    json_logs: Annotated[bool, typer.Option(help="Progress of `annotate` and `export` as JSON lines.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
 ) -> None:
     import logging
@@ -48,7 +48,7 @@ def main() -> None:
 
     try:
         app()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         if "--debug" in sys.argv:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)

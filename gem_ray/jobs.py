@@ -8,6 +8,8 @@ import sys
 from gem_ray.cli import main
 from gem_ray.commands.options import EXIT_REJECTED
 
+_BEFORE_COMMAND = ("--debug", "--json-logs", "--verbose", "-v")  # options of `gem-ray` itself
+
 
 def run_job(*command: str, stopped: str = "stopped") -> None:
     """Run a `gem-ray` command with this process's own arguments after it, as an entrypoint of Ray jobs.
@@ -21,7 +23,12 @@ def run_job(*command: str, stopped: str = "stopped") -> None:
     """
     # The handler that `ray.init` puts here too, so that a stop has one meaning before and after it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
-    sys.argv[1:1] = command
+    own = sys.argv[1:]
+    sys.argv[1:] = [
+        *(argument for argument in own if argument in _BEFORE_COMMAND),
+        *command,
+        *(argument for argument in own if argument not in _BEFORE_COMMAND),
+    ]
     try:
         main()
     except SystemExit as end:

@@ -152,7 +152,7 @@ def grounder_gpu(out: OutOption = Path("out/benchmark")) -> None:
 def grounding(
     out: OutOption = Path("out/benchmark"),
     posts: Annotated[int, typer.Option(help="Generated posts.", min=1)] = 500,
-    seed: Annotated[int, typer.Option(help="Of the posts; the embedded models were trained on 0.")] = 7,
+    seed: Annotated[int, typer.Option(help="Of the posts; the embedded models were trained on others.")] = 7,
     only: Annotated[list[str] | None, typer.Option(help="Just this variant. Repeatable.")] = None,
     preset: Annotated[str, typer.Option(help="Models.")] = "nano",
     set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,

@@ -1,4 +1,4 @@
-"""Load on the online service: `python jobs/load_test.py [--url URL | --preset P] {compare,arrivals} --out DIR …`."""
+"""Load on the online service: `python jobs/load_test.py {compare,arrivals} [--url URL | --preset P] --out DIR …`."""
 
 import asyncio
 import os

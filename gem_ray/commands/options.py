@@ -60,7 +60,7 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
     """Values of `key=value` arguments.
 
     Raises:
-        ConfigError: an override that is no `key=value`.
+        ConfigError: an override that is no `key=value`, or whose value is no YAML.
     """
     import yaml
 
@@ -70,4 +70,7 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
         if "=" not in override:
             raise ConfigError(f"--set takes key=value, not {override!r}")
     pairs = (override.split("=", 1) for override in overrides or ())
-    return {name.strip(): yaml.safe_load(value) for name, value in pairs}
+    try:
+        return {name.strip(): yaml.safe_load(value) for name, value in pairs}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set takes a value in YAML: {error}") from None

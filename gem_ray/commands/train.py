@@ -20,6 +20,7 @@ from gem_ray.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from gem_ray.records import Post
     from gem_ray.tagger.trainer import Progress
 
 app = typer.Typer(help="Train a component.", no_args_is_help=True)
@@ -34,7 +35,7 @@ def train_tagger_command(
         str | None, typer.Option("--preset", "-p", help="A recipe: `nano`, `paper-bert`, `paper-roberta`.")
     ] = None,
     split: SplitOption = "train",
-    dev: Annotated[Path | None, typer.Option(help="Shards to choose the epoch by.")] = None,
+    dev: Annotated[Path | None, typer.Option(help="Shards to choose the epoch by; else the last one is kept.")] = None,
     dev_split: Annotated[str, typer.Option(help="The same, as a split of a Twitter10000 root.")] = "dev",
     workers: Annotated[
         int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)
@@ -47,7 +48,7 @@ def train_tagger_command(
     settings = load_recipe(preset, **parse_overrides(set_))
     posts = (
         labelled_posts(data, split, labels=settings.labels),
-        labelled_posts(dev or data, dev_split, labels=settings.labels),
+        _dev_posts(data, dev, dev_split, labels=settings.labels),
     )
     if workers > 1:
         from gem_ray.pipeline.train import train_tagger_on_workers
@@ -132,8 +133,7 @@ def train_matcher_command(
     from gem_ray.grounding.matcher_recipe import MatcherTraining
     from gem_ray.grounding.train_matcher import train_matcher
 
-    source = dev or (data if (data / "txt_fine").is_dir() else None)
-    chosen_by = labelled_posts(source, dev_split, images) if source else []
+    chosen_by = _dev_posts(data, dev, dev_split, images)
     settings = parse_settings(MatcherTraining, parse_overrides(set_))
     report = train_matcher(labelled_posts(data, split, images), chosen_by, base, out, settings, report=_print_step)
     typer.echo(f"{report}\nmodel: {out}")
@@ -167,7 +167,9 @@ def train_text_segmenter_command(
 @nano.command("build", epilog="Example: `gem-ray nano build --tweets data/twitter10000 --only matcher`")
 def nano_build(
     out: Annotated[Path | None, typer.Option(help="Folder for the models; the package's own if not given.")] = None,
-    tweets: Annotated[Path | None, typer.Option(help="A Twitter10000 root, for the tagger.")] = None,
+    tweets: Annotated[
+        Path | None, typer.Option(help="A Twitter10000 root, for the tagger; `../shared/data/twitter10000` if none.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Just this model. Repeatable.")] = None,
     jobs: Annotated[int, typer.Option(help="Models trained at a time.", min=1)] = 2,
     seed: SeedOption = 0,
@@ -183,6 +185,14 @@ def nano_build(
         jobs=jobs,
         on_done=lambda name, scores: typer.echo(f"{name}: {scores}"),
     )
+
+
+def _dev_posts(
+    data: Path, dev: Path | None, split: str, images: Path | None = None, labels: str = "fmnerg"
+) -> list[Post]:
+    """Posts to choose by: shards of their own, or a split of a Twitter10000 root; else there are none."""
+    source = dev or (data if (data / "txt_fine").is_dir() else None)
+    return labelled_posts(source, split, images, labels) if source else []
 
 
 def _print_step(step: int, loss: float) -> None:

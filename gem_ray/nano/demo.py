@@ -24,7 +24,7 @@ def run_demo(out: Path, count: int, seed: int, console: Console | None = None) -
     Args:
         out: gets `posts/`, `annotations/`, `run.json`, `metrics.json` and `gallery.html`.
         count: how many posts.
-        seed: of the posts; the embedded models were trained on seeds from 10,000 on.
+        seed: of the posts; the embedded models were trained on others than the default.
         console: where to print.
 
     Returns:

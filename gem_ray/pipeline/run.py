@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RunError", "annotate_dataset"]
 
-# What may differ between two starts of a run: where and how fast it runs, not what it gives.
+# What may differ between two starts of a run: where and how fast it runs, not what it gives. `pipeline.passes` may not:
+# what is done is kept by pass.
 _ONLY_PLACE = ("pipeline", "serving", "device")
 _ONLY_SPEED = (
     "batch_size",
@@ -193,12 +194,14 @@ def _check_same(
     allowed: tuple[str, ...],
 ) -> None:
     """Refuse to mix rows of two inputs, configurations or sets of models."""
+    settings, earlier = config.model_dump(mode="json"), manifest.config
     before = {"models": manifest.models, "limit": manifest.limit, "files of the input": manifest.listing}
     now: dict[str, Any] = {"models": models, "limit": limit, "files of the input": listing}
+    before["pipeline.passes"], now["pipeline.passes"] = earlier["pipeline"]["passes"], settings["pipeline"]["passes"]
     left_out = (*_ONLY_PLACE, *allowed)
     different = [
         *differences(before, now),
-        *differences(_shaping(manifest.config, left_out), _shaping(config.model_dump(mode="json"), left_out)),
+        *differences(_shaping(earlier, left_out), _shaping(settings, left_out)),
     ]
     if different:
         raise ValueError(

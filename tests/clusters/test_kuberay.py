@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gem_ray.config import ServingConfig, load_config
+from gem_ray.planning.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 Strings = dict[str, str]
@@ -333,3 +334,16 @@ def test_the_smallest_cluster_of_the_service_holds_every_deployments_least_repli
     gpus = sum(getattr(serving, name).num_gpus * count for name, count in least.items())
     (group,) = service.spec.rayClusterConfig.workerGroupSpecs
     assert 0 < gpus <= group.minReplicas
+
+
+@pytest.mark.parametrize("preset", ["one-gpu", "cluster"])
+def test_no_model_is_looked_for_where_a_job_has_none(preset):
+    config = load_config(preset, ROOT / "clusters" / "models.yaml")
+    named = [
+        config.tagger.model,
+        config.reranker.adapter,
+        config.grounder.matcher.model,
+        config.grounder.boxes.sam.model,
+    ]
+    assert all(reference.startswith("s3://my-bucket/models/") for reference in named)
+    make_plan(config, gpus=8, gpu_memory_gb={"one-gpu": 24, "cluster": 80}[preset]).check()

@@ -103,6 +103,10 @@ def test_old_annotations_stay_until_a_fresh_run_is_complete(
     [
         ({"text": {"max_chars": 99}}, "text.max_chars: 10000 → 99"),
         ({"tagger": {"max_length": 64}}, r"tagger.max_length: \d+ → 64"),
+        (
+            {"pipeline": {"passes": [["knowledge", "tag"], ["load_image", "rerank", "ground"]]}},
+            "pipeline.passes: None → ",
+        ),
     ],
 )
 def test_other_settings_on_the_same_output_are_refused(
