@@ -46,17 +46,23 @@ def from_csv(file: Path, embed_images: bool = True) -> Iterator[Post]:
 def from_folder(folder: Path) -> Iterator[Post]:
     """One post for each image in a folder and below and each `.txt` beside it; both have the same name.
 
-    The id is the path in the folder without its suffix.
+    The id is the path in the folder without its suffix; of several images with the same name, the first has it, and the
+    others, with the same text, their paths as they are.
     """
-    names: dict[str, dict[str, Any]] = {}
+    images: dict[str, list[str]] = {}
+    texts: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        row = names.setdefault(relative.with_suffix("").as_posix(), {})
+        name = relative.with_suffix("").as_posix()
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            row["image_uri"] = relative.as_posix()
+            images.setdefault(name, []).append(relative.as_posix())
         elif path.suffix.lower() == ".txt":
-            row["text"] = path.read_text(encoding="utf-8", errors="surrogateescape").strip()
-    posts = (post_from_row({"post_id": name, **row}) for name, row in names.items() if row)
+            texts[name] = path.read_text(encoding="utf-8", errors="surrogateescape").strip()
+    posts = (
+        post_from_row({"post_id": uri if number else name, "text": texts.get(name), "image_uri": uri})
+        for name in sorted(images.keys() | texts.keys())
+        for number, uri in enumerate(images.get(name, [None]))
+    )
     return embedded(posts, folder)
 
 

@@ -98,7 +98,7 @@ class Fetcher:
         """Ask the very address that was checked: a name may resolve to another one the next time."""
         url = httpx.URL(uri)
         hosts = self._config.http_hosts
-        if hosts is not None and url.netloc.decode("ascii").lower() not in hosts:
+        if hosts is not None and url.netloc.decode("ascii").lower() not in map(str.lower, hosts):
             raise _forbidden(uri, "its host is not one of image.http_hosts")
         address = _public_address(url)
         return self._client.stream(

@@ -191,6 +191,8 @@ def _decode(image: Image.Image, max_side: int) -> tuple[int, Image.Image]:
     box = drafted[1] if drafted else None
     image.load()
     orientation = _orientation(image)  # after loading: PNG may have it behind the pixels, TIFF turns itself
+    if image.mode in ("I", "F"):  # reduced first: stretching takes many times the memory of the pixels
+        image = image.resize(size, Image.Resampling.BICUBIC)
     image = _to_rgb(image)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count, islice
@@ -230,3 +231,11 @@ def _is_hidden(file: str, root: str) -> bool:
 
 def _names(suffixes: tuple[str, ...]) -> str:
     return ", ".join(suffixes)
+
+
+def fingerprint(posts: Iterable[Post]) -> str:
+    """A short hash of posts: their ids, texts, knowledge and gold."""
+    digest = hashlib.sha256()
+    for post in posts:
+        digest.update(repr((post.post_id, post.text, post.caption, post.knowledge, post.gold)).encode())
+    return digest.hexdigest()[:16]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,14 +37,6 @@ def read_experiment_posts(data: Path, split: str, labels: str) -> list[Post]:
             raise ConfigError(f"{data} has no {split} posts: put shards in {folder}, or give a Twitter10000 root")
         folder = data
     return [_under(labels, post) for post in read_posts(folder)]
-
-
-def fingerprint(posts: Sequence[Post]) -> str:
-    """A short hash of the posts: their ids, texts, knowledge and gold."""
-    digest = hashlib.sha256()
-    for post in posts:
-        digest.update(repr((post.post_id, post.text, post.caption, post.knowledge, post.gold)).encode())
-    return digest.hexdigest()[:16]
 
 
 def _under(labels: str, post: Post) -> Post:

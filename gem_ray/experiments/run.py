@@ -13,7 +13,8 @@ from typing import Any
 from gem_ray.annotator import models_of
 from gem_ray.config import Config, ConfigError, load_config, merge_trees, parse_config
 from gem_ray.data.files import open_filesystem, whole_file
-from gem_ray.experiments.data import Posts, fingerprint
+from gem_ray.data.shards import fingerprint
+from gem_ray.experiments.data import Posts
 from gem_ray.experiments.definition import Experiment, Variant
 from gem_ray.experiments.outputs import write_results
 from gem_ray.experiments.results import RESULT, run_folder

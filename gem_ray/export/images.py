@@ -33,7 +33,7 @@ class ImageReferences:
         self._table = sqlite3.connect("")  # a private file, which is gone with the connection
         self._table.execute("CREATE TABLE found (post_id TEXT PRIMARY KEY, reference TEXT) WITHOUT ROWID")
         for post_id, image in images:
-            with suppress(ImageError):
+            with suppress(ImageError, UnicodeEncodeError):  # a file's name may be no text, and then no post's id
                 self._add(post_id, image if isinstance(image, str) else _save(image, folder))
 
     def find(self, post_id: str) -> str | None:

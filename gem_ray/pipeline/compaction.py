@@ -7,6 +7,7 @@ killed writes the same files again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -73,6 +74,16 @@ def _bins(filesystem: fs.FileSystem, folder: str) -> Iterator[list[str]]:
 
 @ray.remote(num_cpus=_CPUS)
 def _merge_in_task(filesystem: fs.FileSystem, merge: _Merge) -> Tally:
+    try:
+        return _merge(filesystem, merge)
+    except BaseException:
+        # Arrow completes a file even when writing it fails, and a part of a group must not pass for all of it.
+        with suppress(OSError):
+            filesystem.delete_file(merge.target)
+        raise
+
+
+def _merge(filesystem: fs.FileSystem, merge: _Merge) -> Tally:
     tally = Tally()
     with (
         whole_file(filesystem, merge.target) as target,

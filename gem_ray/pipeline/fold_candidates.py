@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gem_ray.data.shards import fingerprint
 from gem_ray.records import Post
 from gem_ray.rerank.uncertainty import category_probabilities
 
@@ -52,8 +54,10 @@ def store_fold_candidates(
         The path of `candidates.parquet`.
 
     Raises:
-        ValueError: a fold, or all posts but those of a fold, hold no gold mention.
+        ValueError: a fold, or all posts but those of a fold, hold no gold mention; or `out` holds folds of other posts,
+            of another recipe or of other settings.
     """
+    _check_same(posts, out, settings, folds, k)
     fold_of = [_fold(post.post_id, folds) for post in posts]
     tables = []
     for fold in range(folds):
@@ -68,6 +72,15 @@ def store_fold_candidates(
         report(f"fold {fold + 1} of {folds}: {tables[-1].num_rows} mentions")
     _write(pa.concat_tables(tables), out / "candidates.parquet")
     return out / "candidates.parquet"
+
+
+def _check_same(posts: Sequence[Post], out: Path, settings: TaggerTraining, folds: int, k: int) -> None:
+    facts = {"posts": fingerprint(posts), "folds": folds, "k": k, "recipe": settings.model_dump(mode="json")}
+    file = out / "folds.json"
+    if file.exists() and json.loads(file.read_text()) != facts:
+        raise ValueError(f"{out} holds folds of other posts or by other settings; take another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _candidates(

@@ -233,11 +233,19 @@ def _run_alone(stage: GuardedStage, post: Post, ledger: Ledger) -> None:
 
 
 def run_in_task(table: pa.Table, name: StageName, config_json: str, spent: tuple[str, ...], ledger: Ledger) -> pa.Table:
-    """Run a stage on a batch of `TRANSIT_SCHEMA` in whichever worker process has time."""
+    """Run a stage on a batch of `TRANSIT_SCHEMA` in whichever worker process has time.
+
+    Raises:
+        RuntimeError: the stage's processes die whatever they are given.
+    """
     stage = _stage_of_process(name, config_json)
     posts = table_to_posts(table)
     before = stage.seconds
-    stage(posts)
+    try:
+        run_watched(stage, posts, ledger, Gate())  # a worker process has one task at a time
+    except StageBrokenError as error:
+        ledger.set_failure(str(error))
+        raise RuntimeError(str(error)) from error
     ledger.add_work(name, stage.seconds - before)
     return _leaving(posts, spent)
 

@@ -78,13 +78,23 @@ def _chunks(files: list[InputFile], most: int) -> Iterator[list[InputFile]]:
     yield chunk
 
 
+def settle_problems(directory: RunDirectory, folder: RunFolder) -> None:
+    """Delete the rows that the last published group of problems has replaced; a kill may have left some of them."""
+    if rounds := _published_problems(folder):
+        directory.delete_published(_with_problems(directory, folder, max(rounds)))
+
+
 def problem_group(directory: RunDirectory, folder: RunFolder, manifest: Manifest) -> Group:
     """The rows of a finished run that are degraded or rejected, as one group."""
-    rounds = [name for name in folder.marks("published") if name.startswith(Group.PROBLEMS)]
+    rounds = _published_problems(folder)
     name = f"{Group.PROBLEMS}{len(rounds):03d}"
     ids = [read_ids(directory.filesystem, path) for path in _with_problems(directory, folder, name)]
     wanted = np.sort(np.concatenate([np.array([], dtype=np.int64), *ids]))
     return Group(name, manifest.files, wanted)
+
+
+def _published_problems(folder: RunFolder) -> list[str]:
+    return [name for name in folder.marks("published") if name.startswith(Group.PROBLEMS)]
 
 
 def _with_problems(directory: RunDirectory, folder: RunFolder, but: str) -> list[str]:
@@ -167,6 +177,7 @@ class GroupRunner:
         staged, checkpoint = self._folder.staged(group.name, number), self._folder.checkpoint(group.name, number)
         filesystem.create_dir(staged, recursive=True)
         done = committed_ids(filesystem, checkpoint)
+        _check_once(done)
         wanted = np.setdiff1d(group.ids, done, assume_unique=True) if len(done) else group.wanted
         left = group.rows if wanted is None else len(wanted)
         self._done_before += (group.rows - left) * is_last
@@ -207,10 +218,14 @@ class GroupRunner:
         return RunError(reason.strip().splitlines()[0])  # the rest is Ray's frames and advice
 
 
+def _check_once(committed: np.ndarray) -> None:
+    """Rows that are there twice were written by two runs at a time; they must not be published."""
+    if len(np.unique(committed)) != len(committed):
+        raise RunError("rows were written twice, by two processes at a time: begin a new run with --fresh")
+
+
 def _check_complete(group: Group, committed: np.ndarray) -> None:
-    """Every row once: rows that are there twice were written by two runs at a time."""
-    there = np.unique(committed)
-    if len(there) != len(committed):
-        raise RunError("rows were written twice: does another process annotate to the same output?")
-    if len(there) != group.rows:
-        raise RunError(f"{group.rows} posts went in and {len(there)} came out. This is a bug.")
+    """Every row once."""
+    _check_once(committed)
+    if len(committed) != group.rows:
+        raise RunError(f"{group.rows} posts went in and {len(committed)} came out. This is a bug.")

@@ -66,7 +66,8 @@ class _Book:
     def begin(self, stage: str, rows: tuple[int, ...]) -> Attempt:
         deaths = self._unfinished[stage, rows]
         self._unfinished[stage, rows] += 1
-        self._deaths[stage] += deaths > 0
+        # The first time, a node that is gone may have taken many processes with it.
+        self._deaths[stage] += deaths > 1
         failure = None
         if self._deaths[stage] > _MOST_DEATHS:
             last = self._last_words.get(stage, "without a word; out of memory, perhaps")
@@ -97,7 +98,7 @@ class Ledger:
 
     def add_work(self, stage: StageName, seconds: float, counts: Mapping[str, int] | None = None) -> None:
         """Add time spent inside a stage, and what it has counted meanwhile."""
-        # Not waited for, here and below: a task that waits gives its CPU away, and Ray starts a process to use it.
+        # Not waited for, here and in `add_done` and `end`.
         self._book.add_work.remote(str(stage), seconds, dict(counts or {}))
 
     def add_done(self, posts: int) -> None:
@@ -110,7 +111,8 @@ class Ledger:
 
     def begin(self, stage: StageName, rows: tuple[int, ...]) -> Attempt:
         """Say that a stage begins with these rows, and hear what became of them before."""
-        return ray.get(self._book.begin.remote(str(stage), rows))
+        # Not by `ray.get`: a task that waits so gives its CPU away, and Ray starts a process to use it.
+        return self._book.begin.remote(str(stage), rows).future().result()
 
     def end(self, stage: StageName, rows: tuple[int, ...], worked: bool) -> None:
         """Say that the stage is through with these rows, and whether it has worked on them or given them up."""

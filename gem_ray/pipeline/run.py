@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gem_ray.annotator import models_of
 from gem_ray.data.shards import list_shards
 from gem_ray.pipeline.budget import with_gamma
-from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group
+from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group, settle_problems
 from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.progress import Report, reporting
@@ -103,10 +103,15 @@ def annotate_dataset(
             folder = directory.run(begun[-1])
             allowed = _ONLY_LIMITS if only_problems else ()
             _check_same(folder.manifest(), _listing(paths), limit, config, models, allowed)
+            settle_problems(directory, folder)
         else:
             folder = _begin(directory, filesystem, paths, str(input), config, models, limit, fresh)
         if is_finished and not only_problems:
-            return RunSummary.from_dict(finished)
+            summary = RunSummary.from_dict(finished)
+            if summary.tally == _tally_of(
+                folder
+            ):  # else rows with problems were done again since, and killed at the end
+                return summary
         manifest = folder.manifest()
         with ray_session(config):
             ledger = Ledger()

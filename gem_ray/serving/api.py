@@ -136,6 +136,9 @@ async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any
             await service.flow.fetch_image(post, asked.image_url)
         except ImageError as error:
             post.fail(StageName.LOAD_IMAGE, error.kind, str(error))
+        except TimeoutError:
+            reason = f"not fetched within {service.config.serving.timeout_s:g} s"
+            post.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE, reason)
     return await service.row(await service.flow.annotate(post), heatmaps)
 
 

@@ -104,6 +104,8 @@ async def _from_form(request: Request) -> PostIn:
         form = await request.form(max_files=1, max_fields=2000)
     except HTTPException as error:  # Starlette's, of a form that it cannot parse
         raise ProblemError(422, f"the form cannot be read: {error.detail}") from None
+    except UnicodeError:
+        raise ProblemError(422, "the form cannot be read in the character set that it names") from None
     try:
         image = form.get("image")
         if image is not None and not isinstance(image, UploadFile):

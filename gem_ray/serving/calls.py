@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -97,7 +98,8 @@ class StageCalls:
                 self._start(wanted)
 
     def _start(self, batch: list[_Waiting]) -> None:
-        task = asyncio.get_running_loop().create_task(self._run(batch))
+        # In no request's context: Serve cancels what a request has begun when its client goes, and a call is of many.
+        task = asyncio.get_running_loop().create_task(self._run(batch), context=contextvars.Context())
         self._running.add(task)
         task.add_done_callback(self._end)
 
@@ -118,6 +120,9 @@ class StageCalls:
             await self._answer(batch)
         except RayActorError:
             await asyncio.gather(*(self._run_again(waiting) for waiting in batch))
+        except asyncio.CancelledError:
+            _fail(batch, UnavailableError(f"the call of stage {self._name} was cancelled"))
+            raise
         except Exception as error:
             _fail(batch, error)
 

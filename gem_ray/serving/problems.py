@@ -34,7 +34,7 @@ class ProblemError(Exception):
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail
+        self.detail = detail.encode(errors="replace").decode()  # it may quote what no UTF-8 can hold
         self.headers = headers or {}
 
     def to_dict(self) -> dict[str, Any]:

@@ -95,14 +95,16 @@ def test_a_folder_of_images_and_texts(folder):
     (folder / "images" / "a.txt").write_text("Rihanna\n")
     (folder / "images" / "b.txt").write_text("no picture")
     (folder / "images" / "c.JPG").write_bytes(b"jpeg")
+    (folder / "images" / "c.png").write_bytes(b"png")
     (folder / "images" / "notes.md").write_text("ignored")
     (folder / "images" / "out.png").symlink_to(folder.parent / "secret.png")
     posts = {post.post_id: post for post in from_folder(folder)}
-    assert list(posts) == ["images/a", "images/b", "images/c", "images/out"]
+    assert list(posts) == ["images/a", "images/b", "images/c", "images/c.png", "images/out"]
     assert posts["images/a"].text == "Rihanna"
     assert posts["images/a"].image_bytes.startswith(b"\x89PNG")
     assert (posts["images/b"].text, posts["images/b"].image_bytes) == ("no picture", None)
     assert (posts["images/c"].is_rejected, posts["images/c"].image_bytes) == (True, b"jpeg")
+    assert posts["images/c.png"].image_bytes == b"png"
     assert posts["images/out"].image_bytes is None
 
 

@@ -212,6 +212,8 @@ def test_https_images_are_fetched_by_name_from_the_address_that_was_checked(site
     assert fetcher.fetch(f"{site}/a.jpg") == b"pixels"
     assert fetcher.fetch(f"{site}/moved") == b"pixels"
     assert set(_Site.hosts) == {site.removeprefix("https://")}
+    only = Fetcher(ImageConfig(allow_http=True, http_hosts=[site.removeprefix("https://").upper()]))
+    assert only.fetch(f"{site}/a.jpg") == b"pixels"
 
 
 @pytest.mark.parametrize(

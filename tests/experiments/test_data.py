@@ -6,9 +6,9 @@ import pytest
 
 from gem_ray.config import ConfigError
 from gem_ray.data.generated import generate
-from gem_ray.data.shards import write_posts
+from gem_ray.data.shards import fingerprint, write_posts
 from gem_ray.data.twitter10000 import read_split
-from gem_ray.experiments.data import fingerprint, read_experiment_posts
+from gem_ray.experiments.data import read_experiment_posts
 from gem_ray.taxonomy import GMNER, gmner_category
 
 TWEETS = Path(__file__).parents[3] / "shared" / "data" / "twitter10000"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -336,6 +337,14 @@ def test_an_image_uri_is_passed_on_and_never_followed(run, tmp_path, monkeypatch
     assert tasks_of(tmp_path / "tasks.json")["seen"]["data"]["image"] == address
     assert [image["file_name"] for image in COCO(tmp_path / "coco.json").imgs.values()] == [uri]
     assert not (tmp_path / "images").exists()
+
+
+def test_a_file_whose_name_is_no_text_is_passed_over(run, tmp_path):
+    (tmp_path / "images").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "images") + b"/\xff.png")).write_bytes(encoded())
+    (tmp_path / "images" / "seen.png").write_bytes(encoded())
+    export_annotations(run, tmp_path / "tasks.json", "label-studio", images=str(tmp_path / "images"))
+    assert tasks_of(tmp_path / "tasks.json")["seen"]["data"]["image"]
 
 
 def test_posts_of_one_id_with_several_images_get_none(run, tmp_path):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import time
 
+import pyarrow as pa
 import pytest
 import ray
 
 from gem_ray.annotator import GuardedStage
+from gem_ray.pipeline import graph
 from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.graph import StageBrokenError, run_watched
 from gem_ray.pipeline.ledger import Ledger
+from gem_ray.pipeline.tables import posts_to_table, table_to_posts
 from gem_ray.records import Post, ProblemKind, StageName
 
 
@@ -57,6 +60,28 @@ def test_only_the_deadly_post_fails(local_ray, texts: tuple[str, ...]) -> None:
             assert "died on this post" in problem.message
         else:
             assert (post.caption, post.problems) == ("done", [])
+
+
+def test_a_deadly_post_fails_in_a_task_too(local_ray) -> None:
+    """Images are decoded in tasks, which Ray runs again without end."""
+
+    @ray.remote(num_cpus=0, max_retries=-1)
+    def load(table: pa.Table, ledger: Ledger) -> pa.Table:
+        graph._stage_of_process = lambda name, config_json: GuardedStage(name, work)
+        return graph.run_in_task(table, StageName.LOAD_IMAGE, "", (), ledger)
+
+    ledger = Ledger()
+    posts = table_to_posts(ray.get(load.remote(posts_to_table(posts_of("a", "deadly", "b")), ledger)))
+    assert [[problem.kind for problem in post.problems] for post in posts] == [[], [ProblemKind.STAGE_FAILED], []]
+
+
+def test_a_node_that_is_gone_with_all_its_processes_is_no_failure_of_a_stage(local_ray) -> None:
+    ledger = Ledger()
+    batches = [(number,) for number in range(30)]
+    for batch in batches:
+        ledger.begin(StageName.GROUND, batch)
+    again = [ledger.begin(StageName.GROUND, batch) for batch in batches]
+    assert [(attempt.deaths, attempt.failure) for attempt in again] == [(1, None)] * 30
 
 
 def test_batches_that_overlap_with_a_deadly_post_are_not_blamed(local_ray) -> None:

@@ -85,6 +85,15 @@ def test_stopped_work_goes_on_with_the_fold_that_it_was_at(
     assert len(trainings) == FOLDS
 
 
+def test_folds_of_other_settings_are_not_taken_for_these(
+    posts: list[Post], settings: TaggerTraining, tmp_path: Path
+) -> None:
+    store_fold_candidates(posts, tmp_path, settings, 2, k=5)
+    for others, folds, k in ((posts[:-1], 2, 5), (posts, 3, 5), (posts, 2, 4)):
+        with pytest.raises(ValueError, match="holds folds of other posts or by other settings"):
+            store_fold_candidates(others, tmp_path, settings, folds, k)
+
+
 def test_a_mention_that_is_not_stored_falls_under_the_papers_rule(
     posts: list[Post], settings: TaggerTraining, tmp_path: Path
 ) -> None:

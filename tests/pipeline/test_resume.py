@@ -149,6 +149,49 @@ def test_only_problems_are_done_again(
     assert annotate_dataset(posts, out, text_config, only_problems=True).annotated == 0
 
 
+def test_problems_whose_old_rows_a_kill_has_left_are_there_once(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    strict = text_config.model_copy(deep=True)
+    strict.text.max_chars = 60
+    annotate_dataset(posts, out, strict)
+
+    def kill(directory: RunDirectory, paths: list[str]) -> None:
+        if paths:
+            raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "delete_published", kill)
+        with pytest.raises(OSError, match="killed"):
+            annotate_dataset(posts, out, text_config, only_problems=True)
+    with pytest.raises(AssertionError):
+        rows_of(out)  # some are there twice
+    summary = annotate_dataset(posts, out, strict)
+    assert summary.tally.statuses[Status.OK] == summary.rows == len(rows_of(out)) == 30
+    assert annotate_dataset(posts, out, text_config, only_problems=True).annotated == 0
+    assert len(rows_of(out)) == 30
+
+
+def test_rows_that_two_processes_have_written_are_never_published(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = text_config.model_copy(deep=True)
+    config.pipeline.rows_per_group = 10
+    with pytest.raises(RunError):
+        annotate_dataset(posts, tmp_path / "out", config, actor=breaking_at(2))
+    directory = RunDirectory(str(tmp_path / "out"))
+    begun = Path(directory.run(directory.run_ids()[-1]).checkpoint("g00002", 0))
+    begun.mkdir(parents=True, exist_ok=True)
+    ids = pa.table({"row_id": pa.array([(2 << ROWS_BITS) + row for row in range(10)], pa.int64())})
+    for name in ("one", "other"):
+        pq.write_table(ids, begun / f"{name}.parquet")
+    for _ in range(2):
+        with pytest.raises(RunError, match="rows were written twice"):
+            annotate_dataset(posts, tmp_path / "out", config)
+    assert len(rows_of(tmp_path / "out")) == 20
+
+
 def test_ids_of_a_rename_that_was_cut_short_count_as_committed(tmp_path: Path) -> None:
     """To rename in S3 is to copy and delete: with the copy there, Ray must not undo the rows."""
     filesystem = fs.LocalFileSystem()

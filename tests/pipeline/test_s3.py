@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from pyarrow import fs
 
 from gem_ray.annotator import Annotator, models_of
@@ -17,8 +19,9 @@ from gem_ray.config import load_config
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.pipeline.compaction import _Merge, _merge_in_task
 from gem_ray.pipeline.tables import annotations_table
-from gem_ray.records import Post
+from gem_ray.records import Post, Status
 
 POSTS, PER_SHARD = 60, 6
 
@@ -57,6 +60,19 @@ def rows_of(output: str) -> list[dict[str, Any]]:
         with filesystem.open_input_file(path) as stream:
             rows += pq.ParquetFile(stream).read().to_pylist()
     return sorted(rows, key=lambda row: row["row_id"])
+
+
+def test_a_compaction_that_fails_publishes_no_part_of_a_group(s3: Any) -> None:
+    filesystem, root = open_filesystem(s3.bucket("output"))
+    whole, damaged, target = (f"{root}/{name}.parquet" for name in ("whole", "damaged", "published"))
+    pq.write_table(annotations_table([Post("a", "b", row_id=0)], "run", {}), whole, filesystem=filesystem)
+    with filesystem.open_output_stream(damaged) as stream:
+        stream.write(b"no parquet")
+    with pytest.raises(pa.ArrowInvalid):
+        _merge_in_task._function(filesystem, _Merge(Status.OK, [whole, damaged], target))
+    assert filesystem.get_file_info(target).type is fs.FileType.NotFound
+    _merge_in_task._function(filesystem, _Merge(Status.OK, [whole], target))
+    assert pq.read_table(target, filesystem=filesystem).num_rows == 1
 
 
 def test_no_row_is_lost_whatever_happens_to_some_requests(

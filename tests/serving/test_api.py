@@ -152,6 +152,13 @@ def test_the_page_and_all_its_parts_are_served_as_they_are(service):
     assert service.client.get("/").content == (folder / "index.html").read_bytes()
 
 
+FORM = b'--y\r\nContent-Disposition: form-data; name="%s"\r\n\r\nz\r\n--y--\r\n'
+
+
+def form_in(charset):
+    return {"Content-Type": f"multipart/form-data; boundary=y; charset={charset}"}
+
+
 def batch_of(count):
     return {"posts": [{"text": TEXT}] * count}
 
@@ -164,6 +171,8 @@ def batch_of(count):
         ("/v1/annotate", {"content": b"{", "headers": {"Content-Type": "application/json"}}, 422),
         ("/v1/annotate", {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 422),
         ("/v1/annotate", {"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=y"}}, 422),
+        ("/v1/annotate", {"content": FORM % b"text", "headers": form_in("punycode")}, 422),
+        ("/v1/annotate", {"content": FORM % rb"\ud800", "headers": form_in("unicode_escape")}, 422),
         ("/v1/annotate", {"json": {}}, 422),
         ("/v1/annotate", {"json": {"text": ""}}, 422),
         ("/v1/annotate", {"json": {"text": " \n "}}, 422),

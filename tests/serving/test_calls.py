@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 
 import pytest
 from ray.exceptions import RayActorError
@@ -35,6 +36,9 @@ class Stage:
         if self.kills & {post.post_id for post in posts}:
             raise RayActorError
         return [Post(post.post_id, post.text.upper()) for post in posts]
+
+
+REQUEST = ContextVar("request", default=None)
 
 
 def send(calls, *names):
@@ -146,6 +150,41 @@ def test_a_call_is_cancelled_when_nobody_waits_for_it_any_more():
         assert stage.calls == [["a", "b"], ["c"]]
         stage.may_answer.set()
         assert (await later).text == "C"
+
+    asyncio.run(scenario())
+
+
+def test_a_call_belongs_to_no_request():
+    """Serve cancels what was begun in the context of a request whose client has gone."""
+
+    class Noting(Stage):
+        def remote(self, posts):
+            contexts.append(REQUEST.get())
+            return super().remote(posts)
+
+    async def ask(name):
+        REQUEST.set(name)
+        return await calls(Post(name, name))
+
+    async def scenario():
+        nonlocal calls
+        stage = Noting()
+        stage.may_answer.set()
+        calls = StageCalls(StageName.TAG, stage, posts=2, calls=1)
+        await asyncio.gather(*(ask(name) for name in "abc"))
+
+    contexts, calls = [], None
+    asyncio.run(scenario())
+    assert contexts == [None, None]
+
+
+def test_everyone_hears_of_a_call_that_something_else_has_cancelled():
+    async def scenario():
+        stage = Stage(error=asyncio.CancelledError())
+        stage.may_answer.set()
+        calls = StageCalls(StageName.TAG, stage, posts=2, calls=1)
+        answers = await asyncio.gather(*send(calls, "a", "b"), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [UnavailableError] * 2
 
     asyncio.run(scenario())
 
