@@ -230,6 +230,9 @@ class BoxConfig(_Section):
     sam_mask: Literal["iou", "map"] = Field(
         "iou", description="of SAM's three masks: that of the highest predicted IoU, or the one most like the map"
     )
+    min_sam_score: float = Field(
+        0.0, ge=0, le=1, description="SAM's predicted IoU below which a text-prompted instance at the peak wins"
+    )
     refine_boxes: bool = Field(False, description="tighten a detector's boxes around what SAM cuts out of them")
 
 

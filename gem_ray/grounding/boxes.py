@@ -71,6 +71,7 @@ class BoxMaker:
         largest_component: bool = False,
         mask_by_map: bool = False,
         refine: bool = False,
+        min_sam_score: float = 0.0,
     ) -> None:
         """Combine segmenters.
 
@@ -81,6 +82,7 @@ class BoxMaker:
             largest_component: bound only the largest connected region of SAM's mask.
             mask_by_map: of SAM's masks, take the one most like the map, not the one with the highest predicted IoU.
             refine: let SAM cut the object out of a box that the text-prompted model gives without a mask.
+            min_sam_score: predicted IoU below which a text-prompted instance at the peak wins over SAM's mask.
         """
         self._sam = sam
         self._text = text
@@ -88,6 +90,7 @@ class BoxMaker:
         self._largest_component = largest_component
         self._mask_by_map = mask_by_map
         self._refine = refine and sam is not None
+        self._min_sam_score = min_sam_score or -np.inf  # what SAM predicts may be negative
 
     @classmethod
     def from_config(cls, config: Config) -> BoxMaker:
@@ -107,6 +110,7 @@ class BoxMaker:
             section.largest_component,
             section.sam_mask == "map",
             section.refine_boxes,
+            section.min_sam_score,
         )
 
     def boxes(self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest]) -> list[BoxResult]:
@@ -122,8 +126,8 @@ class BoxMaker:
         settled = {row for row in prompted if instance_at(instances[row], requests[row].x, requests[row].y)}
         masks = self._masks(images, requests, [row for row in rows if row not in settled])
         chosen = {row: self._choose_mask(requests[row], answer) for row, answer in masks.items()}
-        unmasked = [row for row, (mask, _) in chosen.items() if not mask.any() and row not in instances]
-        instances |= self._instances(images, requests, unmasked)
+        unsure = [row for row, mask in chosen.items() if not self._is_sure(mask) and row not in instances]
+        instances |= self._instances(images, requests, unsure)
         results = [
             choose_box(
                 request,
@@ -132,6 +136,7 @@ class BoxMaker:
                 chosen.get(row),
                 instances.get(row, ()),
                 self._largest_component,
+                self._min_sam_score,
             )
             for row, request in enumerate(requests)
         ]
@@ -140,6 +145,10 @@ class BoxMaker:
     def _choose_mask(self, request: BoxRequest, answer: PointMasks) -> Mask:
         best = most_like_map(answer.masks, request.map) if self._mask_by_map else answer.best
         return answer.masks[best], float(answer.iou[best])
+
+    def _is_sure(self, chosen: Mask) -> bool:
+        mask, iou = chosen
+        return bool(mask.any()) and iou >= self._min_sam_score
 
     def _refined(
         self, images: Sequence[np.ndarray], requests: Sequence[BoxRequest], results: list[BoxResult]
@@ -197,6 +206,7 @@ def choose_box(
     chosen: Mask | None,
     instances: Sequence[Instance],
     largest_component: bool = False,
+    min_sam_score: float = 0.0,
 ) -> BoxResult:
     """Which prompt is believed.
 
@@ -207,11 +217,12 @@ def choose_box(
         chosen: SAM's mask; none: it was not asked.
         instances: those of its category; empty: there are none, or they were not asked for.
         largest_component: bound only the largest connected region of SAM's mask.
+        min_sam_score: predicted IoU below which an instance at the peak wins over the mask.
     """
     held = instance_at(instances, request.x, request.y)
     if text_first and held:
         return _of_instance(held)
-    if chosen and chosen[0].any():
+    if chosen and chosen[0].any() and not (held and chosen[1] < min_sam_score):
         mask, iou = chosen
         if largest_component:
             mask = max(connected_components(mask), key=np.count_nonzero)

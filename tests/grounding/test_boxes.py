@@ -66,6 +66,24 @@ def test_the_choice_between_prompts(text_first, masks, instances, box, source, s
     assert result.score == pytest.approx(score)
 
 
+@pytest.mark.parametrize(
+    ("min_sam_score", "instances", "box"),
+    [(0.95, HOLDING, AT_PEAK), (0.95, OTHERS, SAM_BOX), (0.95, [], SAM_BOX), (0.9, HOLDING, SAM_BOX)],
+)
+def test_an_instance_at_the_peak_wins_over_a_mask_of_which_sam_is_not_sure(min_sam_score, instances, box):
+    result = choose_box(request(*TEAM), (20, 30), False, MASK, instances, min_sam_score=min_sam_score)
+    assert result.box == box
+
+
+@pytest.mark.parametrize(("min_sam_score", "source", "prompts"), [(0.0, "sam", 0), (1.0, "text", 1)])
+def test_the_text_segmenter_is_asked_where_sam_is_not_sure(models, monkeypatch, min_sam_score, source, prompts):
+    maker = load(models, "sam", "text", min_sam_score=min_sam_score)
+    maker._text.threshold, maker._sam.model.mask_threshold = 0.0, -np.inf
+    calls = Calls(maker, monkeypatch)
+    (result,) = maker.boxes(images_of((20, 30)), [request(*TEAM)])
+    assert (result.source, len(calls.prompts)) == (source, prompts)
+
+
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("masks", [NO_MASK, None])
 def test_without_a_mask_of_sam_the_instance_with_most_of_the_map_is_taken(text_first, masks):
