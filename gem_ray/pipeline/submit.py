@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ PACKAGE_LIMIT = 100 * 2**20  # bytes: the largest request that Ray's dashboard t
 EXIT_DETACHED = 130  # what a shell reports after Ctrl-C
 
 _SOURCE = ("gem_ray", "jobs")
+_POLL_S = 0.2
 
 
 class SubmitError(RuntimeError):
@@ -107,7 +109,7 @@ def follow_job(submission_id: str, address: str) -> int:
     try:
         with _explained(address):
             client = _connect(address)
-            asyncio.run(_print_log(client, submission_id))
+            _print_log(client, submission_id)
             return _exit_code(client, submission_id)
     except KeyboardInterrupt:
         print("\nno longer following; the job goes on", file=sys.stderr)
@@ -122,15 +124,35 @@ def commands_for(submission_id: str, address: str) -> str:
     )
 
 
-async def _print_log(client: JobSubmissionClient, submission_id: str) -> None:
-    async for lines in client.tail_job_logs(submission_id):
-        print(lines, end="", flush=True)
+def _print_log(client: JobSubmissionClient, submission_id: str) -> None:
+    """Print the log as it comes, in another thread.
+
+    Interrupted itself, the client would wait for an end of the log that comes with the job's.
+    """
+    failures: list[BaseException] = []
+
+    async def print_lines() -> None:
+        async for lines in client.tail_job_logs(submission_id):
+            print(lines, end="", flush=True)
+
+    def follow() -> None:
+        try:
+            asyncio.run(print_lines())
+        except BaseException as error:
+            failures.append(error)
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    while follower.is_alive():
+        follower.join(_POLL_S)
+    if failures:
+        raise failures[0]
 
 
 def _exit_code(client: JobSubmissionClient, submission_id: str) -> int:
     """The script's own exit code; 1 if it has none, because it was stopped or never ran."""
     while not (details := client.get_job_info(submission_id)).status.is_terminal():
-        time.sleep(0.5)  # the log may end a moment before the job does
+        time.sleep(_POLL_S)  # the log may end a moment before the job does
     ended = details.status.value.lower()
     if ended == "succeeded":
         return 0

@@ -79,7 +79,8 @@ def deployment_of(pid: int) -> str | None:
         title = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0].strip()
     except OSError:
         return None
-    return title.rpartition(":")[2] if title.startswith("ray::ServeReplica:") else None
+    # `ray::ServeReplica:APPLICATION:DEPLOYMENT`, and a method while it runs
+    return title.rpartition(":")[2].partition(".")[0] if title.startswith("ray::ServeReplica:") else None
 
 
 def _parent(stat: Path) -> int | None:
