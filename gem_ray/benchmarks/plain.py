@@ -57,16 +57,20 @@ class PlainSam(SamSegmenter):
         self.model = model
 
     def masks(
-        self, images: Sequence[np.ndarray], points: Sequence[Sequence[tuple[float, float]]]
+        self,
+        images: Sequence[np.ndarray],
+        points: Sequence[Sequence[tuple[float, float]]],
+        best_only: bool = False,
     ) -> list[list[PointMasks]]:
         """As `SamSegmenter.masks`, with the same answers."""
-        return [[self._masks_at(image, p) for p in own] for image, own in zip(images, points, strict=True)]
+        return [[self._masks_at(image, p, best_only) for p in own] for image, own in zip(images, points, strict=True)]
 
-    def _masks_at(self, image: np.ndarray, point: tuple[float, float]) -> PointMasks:
+    def _masks_at(self, image: np.ndarray, point: tuple[float, float], best_only: bool) -> PointMasks:
         predictor = SamPredictor(self.model)
         predictor.set_image(image)
         masks, iou, _ = predictor.predict(np.array([point]), np.array([1]))
-        return PointMasks(masks, iou)
+        kept = [int(iou.argmax())] if best_only else slice(None)
+        return PointMasks(masks[kept], iou[kept])
 
 
 class PlainAnnotator:

@@ -34,14 +34,15 @@ def test_the_plain_matcher_gives_the_same_maps(tokens):
         np.testing.assert_allclose(one.map, other.map, atol=1e-4 * one.map.max())
 
 
-def test_the_plain_sam_gives_the_same_masks():
+@pytest.mark.parametrize("best_only", [False, True])
+def test_the_plain_sam_gives_the_same_masks(best_only):
     torch.manual_seed(0)
     model = untrained_sam(SAM_SIZES).eval()
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (60, 80, 3), dtype=np.uint8) for _ in range(2)]
     points = [[(5.0, 9.0), (40.0, 30.0)], [(70.0, 50.0)]]
-    plain = PlainSam(model).masks(images, points)
-    shared = SamSegmenter(model).masks(images, points)
+    plain = PlainSam(model).masks(images, points, best_only)
+    shared = SamSegmenter(model).masks(images, points, best_only)
     for row, other in zip(plain, shared, strict=True):
         for one, two in zip(row, other, strict=True):
             np.testing.assert_allclose(one.iou, two.iou, atol=1e-5)
