@@ -452,13 +452,22 @@ def _parse_override(override: str) -> dict[str, Any]:
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
         raise ConfigError(f"--set takes key.path=value, not {override!r}")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {value!r} is not a YAML value; quote it if it is meant as text") from None
+    nested = parse_value(override, value)
     for key in reversed(keys):
         nested = {key: nested}
     return nested
+
+
+def parse_value(override: str, value: str) -> Any:
+    """The value of a `key=value` override.
+
+    Raises:
+        ConfigError: it is no YAML.
+    """
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {value!r} is not a YAML value; quote it if it is meant as text") from None
 
 
 def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,15 +62,12 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
     Raises:
         ConfigError: an override that is no `key=value`, or whose value is no YAML.
     """
-    import yaml
+    from gem_ray.config import ConfigError, parse_value
 
-    from gem_ray.config import ConfigError
-
+    values: dict[str, Any] = {}
     for override in overrides or ():
-        if "=" not in override:
+        name, equals, value = override.partition("=")
+        if not equals:
             raise ConfigError(f"--set takes key=value, not {override!r}")
-    pairs = (override.split("=", 1) for override in overrides or ())
-    try:
-        return {name.strip(): yaml.safe_load(value) for name, value in pairs}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set takes a value in YAML: {error}") from None
+        values[name.strip()] = parse_value(override, value)
+    return values

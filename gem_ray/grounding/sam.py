@@ -207,7 +207,9 @@ class SamSegmenter:
         Returns:
             For each image, an answer for each of its points.
         """
-        return self._prompted(images, points, self._decode_best if best_only else self.decode_points)
+        if not best_only:
+            return self._prompted(images, points, self.decode_points)
+        return self._prompted(images, points, lambda *given: [_best(each) for each in self.decode_points(*given)])
 
     @torch.inference_mode()
     def masks_in_boxes(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[list[PointMasks]]:
@@ -260,19 +262,6 @@ class SamSegmenter:
         coordinates = torch.as_tensor(np.concatenate(scaled), dtype=torch.float32, device=self.model.device)[:, None]
         return self._decode(embeddings, [len(each) for each in points], points=coordinates)
 
-    def _decode_best(
-        self,
-        embeddings: torch.Tensor,
-        points: Sequence[Sequence[tuple[float, float]]],
-        sizes: Sequence[tuple[int, ...]],
-    ) -> list[Decoded]:
-        """Of the masks of `decode_points`, the one with the highest predicted IoU for each point."""
-        best_of = []
-        for logits, iou in self.decode_points(embeddings, points, sizes):
-            best = iou.argmax(dim=1, keepdim=True)  # (P, 1)
-            best_of.append((logits.take_along_dim(best[..., None, None], dim=1), iou.take_along_dim(best, dim=1)))
-        return best_of
-
     def decode_boxes(
         self, embeddings: torch.Tensor, boxes: Sequence[Sequence[Box]], sizes: Sequence[tuple[int, ...]]
     ) -> list[Decoded]:
@@ -294,6 +283,13 @@ class SamSegmenter:
     ) -> list[PointMasks]:
         masks = self.model.postprocess_masks(logits, input_size, image_size) > self.model.mask_threshold
         return [PointMasks(*pair) for pair in zip(masks.cpu().numpy(), iou.cpu().numpy(), strict=True)]
+
+
+def _best(decoded: Decoded) -> Decoded:
+    """Of each prompt's masks, the one with the highest predicted IoU."""
+    logits, iou = decoded
+    best = iou.argmax(dim=1, keepdim=True)  # (P, 1)
+    return logits.take_along_dim(best[..., None, None], dim=1), iou.take_along_dim(best, dim=1)
 
 
 def decode_prompts(

@@ -167,9 +167,8 @@ class StageActor:
         posts = table_to_posts(table)
         try:
             run_watched(self._stage, posts, self._ledger, self._gate)
-        except StageBrokenError as error:
-            self._ledger.set_failure(str(error))
-            raise RuntimeError(str(error)) from error
+        except StageBrokenError:
+            raise
         except Exception as error:
             # The engine or the card is gone. A retry must not come back to this process: Ray starts another.
             logger.exception("the process of stage %s ends", self._stage.name)
@@ -212,6 +211,7 @@ def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger, gate: Ga
     with gate.shared():
         attempt = ledger.begin(stage.name, rows)
         if attempt.failure:
+            ledger.set_failure(attempt.failure)
             raise StageBrokenError(attempt.failure)
         if not attempt.deaths:
             stage(posts)
@@ -236,16 +236,12 @@ def run_in_task(table: pa.Table, name: StageName, config_json: str, spent: tuple
     """Run a stage on a batch of `TRANSIT_SCHEMA` in whichever worker process has time.
 
     Raises:
-        RuntimeError: the stage's processes die whatever they are given.
+        StageBrokenError: the stage's processes die whatever they are given.
     """
     stage = _stage_of_process(name, config_json)
     posts = table_to_posts(table)
     before = stage.seconds
-    try:
-        run_watched(stage, posts, ledger, Gate())  # a worker process has one task at a time
-    except StageBrokenError as error:
-        ledger.set_failure(str(error))
-        raise RuntimeError(str(error)) from error
+    run_watched(stage, posts, ledger, Gate())  # a worker process has one task at a time
     ledger.add_work(name, stage.seconds - before)
     return _leaving(posts, spent)
 
