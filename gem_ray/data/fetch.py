@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import random
 import re
 import socket
+import ssl
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from functools import cached_property
 from typing import Any
 from urllib.parse import urljoin
 
 import httpx
+from anyio.from_thread import BlockingPortalProvider
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -83,47 +86,53 @@ class Fetcher:
         raise _forbidden(uri, f"{scheme}: addresses are not read")
 
     def _read_https(self, uri: str) -> bytes:
-        deadline = time.monotonic() + self._config.timeout_s
+        with self._event_loop as loop:
+            return loop.call(self._follow, uri)
+
+    async def _follow(self, uri: str) -> bytes:
+        # Asynchronously, because so one deadline holds for everything: handshake, header, body, and all redirects.
         try:
-            for _ in range(_MAX_REDIRECTS + 1):
-                with self._get(uri) as answer:
+            async with asyncio.timeout(self._config.timeout_s), self._client() as client:
+                for _ in range(_MAX_REDIRECTS + 1):
+                    answer = await self._get(client, uri)
                     if not answer.has_redirect_location:
-                        return self._body(answer, uri, deadline)
+                        return await self._body(answer, uri)
+                    await answer.aclose()
                     uri = urljoin(uri, answer.headers["location"])
+        except TimeoutError as error:
+            raise _unreadable(uri, f"not received within {self._config.timeout_s:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise _unreadable(uri, str(error) or type(error).__name__) from error
         raise _unreadable(uri, f"more than {_MAX_REDIRECTS} redirects")
 
-    def _get(self, uri: str) -> AbstractContextManager[httpx.Response]:
+    async def _get(self, client: httpx.AsyncClient, uri: str) -> httpx.Response:
         """Ask the very address that was checked: a name may resolve to another one the next time."""
         url = httpx.URL(uri)
         hosts = self._config.http_hosts
         if hosts is not None and url.netloc.decode("ascii").lower() not in map(str.lower, hosts):
             raise _forbidden(uri, "its host is not one of image.http_hosts")
-        address = _public_address(url)
-        return self._client.stream(
+        request = client.build_request(
             "GET",
-            url.copy_with(host=address, userinfo=b""),
+            url.copy_with(host=await _public_address(url), userinfo=b""),
             headers={"host": url.netloc.decode("ascii")},
             extensions={"sni_hostname": url.raw_host.decode("ascii")},
         )
+        return await client.send(request, stream=True)
 
-    def _body(self, answer: httpx.Response, uri: str, deadline: float) -> bytes:
+    async def _body(self, answer: httpx.Response, uri: str) -> bytes:
         if answer.status_code in (404, 410):
             raise _missing(uri)
         if answer.status_code != 200:
             raise _unreadable(uri, f"the server answered {answer.status_code}")
-        return self._collect(answer.iter_raw(), deadline)  # raw: a compressed body could be far larger than received
-
-    def _collect(self, chunks: Iterable[bytes], deadline: float) -> bytes:
         data = bytearray()
-        for chunk in chunks:
-            data += chunk
-            if len(data) > self._config.max_bytes:
-                raise ImageError.over_max_bytes(len(data), self._config)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not received within {self._config.timeout_s:g} s")
+        async for chunk in answer.aiter_raw():  # raw: a compressed body could be far larger than received
+            self._extend(data, chunk)
         return bytes(data)
+
+    def _extend(self, data: bytearray, chunk: bytes) -> None:
+        data += chunk
+        if len(data) > self._config.max_bytes:
+            raise ImageError.over_max_bytes(len(data), self._config)
 
     def _read_s3(self, uri: str) -> bytes:
         place = _s3_object(uri)
@@ -148,6 +157,14 @@ class Fetcher:
         except (BotoCoreError, ValueError) as error:  # no credentials, a key that is no text
             raise _unreadable(uri, str(error)) from error
 
+    def _collect(self, chunks: Iterable[bytes], deadline: float) -> bytes:
+        data = bytearray()
+        for chunk in chunks:
+            self._extend(data, chunk)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not received within {self._config.timeout_s:g} s")
+        return bytes(data)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._config,)  # connections stay in the process that made them
 
@@ -160,10 +177,18 @@ class Fetcher:
         return s3.client(True, self._config.timeout_s, self._config.fetch_concurrency)
 
     @cached_property
-    def _client(self) -> httpx.Client:
-        return httpx.Client(
-            verify=httpx.create_ssl_context(),
-            timeout=self._config.timeout_s,
+    def _event_loop(self) -> BlockingPortalProvider:
+        """A loop in a thread of its own, for as long as anybody fetches: callers may have a loop of theirs."""
+        return BlockingPortalProvider()
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return httpx.create_ssl_context()
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            verify=self._tls,
+            timeout=None,  # see the deadline in `_follow`
             # No proxy from the environment: it would resolve the host again, after our check.
             trust_env=False,
             # No reuse: connections are made to addresses, and two hosts may share one.
@@ -193,11 +218,12 @@ def read_local(uri: str, config: ImageConfig) -> bytes:
         raise _unreadable(uri, str(error)) from error
 
 
-def _public_address(url: httpx.URL) -> str:
+async def _public_address(url: httpx.URL) -> str:
     """An address of the URL's host, all of whose addresses are on the public internet."""
     if url.scheme != "https" or not url.host:
         raise _forbidden(str(url), "only https:// addresses are fetched")
-    found = socket.getaddrinfo(url.raw_host.decode("ascii"), url.port or 443, type=socket.SOCK_STREAM)
+    host, port = url.raw_host.decode("ascii"), url.port or 443
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
     if not all(_is_public(address) for address in addresses):
         raise _forbidden(str(url), "its host is on a private network")

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from gem_ray.records import Post, ProblemKind, StageName
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from gem_ray.pipeline.lease import Claim
     from gem_ray.pipeline.ledger import Ledger
     from gem_ray.pipeline.source import PostSource
 
@@ -66,17 +67,29 @@ def _rows_per_block(rows: int, stages: Sequence[StageName]) -> int:
     return _FEW_ROWS if {*stages} & _SLOW_STAGES else min(max(_FEW_ROWS, rows // _MANY_BLOCKS), _MANY_ROWS)
 
 
-def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Ledger) -> Any:
-    """Rows of `ANNOTATION_SCHEMA`, for the last pass to write."""
+def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Ledger, claim: Claim) -> Any:
+    """Rows of `ANNOTATION_SCHEMA`, for the last pass to write while the claim holds."""
+    return _finish(dataset, finish_rows, run_id=run_id, models=models, ledger=ledger, claim=claim)
 
-    arguments = {"run_id": run_id, "models": models, "ledger": ledger}
+
+def as_pass_results(dataset: Any, claim: Claim) -> Any:
+    """Rows of `PASS_SCHEMA`, for another pass to go on with, written while the claim holds."""
+    return _finish(dataset, _pass_rows, claim=claim)
+
+
+def _finish(dataset: Any, function: Callable[..., pa.Table], **arguments: Any) -> Any:
     return dataset.map_batches(
-        finish_rows, fn_kwargs=arguments, batch_format="pyarrow", batch_size=None, num_cpus=WRITING_CPUS
+        function, fn_kwargs=arguments, batch_format="pyarrow", batch_size=None, num_cpus=WRITING_CPUS
     )
 
 
-def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Ledger) -> pa.Table:
-    """From a batch of `TRANSIT_SCHEMA` to one of `ANNOTATION_SCHEMA`; counts and logs what became of the posts."""
+def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Ledger, claim: Claim) -> pa.Table:
+    """From a batch of `TRANSIT_SCHEMA` to one of `ANNOTATION_SCHEMA`; counts and logs what became of the posts.
+
+    Raises:
+        FileExistsError: another process has taken the output.
+    """
+    claim.check()
     posts = table_to_posts(table)
     ledger.add_done(len(posts))
     _observers_of_process().count(posts)
@@ -90,9 +103,9 @@ def _observers_of_process() -> PostMetrics:
     return PostMetrics()
 
 
-def as_pass_results(dataset: Any) -> Any:
-    """Rows of `PASS_SCHEMA`, for another pass to go on with."""
-    return dataset.map_batches(pass_table, batch_format="pyarrow", batch_size=None, num_cpus=WRITING_CPUS)
+def _pass_rows(table: pa.Table, claim: Claim) -> pa.Table:
+    claim.check()
+    return pass_table(table)
 
 
 def _add_stage(

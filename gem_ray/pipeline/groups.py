@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
     from gem_ray.config import Config
+    from gem_ray.pipeline.lease import Claim
     from gem_ray.pipeline.ledger import Ledger
     from gem_ray.pipeline.run_directory import Manifest, RunDirectory, RunFolder
 
@@ -124,6 +125,7 @@ class GroupRunner:
         config: Config,
         models: dict[str, str],
         ledger: Ledger,
+        claim: Claim,
         actor: type | None = None,
     ) -> None:
         self.annotated = 0
@@ -134,6 +136,7 @@ class GroupRunner:
         self._config = config
         self._models = models
         self._ledger = ledger
+        self._claim = claim
         self._passes = passes_of(config)
         self._done_before = 0
 
@@ -150,6 +153,7 @@ class GroupRunner:
 
         Raises:
             RunError: a stage or a file gave up.
+            FileExistsError: another process has taken the output.
         """
         if group.name in self._folder.marks("annotated"):
             self._done_before += group.rows
@@ -159,7 +163,13 @@ class GroupRunner:
         self._folder.write(f"marks/{group.name}.annotated", {"rows": group.rows})
 
     def publish(self, group: Group) -> None:
-        """Move the staged rows of an annotated group to where readers look for them."""
+        """Move the staged rows of an annotated group to where readers look for them.
+
+        Raises:
+            RunError: a file gave up.
+            FileExistsError: another process has taken the output.
+        """
+        self._claim.check()
         if group.name not in self._folder.marks("published"):
             staged = self._folder.staged(group.name, len(self._passes) - 1)
             prefix = file_prefix(self._folder, group.name)
@@ -187,10 +197,10 @@ class GroupRunner:
             source = PostSource(self._input, group.files, wanted, self._earlier(group, number))
             dataset = build_graph(source, self._config, self._passes[number], self._ledger, self._actor)
             if is_last:
-                dataset = as_annotations(dataset, self._folder.run_id, self._models, self._ledger)
+                dataset = as_annotations(dataset, self._folder.run_id, self._models, self._ledger, self._claim)
                 self._write(dataset, staged, partition_cols=["status"])
             else:
-                self._write(as_pass_results(dataset), staged)
+                self._write(as_pass_results(dataset, self._claim), staged)
         _check_complete(group, committed_ids(filesystem, checkpoint))
         self.annotated += left * is_last
 
@@ -211,6 +221,7 @@ class GroupRunner:
                 **options,
             )
         except RayError as error:
+            self._claim.check()  # that it is lost is why nothing could be written
             raise self._run_error(error) from error
 
     def _run_error(self, error: RayError) -> RunError:

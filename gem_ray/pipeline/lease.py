@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,16 +20,43 @@ _BEAT_S = 5.0
 _SILENT_BEATS = 6  # after so many a holder is taken for dead
 
 
+@dataclass(frozen=True)
+class Claim:
+    """Who holds an output; goes with every task that writes there, so that none does for a holder who has lost it."""
+
+    directory: RunDirectory
+    owner: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether nobody has taken the output since, as one may who took this process for dead."""
+        return (self.directory.read_json(_FILE) or {}).get("owner") == self.owner
+
+    def check(self) -> None:
+        """Before something is written.
+
+        Raises:
+            FileExistsError: another process has taken the output.
+        """
+        holder = self.directory.read_json(_FILE) or {}
+        if holder.get("owner") != self.owner:
+            raise FileExistsError(_message(self.directory, holder))
+
+
 class Lease:
     """The right to write to an output, for as long as nobody else has taken it.
 
     No clocks are compared: a holder is alive if its file changes while one looks.
+
+    Attributes:
+        claim: what it is told by.
     """
 
     def __init__(self, directory: RunDirectory, beat_s: float = _BEAT_S) -> None:
         self._directory = directory
         self._beat_s = beat_s
-        self._owner = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self.claim = Claim(directory, uuid.uuid4().hex)
+        self._place = {"host": socket.gethostname(), "pid": os.getpid()}
         self._beats = 0
         self._stop = threading.Event()
 
@@ -48,23 +76,8 @@ class Lease:
         finally:
             self._stop.set()
             beating.join()
-            if self.is_held:
+            if self.claim.holds:
                 self._directory.delete(_FILE)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether nobody has taken the output since, as one may who took this process for dead."""
-        return (self._directory.read_json(_FILE) or {}).get("owner") == self._owner["owner"]
-
-    def check(self) -> None:
-        """Before something is published.
-
-        Raises:
-            FileExistsError: another process has taken the output.
-        """
-        holder = self._directory.read_json(_FILE) or {}
-        if holder.get("owner") != self._owner["owner"]:
-            raise FileExistsError(_message(self._directory, holder))
 
     def _wait_for_silence(self) -> None:
         before = self._directory.read_json(_FILE)
@@ -80,7 +93,7 @@ class Lease:
 
     def _is_dead_here(self, holder: Mapping[str, Any]) -> bool:
         """Whether the holder was a process of this machine that is gone: no need to wait for it."""
-        if holder.get("host") != self._owner["host"]:
+        if holder.get("host") != self._place["host"]:
             return False
         try:
             os.kill(int(holder["pid"]), 0)
@@ -92,12 +105,12 @@ class Lease:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._directory.write_json(_FILE, {**self._owner, "beats": self._beats})
+        self._directory.write_json(_FILE, {"owner": self.claim.owner, **self._place, "beats": self._beats})
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self._beat_s):
             with suppress(OSError):  # the next beat tries again
-                if not self.is_held:
+                if not self.claim.holds:
                     return
                 self._beat()
 

@@ -13,7 +13,7 @@ from gem_ray.annotator import models_of
 from gem_ray.data.shards import list_shards
 from gem_ray.pipeline.budget import with_gamma
 from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group, settle_problems
-from gem_ray.pipeline.lease import Lease
+from gem_ray.pipeline.lease import Claim, Lease
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.progress import Report, reporting
 from gem_ray.pipeline.report import write_report
@@ -116,10 +116,10 @@ def annotate_dataset(
         with ray_session(config):
             ledger = Ledger()
             budgeted = with_gamma(config, folder, filesystem, manifest.files, ledger, actor)
-            runner = GroupRunner(directory, folder, filesystem, budgeted, models, ledger, actor)
+            runner = GroupRunner(directory, folder, filesystem, budgeted, models, ledger, lease.claim, actor)
             groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
             with reporting(progress, runner.done, sum(group.rows for group in groups)):
-                _run_groups(runner, groups, directory, lease)
+                _run_groups(runner, groups, directory, lease.claim)
             work = ledger.read()
         summary = RunSummary(
             run_id=folder.run_id,
@@ -136,21 +136,21 @@ def annotate_dataset(
             config=config.model_dump(mode="json"),
         )
         _check_complete(manifest, summary.tally)
-        lease.check()
+        lease.claim.check()
         write_report(directory, summary.to_dict())
         directory.finish(summary.to_dict())
         return summary
 
 
-def _run_groups(runner: GroupRunner, groups: Sequence[Group], directory: RunDirectory, lease: Lease) -> None:
+def _run_groups(runner: GroupRunner, groups: Sequence[Group], directory: RunDirectory, claim: Claim) -> None:
     """Annotate and publish groups; while another run's annotations are there, all are annotated before one is."""
     foreign = [path for path in directory.published() if not runner.owns(path)]
     for group in groups:
         runner.annotate(group)
-        lease.check()
         if not foreign:
             runner.publish(group)
     if foreign:
+        claim.check()
         directory.delete_published(foreign)
         for group in groups:
             runner.publish(group)

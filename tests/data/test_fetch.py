@@ -1,7 +1,9 @@
+import asyncio
 import datetime
 import ipaddress
 import os
 import pickle
+import socket
 import ssl
 import threading
 import time
@@ -148,6 +150,11 @@ class _Site(BaseHTTPRequestHandler):
             for _ in range(50):
                 self.wfile.write(b"x")
                 self.server.stopping.wait(0.1)
+        elif self.path == "/drip-header":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+            for number in range(50):
+                self.wfile.write(b"x-%d: x\r\n" % number)
+                self.server.stopping.wait(0.1)
         else:
             self._answer(404 if self.path == "/gone" else 503, b"")
 
@@ -234,8 +241,28 @@ def test_a_certificate_of_another_host_is_refused(site):
     assert kind_of_failure(f"{site.replace('images', 'other')}/a.jpg", allow_http=True) is UNREADABLE
 
 
-def test_a_server_that_drips_is_given_up(site):
-    assert kind_of_failure(f"{site}/drip", allow_http=True, timeout_s=0.5) is UNREADABLE
+@pytest.mark.parametrize("path", ["drip", "drip-header"])
+def test_a_server_that_drips_is_given_up(site, path):
+    with pytest.raises(ImageError, match=r"not received within 0\.5 s"):
+        Fetcher(ImageConfig(allow_http=True, timeout_s=0.5)).fetch(f"{site}/{path}")
+
+
+@pytest.mark.usefixtures("site")
+def test_a_server_that_does_not_shake_hands_is_given_up():
+    fetcher = Fetcher(ImageConfig(allow_http=True, timeout_s=0.5))
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ImageError, match="not received within"):
+        fetcher.fetch(f"https://images.test:{silent.getsockname()[1]}/a.jpg")
+
+
+def test_images_are_fetched_beside_a_running_event_loop_and_at_once(site):
+    fetcher = Fetcher(ImageConfig(allow_http=True))
+
+    async def in_a_notebook():
+        return fetcher.fetch(f"{site}/a.jpg")
+
+    assert asyncio.run(in_a_notebook()) == b"pixels"
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(fetcher.fetch, [f"{site}/a.jpg"] * 40)) == {b"pixels"}
 
 
 def test_images_are_read_from_s3(s3):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from gem_ray.benchmarks.memory import write_texts
@@ -74,8 +75,31 @@ def test_silent_holder_on_another_machine_loses_the_output_and_notices(output: s
         assert facts is not None
         directory.write_json("_run/lease.json", {**facts, "host": "elsewhere"})
         with Lease(directory, BEAT_S).held() as _, pytest.raises(FileExistsError, match="another process"):
-            lost.check()
+            lost.claim.check()
     assert directory.read_json("_run/lease.json") is None
+
+
+def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_path: Path) -> None:
+    write_texts(tmp_path / "posts", 3_000)
+    settings = ["reranker.enabled=false", "grounder.enabled=false", "pipeline.rows_per_block=20"]
+    directory = RunDirectory(str(tmp_path / "out"))
+    there: list[int] = []
+
+    def staged_rows() -> int:
+        return sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").rglob("staged/**/*.parquet"))
+
+    def take(done: int, total: int) -> None:
+        if done and not there:
+            directory.write_json("_run/lease.json", {"owner": "another", "host": "elsewhere", "pid": 1})
+            time.sleep(1)  # for what was being written
+            there.append(staged_rows())
+
+    with pytest.raises(FileExistsError, match=r"another process .* on elsewhere"):
+        annotate_dataset(
+            tmp_path / "posts", tmp_path / "out", load_config(overrides=settings), actor=PassThrough, progress=take
+        )
+    assert 0 < there[0] == staged_rows() < 3_000
+    assert not directory.published()
 
 
 def test_second_run_to_an_output_is_refused_while_the_first_goes_on(local_ray: None, tmp_path: Path) -> None:
