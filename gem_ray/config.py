@@ -371,6 +371,21 @@ class ServingConfig(_Section):
             raise ValueError(f"max_batch_posts ({self.max_batch_posts}) is above max_in_flight ({self.max_in_flight})")
         return self
 
+    @model_validator(mode="after")
+    def _can_scale(self) -> ServingConfig:
+        """Autoscaling goes by the calls that a stage has at once, of which an ingress makes only so many."""
+        for name in ("knowledge", "tag", "rerank", "ground"):
+            stage: StageReplicas = getattr(self, name)
+            if self.stage_calls is None or stage.max_replicas == stage.min_replicas:
+                continue
+            calls, aim = self.stage_calls * stage.max_replicas, stage.target_ongoing * stage.min_replicas
+            if calls <= aim:
+                raise ValueError(
+                    f"{name} would never have more than min_replicas: an ingress makes {calls} calls at once, and "
+                    f"target_ongoing allows {aim:g}; set stage_calls to null, or lower {name}.target_ongoing"
+                )
+        return self
+
 
 class Config(_Section):
     """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one leaf."""

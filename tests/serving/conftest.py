@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,10 @@ class Running:
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def annotate(self, post: Post, **options: Any) -> httpx.Response:
-        files = {"image": ("image", post.image_bytes)} if post.image_bytes else None
+        """By a form, or for a text alone by JSON."""
+        if post.image_bytes is None:
+            return self.client.post("/v1/annotate", json={"text": post.text}, **options)
+        files = {"image": ("image", post.image_bytes)}
         return self.client.post("/v1/annotate", data={"text": post.text}, files=files, **options)
 
     def replicas(self, deployment: str) -> list[int]:
@@ -65,6 +70,32 @@ class Running:
             return bool(pid)
 
         return [pid for pid in parents if is_ours(parents[pid])]
+
+    @contextmanager
+    def under_load(self, posts: list[Post], clients: int = 12) -> Iterator[list[httpx.Response]]:
+        """Clients that ask on and on while the block runs; gives the list of their answers, which grows."""
+        answers: list[httpx.Response] = []
+        stopped = threading.Event()
+
+        def ask(number: int) -> None:
+            while not stopped.is_set():
+                answers.append(self.annotate(posts[(number + 7 * len(answers)) % len(posts)]))
+
+        with ThreadPoolExecutor(clients) as pool:
+            asking = [pool.submit(ask, number) for number in range(clients)]
+            try:
+                yield answers
+            finally:
+                stopped.set()
+                for each in asking:
+                    each.result()
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 60) -> None:
+        """Until the condition holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come about"
+            time.sleep(0.05)
 
     def reload(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Change the config's file and say so."""
@@ -114,11 +145,32 @@ def wait_until_up(process: subprocess.Popen[str]) -> None:
     pytest.fail("gem-ray serve ended before it listened")
 
 
+@contextmanager
+def running(values: dict[str, Any], folder: Path, **variables: str) -> Iterator[Running]:
+    """A service by a Serve config, which is written to the folder."""
+    values["http_options"]["port"] = free_port()
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    process = start("serve", "--config", config, **variables)
+    try:
+        wait_until_up(process)
+        yield Running(f"http://127.0.0.1:{values['http_options']['port']}", process, config)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+
+
+def nano_values() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "serve_configs" / "nano.yaml").read_text())
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """`serve_configs/nano.yaml` with narrower limits."""
-    values = yaml.safe_load((ROOT / "serve_configs" / "nano.yaml").read_text())
-    values["http_options"]["port"] = free_port()
+    values = nano_values()
     values["applications"][0]["args"] |= {
         "text": {"max_chars": 2000},
         "image": {"max_bytes": 1_000_000, "max_pixels": 10_000_000},
@@ -130,18 +182,30 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             "image_hosts": ALLOWED_HOSTS,
         },
     }
-    config = tmp_path_factory.mktemp("serve") / "config.yaml"
-    config.write_text(yaml.safe_dump(values))
-    process = start("serve", "--config", config)
-    try:
-        wait_until_up(process)
-        yield Running(f"http://127.0.0.1:{values['http_options']['port']}", process, config)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        finally:
-            process.kill()
+    with running(values, tmp_path_factory.mktemp("serve")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def service_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """As nano's, but vLLM reranks all that is a little uncertain, and a second tagger may be started."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    values = nano_values()
+    application = values["applications"][0]
+    application["args"] |= {
+        "reranker": {"engine": "vllm"},
+        "serving": {"tag": {"max_replicas": 2}, "stage_calls": None, "health_check_s": 1},
+    }
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2}
+    quick = {"upscale_delay_s": 1, "downscale_delay_s": 1, "metrics_interval_s": 1, "look_back_period_s": 2}
+    application["deployments"] = [
+        {"name": "ingress", "user_config": {"gamma": 0.01}},
+        {"name": "tag", "autoscaling_config": scaling | quick},
+    ]
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with running(values, tmp_path_factory.mktemp("serve-vllm"), **small) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

@@ -108,3 +108,11 @@ def test_a_batch_must_fit_into_what_is_admitted():
         load_config(overrides=["serving.max_in_flight=8"])
     with pytest.raises(ConfigError, match=r"serving\.tag.*max_replicas"):
         load_config(overrides=["serving.tag.min_replicas=3"])
+
+
+def test_replicas_that_could_never_be_added_are_refused():
+    scaling = ["serving.tag.max_replicas=4", "serving.tag.target_ongoing=4"]
+    with pytest.raises(ConfigError, match=r"tag would never have more than min_replicas: an ingress makes 4 calls"):
+        load_config(overrides=scaling)
+    for mended in ("serving.stage_calls=null", "serving.stage_calls=2", "serving.tag.min_replicas=4"):
+        load_config(overrides=[*scaling, mended])

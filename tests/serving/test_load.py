@@ -11,37 +11,10 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Event
 
 from gem_ray.benchmarks.load import Load
 
 TEXT = "Taylor Swift is in Paris tonight"
-
-
-@contextmanager
-def under_load(service, posts, clients=12):
-    """Clients that ask on and on while the block runs; gives the list of their answers, which grows."""
-    answers, stopped = [], Event()
-
-    def ask(number):
-        while not stopped.is_set():
-            answers.append(service.annotate(posts[(number + 7 * len(answers)) % len(posts)]))
-
-    with ThreadPoolExecutor(clients) as pool:
-        asking = [pool.submit(ask, number) for number in range(clients)]
-        try:
-            yield answers
-        finally:
-            stopped.set()
-            for each in asking:
-                each.result()
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -108,15 +81,15 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
 
         return edit
 
-    with under_load(service, posts) as answers:
+    with service.under_load(posts) as answers:
         service.reload(change(-1, 1.0))  # nonsense changes nothing
         service.reload(change(0.0, 1.0))
-        wait_for(lambda: answers and answers[-1].json().get("gamma") == 0.0)
+        service.wait_for(lambda: answers and answers[-1].json().get("gamma") == 0.0)
         time.sleep(1)  # the grounder's setting is another deployment's
         done = len(answers)
-        wait_for(lambda: len(answers) > done + 24)
+        service.wait_for(lambda: len(answers) > done + 24)
         service.reload(change(0.2, 0.1))
-        wait_for(lambda: answers[-1].json().get("gamma") == 0.2)
+        service.wait_for(lambda: answers[-1].json().get("gamma") == 0.2)
     assert {answer.status_code for answer in answers} == {200}
     late = [answer.json() for answer in answers[done + 12 : done + 24]]
     entities = [entity for row in late for entity in row["entities"] if row["status"] == "ok"]
@@ -130,16 +103,16 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
 
 
 def test_a_process_that_is_killed_costs_no_answer(service, posts):
-    with under_load(service, posts, clients=8) as answers:
-        wait_for(lambda: len(answers) > 16)
+    with service.under_load(posts, clients=8) as answers:
+        service.wait_for(lambda: len(answers) > 16)
         (victim,) = service.replicas("ground")
         os.kill(victim, signal.SIGKILL)
         before = len(answers)
-        wait_for(lambda: service.replicas("ground") not in ([], [victim]))
-        wait_for(lambda: len(answers) > before + 16)
+        service.wait_for(lambda: service.replicas("ground") not in ([], [victim]))
+        service.wait_for(lambda: len(answers) > before + 16)
     assert {answer.status_code for answer in answers} == {200}
     assert {answer.json()["status"] for answer in answers} == {"ok"}
-    wait_for(lambda: service.client.get("/readyz").status_code == 200)
+    service.wait_for(lambda: service.client.get("/readyz").status_code == 200)
 
 
 def test_overload_is_refused_at_once_with_429_and_soon_over(service, assert_problem):
@@ -152,7 +125,7 @@ def test_overload_is_refused_at_once_with_429_and_soon_over(service, assert_prob
     assert statuses[429] > statuses[200] / 4
     refused = sorted(outcome.latencies[429])
     assert refused[len(refused) // 2] < sorted(outcome.latencies[200])[statuses[200] // 2] / 2
-    wait_for(lambda: min(asyncio.run(load.closed(1, 2)).latencies[200]) < 3 * usual, seconds=10)
+    service.wait_for(lambda: min(asyncio.run(load.closed(1, 2)).latencies[200]) < 3 * usual, seconds=10)
 
 
 def test_a_refusal_says_when_to_come_back(service, posts, assert_problem):

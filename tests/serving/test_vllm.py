@@ -1,0 +1,58 @@
+"""vLLM's engine in a replica, and replicas that come and go with the load."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gem_ray.annotator import Annotator
+from gem_ray.config import load_config
+from gem_ray.records import Post
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def engines(service) -> list[int]:
+    return [pid for pid in service.descendants() if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def named(row: dict) -> list[tuple]:
+    return [(e["start"], e["end"], e["fine"], e["reranked"], e["box"] is not None) for e in row["entities"]]
+
+
+def test_answers_are_those_of_the_transformers_engine_in_process(service_with_vllm, posts: list[Post]) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        online: list[httpx.Response] = list(pool.map(service_with_vllm.annotate, posts[:64]))
+    copies = [Post(str(number), post.text, image_bytes=post.image_bytes) for number, post in enumerate(posts[:64])]
+    in_process = Annotator.from_config(load_config(overrides=["filter.gamma=0.01"])).annotate(copy.deepcopy(copies))
+    assert sum(entity.reranked for post in in_process for entity in post.entities) > 40
+    assert [named(answer.json()) for answer in online] == [named(post.annotation()) for post in in_process]
+
+
+def test_an_engine_that_is_killed_costs_no_answer(service_with_vllm, posts: list[Post]) -> None:
+    with service_with_vllm.under_load(posts, clients=6) as answers:
+        service_with_vllm.wait_for(lambda: len(answers) > 12)
+        (victim,) = engines(service_with_vllm)
+        os.kill(victim, signal.SIGKILL)
+        service_with_vllm.wait_for(lambda: engines(service_with_vllm) not in ([], [victim]), seconds=120)
+        before = len(answers)
+        service_with_vllm.wait_for(lambda: len(answers) > before + 12)
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["status"] for answer in answers} == {"ok"}
+
+
+def test_a_second_tagger_comes_with_the_load_and_goes_with_it(service_with_vllm, posts: list[Post]) -> None:
+    assert len(service_with_vllm.replicas("tag")) == 1
+    texts = [Post(post.post_id, post.text) for post in posts]
+    with service_with_vllm.under_load(texts, clients=24) as answers:
+        service_with_vllm.wait_for(lambda: len(service_with_vllm.replicas("tag")) == 2)
+        before = len(answers)
+        service_with_vllm.wait_for(lambda: len(answers) > before + 24)
+    service_with_vllm.wait_for(lambda: len(service_with_vllm.replicas("tag")) == 1)
+    assert {answer.status_code for answer in answers} == {200}
