@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,23 +16,32 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.checkpoints import content_hash, staged
 
+T = TypeVar("T")
+
 
 def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
     """A checkpoint in evaluation mode, with attention that takes a boolean mask."""
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+def save_llava(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path, max_shard_size: str = "5GB"
+) -> None:
     """Write a checkpoint with weights named as published ones are; vLLM knows no other names."""
-    model.save_pretrained(out)
+    model.save_pretrained(out, max_shard_size=max_shard_size)
     processor.save_pretrained(out)
-    file = out / "model.safetensors"
-    # A model that was itself read from such a file comes with the right names already.
-    weights = {
-        re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name): weight
-        for name, weight in load_file(file).items()
-    }
-    save_file(weights, file, metadata={"format": "pt"})
+    for file in out.glob("*.safetensors"):
+        save_file(_with_published_names(load_file(file)), file, metadata={"format": "pt"})
+    index = out / "model.safetensors.index.json"
+    if index.exists():
+        facts = json.loads(index.read_text())
+        index.write_text(json.dumps(facts | {"weight_map": _with_published_names(facts["weight_map"])}))
+
+
+def _with_published_names(by_name: dict[str, T]) -> dict[str, T]:
+    # A model that was itself read from a published file comes with the right names already.
+    vision = re.compile(r"^vision_tower\.(?!vision_model\.)")
+    return {vision.sub("vision_tower.vision_model.", name): value for name, value in by_name.items()}
 
 
 def merged(folder: Path, adapter: Path, dtype: torch.dtype) -> Path:

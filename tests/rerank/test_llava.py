@@ -1,3 +1,4 @@
+import json
 import random
 
 import torch
@@ -12,6 +13,8 @@ from gem_ray.rerank.encoding import count_image_tokens
 from gem_ray.rerank.llava import save_llava
 from gem_ray.rerank.tokenizer import train_tokenizer
 
+INDEX = "model.safetensors.index.json"
+
 
 def test_weights_are_named_as_in_published_checkpoints_however_often_they_are_saved(base, tmp_path):
     before = load_file(base / "model.safetensors")
@@ -23,6 +26,20 @@ def test_weights_are_named_as_in_published_checkpoints_however_often_they_are_sa
     after = load_file(tmp_path / "model.safetensors")
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_large_checkpoints_are_saved_in_shards_with_published_names(base, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    save_llava(model, LlavaProcessor.from_pretrained(base), tmp_path, max_shard_size="100KB")
+    before, places = load_file(base / "model.safetensors"), json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    assert len(set(places.values())) > 1
+    assert places.keys() == before.keys()
+    for name, file in places.items():
+        assert torch.equal(load_file(tmp_path / file)[name], before[name])
+    again, information = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not information["missing_keys"]
+    assert not information["unexpected_keys"]
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
 def test_the_default_size_stays_below_two_million_parameters(tmp_path):
