@@ -151,7 +151,7 @@ function said(entity) {
   }
   if (!answer.image_width || entity.match_score === null) return route;
   if (!entity.box) return `${route} The image does not show it.`;
-  return entity.heatmap ? `${route} The heat map is where the matcher saw it; the dot is its peak.` : route;
+  return entity.heatmap ? `${route} Its heat map, shown while it is chosen, is where the matcher saw it; the dot is the peak.` : route;
 }
 
 const mentionOf = (target) => {
