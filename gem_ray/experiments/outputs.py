@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from gem_ray.experiments.definition import Experiment, Row
 from gem_ray.experiments.plot import plot
 from gem_ray.experiments.results import Results, collect, main_input, read_runs
 from gem_ray.experiments.table import markdown, table_csv
+from gem_ray.tagger.recipe import load_recipe
 from gem_ray.taxonomy import LABEL_SETS
 
 
@@ -87,10 +88,22 @@ def _facts(experiment: Experiment, out: Path) -> list[str]:
     if trained:
         facts.append(
             f"Taggers were trained on {', '.join(sorted({str(result['train']) for result in trained}))} posts by the "
-            f"recipe `{experiment.recipe}` ({', '.join(sorted({result['recipe']['encoder'] for result in trained}))}), "
+            f"recipe `{experiment.recipe}` ({', '.join(sorted({result['recipe']['encoder'] for result in trained}))})"
+            f"{_changes(experiment.recipe, [result['recipe'] for result in trained])}, "
             "the epoch chosen on dev; mean ± standard deviation over seeds."
         )
     return facts
+
+
+def _changes(preset: str, recipes: Sequence[Mapping[str, Any]]) -> str:
+    """The settings that all runs share and the preset has not: `--set`, or the experiment's own."""
+    usual = load_recipe(preset).model_dump(mode="json")
+    said_elsewhere = ("encoder", "device", "seed")
+    common = [key for key in usual if all(recipe[key] == recipes[0][key] for recipe in recipes)]
+    changed = [
+        f"{key}={recipes[0][key]}" for key in common if recipes[0][key] != usual[key] and key not in said_elsewhere
+    ]
+    return f" with {', '.join(changed)}" if changed else ""
 
 
 def _differences(experiment: Experiment, out: Path, posts: Posts) -> dict[str, Difference]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -85,6 +86,9 @@ def test_the_table_has_measured_and_quoted_rows_and_says_which(
     assert "A correction." in table
     assert "Not run: no reranker." in table
     assert "the posts have no images" in table
+    # What all runs share and the preset has not: nothing of the variant without CRF, or of GMNER.
+    assert re.search(r"with [^\n]*epochs=2, batch_size=4, [^\n]*head_lr=0\.05, the epoch chosen", table)
+    assert "crf=" not in table
     lines = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     assert {line["source"] for line in lines} == {"measured", "quoted: A paper"}
     theirs = next(line for line in lines if line["row"] == "Theirs")
