@@ -46,12 +46,12 @@ RecipeOption = Annotated[
 def labelled_posts(data: Path, split: str, images: Path | None = None, labels: str = "fmnerg") -> list[Post]:
     """Posts with gold, from shards or from a Twitter10000 root."""
     from gem_ray.data.convert import embedded
-    from gem_ray.data.shards import read_posts
+    from gem_ray.data.shards import read_labelled
     from gem_ray.data.twitter10000 import read_split
     from gem_ray.taxonomy import LABEL_SETS
 
     if not (data / "txt_fine").is_dir():
-        return list(read_posts(data))
+        return read_labelled(data, LABEL_SETS[labels])
     posts = read_split(data, split, LABEL_SETS[labels], images)
     return list(embedded(posts, images)) if images else posts
 

@@ -133,9 +133,10 @@ def train_matcher_command(
     from gem_ray.grounding.matcher_recipe import MatcherTraining
     from gem_ray.grounding.train_matcher import train_matcher
 
-    chosen_by = _dev_posts(data, dev, dev_split, images)
     settings = parse_settings(MatcherTraining, parse_overrides(set_))
-    report = train_matcher(labelled_posts(data, split, images), chosen_by, base, out, settings, report=_print_step)
+    chosen_by = _dev_posts(data, dev, dev_split, images, settings.labels)
+    posts = labelled_posts(data, split, images, settings.labels)
+    report = train_matcher(posts, chosen_by, base, out, settings, report=_print_step)
     typer.echo(f"{report}\nmodel: {out}")
 
 

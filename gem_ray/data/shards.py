@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gem_ray.data.files import open_filesystem
 from gem_ray.data.prepare import ERROR_FIELD, post_from_row, row_from_post
 from gem_ray.data.webdataset import count_rows_in_tar, rows_from_tar
 from gem_ray.records import INPUT_SCHEMA, Post
+from gem_ray.taxonomy import FMNERG, GMNER, LabelSet, gmner_category
 
 PARQUET_SUFFIXES = (".parquet",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -46,6 +48,23 @@ def read_posts(path: str | Path, limit: int | None = None) -> Iterator[Post]:
     filesystem, files = list_shards(path)
     rows = chain.from_iterable(shard_rows(filesystem, file) for file in files)
     return islice((post_from_row(row) for _, row in rows), limit)
+
+
+def read_labelled(path: str | Path, labels: LabelSet) -> list[Post]:
+    """As `read_posts`, with gold under a label set: GMNER's categories follow from fine ones.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_posts`.
+    """
+    posts = list(read_posts(path))
+    return [_as_gmner(post) for post in posts] if labels.name == GMNER.name else posts
+
+
+def _as_gmner(post: Post) -> Post:
+    if post.gold is None:
+        return post
+    gold = [replace(g, fine=gmner_category(g.fine) if g.fine in FMNERG.parent else g.fine) for g in post.gold]
+    return replace(post, gold=gold)
 
 
 def list_shards(path: str | Path) -> tuple[fs.FileSystem, list[str]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from gem_ray.config import ConfigError
-from gem_ray.data.shards import read_posts
+from gem_ray.data.shards import read_labelled
 from gem_ray.data.twitter10000 import read_split
 from gem_ray.records import Post
-from gem_ray.taxonomy import FMNERG, GMNER, LABEL_SETS, gmner_category
+from gem_ray.taxonomy import LABEL_SETS
 
 Posts = Callable[[str, str], list[Post]]
 """`(split, label set) → posts`; splits are `train` and `dev`."""
@@ -36,11 +35,4 @@ def read_experiment_posts(data: Path, split: str, labels: str) -> list[Post]:
         if split != "dev" or (data / "train").is_dir():
             raise ConfigError(f"{data} has no {split} posts: put shards in {folder}, or give a Twitter10000 root")
         folder = data
-    return [_under(labels, post) for post in read_posts(folder)]
-
-
-def _under(labels: str, post: Post) -> Post:
-    if labels != GMNER.name or post.gold is None:
-        return post
-    gold = [replace(g, fine=gmner_category(g.fine) if g.fine in FMNERG.parent else g.fine) for g in post.gold]
-    return replace(post, gold=gold)
+    return read_labelled(folder, LABEL_SETS[labels])

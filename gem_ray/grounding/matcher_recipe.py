@@ -14,6 +14,7 @@ class MatcherTraining(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    labels: Literal["fmnerg", "gmner"] = Field("fmnerg", description="whose categories stand beside the names")
     learning_rate: float = Field(5e-5, gt=0)
     epochs: PositiveInt = 1
     batch_size: PositiveInt = Field(16, description="posts, each with all its pairs, in a batch")

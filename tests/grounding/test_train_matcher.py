@@ -4,18 +4,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer.main
 from PIL import Image
 from transformers import BlipForImageTextRetrieval
 from transformers.models.blip.modeling_blip import BlipVisionEmbeddings
 
+from gem_ray.cli import app
 from gem_ray.config import ConfigError, parse_config
+from gem_ray.data.shards import write_posts
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Matcher, Query
 from gem_ray.grounding.matcher_recipe import MatcherTraining
-from gem_ray.grounding.pairs import Pair, PairsOfPosts, build_pairs
+from gem_ray.grounding.pairs import Pair, PairsOfPosts, build_pairs, gold_pairs
 from gem_ray.grounding.train_matcher import train_matcher
 from gem_ray.nano.blip import BlipSize, build_blip
 from gem_ray.records import Box, GoldEntity, Post
+from gem_ray.taxonomy import gmner_category
 
 BOX = (Box(0, 0, 8, 8),)
 RED, BLUE = (220, 20, 20), (20, 20, 220)
@@ -214,3 +218,19 @@ def test_balanced_weights_let_present_and_absent_pairs_count_alike():
     labels = [pair.present for group in data.pairs for pair in group]
     absent, present = data.weights()
     assert absent * labels.count(False) == pytest.approx(present * labels.count(True))
+
+
+def test_the_command_asks_by_the_categories_of_the_label_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_posts(color_posts(), tmp_path / "posts")
+    asked: list[set[str]] = []
+
+    def note(posts: list[Post], dev: list[Post], *_: object, **__: object) -> dict[str, object]:
+        asked.append({pair.category for each in (posts, dev) for one in each for pair in gold_pairs(one)})
+        return {}
+
+    monkeypatch.setattr("gem_ray.grounding.train_matcher.train_matcher", note)
+    arguments = ["train", "matcher", "--data", tmp_path / "posts", "--dev", tmp_path / "posts", "--out", tmp_path / "m"]
+    for extra in ([], ["--set", "labels=gmner"]):
+        typer.main.get_command(app).main([str(each) for each in [*arguments, *extra]], standalone_mode=False)
+    fine = {gold.fine for one in color_posts() for gold in one.gold or ()}
+    assert asked == [fine, {gmner_category(category) for category in fine}]
