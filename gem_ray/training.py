@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +38,7 @@ def training_arguments(recipe: CommonSettings, checkpoints: Path, **particular: 
 
     Args:
         recipe: of the training.
+        inputs: what else decides on its outcome, by name: hashes of posts and of the model that it begins with.
         checkpoints: folder for checkpoints.
         particular: further arguments of `TrainingArguments`.
     """
@@ -60,25 +63,28 @@ def training_arguments(recipe: CommonSettings, checkpoints: Path, **particular: 
     return arguments
 
 
-def last_checkpoint(folder: Path, recipe: BaseModel, may_begin: bool) -> str | None:
-    """Where a training goes on; where none was begun, its recipe is put there.
+def last_checkpoint(folder: Path, recipe: BaseModel, inputs: Mapping[str, str], may_begin: bool) -> str | None:
+    """Where a training goes on; where none was begun, what it is is put there.
 
     Args:
         folder: of `transformers.Trainer`'s checkpoints.
         recipe: of the training.
+        inputs: what else decides on its outcome, by name: hashes of posts and of the model that it begins with.
         may_begin: this process is the one that writes.
 
     Raises:
-        ConfigError: another recipe is there.
+        ConfigError: a training with another recipe, or of other inputs, is there.
     """
-    file = folder / "recipe.json"
+    file = folder / "begun.json"
+    this = {"recipe": recipe.model_dump(mode="json"), **inputs}
     if file.is_file():
-        if type(recipe).model_validate_json(file.read_text(encoding="utf-8")) != recipe:
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        if different := [name for name in this if begun.get(name) != this[name]]:
             raise ConfigError(
-                f"{folder} holds a training that was begun with another recipe ({file.name}): use the same one, "
-                "another output folder, or remove the checkpoints"
+                f"{folder} holds a training that was begun with another {' and '.join(different)} ({file.name}): use "
+                "the same, another output folder, or remove the checkpoints"
             )
     elif may_begin:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(recipe.model_dump_json(indent=2), encoding="utf-8")
+        file.write_text(json.dumps(this, indent=2), encoding="utf-8")
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None

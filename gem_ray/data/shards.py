@@ -253,8 +253,10 @@ def _names(suffixes: tuple[str, ...]) -> str:
 
 
 def fingerprint(posts: Iterable[Post]) -> str:
-    """A short hash of posts: their ids, texts, knowledge and gold."""
+    """A short hash of posts: their ids, texts, knowledge, gold and images."""
     digest = hashlib.sha256()
     for post in posts:
-        digest.update(repr((post.post_id, post.text, post.caption, post.knowledge, post.gold)).encode())
+        facts = (post.post_id, post.text, post.caption, post.knowledge, post.gold, post.image_uri)
+        digest.update(repr(facts).encode())
+        digest.update(post.image_bytes or b"")
     return digest.hexdigest()[:16]

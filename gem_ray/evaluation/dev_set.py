@@ -14,6 +14,7 @@ from gem_ray.evaluation.calibration import JudgedEntity
 from gem_ray.evaluation.predictions import iterate_predictions
 from gem_ray.evaluation.rules import EvaluationError, Rules, Verdict, judge
 from gem_ray.records import Entity, GoldEntity, Post, StageName
+from gem_ray.rerank.uncertainty import candidates_offered
 from gem_ray.taxonomy import LABEL_SETS
 
 _BLOCK = 256  # posts in memory with their images
@@ -106,7 +107,7 @@ class ConfiguredReranker:
 
     def __init__(self, config: Config) -> None:
         everything = _with(config, "filter", gamma=0.0)
-        self._k = config.filter.k
+        self._k = candidates_offered(LABEL_SETS[config.labels], config.filter.k)
         self._stages = [build_stage(name, everything) for name in (StageName.LOAD_IMAGE, StageName.RERANK)]
 
     def __call__(self, posts: Sequence[Post]) -> list[list[str | None]]:

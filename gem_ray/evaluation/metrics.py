@@ -198,8 +198,12 @@ def _anything(predicted: Mention, gold: Mention) -> bool:
 
 def _count_right(pairs: Sequence[Pair], condition: Condition) -> int:
     """How many mentions are right; `text-key` may pair one mention with several, and it still counts once."""
-    right = [pair for pair in pairs if condition(*pair)]
-    return min(len({predicted for predicted, _ in right}), len({gold for _, gold in right}))
+    right: dict[tuple[object, ...], tuple[set[Mention], set[Mention]]] = defaultdict(lambda: (set(), set()))
+    for predicted, gold in pairs:
+        if condition(predicted, gold):
+            for side, mention in zip(right[gold.post_id, gold.place], (predicted, gold), strict=True):
+                side.add(mention)
+    return sum(min(map(len, sides)) for sides in right.values())
 
 
 def _region_scores(rules: Rules, pairs: Sequence[Pair], gold: Sequence[Mention]) -> Scores:

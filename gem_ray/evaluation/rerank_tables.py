@@ -14,6 +14,7 @@ from gem_ray.config import Config
 from gem_ray.evaluation.calibration import JudgedEntity, calibrate
 from gem_ray.evaluation.rules import EvaluationError, Rules, judge
 from gem_ray.records import Post, StageName
+from gem_ray.rerank.uncertainty import candidates_offered
 from gem_ray.taxonomy import LABEL_SETS
 
 Seen = Literal["own", "grey", "other"]
@@ -73,7 +74,7 @@ def measure_reranker(
     Raises:
         EvaluationError: no post has gold, or no entity could be asked about.
     """
-    own = config.filter.k
+    own = candidates_offered(LABEL_SETS[config.labels], config.filter.k)
     variants = [*(Variant(k) for k in sorted({*ks, own})), Variant(own, "grey"), Variant(own, "other")]
     judged: dict[Variant, list[JudgedEntity]] = {variant: [] for variant in variants}
     golds = 0

@@ -36,9 +36,14 @@ def read_runs(out: Path, variant: str | None) -> list[tuple[Path, dict[str, Any]
     """Folder and result of every finished run of a variant, by seed."""
     if variant is None:
         return []
+    folders = [run_folder(out, variant, seed) for seed in seeds_of_runs(out, variant)]
+    return [(folder, json.loads((folder / RESULT).read_text(encoding="utf-8"))) for folder in folders]
+
+
+def seeds_of_runs(out: Path, variant: str) -> list[int]:
+    """The seeds with which a variant has been run to its end."""
     files = (out / "runs" / variant).glob(f"seed-*/{RESULT}")
-    order = sorted(files, key=lambda file: int(file.parent.name.removeprefix("seed-")))
-    return [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in order]
+    return sorted(int(file.parent.name.removeprefix("seed-")) for file in files)
 
 
 def collect(experiment: Experiment, out: Path) -> Results:

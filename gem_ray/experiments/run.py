@@ -17,7 +17,7 @@ from gem_ray.data.shards import fingerprint
 from gem_ray.experiments.data import Posts
 from gem_ray.experiments.definition import Experiment, Variant
 from gem_ray.experiments.outputs import write_results
-from gem_ray.experiments.results import RESULT, run_folder
+from gem_ray.experiments.results import RESULT, run_folder, seeds_of_runs
 from gem_ray.experiments.system import (
     annotate_and_score,
     device_of,
@@ -71,10 +71,16 @@ def run_experiment(
     """
     read = cache(posts)
     chosen = _chosen(experiment, only)
+
+    def run_of(variant: Variant, seed: int) -> _Run:
+        recipe = experiment.recipe_of(variant, seed, overrides or {})
+        return _Run(experiment, variant, seed, recipe, base or load_config(), out)
+
+    for variant in experiment.variants:
+        for seed in seeds_of_runs(out, variant.name):
+            run_of(variant, seed).finished(read)  # all that is there comes into the table
     plan = [
-        _Run(
-            experiment, variant, seed, experiment.recipe_of(variant, seed, overrides or {}), base or load_config(), out
-        )
+        run_of(variant, seed)
         for seed in range(seeds)
         for variant in _with_their_tagger(chosen)
         if variant.is_trained or seed == 0
@@ -206,11 +212,17 @@ class _Run:
     def _train(self, read: Posts, recipe: TaggerTraining) -> dict[str, Any]:
         """Train the tagger, or go on, or find it done."""
         file = self.model / "training.json"
+        what = {"recipe": recipe.model_dump(mode="json", exclude={"device"}), "data": self._data(read)}
         if not file.is_file():
             train = read("train", recipe.labels)
             report = train_tagger(train, read("dev", recipe.labels), self.model, recipe)
-            file.write_text(json.dumps({"train": len(train), **report}), encoding="utf-8")
-        return json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({"of": what, "report": {"train": len(train), **report}}), encoding="utf-8")
+        done = json.loads(file.read_text(encoding="utf-8"))
+        if done["of"] != what:
+            raise ConfigError(
+                f"{self.model} was trained by another recipe or on other posts: use another output folder, or remove it"
+            )
+        return done["report"]
 
 
 def _forget_models(done: Sequence[_Run], to_do: Sequence[_Run]) -> None:

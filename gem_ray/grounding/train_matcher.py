@@ -22,8 +22,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from gem_ray.checkpoints import resolve
+from gem_ray.checkpoints import content_hash, resolve
 from gem_ray.data.images import ImageLoader
+from gem_ray.data.shards import fingerprint
 from gem_ray.device import torch_device
 from gem_ray.grounding.blip import encode_images, encode_texts
 from gem_ray.grounding.decision import Decision, best_threshold
@@ -63,7 +64,7 @@ def train_matcher(
         with dev posts `dev`: the `accuracy` of present-or-not and the `threshold` at which it is reached.
 
     Raises:
-        ConfigError: a training with another recipe was begun there.
+        ConfigError: a training with another recipe, base or other posts was begun there.
         ValueError: no post has a gold mention, or none an image.
     """
     settings = settings or MatcherTraining()
@@ -81,7 +82,12 @@ def train_matcher(
     # Dev asks for gold mentions alone, each counting once.
     dev_data = PairsOfPosts(dev, MatcherTraining()) if dev else None
     trainer = _MatcherTrainer(model, images, data, dev_data, texts, out / _CHECKPOINTS, settings, report)
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / _CHECKPOINTS, settings, may_begin=True))
+    inputs = {
+        "set of posts": fingerprint(train),
+        "set of dev posts": fingerprint(dev),
+        "base": content_hash(folder),
+    }
+    trainer.train(resume_from_checkpoint=last_checkpoint(out / _CHECKPOINTS, settings, inputs, may_begin=True))
     model.save_pretrained(out)
     texts.tokenizer.save_pretrained(out)
     BlipImageProcessorPil.from_pretrained(folder).save_pretrained(out)

@@ -233,11 +233,12 @@ def _logits(text: dict[str, int]) -> int:
 def _adapter(config: Config, language: stacks.Stack, size: int) -> tuple[ModelNeed, ...]:
     """vLLM holds the adapter beside the weights, padded to the largest rank; transformers merges it into them."""
     settings = config.reranker
-    if settings.adapter is None:
+    references = settings.adapter_references
+    if not references:
         return ()
     ins_and_outs = 9 * language.width + 2 * language.kv_width + 3 * language.mlp  # of the seven linear layers
-    parameters = settings.max_lora_rank * language.layers * ins_and_outs
-    name = settings.adapter.rpartition("/")[2]
+    parameters = len(references) * settings.max_lora_rank * language.layers * ins_and_outs
+    name = ", ".join(name.rpartition("/")[2] for name in references)
     source = f"rank {settings.max_lora_rank} on the language model's linear layers"
     return (ModelNeed("reranker_adapter", name, source, parameters, settings.dtype, 0, size * parameters, 0),)
 

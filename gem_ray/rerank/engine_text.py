@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,8 +32,6 @@ class TextEngine:
         template: the conversation around `{question}`; none: the tokenizer's own, or `Answer:` after it.
     """
 
-    prompt_format = BARE
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -44,6 +43,7 @@ class TextEngine:
         self.counts: Counter[str] = Counter()
         self._model, self._batch_size = model, batch_size
         control = tuple(sorted(tokenizer.get_added_vocab()))
+        self.prompt_format = PromptFormat(BARE.template, control)
         self._conversation = PromptFormat(template or _template_of(tokenizer), control)
         self._encoder = RequestEncoder(tokenizer, model.config, max_length, self._conversation)
 
@@ -86,7 +86,8 @@ class TextEngine:
         return [item if isinstance(item, RequestError) else next(following) for item in encoded]
 
     def _wrapped(self, request: Request) -> Request:
-        asked = question(request, caption=True, hint=False)
+        caption = request.caption and self.prompt_format.without_control_tokens(request.caption)
+        asked = question(replace(request, caption=caption), caption=True, hint=False)
         return Request(request.image, self._conversation.wrap(asked), request.choices)
 
     @torch.inference_mode()

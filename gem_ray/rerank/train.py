@@ -23,8 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from gem_ray.checkpoints import resolve
+from gem_ray.checkpoints import content_hash, resolve
 from gem_ray.config import ConfigError
+from gem_ray.data.shards import fingerprint
 from gem_ray.device import torch_device
 from gem_ray.records import Post
 from gem_ray.rerank.candidates import training_candidates
@@ -69,7 +70,8 @@ def train_reranker(
         `entities`, `steps`, and the mean loss of the first and of the last report.
 
     Raises:
-        ConfigError: a training with another recipe was begun there, or bitsandbytes is asked for and not installed.
+        ConfigError: a training with another recipe, base or other posts was begun there, or bitsandbytes is asked for
+            and not installed.
         ValueError: no post has both a gold entity and an image that can be read.
     """
     labels = LABEL_SETS[settings.labels]
@@ -81,7 +83,9 @@ def train_reranker(
     encoder = SampleEncoder(model.get_base_model(), processor, settings.max_length, prompt_format)
     samples = EntitySamples(posts, encoder, rule, settings)
     trainer = prepare(_trainer(model, encoder, samples, settings, out / _CHECKPOINTS, report))
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / _CHECKPOINTS, settings, trainer.is_world_process_zero()))
+    inputs = {"set of posts": fingerprint(posts), "base": content_hash(folder)}
+    begun = last_checkpoint(out / _CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
+    trainer.train(resume_from_checkpoint=begun)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
         # What a reader of the adapter can look for; the path on this machine would tell them nothing.

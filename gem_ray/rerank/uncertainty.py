@@ -18,13 +18,13 @@ class UncertaintyFilter:
     Args:
         labels: the categories that the logits are about.
         gamma: entropy in nats above which an entity is hard.
-        k: how many of the most probable categories become candidates; a set without hierarchy offers all of its own.
+        k: how many of the most probable categories become candidates; see `candidates_offered`.
     """
 
     def __init__(self, labels: LabelSet, gamma: float = 0.2, k: int = 5):
         self._labels = labels
         self._gamma = gamma
-        self._k = min(k, len(labels.fine)) if labels.is_hierarchical else len(labels.fine)
+        self._k = candidates_offered(labels, k)
         self._index = {fine: position for position, fine in enumerate(labels.fine)}
 
     @classmethod
@@ -51,6 +51,11 @@ class UncertaintyFilter:
     def is_hard(self, entity: Entity) -> bool:
         """True if the entity goes to the reranker: its entropy is above γ."""
         return entity.entropy > self._gamma
+
+
+def candidates_offered(labels: LabelSet, k: int) -> int:
+    """How many categories become candidates: K, or all of a set without hierarchy (§3.3.1)."""
+    return min(k, len(labels.fine)) if labels.is_hierarchical else len(labels.fine)
 
 
 def gamma_for_share(entropies: Sequence[float] | np.ndarray, share: float) -> float:

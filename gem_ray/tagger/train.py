@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer
 
 from gem_ray.checkpoints import resolve
+from gem_ray.data.shards import fingerprint
 from gem_ray.records import Post
 from gem_ray.tagger.card import write_card
 from gem_ray.tagger.checkpoint import load_encoder, load_tagger, save_tagger
@@ -56,7 +57,7 @@ def train_tagger(
         directory, read back. Scores are as `scores.Scores`.
 
     Raises:
-        ConfigError: a training with another recipe was begun there.
+        ConfigError: a training with another recipe, or on other posts, was begun there.
         ValueError: no training post has both words and `gold`.
     """
     torch.manual_seed(settings.seed)
@@ -64,7 +65,9 @@ def train_tagger(
     views = TrainingViews(train, features, settings)
     objective = TrainingObjective(_new_model(settings, views), settings)
     trainer = prepare(TaggerTrainer(objective, views, dev, features, out / _CHECKPOINTS, progress))
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / _CHECKPOINTS, settings, trainer.is_world_process_zero()))
+    inputs = {"set of posts": fingerprint(train), "set of dev posts": fingerprint(dev)}
+    begun = last_checkpoint(out / _CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
+    trainer.train(resume_from_checkpoint=begun)
     report = _history(trainer)
     if not trainer.is_world_process_zero():
         return report

@@ -292,6 +292,21 @@ def test_text_key_keeps_categories_apart():
     assert counts(report.span) == counts(report.eeg) == (1, 1, 2)
 
 
+def test_text_key_counts_within_each_post():
+    """One post has two gold mentions of a text and one prediction, another the reverse: two are right, not three."""
+    tokens = ["Paris", "loves", "Paris"]
+    golds = [
+        gold_post(GoldEntity(0, 1, "city"), GoldEntity(2, 3, "musician"), tokens=tokens, post_id="a"),
+        gold_post(GoldEntity(0, 1, "city"), tokens=tokens, post_id="b"),
+    ]
+    city, state = entity(0, 1, "city", tokens=tokens), entity(2, 3, "state", tokens=tokens)
+    found = [
+        predicted_post(city, tokens=tokens, post_id="a"),
+        predicted_post(city, state, tokens=tokens, post_id="b"),
+    ]
+    assert counts(evaluate(golds, found, protocol="text-key").span) == (2, 3, 3)
+
+
 def test_text_key_never_counts_more_right_than_there_are():
     gold = gold_post(GoldEntity(8, 9, "city"))
     found = predicted_post(entity(8, 9, "city"), entity(8, 9, "state"), entity(8, 9, "country"))

@@ -175,9 +175,28 @@ def test_results_of_another_recipe_or_configuration_are_not_mixed_in(
         run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"], base=shorter)
     with pytest.raises(ConfigError, match="result of other posts"):
         run.run_experiment(experiment, lambda *which: posts(*which)[1:], tmp_path, seeds=1, only=["full"])
+    # Nor into a table in which only other variants, or fewer seeds, are run now.
+    with pytest.raises(ConfigError, match=r"full/seed-0/result\.json has the result of another recipe"):
+        run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["no-crf"], overrides={"epochs": 3})
     # Where it runs, and how fast, does not matter.
     faster = load_config(overrides=["tagger.batch_tokens=64", "pipeline.tag.threads=2", "filter.gamma=0.7"])
     run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"], overrides={"device": "cuda"}, base=faster)
+
+
+def test_a_tagger_of_another_recipe_is_not_taken_over_from_an_interrupted_run(
+    experiment: Experiment, posts: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "annotate_and_score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])
+    for read, overrides in ((posts, {"epochs": 3}), (lambda *which: posts(*which)[1:], {})):
+        with pytest.raises(ConfigError, match="was trained by another recipe or on other posts"):
+            run.run_experiment(experiment, read, tmp_path, seeds=1, only=["full"], overrides=overrides)
+    assert run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])["rows"]["all on"]
 
 
 def test_a_model_that_is_not_there_costs_its_row_alone(experiment: Experiment, posts: Read, tmp_path: Path) -> None:

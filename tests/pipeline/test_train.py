@@ -1,5 +1,6 @@
 """The tagger's training on two workers of a real Ray, over gloo."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ def test_workers_that_fail_are_explained_in_a_sentence(
     settings: TaggerTraining, posts: list[Post], tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "recipe.json").write_text(settings.changed(epochs=9).model_dump_json())
+    begun = {"recipe": settings.changed(epochs=9).model_dump(mode="json")}
+    (tmp_path / "checkpoints" / "begun.json").write_text(json.dumps(begun))
     with pytest.raises(RuntimeError, match="begun with another recipe") as error:
         train_tagger_on_workers(posts, posts, tmp_path, settings, 2)
     assert "\n" not in str(error.value)

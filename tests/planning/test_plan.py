@@ -198,6 +198,9 @@ def test_an_adapter_of_vllm_is_as_large_as_peft_makes_it() -> None:
         model = get_peft_model(llava(layers=2), LoraConfig(r=64, target_modules=linear))
     (_llava, adapter) = stage_need(StageName.RERANK, load_config("one-gpu"), 24 * GIB).models
     assert adapter.parameters == 16 * model.get_nb_trainable_parameters()[0]  # 32 layers
+    several = load_config("one-gpu", overrides=["reranker.adapters={a: models/a, b: models/b}"])
+    (_llava, adapters) = stage_need(StageName.RERANK, several, 24 * GIB).models
+    assert adapters.parameters == 3 * adapter.parameters  # vLLM keeps a place for each
 
 
 def test_cached_keys_and_values_by_hand() -> None:

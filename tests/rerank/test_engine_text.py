@@ -93,3 +93,14 @@ def _log_likelihood(model, tokenizer, prompt: str, answer: str) -> float:
     with torch.no_grad():
         scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(float(scores[place - 1, ids[place]]) for place in range(len(start), len(ids)))
+
+
+def test_control_tokens_of_a_post_and_its_caption_are_words(engine: TextEngine, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.eos_token
+    prompts = []
+    for words, caption in ((WORDS, "a red dog"), ([*WORDS, end], f"a red {end} dog")):
+        prompt = build_prompt(words, 7, 8, ("city", "music"), engine.prompt_format)
+        wrapped = engine._wrapped(Request(IMAGE, prompt, ("city", "music"), caption)).prompt
+        prompts.append(tokenizer.encode(wrapped).count(tokenizer.eos_token_id))
+    assert prompts[0] == prompts[1]

@@ -1,6 +1,7 @@
 """A training that is killed goes on as if nothing had been."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,6 @@ def test_a_training_with_another_recipe_is_not_gone_on_with(
         train_tagger(posts, posts, tmp_path, settings, kill_at(4))
     with pytest.raises(ConfigError, match="begun with another recipe"):
         train_tagger(posts, posts, tmp_path, settings.changed(epochs=4))
+    others = [replace(post, text=f"{post.text} !") for post in posts]
+    with pytest.raises(ConfigError, match=r"begun with another set of posts \(begun\.json\)"):
+        train_tagger(others, posts, tmp_path, settings)
