@@ -32,6 +32,9 @@ from gem_ray.records import ProblemKind
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _USERINFO = re.compile(r"//[^/]*@")
 _MAX_REDIRECTS = 4
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+# Which Python takes for public: NAT64 of one's own network (RFC 8215), and old ways to carry IPv4 addresses.
+_INSIDE = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96")))
 
 # boto3 asks again when a request fails, until its budget for that is used up, and never for a body that breaks off.
 _PAUSES_S = (1, 2, 4, 8, 16)
@@ -235,8 +238,12 @@ def _is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         # Addresses that carry an IPv4 address lead where that one leads.
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
         if inner:
             return _is_public(str(inner))
+        if ip.is_site_local or any(ip in network for network in _INSIDE):
+            return False
     return ip.is_global and not ip.is_multicast
 
 

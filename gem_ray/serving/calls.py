@@ -13,14 +13,14 @@ from typing import Any, Protocol
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from gem_ray.records import Post, StageName
+from gem_ray.records import Post, ProblemKind, StageName
 
 
 class StageHandle(Protocol):
     """What is needed of a Serve `DeploymentHandle` of `StageReplica`."""
 
-    def remote(self, posts: list[Post]) -> Any:
-        """An awaitable of the posts, which can be cancelled."""
+    def remote(self, posts: list[Post], alone: bool) -> Any:
+        """An awaitable of the posts, which can be cancelled; `alone`: in no batch with others."""
 
 
 class BusyError(Exception):
@@ -71,11 +71,11 @@ class StageCalls:
         self._last_call_s = 0.0
 
     async def __call__(self, post: Post) -> Post:
-        """The stage's answer about a post.
+        """The stage's answer about a post; a post over which two processes of the stage died has failed there.
 
         Raises:
             BusyError: the deployment's queue is full.
-            UnavailableError: the stage's process died twice over the post, or the stage has none.
+            UnavailableError: the stage has no process.
         """
         loop = asyncio.get_running_loop()
         waiting = _Waiting(post, loop.create_future())
@@ -115,30 +115,35 @@ class StageCalls:
         self._begin()
 
     async def _run(self, batch: list[_Waiting]) -> None:
-        """A process that dies over posts takes nothing with it: each is sent once more, by itself."""
+        """A process that dies over posts takes nothing with it: each is sent once more, alone, one after the other."""
         try:
             await self._answer(batch)
         except RayActorError:
-            await asyncio.gather(*(self._run_again(waiting) for waiting in batch))
+            for waiting in batch:
+                if not waiting.answer.done():
+                    await self._run_alone(waiting)
         except asyncio.CancelledError:
             _fail(batch, UnavailableError(f"the call of stage {self._name} was cancelled"))
             raise
         except Exception as error:
             _fail(batch, error)
 
-    async def _run_again(self, waiting: _Waiting) -> None:
+    async def _run_alone(self, waiting: _Waiting) -> None:
         try:
-            await self._answer([waiting])
-        except RayActorError as error:
-            twice = UnavailableError(f"the process of stage {self._name} ended, twice")
-            twice.__cause__ = error
-            _fail([waiting], twice)
+            await self._answer([waiting], alone=True)
+        except RayActorError:
+            post = waiting.post
+            post.fail(self._name, ProblemKind.STAGE_FAILED, "the process of this stage died on this post, twice")
+            if not waiting.answer.done():
+                waiting.answer.set_result(post)
+        except asyncio.CancelledError:
+            raise
         except Exception as error:
             _fail([waiting], error)
 
-    async def _answer(self, batch: Sequence[_Waiting]) -> None:
+    async def _answer(self, batch: Sequence[_Waiting], alone: bool = False) -> None:
         started = time.perf_counter()
-        response = self._handle.remote([waiting.post for waiting in batch])
+        response = self._handle.remote([waiting.post for waiting in batch], alone)
         try:
             answers = await response
         except asyncio.CancelledError:

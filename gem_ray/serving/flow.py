@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,11 @@ from gem_ray.rerank.uncertainty import UncertaintyFilter
 from gem_ray.serving.calls import BusyError, StageCalls, StageHandle, UnavailableError
 from gem_ray.serving.settings import has_own_batches
 from gem_ray.taxonomy import LABEL_SETS
+
+logger = logging.getLogger(__name__)
+
+UNTOLD = (ProblemKind.STAGE_FAILED, ProblemKind.KNOWLEDGE_FAILED)
+"""Kinds of problems whose messages are for the owner of the service alone."""
 
 _POLL_S = 0.05
 _LAST_ANSWERS_S = 0.5  # they are still on their way through the proxy
@@ -136,11 +142,14 @@ class Flow:
         Raises:
             TimeoutError: it took longer than `serving.timeout_s`.
             BusyError: a deployment's queue is full.
-            UnavailableError: a stage's process died twice over the post, or the stage has none.
+            UnavailableError: a stage has no process.
         """
         done = Annotated(post, self.filter.gamma)
         async with asyncio.timeout(self._config.serving.timeout_s):
             await self._annotate(done)
+        for problem in post.problems:
+            if problem.kind in UNTOLD:
+                logger.error("post %s, stage %s: %s", post.post_id, problem.stage, problem.message)
         return done
 
     async def _annotate(self, done: Annotated) -> None:

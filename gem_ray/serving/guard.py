@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _PROTECTED = ("/v1/", "/metrics")
+# Somebody stands between, and asks for others.
+_PROXIED = {"forwarded", "x-forwarded-for"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:",
     "X-Content-Type-Options": "nosniff",
@@ -75,7 +78,8 @@ class Guard:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         if not self._keys:
-            if not _is_loopback(scope):
+            # The name too: another site's may resolve to this machine, and its scripts would be let in.
+            if not (_is_loopback(scope) and _names_loopback(headers.get("host", ""))) or _PROXIED & set(headers.keys()):
                 raise ProblemError(403, "this server has no API keys, so it serves its own machine only")
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -98,6 +102,15 @@ class Guard:
 
     def _too_large(self) -> ProblemError:
         return ProblemError(413, f"the body has more than {self._max_body_bytes:,} bytes", {"Connection": "close"})
+
+
+def _names_loopback(host: str) -> bool:
+    """Whether a `Host` header names this machine as itself."""
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    try:
+        return name.lower() == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _is_loopback(scope: Scope) -> bool:

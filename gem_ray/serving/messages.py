@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from gem_ray.config import Config, FilterConfig
 from gem_ray.data.prepare import post_from_row
 from gem_ray.records import Post, ProblemKind, StageName
-from gem_ray.serving.flow import Annotated
+from gem_ray.serving.flow import UNTOLD, Annotated
 
 
 def _from_base64(value: Any) -> Any:
@@ -192,14 +192,14 @@ class Limits(BaseModel):
 
 
 def answer_row(done: Annotated, run_id: str, models: dict[str, str], heatmaps: bool) -> dict[str, Any]:
-    """The values of `AnnotationOut`. Messages of failed stages, which quote exceptions, stay in the log."""
+    """The values of `AnnotationOut`. Messages that quote exceptions, or what an endpoint has said, stay in the log."""
     row = done.post.annotation()
     del row["row_id"]
     for entity in row["entities"]:
         kept = entity["heatmap"] if heatmaps else None
         entity["heatmap"] = kept and kept | {"data": base64.b64encode(kept["data"]).decode("ascii")}
     for problem in row["problems"]:
-        if problem["kind"] is ProblemKind.STAGE_FAILED:
+        if problem["kind"] in UNTOLD:
             problem["message"] = f"the stage {problem['stage']} failed on this post"
     seconds = {name: round(value, 6) for name, value in done.seconds.items()}
     return row | {"run_id": run_id, "models": models, "seconds": seconds, "gamma": done.gamma}

@@ -59,7 +59,7 @@ class StageReplica:
         self._gate = asyncio.Event()
         self._gate.set()
         self._inside = 0
-        self._started: float | None = None
+        self._running: dict[int, float] = {}  # when each batch that is being done has begun
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over what may change without a restart: the grounder's threshold.
@@ -74,9 +74,9 @@ class StageReplica:
 
             grounder.threshold = threshold_of(matcher_settings(self._config, user_config))
 
-    async def __call__(self, posts: list[Post]) -> list[Post]:
-        """Run the stage on posts; what comes back holds no pixels."""
-        if self._has_own_batches:
+    async def __call__(self, posts: list[Post], alone: bool = False) -> list[Post]:
+        """Run the stage on posts, `alone` in no batch with others; what comes back holds no pixels."""
+        if self._has_own_batches or alone:
             return await self._in_thread(posts)
         while not self._gate.is_set():
             await self._gate.wait()
@@ -100,17 +100,14 @@ class StageReplica:
         Raises:
             RuntimeError: a batch takes so long that nobody waits for it any more.
         """
-        if self._started is not None and time.monotonic() - self._started > self._config.serving.timeout_s:
+        begun = min(list(self._running.values()), default=None)
+        if begun is not None and time.monotonic() - begun > self._config.serving.timeout_s:
             raise RuntimeError(f"stage {self._stage.name} has not come back for {self._config.serving.timeout_s:g} s")
 
     @serve.batch(max_concurrent_batches=1, batch_wait_timeout_s=0, batch_size_fn=_count)
     async def _run_together(self, calls: list[list[Post]]) -> list[list[Post]]:
         self._gate.clear()
-        self._started = time.monotonic()
-        try:
-            done = iter(await self._in_thread([post for posts in calls for post in posts]))
-        finally:
-            self._started = None
+        done = iter(await self._in_thread([post for posts in calls for post in posts]))
         return [list(islice(done, len(posts))) for posts in calls]
 
     async def _in_thread(self, posts: list[Post]) -> list[Post]:
@@ -118,12 +115,15 @@ class StageReplica:
 
     def _run(self, posts: list[Post]) -> list[Post]:
         started = self._metrics.begin()
+        self._running[id(posts)] = time.monotonic()
         try:
             self._stage(posts)
         except Exception:
             # The engine or the card is gone. The ingress tries elsewhere, and Ray starts another process.
             logger.exception("the process of stage %s ends", self._stage.name)
             os._exit(1)
+        finally:
+            del self._running[id(posts)]
         self._metrics.end(started, len(posts))
         return [replace(post, image=None, image_bytes=None) for post in posts]
 

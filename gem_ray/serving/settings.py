@@ -21,6 +21,8 @@ def filter_settings(config: Config, user_config: dict[str, Any]) -> FilterConfig
     Raises:
         ValueError: another key, or a value that is none.
     """
+    if unknown := user_config.keys() - {"gamma", "k"}:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; expected gamma and k")
     return FilterConfig.model_validate(config.filter.model_dump() | user_config)
 
 

@@ -107,11 +107,16 @@ def test_other_addresses_are_forbidden(root, uri):
     [
         "127.0.0.1", "localhost", "[::1]", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
         "0.0.0.0", "[::ffff:10.0.0.1]", "[fe80::1]", "[fd00::1]", "[2002:7f00:1::]", "224.0.0.1", "2130706433",
-        "0x7f.1",
+        "0x7f.1", "[64:ff9b::10.0.0.5]", "[64:ff9b:1::1]", "[fec0::1]", "[::127.0.0.1]", "[::ffff:0:10.0.0.1]",
     ],
 )  # fmt: skip
 def test_hosts_on_private_networks_are_refused_also_in_disguise(host):
     assert kind_of_failure(f"https://{host}/a.jpg", allow_http=True) is FORBIDDEN
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::8.8.8.8", "::ffff:8.8.8.8"])
+def test_public_addresses_are_none_of_these(address):
+    assert fetch._is_public(address)
 
 
 def test_a_name_that_resolves_to_a_private_address_too_is_refused(monkeypatch):

@@ -79,6 +79,24 @@ def test_without_keys_other_machines_are_not_served(ask, assert_problem):
     assert ask([HASH], host=address, authorization=f"Bearer {KEY}").text == "hello"
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "LOCALHOST"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "127.0.0.7"}, 200),
+        ({"host": "rebound.example"}, 403),
+        ({"host": "127.0.0.1.rebound.example:8000"}, 403),
+        ({"x-forwarded-for": "203.0.113.9"}, 403),
+        ({"forwarded": "for=203.0.113.9"}, 403),
+    ],
+)
+def test_without_keys_a_name_that_leads_here_and_a_proxy_are_not_served(listening, headers, status):
+    with listening(Guard(hello, ApiKeys([]), ServingConfig())) as port:
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/limits", headers=headers).status_code == status
+
+
 def _address_of_this_machine():
     """Not its loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

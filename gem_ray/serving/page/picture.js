@@ -6,13 +6,19 @@ const MAX_SIDE = 2048; // of what is shown; the file itself is sent as it is
 const RAMP = [[20, 22, 90], [110, 30, 150], [225, 70, 90], [255, 160, 50], [255, 245, 160]];
 
 let tags = []; // pairs of a label and the box it names
+let shown = 0; // counts what was to be shown, so that what is decoded late does not replace what came after it
 let size = null; // of the upright original, in pixels; null when it is not known
 
 /** Show an image file: the first frame, upright, on white, as the service sees it. False if this browser cannot. */
 export async function showImage(file) {
   clearBoxes();
   size = null;
+  const mine = ++shown;
   const bitmap = await createImageBitmap(file).catch(() => null);
+  if (mine !== shown) {
+    bitmap?.close();
+    return false;
+  }
   if (bitmap) {
     size = [bitmap.width, bitmap.height];
     const scale = Math.min(1, MAX_SIDE / Math.max(...size));
@@ -31,6 +37,7 @@ export async function showImage(file) {
 
 /** Show no image. */
 export function hideImage() {
+  shown += 1;
   clearBoxes();
   size = null;
   setStage();

@@ -98,6 +98,26 @@ def test_photos_are_shown_upright_and_reduced(page, annotate):
     assert "3000 × 1500" in page.inner_text("#file-name")
 
 
+def test_an_image_that_is_decoded_late_does_not_replace_one_that_was_chosen_after_it(page):
+    page.evaluate(
+        """() => {
+            const decode = window.createImageBitmap.bind(window);
+            window.createImageBitmap = async (file) => {
+                if (file.name === "slow.png") await new Promise((done) => setTimeout(done, 500));
+                return decode(file);
+            };
+        }"""
+    )
+    for name, width in (("slow.png", 300), ("quick.png", 100)):
+        data = io.BytesIO()
+        Image.new("RGB", (width, 50)).save(data, "PNG")
+        page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": data.getvalue()})
+    page.locator("#file-name", has_text="quick.png, 100 × 50").wait_for()
+    page.wait_for_timeout(800)
+    assert page.evaluate("document.getElementById('pixels').width") == 100
+    assert "quick.png" in page.inner_text("#file-name")
+
+
 def test_the_heat_map_of_the_chosen_entity_lies_over_the_image(page, annotate, post):
     answer = annotate(page, post.text, post.image_bytes)
     assert page.locator(".heated").count() == 0
