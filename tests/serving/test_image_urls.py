@@ -34,7 +34,7 @@ class Tag:
         async def remote():
             return {"tagger": "stand-in"}
 
-    async def remote(self, posts):
+    async def remote(self, posts, alone):
         for post in posts:
             post.entities = [Entity("Paris", 19, 24, 4, 5, "location", "city", 0.9)]
         return posts
