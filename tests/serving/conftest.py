@@ -195,7 +195,7 @@ def service_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
     application = values["applications"][0]
     application["args"] |= {
         "reranker": {"engine": "vllm"},
-        "serving": {"tag": {"max_replicas": 2}, "stage_calls": None, "health_check_s": 1},
+        "serving": {"tag": {"max_replicas": 2}, "stage_calls": None, "health_check_s": 1, "timeout_s": 110},
     }
     scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2}
     quick = {"upscale_delay_s": 1, "downscale_delay_s": 1, "metrics_interval_s": 1, "look_back_period_s": 2}
