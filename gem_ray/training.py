@@ -38,7 +38,6 @@ def training_arguments(recipe: CommonSettings, checkpoints: Path, **particular: 
 
     Args:
         recipe: of the training.
-        inputs: what else decides on its outcome, by name: hashes of posts and of the model that it begins with.
         checkpoints: folder for checkpoints.
         particular: further arguments of `TrainingArguments`.
     """

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ class _Run:
     def _data(self, read: Posts) -> dict[str, str]:
         """What tells the posts from others."""
         splits = ("train", "dev") if self.recipe else ("dev",)
-        return {split: fingerprint(read(split, self.labels)) for split in splits}
+        return {split: _fingerprint(read, split, self.labels) for split in splits}
 
     def _has_images(self, read: Posts) -> bool:
         return has_images(read("dev", self.labels))
@@ -223,6 +223,12 @@ class _Run:
                 f"{self.model} was trained by another recipe or on other posts: use another output folder, or remove it"
             )
         return done["report"]
+
+
+@lru_cache(maxsize=4)
+def _fingerprint(read: Posts, split: str, labels: str) -> str:
+    """Kept, because every result that is there is compared with it, and it reads all images."""
+    return fingerprint(read(split, labels))
 
 
 def _forget_models(done: Sequence[_Run], to_do: Sequence[_Run]) -> None:

@@ -30,7 +30,7 @@ class Claim:
     @property
     def holds(self) -> bool:
         """Whether nobody has taken the output since, as one may who took this process for dead."""
-        return (self.directory.read_json(_FILE) or {}).get("owner") == self.owner
+        return self._holder().get("owner") == self.owner
 
     def check(self) -> None:
         """Before something is written.
@@ -38,9 +38,12 @@ class Claim:
         Raises:
             FileExistsError: another process has taken the output.
         """
-        holder = self.directory.read_json(_FILE) or {}
+        holder = self._holder()
         if holder.get("owner") != self.owner:
             raise FileExistsError(_message(self.directory, holder))
+
+    def _holder(self) -> Mapping[str, Any]:
+        return self.directory.read_json(_FILE) or {}
 
 
 class Lease:

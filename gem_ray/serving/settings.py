@@ -21,8 +21,7 @@ def filter_settings(config: Config, user_config: dict[str, Any]) -> FilterConfig
     Raises:
         ValueError: another key, or a value that is none.
     """
-    if unknown := user_config.keys() - {"gamma", "k"}:
-        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; expected gamma and k")
+    _check_names(user_config, "gamma", "k")
     return FilterConfig.model_validate(config.filter.model_dump() | user_config)
 
 
@@ -32,9 +31,13 @@ def matcher_settings(config: Config, user_config: dict[str, Any]) -> MatcherConf
     Raises:
         ValueError: another key, or a value that is none.
     """
-    if unknown := user_config.keys() - {"threshold"}:
-        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; expected threshold")
+    _check_names(user_config, "threshold")
     return MatcherConfig.model_validate(config.grounder.matcher.model_dump() | user_config)
+
+
+def _check_names(user_config: dict[str, Any], *known: str) -> None:
+    if unknown := user_config.keys() - set(known):
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; expected {' and '.join(known)}")
 
 
 def check_user_config(deployment: str, user_config: dict[str, Any], config: Config) -> None:
