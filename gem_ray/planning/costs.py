@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from gem_ray.config import Config, ConfigError
+from gem_ray.config import Config, ConfigError, ExplainerConfig
 from gem_ray.planning import stacks
 from gem_ray.planning.cards import GIB, Card
 from gem_ray.planning.model_facts import ModelFacts, model_facts
@@ -48,6 +48,9 @@ class Workload:
         caption_tokens: assumed; a batch goes on until its longest caption is done.
         prompt_tokens: of the reranker's prompt without the image, with a tweet of 16 words; estimated.
         query_tokens: of the matcher's sentence; estimated.
+        examples_tokens: of the explainer's worked examples, which vLLM reads once and keeps; estimated.
+        question_tokens: of its question, a tweet and a caption; estimated.
+        answer_tokens: of its answer: 570 characters, as above.
     """
 
     entities: float = 1.68
@@ -61,6 +64,9 @@ class Workload:
     caption_tokens: int = 15
     prompt_tokens: int = 130
     query_tokens: int = 16
+    examples_tokens: int = 800
+    question_tokens: int = 60
+    answer_tokens: int = 143
 
 
 @dataclass(frozen=True)
@@ -99,29 +105,86 @@ class ModelNeed:
 
 
 @dataclass(frozen=True)
-class StageNeed:
-    """The models of a stage, which share an actor's process and run one after the other.
+class EngineNeed:
+    """A vLLM engine, in a process of its own.
 
     Attributes:
-        stage: which.
-        models: its models.
-        reserved: bytes that its engine takes at the start, whatever it needs; 0: it takes what it needs.
+        key: of its section in the configuration.
+        models: what it runs.
+        reserved: bytes that it takes at the start, whatever it needs.
     """
 
-    stage: StageName
+    key: str
     models: tuple[ModelNeed, ...]
-    reserved: int = 0
-    overhead: int = field(default=PROCESS_OVERHEAD)
+    reserved: int
 
     @property
     def memory(self) -> int:
-        """Bytes of an actor: all weights and caches stay, activations are given back between models."""
-        fixed = sum(model.weights + model.kv_cache for model in self.models)
-        return self.overhead + fixed + max((model.activations for model in self.models), default=0)
+        """Bytes that it needs."""
+        return _process(self.models)
+
+    @property
+    def held(self) -> int:
+        """Bytes that it has: it fills its share with cached keys and values."""
+        return max(self.memory, self.reserved)
+
+
+@dataclass(frozen=True)
+class StageNeed:
+    """The models of a stage, which share an actor's process and run one after the other; and those of its engine.
+
+    Attributes:
+        stage: which.
+        beside: models outside of the engine.
+        engine: none where the stage has none.
+    """
+
+    stage: StageName
+    beside: tuple[ModelNeed, ...] = ()
+    engine: EngineNeed | None = None
+
+    @property
+    def models(self) -> tuple[ModelNeed, ...]:
+        """All of them."""
+        return self.beside + (self.engine.models if self.engine else ())
+
+    @property
+    def overhead(self) -> int:
+        """Bytes of its processes themselves."""
+        return PROCESS_OVERHEAD * (2 if self.beside and self.engine else 1)
+
+    @property
+    def activations(self) -> int:
+        """Bytes of its processes' largest activations."""
+        return _activations(self.beside) + (_activations(self.engine.models) if self.engine else 0)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that an actor needs."""
+        return self._memory_beside + (self.engine.memory if self.engine else 0)
+
+    @property
+    def held(self) -> int:
+        """Bytes that an actor has, with what its engine takes."""
+        return self._memory_beside + (self.engine.held if self.engine else 0)
+
+    @property
+    def _memory_beside(self) -> int:
+        return _process(self.beside) if self.beside or not self.engine else 0
 
     def seconds(self, card: Card) -> float:
         """Estimated time of a whole card for a post."""
         return sum(model.seconds(card) for model in self.models)
+
+
+def _process(models: Sequence[ModelNeed]) -> int:
+    """Bytes of a process: all weights and caches stay, activations are given back between models."""
+    fixed = sum(model.weights + model.kv_cache for model in models)
+    return PROCESS_OVERHEAD + fixed + _activations(models)
+
+
+def _activations(models: Sequence[ModelNeed]) -> int:
+    return max((model.activations for model in models), default=0)
 
 
 def stage_need(stage: StageName, config: Config, card_memory: int = 0, work: Workload | None = None) -> StageNeed:
@@ -141,8 +204,16 @@ def stage_need(stage: StageName, config: Config, card_memory: int = 0, work: Wor
 
 def _knowledge(config: Config, card_memory: int, work: Workload) -> StageNeed:
     settings = config.knowledge
-    if settings.captioner is None:  # the explainer runs behind its endpoint
-        return StageNeed(StageName.KNOWLEDGE, ())
+    captioner = (_captioner(config, work),) if settings.captioner is not None else ()
+    explainer = settings.explainer
+    if explainer is None or explainer.engine == "endpoint":
+        return StageNeed(StageName.KNOWLEDGE, captioner)
+    return StageNeed(StageName.KNOWLEDGE, captioner, _explainer(config, explainer, card_memory, work))
+
+
+def _captioner(config: Config, work: Workload) -> ModelNeed:
+    settings = config.knowledge
+    assert settings.captioner is not None
     facts = _facts(config, "knowledge.captioner", settings.captioner, "Salesforce/blip2-opt-2.7b")
     size, batch = BYTES[settings.captioner_dtype], settings.captioner_batch_size
     images = stacks.vision(facts.shape["vision_config"])
@@ -150,7 +221,7 @@ def _knowledge(config: Config, card_memory: int, work: Workload) -> StageNeed:
     prompt = facts.shape["num_query_tokens"] + 2  # a start token and a newline follow the image
     language = stacks.opt(facts.shape["text_config"], prompt)
     logits = 2 * facts.shape["text_config"]["vocab_size"]
-    captioner = _model(
+    return _model(
         facts,
         "captioner",
         settings.captioner_dtype,
@@ -160,7 +231,34 @@ def _knowledge(config: Config, card_memory: int, work: Workload) -> StageNeed:
         flops=images.flops + queries.flops + language.flops + 2 * work.caption_tokens * language.parameters,
         traffic=work.caption_tokens * language.parameters * size / batch,
     )
-    return StageNeed(StageName.KNOWLEDGE, (captioner,))
+
+
+def _explainer(config: Config, settings: ExplainerConfig, card_memory: int, work: Workload) -> EngineNeed:
+    """A post's question follows the worked examples, whose keys and values are there; an answer is decoded token by
+    token, for which the weights are read for all posts of a batch together and the keys and values for each.
+    """
+    facts = _facts(config, "knowledge.explainer.model", settings.model, "meta-llama/Meta-Llama-3-8B-Instruct")
+    size, batch = BYTES[settings.dtype], config.pipeline.knowledge.batch_size
+    tokens = _vllm_tokens(card_memory)
+    question = stacks.llama(facts.shape, work.question_tokens)
+    context = work.examples_tokens + work.question_tokens + work.answer_tokens
+    explainer = _model(
+        facts,
+        "explainer",
+        settings.dtype,
+        batch,
+        activations=size * stacks.llama(facts.shape, tokens).activations,
+        kv_cache=size * settings.max_model_len * question.kv_per_token,
+        flops=question.flops + 2 * work.answer_tokens * question.parameters,
+        traffic=work.answer_tokens * size * (question.parameters / batch + context * question.kv_per_token),
+    )
+    reserved = int(settings.gpu_memory_utilization * card_memory)
+    return EngineNeed("knowledge.explainer", (explainer,), reserved)
+
+
+def _vllm_tokens(card_memory: int) -> int:
+    """As many as vLLM runs at once."""
+    return _VLLM_TOKENS_LARGE if card_memory >= _VLLM_LARGE_CARD else _VLLM_TOKENS
 
 
 def _tag(config: Config, card_memory: int, work: Workload) -> StageNeed:
@@ -183,7 +281,7 @@ def _tag(config: Config, card_memory: int, work: Workload) -> StageNeed:
 def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
     settings = config.reranker
     if settings.engine == "endpoint":
-        return StageNeed(StageName.RERANK, ())
+        return StageNeed(StageName.RERANK)
     facts = _facts(config, "reranker.model", settings.model, "llava-hf/llava-1.5-7b-hf")
     size = BYTES[settings.dtype]
     if settings.engine == "text":
@@ -213,7 +311,7 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
         return StageNeed(StageName.RERANK, (reranker,))
     # vLLM runs as many tokens at once as it allows, and fills what is left of its share with cached keys and values.
     # A post's questions share the image's prefix.
-    tokens = _VLLM_TOKENS_LARGE if card_memory >= _VLLM_LARGE_CARD else _VLLM_TOKENS
+    tokens = _vllm_tokens(card_memory)
     reranker = model(
         tokens // settings.max_model_len,
         activations=size * (language(tokens).activations + tokens / image_tokens * images.activations),
@@ -222,7 +320,7 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
     )
     adapter = _adapter(config, language(1), size)
     reserved = int(settings.gpu_memory_utilization * card_memory)
-    return StageNeed(StageName.RERANK, (reranker, *adapter), reserved)
+    return StageNeed(StageName.RERANK, engine=EngineNeed("reranker", (reranker, *adapter), reserved))
 
 
 def _logits(text: dict[str, int]) -> int:

@@ -133,7 +133,7 @@ def _pass_dict(one: PassPlan) -> dict[str, Any]:
             "models": [asdict(model) for model in each.need.models],
             "overhead": each.need.overhead,
             "memory": each.need.memory,
-            "reserved": each.need.reserved,
+            "reserved": each.need.engine.reserved if each.need.engine else 0,
             **each.placement.model_dump(),
             "actors": each.actors,
             "posts_per_second": each.posts_per_second,
@@ -202,12 +202,10 @@ def make_plan(
 
 def _notes(config: Config) -> Iterator[str]:
     explainer = config.knowledge.explainer
-    if explainer is not None:
+    if explainer is not None and explainer.engine == "endpoint":
         size = PUBLISHED[explainer.model].parameters if explainer.model in PUBLISHED else None
         weights = f", {gib(2 * size)} GiB of weights in half precision" if size else ""
-        share = f"in the knowledge stage, with {explainer.gpu_memory_utilization:g} of its card's memory"
-        place = share if explainer.engine == "vllm" else f"behind {explainer.base_url}"
-        yield f"not in it: the explainer, {explainer.model} {place}{weights}, and its speed"
+        yield f"not in it: the explainer, {explainer.model} behind {explainer.base_url}{weights}, and its speed"
 
 
 def _pool(name: StageName, config: Config, memory: int, card: Card | None, measured: Mapping[str, float]) -> Pool:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gem_ray.config import Config, parse_config
 from gem_ray.planning.cards import CARDS, GIB
-from gem_ray.planning.costs import StageNeed, stage_need
+from gem_ray.planning.costs import EngineNeed, StageNeed, stage_need
 from gem_ray.planning.pools import CPUS_FOR_TASKS, Cards, Pool
 from gem_ray.records import StageName
 
 # Assumed: the driver and the gaps between the allocator's blocks take the rest of a card.
 USABLE = 0.95
+_ROUNDING = 1024  # bytes
 
 # What makes a stage smaller, the least loss first. Each is tried on top of those before it.
 _SMALLER: dict[StageName, list[tuple[str, Any]]] = {
-    StageName.KNOWLEDGE: [("knowledge.captioner_dtype", "bfloat16"), ("knowledge.captioner_batch_size", 1)],
+    StageName.KNOWLEDGE: [
+        ("knowledge.captioner_dtype", "bfloat16"),
+        ("knowledge.captioner_batch_size", 1),
+        ("knowledge.explainer.dtype", "bfloat16"),
+    ],
     StageName.TAG: [("tagger.dtype", "float16"), ("tagger.batch_tokens", 2048)],
     StageName.RERANK: [
         ("reranker.dtype", "bfloat16"),
@@ -36,7 +42,6 @@ _SMALLER: dict[StageName, list[tuple[str, Any]]] = {
     ],
 }
 _WITHOUT = {
-    StageName.KNOWLEDGE: "knowledge.captioner=null",
     StageName.RERANK: "reranker.enabled=false",
     StageName.GROUND: "grounder.enabled=false",
 }
@@ -50,7 +55,7 @@ def too_large(pool: Pool, config: Config, gpu_memory_gb: float) -> Iterator[str]
         config: which it is of.
         gpu_memory_gb: memory of a card, in 2³⁰ bytes.
     """
-    need, key = pool.need, f"pipeline.{pool.stage}.num_gpus"
+    need, engine, key = pool.need, pool.need.engine, f"pipeline.{pool.stage}.num_gpus"
     card, share = gpu_memory_gb * GIB, min(pool.placement.num_gpus, 1)
     needs = f"{pool.stage} needs {gib(need.memory)} GiB on a card ({_parts(need)})"
     if need.memory > USABLE * card:
@@ -60,16 +65,27 @@ def too_large(pool: Pool, config: Config, gpu_memory_gb: float) -> Iterator[str]
             f"{needs}; its share of {share:g} has {gib(share * USABLE * card)} usable: "
             f"set {key} to {_rounded_up(need.memory / (USABLE * card))} or more"
         )
-    elif need.reserved > share * card:
+    elif engine is not None and need.held > share * USABLE * card + _ROUNDING:
+        yield _takes_too_much(pool, engine, share, card)
+    elif engine is not None and engine.reserved < engine.memory:
         yield (
-            f"vLLM takes {need.reserved / card:g} of a card (reranker.gpu_memory_utilization), and its actor reserves "
-            f"{share:g}: set {key} to as much at least"
+            f"{needs}; vLLM may take {gib(engine.reserved)}: "
+            f"set {engine.key}.gpu_memory_utilization to {_rounded_up(engine.memory / card)} or more"
         )
-    elif 0 < need.reserved < need.memory:
-        yield (
-            f"{needs}; vLLM may take {gib(need.reserved)}: "
-            f"set reranker.gpu_memory_utilization to {_rounded_up(need.memory / card)} or more"
-        )
+
+
+def _takes_too_much(pool: Pool, engine: EngineNeed, share: float, card: float) -> str:
+    """What vLLM takes, though it needs less, and what runs beside it are more than the actor's share."""
+    beside = pool.need.held - engine.held
+    others = f", beside {gib(beside)} GiB of the {pool.need.beside[0].role}" if beside else ""
+    lower = (share * USABLE * card - beside) / card
+    ways = [f"set {engine.key}.gpu_memory_utilization to {_rounded_down(lower)} or less"]
+    if pool.need.held <= USABLE * card:
+        ways.append(f"pipeline.{pool.stage}.num_gpus to {_rounded_up(pool.need.held / (USABLE * card))} or more")
+    return (
+        f"vLLM takes {gib(engine.held)} GiB of a card in {pool.stage} ({engine.reserved / card:g} of it){others}; its "
+        f"actor's share of {share:g} has {gib(share * USABLE * card)} usable: {', or '.join(ways)}"
+    )
 
 
 def too_many(label: str, pools: Sequence[Pool], gpus: int, cpus: int | None) -> Iterator[str]:
@@ -107,6 +123,9 @@ def _what_fits(pool: Pool, config: Config, card: float) -> str:
     ways += [f"on a card of {size} GB" for size in enough[:1]]
     if pool.stage in _WITHOUT:
         ways.append(f"or do without it: --set {_WITHOUT[pool.stage]}")
+    if pool.stage is StageName.KNOWLEDGE:
+        roles = (model.role for model in pool.need.models)
+        ways.append("or do without: " + ", or ".join(f"--set knowledge.{role}=null" for role in roles))
     return "It fits " + ", ".join(ways)
 
 
@@ -175,7 +194,7 @@ def _cards_for(pools: Sequence[Pool]) -> int:
 def _parts(need: StageNeed) -> str:
     parts = {
         "weights": sum(model.weights for model in need.models),
-        "activations": max((model.activations for model in need.models), default=0),
+        "activations": need.activations,
         "KV cache": sum(model.kv_cache for model in need.models),
         "process": need.overhead,
     }
@@ -184,3 +203,7 @@ def _parts(need: StageNeed) -> str:
 
 def _rounded_up(share: float) -> str:
     return f"{-(-share // 0.01) * 0.01:.2f}"
+
+
+def _rounded_down(share: float) -> str:
+    return f"{math.floor(share * 100 + 1e-6) / 100:.2f}"

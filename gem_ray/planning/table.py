@@ -53,7 +53,7 @@ def _add_pool(table: Table, pool: Pool, fits: bool) -> None:
     first, *others = pool.need.models or (None,)
     rate = pool.posts_per_second if fits else None
     reserves = [
-        gib(max(pool.need.memory, pool.need.reserved)),
+        gib(pool.need.held),
         f"{pool.placement.num_gpus:g}",
         str(pool.actors),
     ]
@@ -66,9 +66,9 @@ def _add_pool(table: Table, pool: Pool, fits: bool) -> None:
 def _sizes(model: ModelNeed | None, pool: Pool) -> list[str]:
     if model is None:
         return ["behind its endpoint", "", "", ""]
-    cache = model.kv_cache
-    if cache and pool.need.reserved:
-        cache += max(0, pool.need.reserved - pool.need.memory)  # vLLM fills its share
+    cache, engine = model.kv_cache, pool.need.engine
+    if engine and model is engine.models[0]:
+        cache += engine.held - engine.memory  # vLLM fills its share
     return [model.name, gib(model.weights), gib(model.activations), gib(cache) if cache else ""]
 
 

@@ -23,7 +23,7 @@ from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.grounding.sam import load_sam
 from gem_ray.knowledge import captioner
 from gem_ray.planning import costs, stacks
-from gem_ray.planning.cards import GIB
+from gem_ray.planning.cards import CARDS, GIB
 from gem_ray.planning.costs import stage_need
 from gem_ray.planning.model_facts import count_parameters
 from gem_ray.planning.plan import Plan, PlanError, make_plan, measured_seconds, passes_of
@@ -296,7 +296,7 @@ def test_one_card_of_24_gb_holds_every_pass() -> None:
     ]
     for one in plan.passes:
         assert sum(pool.actors * pool.placement.num_gpus for pool in one.pools) <= 1
-        held = sum(pool.actors * max(pool.need.memory, pool.need.reserved) for pool in one.pools)
+        held = sum(pool.actors * pool.need.held for pool in one.pools)
         assert held <= USABLE * 24 * GIB
     assert plan.bottleneck is not None
     rates = [one.posts_per_second for one in plan.passes]
@@ -334,7 +334,8 @@ def test_stages_that_do_not_fit_at_once_are_refused_with_passes_that_do() -> Non
     ("override", "says"),
     [
         ("pipeline.ground.num_gpus=0.1", "set pipeline.ground.num_gpus to 0.41 or more"),
-        ("pipeline.rerank.num_gpus=0.7", "set pipeline.rerank.num_gpus to as much"),
+        ("pipeline.rerank.num_gpus=0.7", "pipeline.rerank.num_gpus to 0.85 or more"),
+        ("reranker.gpu_memory_utilization=1", "set reranker.gpu_memory_utilization to 0.80 or less"),
         ("reranker.gpu_memory_utilization=0.5", "set reranker.gpu_memory_utilization to 0.65 or more"),
     ],
 )
@@ -434,12 +435,55 @@ def test_a_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
         make_plan(load_config(overrides=[f"tagger.model={tmp_path}"]))
 
 
-def test_an_explainer_is_noted_and_not_planned() -> None:
+def test_an_explainer_behind_an_endpoint_is_noted_and_not_planned() -> None:
     explainer = "knowledge.explainer={base_url: http://127.0.0.1:9/v1, model: meta-llama/Meta-Llama-3-8B-Instruct}"
     plan = make_plan(load_config(overrides=[explainer]))
     assert "15.0 GiB" in plan.notes[0]
-    plan = make_plan(load_config(overrides=["knowledge.explainer={engine: vllm, model: models/llm}"]))
-    assert "models/llm in the knowledge stage, with 0.5 of its card's memory" in plan.notes[0]
+
+
+LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
+IN_PROCESS = f"knowledge.explainer={{engine: vllm, model: {LLAMA}, dtype: bfloat16}}"
+
+
+def test_an_explainer_in_the_process_is_planned_beside_the_captioner() -> None:
+    config = load_config("cluster", overrides=[IN_PROCESS, "pipeline.knowledge.num_gpus=0.8"])
+    plan = make_plan(config, gpus=8, gpu_memory_gb=80)
+    plan.check()
+    assert plan.notes == ()
+    need = pools_of(plan)[StageName.KNOWLEDGE].need
+    captioner, explainer = need.models
+    assert explainer.weights == 2 * PUBLISHED[LLAMA].parameters
+    assert explainer.kv_cache == 4096 * 128 * 1024  # grouped keys and values: 128 KiB a token
+    alone = stage_need(StageName.KNOWLEDGE, load_config("cluster"), 80 * GIB)
+    assert need.held == alone.memory + 40 * GIB  # what the captioner needs, and half a card for vLLM
+    assert captioner.weights == alone.models[0].weights
+    # Its answers are decoded token by token: the slowest stage, unless it gets more actors.
+    assert explainer.seconds(CARDS["h100"]) > captioner.seconds(CARDS["h100"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "its share of 0.2 has 15.2 usable: set pipeline.knowledge.num_gpus to 0.35"),
+        (["pipeline.knowledge.num_gpus=0.5"], "beside 8.5 GiB of the captioner"),
+        (
+            ["pipeline.knowledge.num_gpus=1", "knowledge.explainer.gpu_memory_utilization=0.2"],
+            "set knowledge.explainer.gpu_memory_utilization to 0.2",
+        ),
+    ],
+)
+def test_an_explainer_without_room_is_refused_with_what_gives_it_some(overrides: list[str], says: str) -> None:
+    assert says in refusal(load_config("cluster", overrides=[IN_PROCESS, *overrides]), gpus=8, gpu_memory_gb=80)
+
+
+def test_a_captioner_and_an_explainer_that_no_card_holds_may_each_be_left_out() -> None:
+    says = refusal(load_config("one-gpu", overrides=[IN_PROCESS]), gpus=1, gpu_memory_gb=24)
+    assert "--set knowledge.captioner=null, or --set knowledge.explainer=null" in says
+
+
+def test_an_explainer_of_unknown_size_is_refused_by_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"knowledge\.explainer\.model"):
+        make_plan(load_config(overrides=["knowledge.explainer={engine: vllm, model: models/llm}"]))
 
 
 # The command
