@@ -418,7 +418,7 @@ def load_config(
         ConfigError: an unknown preset, a file that is no mapping, an unknown key or a value of the wrong kind.
     """
     if preset not in preset_names():
-        raise ConfigError(f"unknown preset {preset!r}; {_nearest(preset, preset_names())}")
+        raise ConfigError(f"unknown preset {preset!r}; {nearest(preset, preset_names())}")
     values = _read_mapping(resources.files("gem_ray") / "presets" / f"{preset}.yaml")
     if file is not None:
         if not file.is_file():
@@ -498,7 +498,7 @@ def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
     message = f"{error['msg']} (got {error['input']!r})"
     if error["type"] == "extra_forbidden":
-        message = f"no such key; {_nearest(path[-1], _keys_at(kind, path[:-1]))}"
+        message = f"no such key; {nearest(path[-1], _keys_at(kind, path[:-1]))}"
     elif error["type"] == "missing":
         message = "must be set"
     elif error["type"] == "value_error":  # raised by a section about several keys at once
@@ -519,7 +519,8 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """For a message about a name that is none: the one that was meant, perhaps, and all that there are."""
     close = difflib.get_close_matches(name, known, n=1)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f"{guess}expected one of {', '.join(known)}"

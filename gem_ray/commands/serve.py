@@ -36,7 +36,8 @@ def serve(
     from gem_ray.serving.environment import prepare_own_ray
 
     prepare_own_ray()
-    from gem_ray.serving.session import file_schema, preset_schema, redeploy, serving
+    from gem_ray.serving.schemas import file_schema, preset_schema
+    from gem_ray.serving.session import redeploy, serving
 
     if config is None:
         schema = preset_schema(preset, set_ or (), host or "127.0.0.1", port or 8000)

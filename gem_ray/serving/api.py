@@ -86,7 +86,7 @@ def _add_annotate(api: FastAPI, service: Service) -> None:
             done = await service.flow.annotate(post)
         if post.is_rejected:
             raise _refusal(post)
-        return JSONResponse(await service.row(done, heatmaps))
+        return JSONResponse(service.row(done, heatmaps))
 
 
 async def _fetch_or_refuse(flow: Flow, post: Post, url: str) -> None:
@@ -139,7 +139,7 @@ async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any
         except TimeoutError:
             reason = f"not fetched within {service.config.serving.timeout_s:g} s"
             post.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE, reason)
-    return await service.row(await service.flow.annotate(post), heatmaps)
+    return service.row(await service.flow.annotate(post), heatmaps)
 
 
 class _Lines(StreamingResponse):

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -16,11 +16,23 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from gem_ray.records import Post, ProblemKind, StageName
 
 
+class Answer(NamedTuple):
+    """A stage's answer about a post.
+
+    Attributes:
+        post: as the stage leaves it.
+        models: role -> `reference@hash` of what the process that answered has loaded.
+    """
+
+    post: Post
+    models: dict[str, str]
+
+
 class StageHandle(Protocol):
     """What is needed of a Serve `DeploymentHandle` of `StageReplica`."""
 
     def remote(self, posts: list[Post], alone: bool) -> Any:
-        """An awaitable of the posts, which can be cancelled; `alone`: in no batch with others."""
+        """An awaitable of an `Answer` for each post, which can be cancelled; `alone`: in no batch with others."""
 
 
 class BusyError(Exception):
@@ -34,7 +46,7 @@ class UnavailableError(Exception):
 @dataclass(frozen=True)
 class _Waiting:
     post: Post
-    answer: asyncio.Future[Post]
+    answer: asyncio.Future[Answer]
 
 
 class StageCalls:
@@ -70,7 +82,7 @@ class StageCalls:
         self._lingering: asyncio.TimerHandle | None = None
         self._last_call_s = 0.0
 
-    async def __call__(self, post: Post) -> Post:
+    async def __call__(self, post: Post) -> Answer:
         """The stage's answer about a post; a post over which two processes of the stage died has failed there.
 
         Raises:
@@ -103,7 +115,7 @@ class StageCalls:
         self._running.add(task)
         task.add_done_callback(self._end)
 
-        def cancel_if_nobody_waits(_: asyncio.Future[Post]) -> None:
+        def cancel_if_nobody_waits(_: asyncio.Future[Answer]) -> None:
             if all(waiting.answer.done() for waiting in batch):
                 task.cancel()
 
@@ -135,7 +147,7 @@ class StageCalls:
             post = waiting.post
             post.fail(self._name, ProblemKind.STAGE_FAILED, "the process of this stage died on this post, twice")
             if not waiting.answer.done():
-                waiting.answer.set_result(post)
+                waiting.answer.set_result(Answer(post, {}))
         except asyncio.CancelledError:
             raise
         except Exception as error:

@@ -38,11 +38,13 @@ class Annotated:
         post: the post.
         gamma: the γ that it was routed by.
         seconds: of the stages that it needed, waiting included.
+        models: role -> `reference@hash` of what these stages loaded.
     """
 
     post: Post
     gamma: float
     seconds: dict[str, float] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, name: StageName) -> Iterator[None]:
@@ -209,7 +211,9 @@ class Flow:
         needs_pixels = name is not StageName.TAG
         sent = replace(post, image_bytes=None, image=post.image if needs_pixels else None)
         with done.timed(name):
-            return await self._calls[name](sent)
+            answer = await self._calls[name](sent)
+        done.models |= answer.models
+        return answer.post
 
 
 def _load_alone(loader: ImageLoader, posts: list[Post]) -> list[Post]:

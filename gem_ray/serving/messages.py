@@ -141,7 +141,7 @@ class AnnotationOut(BaseModel):
     status: Literal["ok", "degraded", "rejected"]
     problems: list[PostProblemOut]
     run_id: str = Field(description="of this deployment of the service")
-    models: dict[str, str] = Field(description="role -> name@hash")
+    models: dict[str, str] = Field(description="role -> name@hash, of the stages that the post needed")
     seconds: dict[str, float] = Field(description="time in each stage that the post needed, waiting included")
     gamma: float = Field(description="entropy in nats above which an entity was reranked")
 
@@ -191,7 +191,7 @@ class Limits(BaseModel):
         )
 
 
-def answer_row(done: Annotated, run_id: str, models: dict[str, str], heatmaps: bool) -> dict[str, Any]:
+def answer_row(done: Annotated, run_id: str, heatmaps: bool) -> dict[str, Any]:
     """The values of `AnnotationOut`. Messages that quote exceptions, or what an endpoint has said, stay in the log."""
     row = done.post.annotation()
     del row["row_id"]
@@ -202,4 +202,4 @@ def answer_row(done: Annotated, run_id: str, models: dict[str, str], heatmaps: b
         if problem["kind"] in UNTOLD:
             problem["message"] = f"the stage {problem['stage']} failed on this post"
     seconds = {name: round(value, 6) for name, value in done.seconds.items()}
-    return row | {"run_id": run_id, "models": models, "seconds": seconds, "gamma": done.gamma}
+    return row | {"run_id": run_id, "models": done.models, "seconds": seconds, "gamma": done.gamma}

@@ -17,6 +17,7 @@ from gem_ray.annotator import GuardedStage, Stage, build_component, models_of
 from gem_ray.config import Config, StageReplicas
 from gem_ray.metrics import StageMetrics
 from gem_ray.records import Post, StageName
+from gem_ray.serving.calls import Answer
 from gem_ray.serving.settings import check_user_config, has_own_batches, matcher_settings
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class StageReplica:
 
             grounder.threshold = threshold_of(matcher_settings(self._config, user_config))
 
-    async def __call__(self, posts: list[Post], alone: bool = False) -> list[Post]:
-        """Run the stage on posts, `alone` in no batch with others; what comes back holds no pixels."""
+    async def __call__(self, posts: list[Post], alone: bool = False) -> list[Answer]:
+        """Run the stage on posts, `alone` in no batch with others; what comes back about each holds no pixels."""
         if self._has_own_batches or alone:
             return await self._in_thread(posts)
         while not self._gate.is_set():
@@ -90,10 +91,6 @@ class StageReplica:
             if not self._inside:
                 self._gate.set()
 
-    def models(self) -> dict[str, str]:
-        """Role -> `reference@hash` of the stage's models."""
-        return self._models
-
     def check_health(self) -> None:
         """For Ray Serve, which replaces the replica if this raises.
 
@@ -105,15 +102,15 @@ class StageReplica:
             raise RuntimeError(f"stage {self._stage.name} has not come back for {self._config.serving.timeout_s:g} s")
 
     @serve.batch(max_concurrent_batches=1, batch_wait_timeout_s=0, batch_size_fn=_count)
-    async def _run_together(self, calls: list[list[Post]]) -> list[list[Post]]:
+    async def _run_together(self, calls: list[list[Post]]) -> list[list[Answer]]:
         self._gate.clear()
         done = iter(await self._in_thread([post for posts in calls for post in posts]))
         return [list(islice(done, len(posts))) for posts in calls]
 
-    async def _in_thread(self, posts: list[Post]) -> list[Post]:
+    async def _in_thread(self, posts: list[Post]) -> list[Answer]:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, posts)
 
-    def _run(self, posts: list[Post]) -> list[Post]:
+    def _run(self, posts: list[Post]) -> list[Answer]:
         started = self._metrics.begin()
         self._running[id(posts)] = time.monotonic()
         try:
@@ -125,7 +122,7 @@ class StageReplica:
         finally:
             del self._running[id(posts)]
         self._metrics.end(started, len(posts))
-        return [replace(post, image=None, image_bytes=None) for post in posts]
+        return [Answer(replace(post, image=None, image_bytes=None), self._models) for post in posts]
 
 
 def _load(name: StageName, config: Config) -> Stage:

@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from gem_ray.config import Config
 from gem_ray.metrics import PostMetrics
 from gem_ray.records import StageName
-from gem_ray.serving.calls import UnavailableError
 from gem_ray.serving.flow import Annotated, Flow
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.messages import answer_row
@@ -41,7 +38,6 @@ class Service:
         self._handles = handles
         self._run_id = run_id
         self._metrics = PostMetrics()
-        self._models: dict[str, str] | None = None
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over `gamma` and `k`; posts that are under way keep theirs.
@@ -51,26 +47,10 @@ class Service:
         """
         self.flow.set_filter(filter_settings(self.config, user_config))
 
-    async def row(self, done: Annotated, heatmaps: bool) -> dict[str, Any]:
+    def row(self, done: Annotated, heatmaps: bool) -> dict[str, Any]:
         """The answer about a post, which is counted."""
         self._metrics.count([done.post])
-        return answer_row(done, self._run_id, await self.models(), heatmaps)
-
-    async def models(self) -> dict[str, str]:
-        """Role -> `reference@hash` of what annotates, as the stages' own processes loaded it.
-
-        Raises:
-            TimeoutError: a stage does not say within `serving.timeout_s`.
-            UnavailableError: a stage has no process.
-        """
-        if self._models is None:
-            try:
-                async with asyncio.timeout(self.config.serving.timeout_s):
-                    answers = await asyncio.gather(*(handle.models.remote() for handle in self._handles.values()))
-            except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-                raise UnavailableError("a stage has no process that could say what its model is") from error
-            self._models = {role: name for answer in answers for role, name in answer.items()}
-        return self._models
+        return answer_row(done, self._run_id, heatmaps)
 
     async def missing_stages(self) -> list[str]:
         """Stages of which no process runs."""

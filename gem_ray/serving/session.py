@@ -10,70 +10,27 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
-import yaml
-from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
 
 from gem_ray.annotator import active_stages, models_of
-from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.config import Config, ConfigError, ReplicaPlacement
 from gem_ray.serving.app import DEPLOYED_STAGES
 from gem_ray.serving.keys import ApiKeys
-from gem_ray.serving.settings import INGRESS, check_user_config
+from gem_ray.serving.schemas import ours
+from gem_ray.serving.settings import INGRESS
 
-IMPORT_PATH = "gem_ray.serving.app:build_app"
 _SPARE_CPUS = 1  # for what Serve runs now and then: building the application
 _POLL_S = 0.2
+_REPORT_S = 30.0  # models of some gigabytes are loaded in this time
+logger = logging.getLogger(__name__)
 
 
 class ServingError(RuntimeError):
     """The service did not start; the message says why."""
-
-
-def preset_schema(preset: str, overrides: Sequence[str], host: str, port: int) -> ServeDeploySchema:
-    """What to deploy for a preset.
-
-    Raises:
-        ConfigError: there is no such preset, or an override is wrong.
-    """
-    load_config(preset, overrides=overrides)
-    application = {
-        "name": "gem-ray",
-        "import_path": IMPORT_PATH,
-        "args": {"preset": preset, "overrides": list(overrides)},
-    }
-    http = {"host": host, "port": port}
-    return ServeDeploySchema.model_validate(
-        {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
-    )
-
-
-def file_schema(file: Path) -> ServeDeploySchema:
-    """What a Serve config, as `serve_configs/nano.yaml`, deploys.
-
-    Raises:
-        ConfigError: it is none, or its `args` or `user_config` are wrong.
-    """
-    try:
-        schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
-        raise ConfigError(f"{file} is no config for Ray Serve: {error}") from None
-    for application, config in _ours(schema):
-        for deployment in application.deployments:
-            try:
-                if isinstance(deployment.user_config, dict):
-                    check_user_config(deployment.name, deployment.user_config, config)
-            except ValueError as error:
-                raise ConfigError(f"{file}: user_config of {deployment.name}: {error}") from None
-    return schema
-
-
-def _ours(schema: ServeDeploySchema) -> list[tuple[ServeApplicationSchema, Config]]:
-    return [(app, load_config(**app.args)) for app in schema.applications if app.import_path == IMPORT_PATH]
 
 
 def redeploy(schema: ServeDeploySchema) -> None:
@@ -95,13 +52,13 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
         FileNotFoundError: a model is not there.
         ServingError: a deployment does not start.
     """
-    configs = [config for _, config in _ours(schema)]
+    configs = [config for _, config in ours(schema)]
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         _check_keys(schema.http_options.host, configs)
         for config in configs:
             models_of(config)  # Serve would try to start a replica without its model over and over
-        _start(configs)
+        _start([placement for config in configs for placement in _placements(config)])
     elif not ray.is_initialized():
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     try:
@@ -126,14 +83,20 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _start(configs: Sequence[Config]) -> None:
+def _placements(config: Config) -> list[ReplicaPlacement]:
+    stages = [getattr(config.serving, name) for name in active_stages(config) if name in DEPLOYED_STAGES]
+    return [config.serving.ingress, *stages]
+
+
+def _start(placements: Sequence[ReplicaPlacement]) -> None:
     """A local Ray with as many logical CPUs as the replicas may reserve, whatever the machine has."""
-    reserved = 0.0
-    for config in configs:
-        stages = [getattr(config.serving, name) for name in active_stages(config) if name in DEPLOYED_STAGES]
-        reserved += sum(part.num_cpus * part.max_replicas for part in (config.serving.ingress, *stages))
+    reserved = sum(each.num_cpus * each.max_replicas for each in placements)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved) + _SPARE_CPUS)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    needed, there = sum(each.num_gpus * each.min_replicas for each in placements), ray.cluster_resources().get("GPU", 0)
+    if needed > there:
+        ray.shutdown()
+        raise ConfigError(f"the replicas reserve {needed:g} GPUs (num_gpus × min_replicas); there are {there:g} here")
 
 
 def _deploy(schema: ServeDeploySchema) -> str:
@@ -159,18 +122,28 @@ async def _end(schema: ServeDeploySchema, is_own_ray: bool) -> None:
 async def _drain(schema: ServeDeploySchema) -> None:
     """Serve finishes what a replica has begun when it stops a replica, but not when it ends itself."""
     states = serve.status().applications
-    for application, _ in _ours(schema):
+    for application, _ in ours(schema):
         state = states.get(application.name)
         if state is not None and state.status == ApplicationStatus.RUNNING:
             await serve.get_deployment_handle(INGRESS, application.name).broadcast("drain").results_async()
 
 
 def _wait_for(application: ServeApplicationSchema) -> None:
+    """Until every deployment has its replicas; from time to time, for which it still waits, and why."""
+    report_at = time.monotonic() + _REPORT_S
     while True:
         state = serve.status().applications.get(application.name)
         if state is not None and state.status == ApplicationStatus.RUNNING:
             return
         if state is not None and state.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            reasons = [deployment.message for deployment in state.deployments.values() if deployment.message]
-            raise ServingError("\n".join([state.message, *reasons]).strip())
+            raise ServingError("\n".join([state.message, *_reasons(state)]).strip())
+        if state is not None and time.monotonic() > report_at:
+            logger.warning(
+                "%s does not run yet: %s", application.name, "; ".join(_reasons(state)) or state.status.value
+            )
+            report_at += _REPORT_S
         time.sleep(_POLL_S)
+
+
+def _reasons(state: ApplicationStatusOverview) -> list[str]:
+    return [f"{name}: {each.message}" for name, each in state.deployments.items() if each.message]

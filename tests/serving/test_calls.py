@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from gem_ray.records import Post, ProblemKind, StageName, Status
-from gem_ray.serving.calls import BusyError, StageCalls, UnavailableError
+from gem_ray.serving.calls import Answer, BusyError, StageCalls, UnavailableError
 
 
 class Stage:
@@ -37,14 +37,17 @@ class Stage:
             raise self.error
         if self.kills & {post.post_id for post in posts}:
             raise RayActorError
-        return [Post(post.post_id, post.text.upper()) for post in posts]
+        return [Answer(Post(post.post_id, post.text.upper()), {}) for post in posts]
 
 
 REQUEST = ContextVar("request", default=None)
 
 
 def send(calls, *names):
-    return [asyncio.create_task(calls(Post(name, name))) for name in names]
+    async def post_of(name):
+        return (await calls(Post(name, name))).post
+
+    return [asyncio.create_task(post_of(name)) for name in names]
 
 
 async def turns(number=20):

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import (
+    ApplicationStatusOverview,
+    DeploymentSchema,
+    DeploymentStatusOverview,
+    HTTPOptionsSchema,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
 
 from gem_ray.annotator import active_stages
 from gem_ray.config import ConfigError, load_config
 from gem_ray.planning.plan import make_plan
+from gem_ray.serving import session
 from gem_ray.serving.app import DEPLOYED_STAGES
+from gem_ray.serving.schemas import IMPORT_PATH, file_schema, ours
 from gem_ray.serving.service import Service
-from gem_ray.serving.session import IMPORT_PATH, file_schema
 from gem_ray.serving.settings import INGRESS
 
 FOLDER = Path(__file__).parents[2] / "serve_configs"
@@ -101,6 +110,57 @@ def test_wrong_settings_in_a_file_are_named_before_serve_sees_them(tmp_path, dep
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match=f"x.yaml: user_config of {deployment}"):
         file_schema(tmp_path / "x.yaml")
+
+
+def schema_with(tmp_path, *deployments, **args):
+    values = yaml.safe_load((FOLDER / "nano.yaml").read_text())
+    values["applications"][0] |= {"deployments": [*deployments], "args": {"preset": "nano"} | args}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
+    return file_schema(tmp_path / "x.yaml")
+
+
+def test_what_serves_own_keys_say_of_replicas_holds_for_the_ingress_and_the_local_ray_too(tmp_path):
+    schema = schema_with(
+        tmp_path,
+        {"name": "tag", "autoscaling_config": {"max_replicas": 3, "target_ongoing_requests": 0.5}},
+        {"name": "rerank", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.25, "num_gpus": 0.1}},
+        {"name": "ground", "num_replicas": "auto"},
+        serving={"stage_calls": 2, "rerank": {"batch_size": 5}},
+    )
+    ((_, config),) = ours(schema)
+    tag, rerank, ground = config.serving.tag, config.serving.rerank, config.serving.ground
+    assert (tag.min_replicas, tag.max_replicas, tag.target_ongoing) == (1, 3, 0.5)
+    assert (rerank.min_replicas, rerank.max_replicas, rerank.batch_size) == (2, 2, 5)
+    assert (rerank.num_cpus, rerank.num_gpus) == (0.25, 0.1)
+    assert (ground.min_replicas, ground.max_replicas) == (1, 100)  # as Serve's documentation has it
+    assert config.serving.ingress == load_config().serving.ingress
+
+
+def test_replicas_that_serves_own_keys_could_never_add_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tag would never have more than min_replicas"):
+        schema_with(tmp_path, {"name": "tag", "autoscaling_config": {"max_replicas": 2, "target_ongoing_requests": 9}})
+
+
+def test_a_deployment_that_there_is_not_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown deployment 'grnd'; did you mean 'ground'\?"):
+        schema_with(tmp_path, {"name": "grnd", "num_replicas": 2})
+    with pytest.raises(ConfigError, match="unknown deployment 'rerank'"):
+        schema_with(tmp_path, {"name": "rerank", "num_replicas": 2}, reranker={"enabled": False})
+
+
+def test_what_is_waited_for_is_said(monkeypatch, caplog):
+    """With the states that Serve reports while a cluster has no room."""
+    waiting = DeploymentStatusOverview(
+        status="UPDATING", status_trigger="CONFIG_UPDATE_STARTED", replica_states={}, message="no node has a GPU"
+    )
+    states = [
+        ApplicationStatusOverview(status=status, message="", last_deployed_time_s=0, deployments={"tag": waiting})
+        for status in ("DEPLOYING", "DEPLOYING", "RUNNING")
+    ]
+    monkeypatch.setattr(session, "_REPORT_S", 0)
+    monkeypatch.setattr(session.serve, "status", lambda: SimpleNamespace(applications={"gem-ray": states.pop(0)}))
+    session._wait_for(SimpleNamespace(name="gem-ray"))
+    assert caplog.messages == ["gem-ray does not run yet: tag: no node has a GPU"] * 2
 
 
 def test_a_batch_must_fit_into_what_is_admitted():

@@ -19,6 +19,7 @@ from gem_ray.data import fetch
 from gem_ray.data.generated import generate
 from gem_ray.records import Entity
 from gem_ray.serving.api import create_api
+from gem_ray.serving.calls import Answer
 from gem_ray.serving.guard import Guard
 from gem_ray.serving.service import Service
 
@@ -29,15 +30,10 @@ IMAGE = next(iter(generate(1, seed=1))).image_bytes
 class Tag:
     """Stands in for the tagger's deployment: one entity, so that the image is looked at."""
 
-    class models:  # noqa: N801
-        @staticmethod
-        async def remote():
-            return {"tagger": "stand-in"}
-
     async def remote(self, posts, alone):
         for post in posts:
             post.entities = [Entity("Paris", 19, 24, 4, 5, "location", "city", 0.9)]
-        return posts
+        return [Answer(post, {"tagger": "stand-in"}) for post in posts]
 
 
 @pytest.fixture

@@ -1,0 +1,98 @@
+"""Serve configs: those of presets and files, read and checked before anything is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+
+from gem_ray.annotator import active_stages
+from gem_ray.config import Config, ConfigError, load_config, merge_trees, nearest
+from gem_ray.serving.app import DEPLOYED_STAGES
+from gem_ray.serving.settings import INGRESS, check_user_config
+
+IMPORT_PATH = "gem_ray.serving.app:build_app"
+
+
+def preset_schema(preset: str, overrides: Sequence[str], host: str, port: int) -> ServeDeploySchema:
+    """What to deploy for a preset.
+
+    Raises:
+        ConfigError: there is no such preset, or an override is wrong.
+    """
+    load_config(preset, overrides=overrides)
+    application = {
+        "name": "gem-ray",
+        "import_path": IMPORT_PATH,
+        "args": {"preset": preset, "overrides": list(overrides)},
+    }
+    http = {"host": host, "port": port}
+    return ServeDeploySchema.model_validate(
+        {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
+    )
+
+
+def file_schema(file: Path) -> ServeDeploySchema:
+    """What a Serve config, as `serve_configs/nano.yaml`, deploys.
+
+    Raises:
+        ConfigError: it is none, or its `args` or `user_config` are wrong.
+    """
+    try:
+        schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{file} is no config for Ray Serve: {error}") from None
+    for application in schema.applications:
+        if application.import_path == IMPORT_PATH:
+            application.args = _with_replicas(application)
+    for application, config in ours(schema):
+        there = [INGRESS, *(str(name) for name in active_stages(config) if name in DEPLOYED_STAGES)]
+        for deployment in application.deployments:
+            if deployment.name not in there:
+                raise ConfigError(f"{file}: unknown deployment {deployment.name!r}; {nearest(deployment.name, there)}")
+            try:
+                if isinstance(deployment.user_config, dict):
+                    check_user_config(deployment.name, deployment.user_config, config)
+            except ValueError as error:
+                raise ConfigError(f"{file}: user_config of {deployment.name}: {error}") from None
+    return schema
+
+
+def ours(schema: ServeDeploySchema) -> list[tuple[ServeApplicationSchema, Config]]:
+    """The applications that are gem-ray's, each with its configuration.
+
+    Raises:
+        ConfigError: `args` are none.
+    """
+    return [(app, load_config(**app.args)) for app in schema.applications if app.import_path == IMPORT_PATH]
+
+
+def _with_replicas(application: ServeApplicationSchema) -> dict[str, Any]:
+    """`args` with what Serve's own keys say of replicas: the calls of an ingress and the local Ray's CPUs go by it."""
+    known = [each for each in application.deployments if each.name in (INGRESS, *DEPLOYED_STAGES)]
+    replicas = {each.name: values for each in known if (values := _placement(each))}
+    return merge_trees(application.args, {"serving": replicas}) if replicas else application.args
+
+
+def _placement(deployment: DeploymentSchema) -> dict[str, Any]:
+    """A deployment's keys as `ReplicaPlacement` has them."""
+    given = deployment.model_dump(exclude_unset=True)
+    options = given.get("ray_actor_options") or {}
+    placement = {name: options[name] for name in ("num_cpus", "num_gpus") if options.get(name) is not None}
+    number, scaling = given.get("num_replicas"), given.get("autoscaling_config")
+    if number == "auto" or scaling:
+        usual = AutoscalingConfig.default() if number == "auto" else AutoscalingConfig()
+        values = usual.model_dump() | (scaling or {})
+        placement |= {
+            "min_replicas": max(1, values["min_replicas"]),
+            "max_replicas": values["max_replicas"],
+            "target_ongoing": values["target_ongoing_requests"],
+        }
+    elif number:
+        placement |= {"min_replicas": number, "max_replicas": number}
+    return placement
