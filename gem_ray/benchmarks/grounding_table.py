@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
+from gem_ray.annotator import Annotator
 from gem_ray.config import Config, parse_config
 from gem_ray.data.generated import generate
 from gem_ray.data.images import ImageLoader
-from gem_ray.evaluation.grounding import draw_worst, ground_gold, summarize, worst
+from gem_ray.evaluation.grounding import draw_worst, ground_gold, split_by_category, summarize, worst
 from gem_ray.grounding.grounder import Grounder
 from gem_ray.grounding.matcher import Matcher
 from gem_ray.taxonomy import FMNERG
 
 _WORST = 16
+
+WHOLE_SYSTEM = "whole system"
 
 # Name -> what is changed in `grounder`. None: as configured, with a matcher that has learned nothing (GEM-wo).
 VARIANTS: dict[str, Mapping[str, Any] | None] = {
@@ -39,6 +42,8 @@ VARIANTS: dict[str, Mapping[str, Any] | None] = {
 def measure_grounding(config: Config, count: int, seed: int, out: Path, only: Sequence[str] = ()) -> dict[str, Any]:
     """Ground the same mentions in every variant; the worst of the first one are drawn into `out/worst.png`.
 
+    With all variants, also what the whole system says of the mentions that it finds, by whether it has their category.
+
     Args:
         config: with the models.
         count: generated posts.
@@ -56,7 +61,13 @@ def measure_grounding(config: Config, count: int, seed: int, out: Path, only: Se
         results[name] = summarize(mentions)
         if len(results) == 1 and (wrong := worst(mentions, _WORST)):
             draw_worst(wrong, out / "worst.png")
-    return results
+    return results if only else results | _whole_system(config, count, seed)
+
+
+def _whole_system(config: Config, count: int, seed: int) -> dict[str, Any]:
+    right, wrong = split_by_category(Annotator.from_config(config).annotate(list(generate(count, seed))))
+    groups = {"all": [*right, *wrong], "in the right category": right, "in a wrong category": wrong}
+    return {f"{WHOLE_SYSTEM}, {name}": summarize(mentions) for name, mentions in groups.items()}
 
 
 def _variant(config: Config, changes: Mapping[str, Any] | None) -> Grounder:

@@ -80,6 +80,23 @@ def ground_gold(posts: Sequence[Post], ground: Callable[[list[Post]], list[Post]
     return [Grounded(post, entity, tuple(boxes)) for (post, entity), boxes in zip(entities, golds, strict=True)]
 
 
+def split_by_category(posts: Sequence[Post]) -> tuple[list[Grounded], list[Grounded]]:
+    """What a whole system said of the gold mentions whose spans it found: in the right category, and in others.
+
+    Args:
+        posts: annotated, with `gold`.
+    """
+    right: list[Grounded] = []
+    wrong: list[Grounded] = []
+    for post in posts:
+        entities = {(entity.word_start, entity.word_end): entity for entity in post.entities}
+        for gold in post.gold or ():
+            if entity := entities.get((gold.word_start, gold.word_end)):
+                group = right if entity.fine == gold.fine else wrong
+                group.append(Grounded(post, entity, tuple(gold.boxes)))
+    return right, wrong
+
+
 def summarize(mentions: Sequence[Grounded]) -> dict[str, float]:
     """Figures of the grounder alone.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -67,7 +69,8 @@ def run_experiment(
         What `results.json` holds.
 
     Raises:
-        ConfigError: an unknown variant, a recipe or a configuration that cannot be, or results of another in `out`.
+        ConfigError: an unknown variant, a recipe or a configuration that cannot be, results of another in `out`, or
+            an experiment that runs there now.
     """
     read = cache(posts)
     chosen = _chosen(experiment, only)
@@ -86,18 +89,31 @@ def run_experiment(
         if variant.is_trained or seed == 0
     ]
     obstacles: dict[str, str] = {}
-    for number, run in enumerate(plan):
-        result = run.finished(read)
-        if result is None and (reason := run.obstacle(read)) is not None:
-            obstacles[run.variant.name] = reason
-        else:
-            result = result or run.copied(read) or (run.do(read) if run_missing else None)
-        if result is not None:
-            on_done(run.variant.name, run.seed, result)
-            write_results(out, experiment, obstacles)
-        if run_missing:  # else what another process is training might go
-            _forget_models(plan[: number + 1], plan[number + 1 :])
-    return write_results(out, experiment, obstacles, read)
+    with _alone_in(out) if run_missing else nullcontext():
+        for number, run in enumerate(plan):
+            result = run.finished(read)
+            if result is None and (reason := run.obstacle(read)) is not None:
+                obstacles[run.variant.name] = reason
+            else:
+                result = result or run.copied(read) or (run.do(read) if run_missing else None)
+            if result is not None:
+                on_done(run.variant.name, run.seed, result)
+                write_results(out, experiment, obstacles)
+            if run_missing:  # else what another process is training might go
+                _forget_models(plan[: number + 1], plan[number + 1 :])
+        return write_results(out, experiment, obstacles, read)
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Two that run would train the same taggers at the same place, and each remove what the other needs."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"an experiment is running in {out}: wait for it, or use another output folder") from None
+        yield
 
 
 @dataclass(frozen=True)
@@ -133,8 +149,7 @@ class _Run:
         if needs_images(self.variant.config) and not self._has_images(read):
             return "the posts have no images"
         try:
-            encoder = {"tagger": {"model": self.recipe.encoder}} if self.recipe else {}
-            models_of(parse_config(merge_trees(self._config(read).model_dump(), encoder)))
+            self._models(read)
         except FileNotFoundError as error:
             return str(error)
         return unreachable(self._config(read))
@@ -143,7 +158,7 @@ class _Run:
         """The result that is there, if there is one; where it was computed does not matter.
 
         Raises:
-            ConfigError: it is the result of another recipe, another configuration or other posts.
+            ConfigError: it is the result of another recipe, another configuration, other posts or other models.
         """
         file = self.folder / RESULT
         if not file.is_file():
@@ -177,6 +192,7 @@ class _Run:
             "recipe": self.recipe and self.recipe.model_dump(),
             "config": config.model_dump(mode="json"),
             "data": self._data(read),
+            "models": self._models(read),
             "posts": len(dev),
             **trained,
             "device": device_of(system),
@@ -192,7 +208,12 @@ class _Run:
             return "another recipe"
         if what_matters(parse_config(result["config"])) != what_matters(self._config(read)):
             return "another configuration"
-        return None if result["data"] == self._data(read) else "other posts"
+        if result["data"] != self._data(read):
+            return "other posts"
+        try:
+            return None if result["models"] == self._models(read) else "other models"
+        except FileNotFoundError:  # tabulated where they are not
+            return None
 
     def _write(self, result: Mapping[str, Any]) -> None:
         with whole_file(*open_filesystem(self.folder / RESULT)) as partial:
@@ -203,6 +224,15 @@ class _Run:
         splits = ("train", "dev") if self.recipe else ("dev",)
         return {split: _fingerprint(read, split, self.labels) for split in splits}
 
+    def _models(self, read: Posts) -> dict[str, str]:
+        """Role -> `reference@hash`; of a tagger that is trained for it, the encoder that the training begins with.
+
+        Raises:
+            FileNotFoundError: one is not there.
+        """
+        encoder = {"tagger": {"model": self.recipe.encoder}} if self.recipe else {}
+        return _hashed(json.dumps(merge_trees(self._config(read).model_dump(mode="json"), encoder)))
+
     def _has_images(self, read: Posts) -> bool:
         return has_images(read("dev", self.labels))
 
@@ -212,7 +242,11 @@ class _Run:
     def _train(self, read: Posts, recipe: TaggerTraining) -> dict[str, Any]:
         """Train the tagger, or go on, or find it done."""
         file = self.model / "training.json"
-        what = {"recipe": recipe.model_dump(mode="json", exclude={"device"}), "data": self._data(read)}
+        what = {
+            "recipe": recipe.model_dump(mode="json", exclude={"device"}),
+            "data": self._data(read),
+            "encoder": self._models(read)["tagger"],
+        }
         if not file.is_file():
             train = read("train", recipe.labels)
             report = train_tagger(train, read("dev", recipe.labels), self.model, recipe)
@@ -229,6 +263,12 @@ class _Run:
 def _fingerprint(read: Posts, split: str, labels: str) -> str:
     """Kept, because every result that is there is compared with it, and it reads all images."""
     return fingerprint(read(split, labels))
+
+
+@lru_cache(maxsize=64)
+def _hashed(config: str) -> dict[str, str]:
+    """Kept, because every result that is there is compared with it, and it reads all weights."""
+    return models_of(parse_config(json.loads(config)))
 
 
 def _forget_models(done: Sequence[_Run], to_do: Sequence[_Run]) -> None:

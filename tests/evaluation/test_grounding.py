@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gem_ray.evaluation.grounding import Grounded, draw_worst, ground_gold, summarize, worst
+from gem_ray.evaluation.grounding import Grounded, draw_worst, ground_gold, split_by_category, summarize, worst
 from gem_ray.records import Box, Entity, GoldEntity, Point, Post
 
 IMAGE = np.full((100, 200, 3), 90, dtype=np.uint8)
@@ -59,6 +59,20 @@ def test_gold_mentions_are_grounded_as_the_text_writes_them():
     first, second = ground_gold([post], grounder)
     assert (first.entity.text, first.entity.coarse, first.iou) == ("Port  Almery", "location", 1)
     assert (second.entity.text, second.entity.coarse, second.is_right()) == ("Zoë", "person", True)
+
+
+def test_mentions_that_a_system_found_are_split_by_their_category():
+    gold = [GoldEntity(0, 1, "city", (MIDDLE,)), GoldEntity(1, 2, "park"), GoldEntity(2, 3, "band")]
+    post = Post("0", "Sea Oak Nix", ["Sea", "Oak", "Nix"], image=IMAGE, gold=gold)
+    post.entities = [
+        Entity("Sea", 0, 3, 0, 1, "location", "city", 1.0, box=MIDDLE),
+        Entity("Oak", 4, 7, 1, 2, "location", "city", 1.0),
+        Entity("Oak Nix", 4, 11, 1, 3, "organization", "band", 1.0),
+    ]
+    right, wrong = split_by_category([post])
+    assert [each.entity.text for each in right] == ["Sea"]
+    assert [each.entity.text for each in wrong] == ["Oak"]
+    assert right[0].is_right()
 
 
 def test_a_picture_shows_gold_green_and_the_grounders_box_red(tmp_path):

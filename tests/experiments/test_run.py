@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -197,6 +198,36 @@ def test_a_tagger_of_another_recipe_is_not_taken_over_from_an_interrupted_run(
         with pytest.raises(ConfigError, match="was trained by another recipe or on other posts"):
             run.run_experiment(experiment, read, tmp_path, seeds=1, only=["full"], overrides=overrides)
     assert run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])["rows"]["all on"]
+
+
+def test_results_of_a_model_that_was_trained_again_are_not_mixed_in(
+    experiment: Experiment, posts: Read, tmp_path: Path
+) -> None:
+    encoder, out = tmp_path / "encoder", tmp_path / "out"
+    shutil.copytree(experiment.recipe_of(experiment.variants[0], 0, {}).encoder, encoder)
+    overrides = {"encoder": str(encoder)}
+    done = run.run_experiment(experiment, posts, out, seeds=1, only=["full"], overrides=overrides)
+    (encoder / "notes.txt").write_text("trained again")
+    run._hashed.cache_clear()  # as in another process
+    with pytest.raises(ConfigError, match=r"full/seed-0/result\.json has the result of other models"):
+        run.run_experiment(experiment, posts, out, seeds=1, only=["full"], overrides=overrides)
+    shutil.rmtree(encoder)
+    run._hashed.cache_clear()
+    tabulated = run.run_experiment(experiment, posts, out, overrides=overrides, run_missing=False)
+    assert tabulated["rows"]["all on"] == done["rows"]["all on"]
+
+
+def test_two_do_not_run_in_one_folder_at_once(experiment: Experiment, posts: Read, tmp_path: Path) -> None:
+    refused = []
+
+    def begin_another(*_: Any) -> None:
+        with pytest.raises(ConfigError, match="an experiment is running in"):
+            run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])
+        refused.append(run.run_experiment(experiment, posts, tmp_path, only=["full"], run_missing=False))
+
+    run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"], on_done=begin_another)
+    assert len(refused) == 1  # but what is there can be tabulated meanwhile
+    run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])
 
 
 def test_a_model_that_is_not_there_costs_its_row_alone(experiment: Experiment, posts: Read, tmp_path: Path) -> None:
