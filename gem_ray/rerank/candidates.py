@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from gem_ray.checkpoints import content_hash
 from gem_ray.records import GoldEntity, Post
 from gem_ray.taxonomy import LabelSet
 
@@ -42,11 +43,15 @@ class StoredCandidates:
         labels: the category tree.
         k: how many candidates.
 
+    Attributes:
+        hash: of the file's content.
+
     Raises:
         FileNotFoundError: there is no such file.
     """
 
     def __init__(self, path: Path, labels: LabelSet, k: int) -> None:
+        self.hash = content_hash(path)
         self._labels, self._k = labels, k
         self._stored: dict[tuple[str, int, int], list[str]] = {
             (row["post_id"], row["word_start"], row["word_end"]): row["candidates"][:k]

@@ -28,7 +28,7 @@ from gem_ray.config import ConfigError
 from gem_ray.data.shards import fingerprint
 from gem_ray.device import torch_device
 from gem_ray.records import Post
-from gem_ray.rerank.candidates import training_candidates
+from gem_ray.rerank.candidates import StoredCandidates, training_candidates
 from gem_ray.rerank.prompts import PromptFormat
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.samples import IGNORED, CandidateRule, EntitySamples, SampleEncoder
@@ -70,8 +70,8 @@ def train_reranker(
         `entities`, `steps`, and the mean loss of the first and of the last report.
 
     Raises:
-        ConfigError: a training with another recipe, base or other posts was begun there, or bitsandbytes is asked for
-            and not installed.
+        ConfigError: a training with another recipe, base, posts or candidates was begun there, or bitsandbytes is asked
+            for and not installed.
         ValueError: no post has both a gold entity and an image that can be read.
     """
     labels = LABEL_SETS[settings.labels]
@@ -83,7 +83,11 @@ def train_reranker(
     encoder = SampleEncoder(model.get_base_model(), processor, settings.max_length, prompt_format)
     samples = EntitySamples(posts, encoder, rule, settings)
     trainer = prepare(_trainer(model, encoder, samples, settings, out / _CHECKPOINTS, report))
-    inputs = {"set of posts": fingerprint(posts), "base": content_hash(folder)}
+    inputs = {
+        "set of posts": fingerprint(posts),
+        "base": content_hash(folder),
+        "set of candidates": candidates.hash if isinstance(candidates, StoredCandidates) else "by rule",
+    }
     begun = last_checkpoint(out / _CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=begun)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

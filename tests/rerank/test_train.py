@@ -3,6 +3,8 @@ import random
 import re
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
@@ -12,10 +14,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from gem_ray.config import ConfigError
 from gem_ray.data.generated import generate
 from gem_ray.recipes import recipe_names
+from gem_ray.rerank.candidates import StoredCandidates
 from gem_ray.rerank.llava import load_llava
 from gem_ray.rerank.recipe import RerankerTraining, load_reranker_recipe
 from gem_ray.rerank.samples import SampleEncoder
 from gem_ray.rerank.train import LORA_MODULES, answer_loss, train_reranker
+from gem_ray.taxonomy import FMNERG
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +138,11 @@ def test_a_training_with_another_recipe_is_not_gone_on_with(base, posts, recipe,
         train_reranker(posts, str(base), tmp_path, recipe, report=_kill_at(3))
     with pytest.raises(ConfigError, match="begun with another recipe"):
         train_reranker(posts, str(base), tmp_path, recipe.model_copy(update={"epochs": 4}))
+    row = {"post_id": "none", "word_start": 0, "word_end": 1, "candidates": ["city"]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "candidates.parquet")
+    stored = StoredCandidates(tmp_path / "candidates.parquet", FMNERG, recipe.k)
+    with pytest.raises(ConfigError, match="begun with another set of candidates"):
+        train_reranker(posts, str(base), tmp_path, recipe, stored)
 
 
 def test_accumulated_gradients_make_the_same_step_as_a_larger_batch(base, posts, recipe, tmp_path):
