@@ -39,6 +39,21 @@ def resolve(reference: str) -> Path:
     return _from_hub(reference)
 
 
+def local(reference: str) -> Path | None:
+    """Where a model is on this machine; none: it is not, and nothing is fetched. `s3://` references never are."""
+    if Path(reference).exists() or reference.startswith(("nano:", "package:")):
+        return resolve(reference)
+    if "://" in reference:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(reference, local_files_only=True))
+    except (HFValidationError, OSError, ValueError):
+        return None
+
+
 def content_hash(path: Path) -> str:
     """The first 12 hex digits of the SHA-256 over a file, or over names and contents of a directory's files."""
     digest = hashlib.sha256()

@@ -325,6 +325,13 @@ class ReplicaPlacement(_Section):
         return self
 
 
+class IngressReplicas(ReplicaPlacement):
+    """The deployment that answers HTTP."""
+
+    num_cpus: float = Field(0.5, ge=0, description="CPUs each replica reserves")
+    target_ongoing: float = Field(32, gt=0, description="requests a replica has at once, which autoscaling aims at")
+
+
 class StageReplicas(ReplicaPlacement):
     """The deployment of a stage with a model."""
 
@@ -359,7 +366,7 @@ class ServingConfig(_Section):
     decode_threads: PositiveInt = Field(2, description="images that an ingress replica decodes at once")
     drain_s: float = Field(30, ge=0, description="time that a replica which is stopped has for what it has begun")
     health_check_s: float = Field(5, gt=0, description="time between two health checks of a replica")
-    ingress: ReplicaPlacement = Field(default_factory=lambda: ReplicaPlacement(num_cpus=0.5, target_ongoing=32))
+    ingress: IngressReplicas = Field(default_factory=IngressReplicas)
     knowledge: StageReplicas = Field(default_factory=StageReplicas)
     tag: StageReplicas = Field(default_factory=StageReplicas)
     rerank: StageReplicas = Field(default_factory=StageReplicas)
@@ -369,21 +376,6 @@ class ServingConfig(_Section):
     def _admits_a_batch(self) -> ServingConfig:
         if self.max_batch_posts > self.max_in_flight:
             raise ValueError(f"max_batch_posts ({self.max_batch_posts}) is above max_in_flight ({self.max_in_flight})")
-        return self
-
-    @model_validator(mode="after")
-    def _can_scale(self) -> ServingConfig:
-        """Autoscaling goes by the calls that a stage has at once, of which an ingress makes only so many."""
-        for name in ("knowledge", "tag", "rerank", "ground"):
-            stage: StageReplicas = getattr(self, name)
-            if self.stage_calls is None or stage.max_replicas == stage.min_replicas:
-                continue
-            calls, aim = self.stage_calls * stage.max_replicas, stage.target_ongoing * stage.min_replicas
-            if calls <= aim:
-                raise ValueError(
-                    f"{name} would never have more than min_replicas: an ingress makes {calls} calls at once, and "
-                    f"target_ongoing allows {aim:g}; set stage_calls to null, or lower {name}.target_ongoing"
-                )
         return self
 
 
@@ -401,6 +393,26 @@ class Config(_Section):
     grounder: GrounderConfig = Field(default_factory=GrounderConfig)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
+
+    @model_validator(mode="after")
+    def _can_scale(self) -> Config:
+        """Autoscaling goes by the calls that a stage has at once, of which an ingress makes only so many."""
+        serving = self.serving
+        for name in ("knowledge", "tag", "rerank", "ground"):
+            if name == "rerank" and self.reranker.engine == "vllm":
+                continue  # its engine is asked without a limit
+            stage: StageReplicas = getattr(serving, name)
+            if serving.stage_calls is None or stage.max_replicas == stage.min_replicas:
+                continue
+            calls = serving.stage_calls * stage.max_replicas * serving.ingress.max_replicas
+            aim = stage.target_ongoing * stage.min_replicas
+            if calls <= aim:
+                raise ValueError(
+                    f"serving.{name} would never have more than min_replicas: the ingress makes {calls} calls at once, "
+                    f"and target_ongoing (target_ongoing_requests in a Serve config) allows {aim:g}; lower it, or set "
+                    "serving.stage_calls to null"
+                )
+        return self
 
 
 def preset_names() -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_ray.annotator import models_of
+from gem_ray.checkpoints import content_hash, local
 from gem_ray.config import Config, ConfigError, load_config, merge_trees, parse_config
 from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.data.shards import fingerprint
@@ -79,9 +80,6 @@ def run_experiment(
         recipe = experiment.recipe_of(variant, seed, overrides or {})
         return _Run(experiment, variant, seed, recipe, base or load_config(), out)
 
-    for variant in experiment.variants:
-        for seed in seeds_of_runs(out, variant.name):
-            run_of(variant, seed).finished(read)  # all that is there comes into the table
     plan = [
         run_of(variant, seed)
         for seed in range(seeds)
@@ -90,9 +88,12 @@ def run_experiment(
     ]
     obstacles: dict[str, str] = {}
     with _alone_in(out) if run_missing else nullcontext():
+        for variant in experiment.variants:
+            for seed in seeds_of_runs(out, variant.name):
+                run_of(variant, seed).finished(read)  # all that is there comes into the table
         for number, run in enumerate(plan):
             result = run.finished(read)
-            if result is None and (reason := run.obstacle(read)) is not None:
+            if result is None and (reason := run.obstacle(read, run_missing)) is not None:
                 obstacles[run.variant.name] = reason
             else:
                 result = result or run.copied(read) or (run.do(read) if run_missing else None)
@@ -144,10 +145,12 @@ class _Run:
     def changes(self) -> dict[str, Any]:
         return merge_trees(self.experiment.config, self.variant.config)
 
-    def obstacle(self, read: Posts) -> str | None:
-        """Why it cannot be run here, if it cannot."""
+    def obstacle(self, read: Posts, look_for_models: bool) -> str | None:
+        """Why it cannot be run here, if it cannot. Models that are looked for are fetched."""
         if needs_images(self.variant.config) and not self._has_images(read):
             return "the posts have no images"
+        if not look_for_models:
+            return None
         try:
             self._models(read)
         except FileNotFoundError as error:
@@ -210,10 +213,8 @@ class _Run:
             return "another configuration"
         if result["data"] != self._data(read):
             return "other posts"
-        try:
-            return None if result["models"] == self._models(read) else "other models"
-        except FileNotFoundError:  # tabulated where they are not
-            return None
+        changed = [role for role, described in result.get("models", {}).items() if _is_another_now(described)]
+        return f"another {' and another '.join(changed)}" if changed else None
 
     def _write(self, result: Mapping[str, Any]) -> None:
         with whole_file(*open_filesystem(self.folder / RESULT)) as partial:
@@ -231,7 +232,7 @@ class _Run:
             FileNotFoundError: one is not there.
         """
         encoder = {"tagger": {"model": self.recipe.encoder}} if self.recipe else {}
-        return _hashed(json.dumps(merge_trees(self._config(read).model_dump(mode="json"), encoder)))
+        return models_of(parse_config(merge_trees(self._config(read).model_dump(), encoder)))
 
     def _has_images(self, read: Posts) -> bool:
         return has_images(read("dev", self.labels))
@@ -254,7 +255,8 @@ class _Run:
         done = json.loads(file.read_text(encoding="utf-8"))
         if done["of"] != what:
             raise ConfigError(
-                f"{self.model} was trained by another recipe or on other posts: use another output folder, or remove it"
+                f"{self.model} was trained by another recipe, on other posts or from another encoder: use another "
+                "output folder, or remove it"
             )
         return done["report"]
 
@@ -265,10 +267,17 @@ def _fingerprint(read: Posts, split: str, labels: str) -> str:
     return fingerprint(read(split, labels))
 
 
+def _is_another_now(described: str) -> bool:
+    """Whether there is now another model at a `reference@hash`; what is not on this machine is not fetched for it."""
+    reference, _, digest = described.rpartition("@")
+    path = local(reference) if reference else None  # one behind an endpoint has no hash
+    return path is not None and path.exists() and _hash(path) != digest
+
+
 @lru_cache(maxsize=64)
-def _hashed(config: str) -> dict[str, str]:
+def _hash(path: Path) -> str:
     """Kept, because every result that is there is compared with it, and it reads all weights."""
-    return models_of(parse_config(json.loads(config)))
+    return content_hash(path)
 
 
 def _forget_models(done: Sequence[_Run], to_do: Sequence[_Run]) -> None:

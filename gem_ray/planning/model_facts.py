@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gem_ray.checkpoints import resolve
+from gem_ray.checkpoints import local, resolve
 from gem_ray.config import ConfigError, merge_trees
 from gem_ray.planning.published import PUBLISHED, Published
 
@@ -45,10 +45,12 @@ def model_facts(key: str, reference: str, like: str, built_like: dict[str, str])
         ConfigError: the model is neither there nor known.
     """
     name = reference.rstrip("/").rpartition("/")[2]
-    path = _local_path(reference)
+    path = local(reference)
     if path is not None:
-        shape = merge_trees(PUBLISHED[like].shape, read_shape(path))
-        return ModelFacts(name, count_parameters(path), shape, "its files")
+        shape = read_shape(path)
+        if "num_attention_heads" in shape:  # keys and values are grouped only where it is said
+            shape = {"num_key_value_heads": shape["num_attention_heads"], **shape}
+        return ModelFacts(name, count_parameters(path), merge_trees(PUBLISHED[like].shape, shape), "its files")
     published = _published(reference)
     if published is not None:
         return ModelFacts(name, published.parameters, published.shape, published.source)
@@ -87,21 +89,6 @@ def read_shape(path: Path) -> dict[str, Any]:
     if base := shape.get("base_encoder"):
         return read_shape(resolve(base))
     return shape.get("encoder") or shape
-
-
-def _local_path(reference: str) -> Path | None:
-    """Where a model is on this machine. Nothing is fetched for a plan."""
-    if Path(reference).exists() or reference.startswith(("nano:", "package:")):
-        return resolve(reference)
-    if "://" in reference:
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(reference, local_files_only=True))
-    except (HFValidationError, OSError, ValueError):
-        return None
 
 
 def _published(reference: str) -> Published | None:

@@ -78,14 +78,24 @@ def _takes_too_much(pool: Pool, engine: EngineNeed, share: float, card: float) -
     """What vLLM takes, though it needs less, and what runs beside it are more than the actor's share."""
     beside = pool.need.held - engine.held
     others = f", beside {gib(beside)} GiB of the {pool.need.beside[0].role}" if beside else ""
-    lower = (share * USABLE * card - beside) / card
-    ways = [f"set {engine.key}.gpu_memory_utilization to {_rounded_down(lower)} or less"]
+    lower = _rounded_down((share * USABLE * card - beside) / card)
+    ways = []
+    if float(lower) * card >= engine.memory:
+        ways.append(f"{engine.key}.gpu_memory_utilization to {lower} or less")
     if pool.need.held <= USABLE * card:
         ways.append(f"pipeline.{pool.stage}.num_gpus to {_rounded_up(pool.need.held / (USABLE * card))} or more")
+    remedy = ", or ".join(ways) or _both(pool, engine, beside, card)
     return (
         f"vLLM takes {gib(engine.held)} GiB of a card in {pool.stage} ({engine.reserved / card:g} of it){others}; its "
-        f"actor's share of {share:g} has {gib(share * USABLE * card)} usable: {', or '.join(ways)}"
+        f"actor's share of {share:g} has {gib(share * USABLE * card)} usable: set {remedy}"
     )
+
+
+def _both(pool: Pool, engine: EngineNeed, beside: int, card: float) -> str:
+    """The least that its engine needs of a card, and the share of it that has room for that."""
+    least = _rounded_up(engine.memory / card)
+    share = _rounded_up((float(least) * card + beside) / (USABLE * card))
+    return f"{engine.key}.gpu_memory_utilization to {least} and pipeline.{pool.stage}.num_gpus to {share}"
 
 
 def too_many(label: str, pools: Sequence[Pool], gpus: int, cpus: int | None) -> Iterator[str]:
@@ -124,9 +134,19 @@ def _what_fits(pool: Pool, config: Config, card: float) -> str:
     if pool.stage in _WITHOUT:
         ways.append(f"or do without it: --set {_WITHOUT[pool.stage]}")
     if pool.stage is StageName.KNOWLEDGE:
-        roles = (model.role for model in pool.need.models)
-        ways.append("or do without: " + ", or ".join(f"--set knowledge.{role}=null" for role in roles))
+        ways.append(f"or do without: {_left_out(pool, config, card)}")
     return "It fits " + ", ".join(ways)
+
+
+def _left_out(pool: Pool, config: Config, card: float) -> str:
+    """The knowledge stage's models without any one of which it fits, else all of them."""
+    switches = [f"knowledge.{model.role}" for model in pool.need.models]
+    enough = [
+        switch
+        for switch in switches
+        if stage_need(pool.stage, _changed(config, switch, None), int(card)).memory <= USABLE * card
+    ]
+    return ", or ".join(f"--set {each}=null" for each in enough) or " ".join(f"--set {each}=null" for each in switches)
 
 
 def _changes_that_fit(pool: Pool, config: Config, card: float) -> list[str]:

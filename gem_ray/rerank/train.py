@@ -62,7 +62,7 @@ def train_reranker(
         base: the LLaVA checkpoint, as `checkpoints.resolve` takes it.
         out: the adapter's folder; `out/checkpoints` is there until the training is done.
         settings: the recipe.
-        candidates: what is offered for an entity; none: the paper's rule.
+        candidates: what is offered for an entity; none: the paper's rule. Stored ones are compared on resume.
         report: called with the step and the mean loss since the last report.
         prepare: what several workers need; `ray.train.huggingface.transformers.prepare_trainer`.
 
@@ -86,7 +86,7 @@ def train_reranker(
     inputs = {
         "set of posts": fingerprint(posts),
         "base": content_hash(folder),
-        "set of candidates": candidates.hash if isinstance(candidates, StoredCandidates) else "by rule",
+        "set of candidates": candidates.hash if isinstance(candidates, StoredCandidates) else "not stored",
     }
     begun = last_checkpoint(out / _CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=begun)

@@ -12,11 +12,12 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
 from gem_ray.annotator import active_stages
-from gem_ray.config import Config, ConfigError, load_config, merge_trees, nearest
+from gem_ray.config import Config, ConfigError, ReplicaPlacement, load_config, merge_trees, nearest
 from gem_ray.serving.app import DEPLOYED_STAGES
 from gem_ray.serving.settings import INGRESS, check_user_config
 
 IMPORT_PATH = "gem_ray.serving.app:build_app"
+_RESERVED = (("num_cpus", 1), ("num_gpus", 0))  # Serve's defaults
 
 
 def preset_schema(preset: str, overrides: Sequence[str], host: str, port: int) -> ServeDeploySchema:
@@ -41,7 +42,8 @@ def file_schema(file: Path) -> ServeDeploySchema:
     """What a Serve config, as `serve_configs/nano.yaml`, deploys.
 
     Raises:
-        ConfigError: it is none, or its `args` or `user_config` are wrong.
+        ConfigError: it is none, its `args`, `user_config` or `autoscaling_config` are wrong, or it names a deployment
+            that there is not.
     """
     try:
         schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
@@ -49,7 +51,10 @@ def file_schema(file: Path) -> ServeDeploySchema:
         raise ConfigError(f"{file} is no config for Ray Serve: {error}") from None
     for application in schema.applications:
         if application.import_path == IMPORT_PATH:
-            application.args = _with_replicas(application)
+            try:
+                application.args = _with_replicas(application)
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error}") from None
     for application, config in ours(schema):
         there = [INGRESS, *(str(name) for name in active_stages(config) if name in DEPLOYED_STAGES)]
         for deployment in application.deployments:
@@ -73,26 +78,33 @@ def ours(schema: ServeDeploySchema) -> list[tuple[ServeApplicationSchema, Config
 
 
 def _with_replicas(application: ServeApplicationSchema) -> dict[str, Any]:
-    """`args` with what Serve's own keys say of replicas: the calls of an ingress and the local Ray's CPUs go by it."""
+    """`args` with what Serve's own keys say of replicas: the calls of an ingress and the local Ray's CPUs go by it.
+
+    Raises:
+        ConfigError: `args` are none, or an `autoscaling_config` is none.
+    """
+    serving = load_config(**application.args).serving
     known = [each for each in application.deployments if each.name in (INGRESS, *DEPLOYED_STAGES)]
-    replicas = {each.name: values for each in known if (values := _placement(each))}
+    replicas = {each.name: values for each in known if (values := _placement(each, getattr(serving, each.name)))}
     return merge_trees(application.args, {"serving": replicas}) if replicas else application.args
 
 
-def _placement(deployment: DeploymentSchema) -> dict[str, Any]:
-    """A deployment's keys as `ReplicaPlacement` has them."""
+def _placement(deployment: DeploymentSchema, own: ReplicaPlacement) -> dict[str, Any]:
+    """A deployment's keys as `ReplicaPlacement` has them, over the application's own."""
     given = deployment.model_dump(exclude_unset=True)
-    options = given.get("ray_actor_options") or {}
-    placement = {name: options[name] for name in ("num_cpus", "num_gpus") if options.get(name) is not None}
-    number, scaling = given.get("num_replicas"), given.get("autoscaling_config")
-    if number == "auto" or scaling:
-        usual = AutoscalingConfig.default() if number == "auto" else AutoscalingConfig()
-        values = usual.model_dump() | (scaling or {})
-        placement |= {
-            "min_replicas": max(1, values["min_replicas"]),
-            "max_replicas": values["max_replicas"],
-            "target_ongoing": values["target_ongoing_requests"],
-        }
-    elif number:
+    placement: dict[str, Any] = {}
+    if options := given.get("ray_actor_options"):  # takes the place of the application's, with Serve's defaults
+        placement |= {name: default if (value := options.get(name)) is None else value for name, default in _RESERVED}
+    number, scaling = given.get("num_replicas"), given.get("autoscaling_config") or {}
+    if scaling or (number == "auto" and own.max_replicas == own.min_replicas):
+        usual = AutoscalingConfig.default().model_dump() if number == "auto" else {}
+        try:
+            scaled = AutoscalingConfig.model_validate(usual | scaling)
+        except ValidationError as error:
+            raise ConfigError(f"autoscaling_config of {deployment.name}: {error.errors()[0]['msg']}") from None
+        placement |= {"min_replicas": max(1, scaled.min_replicas), "max_replicas": scaled.max_replicas}
+        if scaled.target_ongoing_requests is not None:
+            placement["target_ongoing"] = scaled.target_ongoing_requests
+    elif isinstance(number, int):
         placement |= {"min_replicas": number, "max_replicas": number}
     return placement

@@ -18,6 +18,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Serve
 
 from gem_ray.annotator import active_stages, models_of
 from gem_ray.config import Config, ConfigError, ReplicaPlacement
+from gem_ray.planning.pools import Cards
 from gem_ray.serving.app import DEPLOYED_STAGES
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.schemas import ours
@@ -25,7 +26,7 @@ from gem_ray.serving.settings import INGRESS
 
 _SPARE_CPUS = 1  # for what Serve runs now and then: building the application
 _POLL_S = 0.2
-_REPORT_S = 30.0  # models of some gigabytes are loaded in this time
+_REPORT_S = 45.0  # after 30 s Serve itself says what it has no room for
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +49,7 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
     Uses the cluster that `RAY_ADDRESS` names, whose applications it replaces, else a Ray of its own.
 
     Raises:
-        ConfigError: it would listen beyond this machine without API keys.
+        ConfigError: it would listen beyond this machine without API keys, or reserves GPUs that are not there.
         FileNotFoundError: a model is not there.
         ServingError: a deployment does not start.
     """
@@ -89,14 +90,23 @@ def _placements(config: Config) -> list[ReplicaPlacement]:
 
 
 def _start(placements: Sequence[ReplicaPlacement]) -> None:
-    """A local Ray with as many logical CPUs as the replicas may reserve, whatever the machine has."""
+    """A local Ray with as many logical CPUs as the replicas may reserve, whatever the machine has.
+
+    Raises:
+        ConfigError: there are not the GPUs that they reserve.
+    """
     reserved = sum(each.num_cpus * each.max_replicas for each in placements)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved) + _SPARE_CPUS)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    needed, there = sum(each.num_gpus * each.min_replicas for each in placements), ray.cluster_resources().get("GPU", 0)
-    if needed > there:
+    shares = sorted((each.num_gpus for each in placements for _ in range(each.min_replicas)), reverse=True)
+    there = int(ray.cluster_resources().get("GPU", 0))
+    cards = Cards(there)
+    if not all(cards.take(share) for share in shares):
         ray.shutdown()
-        raise ConfigError(f"the replicas reserve {needed:g} GPUs (num_gpus × min_replicas); there are {there:g} here")
+        asked = " + ".join(f"{share:g}" for share in shares if share)
+        raise ConfigError(
+            f"the replicas reserve {asked} GPUs (num_gpus of each of min_replicas); there are {there} here"
+        )
 
 
 def _deploy(schema: ServeDeploySchema) -> str:
@@ -146,4 +156,4 @@ def _wait_for(application: ServeApplicationSchema) -> None:
 
 
 def _reasons(state: ApplicationStatusOverview) -> list[str]:
-    return [f"{name}: {each.message}" for name, each in state.deployments.items() if each.message]
+    return [each.message for each in state.deployments.values() if each.message]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from gem_ray.checkpoints import resolve
+from gem_ray.checkpoints import content_hash, resolve
 from gem_ray.data.shards import fingerprint
 from gem_ray.records import Post
 from gem_ray.tagger.card import write_card
@@ -57,7 +57,7 @@ def train_tagger(
         directory, read back. Scores are as `scores.Scores`.
 
     Raises:
-        ConfigError: a training with another recipe, or on other posts, was begun there.
+        ConfigError: a training with another recipe or encoder, or on other posts, was begun there.
         ValueError: no training post has both words and `gold`.
     """
     torch.manual_seed(settings.seed)
@@ -65,7 +65,11 @@ def train_tagger(
     views = TrainingViews(train, features, settings)
     objective = TrainingObjective(_new_model(settings, views), settings)
     trainer = prepare(TaggerTrainer(objective, views, dev, features, out / _CHECKPOINTS, progress))
-    inputs = {"set of posts": fingerprint(train), "set of dev posts": fingerprint(dev)}
+    inputs = {
+        "set of posts": fingerprint(train),
+        "set of dev posts": fingerprint(dev),
+        "encoder": content_hash(resolve(settings.encoder)),
+    }
     begun = last_checkpoint(out / _CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=begun)
     report = _history(trainer)

@@ -195,7 +195,7 @@ def test_a_tagger_of_another_recipe_is_not_taken_over_from_an_interrupted_run(
         with pytest.raises(KeyboardInterrupt):
             run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])
     for read, overrides in ((posts, {"epochs": 3}), (lambda *which: posts(*which)[1:], {})):
-        with pytest.raises(ConfigError, match="was trained by another recipe or on other posts"):
+        with pytest.raises(ConfigError, match="was trained by another recipe, on other posts or from another encoder"):
             run.run_experiment(experiment, read, tmp_path, seeds=1, only=["full"], overrides=overrides)
     assert run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"])["rows"]["all on"]
 
@@ -208,11 +208,11 @@ def test_results_of_a_model_that_was_trained_again_are_not_mixed_in(
     overrides = {"encoder": str(encoder)}
     done = run.run_experiment(experiment, posts, out, seeds=1, only=["full"], overrides=overrides)
     (encoder / "notes.txt").write_text("trained again")
-    run._hashed.cache_clear()  # as in another process
-    with pytest.raises(ConfigError, match=r"full/seed-0/result\.json has the result of other models"):
+    run._hash.cache_clear()  # as in another process
+    with pytest.raises(ConfigError, match=r"full/seed-0/result\.json has the result of another tagger"):
         run.run_experiment(experiment, posts, out, seeds=1, only=["full"], overrides=overrides)
     shutil.rmtree(encoder)
-    run._hashed.cache_clear()
+    run._hash.cache_clear()
     tabulated = run.run_experiment(experiment, posts, out, overrides=overrides, run_missing=False)
     assert tabulated["rows"]["all on"] == done["rows"]["all on"]
 

@@ -44,7 +44,7 @@ def test_cards_that_are_not_there_are_not_waited_for(command, port):
     )
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "the replicas reserve 0.5 GPUs (num_gpus × min_replicas); there are 0 here" in out
+    assert "the replicas reserve 0.5 GPUs (num_gpus of each of min_replicas); there are 0 here" in out
 
 
 def test_the_ray_of_the_service_is_closed_by_a_token(service):

@@ -17,7 +17,7 @@ from ray.serve.schema import (
 )
 
 from gem_ray.annotator import active_stages
-from gem_ray.config import ConfigError, load_config
+from gem_ray.config import ConfigError, IngressReplicas, load_config
 from gem_ray.planning.plan import make_plan
 from gem_ray.serving import session
 from gem_ray.serving.app import DEPLOYED_STAGES
@@ -123,17 +123,31 @@ def test_what_serves_own_keys_say_of_replicas_holds_for_the_ingress_and_the_loca
     schema = schema_with(
         tmp_path,
         {"name": "tag", "autoscaling_config": {"max_replicas": 3, "target_ongoing_requests": 0.5}},
-        {"name": "rerank", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.25, "num_gpus": 0.1}},
+        {"name": "rerank", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.25}},
         {"name": "ground", "num_replicas": "auto"},
-        serving={"stage_calls": 2, "rerank": {"batch_size": 5}},
+        {"name": "ingress", "num_replicas": 4},
+        serving={"stage_calls": 2, "rerank": {"batch_size": 5, "num_gpus": 0.5}},
     )
     ((_, config),) = ours(schema)
     tag, rerank, ground = config.serving.tag, config.serving.rerank, config.serving.ground
     assert (tag.min_replicas, tag.max_replicas, tag.target_ongoing) == (1, 3, 0.5)
     assert (rerank.min_replicas, rerank.max_replicas, rerank.batch_size) == (2, 2, 5)
-    assert (rerank.num_cpus, rerank.num_gpus) == (0.25, 0.1)
+    assert (rerank.num_cpus, rerank.num_gpus) == (0.25, 0)  # Serve's options take the place of the application's
     assert (ground.min_replicas, ground.max_replicas) == (1, 100)  # as Serve's documentation has it
-    assert config.serving.ingress == load_config().serving.ingress
+    assert config.serving.ingress == IngressReplicas(min_replicas=4, max_replicas=4)
+    assert config.serving.ingress.num_cpus == load_config().serving.ingress.num_cpus == 0.5
+
+
+def test_serves_auto_stays_within_the_applications_own_bounds(tmp_path):
+    own = {"stage_calls": None, "tag": {"min_replicas": 2, "max_replicas": 4}}
+    ((_, config),) = ours(schema_with(tmp_path, {"name": "tag", "num_replicas": "auto"}, serving=own))
+    assert (config.serving.tag.min_replicas, config.serving.tag.max_replicas) == (2, 4)
+
+
+def test_an_autoscaling_that_is_none_is_named(tmp_path):
+    for wrong in ({"min_replicas": "two"}, {"max_replicas": None}):
+        with pytest.raises(ConfigError, match=r"x\.yaml: autoscaling_config of tag"):
+            schema_with(tmp_path, {"name": "tag", "autoscaling_config": wrong})
 
 
 def test_replicas_that_serves_own_keys_could_never_add_are_refused(tmp_path):
@@ -160,7 +174,7 @@ def test_what_is_waited_for_is_said(monkeypatch, caplog):
     monkeypatch.setattr(session, "_REPORT_S", 0)
     monkeypatch.setattr(session.serve, "status", lambda: SimpleNamespace(applications={"gem-ray": states.pop(0)}))
     session._wait_for(SimpleNamespace(name="gem-ray"))
-    assert caplog.messages == ["gem-ray does not run yet: tag: no node has a GPU"] * 2
+    assert caplog.messages == ["gem-ray does not run yet: no node has a GPU"] * 2
 
 
 def test_a_batch_must_fit_into_what_is_admitted():
@@ -172,7 +186,10 @@ def test_a_batch_must_fit_into_what_is_admitted():
 
 def test_replicas_that_could_never_be_added_are_refused():
     scaling = ["serving.tag.max_replicas=4", "serving.tag.target_ongoing=4"]
-    with pytest.raises(ConfigError, match=r"tag would never have more than min_replicas: an ingress makes 4 calls"):
+    with pytest.raises(ConfigError, match=r"tag would never have more than min_replicas: the ingress makes 4 calls"):
         load_config(overrides=scaling)
-    for mended in ("serving.stage_calls=null", "serving.stage_calls=2", "serving.tag.min_replicas=4"):
-        load_config(overrides=[*scaling, mended])
+    for mended in ("stage_calls=null", "stage_calls=2", "tag.min_replicas=4", "ingress.max_replicas=2"):
+        load_config(overrides=[*scaling, f"serving.{mended}"])
+    # vLLM's deployment is asked without a limit.
+    rerank = ["serving.rerank.max_replicas=4", "reranker.engine=vllm"]
+    load_config(overrides=rerank)
