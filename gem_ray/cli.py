@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -46,6 +47,8 @@ def main() -> None:
     """Run the command; errors that a user can mend are a sentence, not a traceback."""
     from gem_ray.config import ConfigError
 
+    if not sys.stderr.isatty():  # bars of transformers and the hub would fill a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except (OSError, ValueError, RuntimeError, ImportError) as error:

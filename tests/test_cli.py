@@ -18,6 +18,7 @@ import typer.main
 from gem_ray.cli import app
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.pipeline.tables import annotations_table
 from gem_ray.records import Entity, Post, ProblemKind, StageName
 
 
@@ -87,6 +88,45 @@ def test_jsonl_becomes_shards_with_their_images(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = pq.read_table(tmp_path / "posts")
     assert table["image"].to_pylist() == [post.image_bytes, None]
+
+
+def test_shards_say_what_is_wrong_with_the_posts_that_they_hold(tmp_path: Path) -> None:
+    lines = [
+        '{"post_id": "a", "text": "Paris"}',
+        "{",
+        '{"post_id": "c", "text": "Rome", "image": "nope.jpg"}',
+        '{"id": 4}',
+    ]
+    (tmp_path / "posts.jsonl").write_text("\n".join(lines))
+    done = gem_ray("shards", "jsonl", tmp_path / "posts.jsonl", tmp_path / "posts")
+    assert done.returncode == 0
+    assert done.stdout.strip().endswith(": 4")
+    assert "posts.jsonl:2: the line is not valid JSON" in done.stderr
+    assert "c: there is no image at nope.jpg that can be read" in done.stderr
+    assert "3 of them cannot be annotated" in done.stderr
+
+
+def test_scores_of_other_posts_are_refused(tmp_path: Path) -> None:
+    gold, others = list(generate(2, seed=4)), list(generate(2, seed=5))
+    write_posts(gold, tmp_path / "posts")
+    (tmp_path / "out" / "annotations").mkdir(parents=True)
+    pq.write_table(annotations_table(others, "run", {}), tmp_path / "out" / "annotations" / "part.parquet")
+    for command in (["evaluate"], ["errors"]):
+        page = [tmp_path / "page.html"] if command == ["errors"] else []
+        done = gem_ray(*command, tmp_path / "posts", tmp_path / "out", *page)
+        assert done.returncode == 1
+        assert "annotates no post of" in done.stderr
+
+
+def test_an_experiment_without_data_or_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
+    done = gem_ray("experiment", "table1", "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "there is nothing at" in done.stderr
+    assert not (tmp_path / "out" / "table1").exists()
+    (tmp_path / "mine.yaml").write_text("title: x\ncolumns: []\nvariants: [{name: a, label: A, setings: {}}]\n")
+    done = gem_ray("experiment", tmp_path / "mine.yaml", "--data", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "setings: no such key; did you mean 'settings'?" in done.stderr
 
 
 def test_an_export_says_what_it_wrote_and_left_out_and_which_formats_there_are(tmp_path: Path) -> None:

@@ -143,5 +143,7 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
     )
     for kind, count in sorted(tally.problems.items()):
         typer.echo(f"  {kind}: {count}")
+    if tally.problems:
+        typer.echo(f"why, with examples: {output}/_run/report.html")
     typer.echo(f"annotations: {output}/annotations, facts: {output}/run.json")
     typer.echo(", ".join(f"{status} {count}" for status, count in sorted(tally.statuses.items())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,8 @@ from gem_ray.commands.options import Labels, PerShardOption, SeedOption
 
 if TYPE_CHECKING:
     from gem_ray.records import Post
+
+_SHOWN_REASONS = 5
 
 app = typer.Typer(help="Make Parquet shards out of other formats.", no_args_is_help=True)
 
@@ -105,4 +107,21 @@ def shards_webdataset(
 def _write_shards(posts: Iterable[Post], out: str, per_shard: int) -> None:
     from gem_ray.data.shards import write_posts
 
-    typer.echo(f"{write_posts(posts, out, per_shard)} posts in {out}")
+    wrong: list[str] = []
+    typer.echo(f"posts in {out}: {write_posts(_noting(posts, wrong), out, per_shard)}")
+    for reason in wrong[:_SHOWN_REASONS]:
+        typer.secho(reason, fg="yellow", err=True)
+    if wrong:
+        typer.secho(f"{len(wrong)} of them cannot be annotated, or without their image", fg="yellow", err=True)
+
+
+def _noting(posts: Iterable[Post], wrong: list[str]) -> Iterator[Post]:
+    """The same posts; what is wrong with one is noted, since a shard has no place for the reason."""
+    for post in posts:
+        if reason := next((problem.message for problem in post.problems), None):
+            wrong.append(f"{post.post_id}: {reason}")
+        elif not post.text.strip():
+            wrong.append(f"{post.post_id}: there is no text; the field is called `text`")
+        elif post.image_uri is not None and "://" not in post.image_uri:
+            wrong.append(f"{post.post_id}: there is no image at {post.image_uri} that can be read")
+        yield post

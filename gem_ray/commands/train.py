@@ -72,7 +72,10 @@ def train_reranker_command(
     split: SplitOption = "train",
     images: ImagesOption = None,
     candidates: Annotated[
-        Path | None, typer.Option(help="What `gem-ray train candidates` wrote; the paper's rule if none.")
+        Path | None,
+        typer.Option(
+            help="What `gem-ray train candidates` wrote; the paper's rule if none.", exists=True, dir_okay=False
+        ),
     ] = None,
     workers: Annotated[
         int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)

@@ -26,9 +26,11 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
     uri = str(location)
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(location).absolute())
-    if not uri.startswith("s3://"):
+    if uri.startswith("file://"):
         filesystem, path = fs.FileSystem.from_uri(uri)
         return filesystem, path.rstrip("/")
+    if not uri.startswith("s3://"):
+        raise ValueError(f"{uri.partition('://')[0]}://… is not understood: give a local path, or s3://bucket/path")
     if "?" in uri:
         raise ValueError(f"{uri.partition('?')[0]}: leave out the `?…`; AWS_ENDPOINT_URL names another server")
     place = S3Uri.parse(uri)

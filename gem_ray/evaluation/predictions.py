@@ -95,6 +95,21 @@ def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMN
     return posts
 
 
+def read_scored(
+    gold: Path | str, predictions: Path | str, split: str | None = None, labels: LabelSet = FMNERG
+) -> tuple[list[Post], list[Post]]:
+    """A gold split and what was predicted for it; see `read_gold` and `read_predictions`.
+
+    Raises:
+        FileNotFoundError: there is nothing at one of them.
+        EvaluationError: they have no post in common; or as `read_gold` and `read_predictions`.
+    """
+    posts, annotated = read_gold(gold, split, labels), read_predictions(predictions)
+    if {post.post_id for post in posts}.isdisjoint(post.post_id for post in annotated):
+        raise EvaluationError(f"{predictions} annotates no post of {gold}: no `post_id` is in both")
+    return posts, annotated
+
+
 def read_inputs(path: Path | str) -> Iterator[Post]:
     """The posts of shards, without their images but with their sizes; none for a folder of images."""
     if not _image_files(Path(path)):

@@ -108,6 +108,7 @@ def _table(title: str, first: str) -> Table:
 
 
 def _add_scores(table: Table, name: str, scores: Scores, *more: str) -> None:
-    ratios = (percent(ratio) for ratio in (scores.precision, scores.recall, scores.f1))
+    has_cases = scores.gold or scores.predicted
+    ratios = (percent(ratio) if has_cases else "–" for ratio in (scores.precision, scores.recall, scores.f1))
     counts = (str(count) for count in (scores.right, scores.predicted, scores.gold))
     table.add_row(name, *ratios, *counts, *more)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gem_ray.config import ConfigError
+from gem_ray.config import ConfigError, parse_settings
 from gem_ray.tagger.recipe import TaggerTraining, load_recipe
 
 LabelSetName = Literal["fmnerg", "gmner"]
@@ -187,8 +187,10 @@ def load_experiment(name: str) -> Experiment:
         variants = [_variant(entry) for entry in values["variants"]]
         other = load_experiment(like) if (like := values.pop("like", None)) else None
         recipe = {"recipe": other.recipe, "settings": other.settings} if other else {}
-        return Experiment.model_validate({"name": Path(name).stem, **recipe, **values, "variants": variants})
-    except (yaml.YAMLError, ValidationError, TypeError, KeyError) as error:
+        return parse_settings(Experiment, {"name": Path(name).stem, **recipe, **values, "variants": variants})
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    except (yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{name} is no experiment: {error}") from None
 
 

@@ -87,6 +87,7 @@ def run_experiment(
         if variant.is_trained or seed == 0
     ]
     obstacles: dict[str, str] = {}
+    read("dev", plan[0].labels)  # if there are none, that is no matter of a variant
     with _alone_in(out) if run_missing else nullcontext():
         for variant in experiment.variants:
             for seed in seeds_of_runs(out, variant.name):

@@ -7,9 +7,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from posixpath import normpath
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
+from gem_ray.data.files import open_filesystem
 from gem_ray.data.shards import list_shards
 from gem_ray.pipeline.budget import with_gamma
 from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group, settle_problems
@@ -91,7 +93,7 @@ def annotate_dataset(
     directory = RunDirectory(str(output))
     models = models_of(config)
     filesystem, paths = list_shards(input)
-    _check_apart(paths, directory)
+    _check_apart(input, filesystem, directory)
     lease = Lease(directory)
     with lease.held():
         begun = [] if fresh else directory.run_ids()
@@ -229,11 +231,14 @@ def _listing(paths: Sequence[str]) -> str:
     return f"{len(paths)} ({digest})"
 
 
-def _check_apart(paths: Sequence[str], directory: RunDirectory) -> None:
+def _check_apart(input: str | Path, filesystem: fs.FileSystem, directory: RunDirectory) -> None:
     """A second run over a folder that holds the first one's output would annotate annotations."""
-    own = next((path for path in paths if path.startswith(f"{directory.annotations}/")), None)
-    if own:
-        raise ValueError(f"the input holds {own}, which is output of this run's folder; keep the two apart")
+    _, place = open_filesystem(input)
+    inner, outer = normpath(directory.root), normpath(place)
+    if type(filesystem) is type(directory.filesystem) and f"{inner}/".startswith(f"{outer}/"):
+        raise ValueError(
+            f"the output {directory.output} is in the input {input}, and would be read as posts; keep them apart"
+        )
 
 
 def _tally_of(folder: RunFolder) -> Tally:

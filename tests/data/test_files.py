@@ -35,9 +35,11 @@ def test_a_path_in_s3_is_the_bucket_and_the_key_as_written(s3, key, path):
     assert open_filesystem(f"{bucket}{key}")[1] == f"{bucket_of(bucket)}{path}"
 
 
-@pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3://UPPER/key", "s3://key:secret@bucket/key", "nonsense://a"])
+@pytest.mark.parametrize(
+    "uri", ["s3://", "s3:///key", "s3://UPPER/key", "s3://key:secret@bucket/key", "nonsense://a", "gs://bucket/key"]
+)
 def test_what_is_no_location_is_refused_without_repeating_secrets(uri):
-    with pytest.raises(ValueError, match=r"s3://bucket/key|nonsense") as caught:
+    with pytest.raises(ValueError, match=r"s3://bucket/") as caught:
         open_filesystem(uri)
     assert "secret" not in str(caught.value)
 

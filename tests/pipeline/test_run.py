@@ -172,9 +172,12 @@ def test_too_many_actors_for_a_local_ray_are_refused_instead_of_hanging(
         annotate_dataset(tmp_path / "posts", tmp_path / "out", config)
 
 
-def test_output_inside_the_input_is_refused(text_config: Config, tmp_path: Path) -> None:
-    annotations = tmp_path / "annotations" / "status=ok" / "part.parquet"
-    annotations.parent.mkdir(parents=True)
-    pq.write_table(annotations_table([Post("1", "x")], "run", {}), annotations)
-    with pytest.raises(ValueError, match="keep the two apart"):
-        annotate_dataset(tmp_path, tmp_path, text_config, fresh=True)
+@pytest.mark.parametrize("output", [".", "out", "deep/out"])
+def test_output_inside_the_input_is_refused_before_anything_is_written(
+    text_config: Config, tmp_path: Path, output: str
+) -> None:
+    """The next run over the same input would annotate annotations."""
+    write_posts([Post("1", "x")], tmp_path / "posts")
+    with pytest.raises(ValueError, match=r"is in the input .* keep them apart"):
+        annotate_dataset(tmp_path / "posts", tmp_path / "posts" / output, text_config)
+    assert [path.name for path in (tmp_path / "posts").iterdir()] == ["part-00000.parquet"]
