@@ -49,11 +49,17 @@ class Variant(_Part):
         return self
 
 
+_TASK = r"(mner|eeg|mnerg|span|coarse_mner|small|large)\.(precision|recall|f1)"
+
+
 class Column(_Part):
     """A column of the table: one figure of each row's run."""
 
     label: str
-    metric: str = Field(description="path in a run's scores: `mnerg.f1`, `small.recall`, `seconds.rerank`")
+    metric: str = Field(
+        pattern=rf"^({_TASK}|groundable_accuracy|reranked\.(share|accuracy|accuracy_before)|seconds\.[a-z_]+|problems)$",
+        description="path in a run's scores: `mnerg.f1`, `small.recall`, `seconds.rerank`",
+    )
     labels: LabelSetName = Field("fmnerg", description="which of a row's runs")
     input: Input | None = Field(None, description="scores with or without knowledge; none: with, if it was read")
 
@@ -111,7 +117,7 @@ class Experiment(_Part):
     columns: list[Column]
     rows: list[Row] = Field(default_factory=list, description="none: one for each variant")
     against: str | None = Field(None, description="label of the row that the others are compared with, by bootstrap")
-    metric: str = Field("mner.f1", description="the figure that is compared")
+    metric: str = Field("mner.f1", pattern=f"^{_TASK}$", description="the figure that is compared")
     published: list[Published] = Field(default_factory=list)
     plot: Plot = Field(default_factory=lambda: Plot(kind="bars"))
 

@@ -40,7 +40,7 @@ def markdown(experiment: Experiment, results: Results, obstacles: Mapping[str, s
         lines += [f"  {note}" for note in published.notes]
     missing = [row.label for row in experiment.table_rows if not any(results[row.label].values())]
     if missing:
-        lines += ["", f"Not run: {', '.join(missing)}."]
+        lines += ["", f"Not run: {'; '.join(missing)}."]
     lines += [f"- {experiment.variant(name).label}: {reason}" for name, reason in obstacles.items()]
     return "\n".join(lines) + "\n"
 

@@ -252,7 +252,8 @@ def test_unknown_names_are_refused_with_the_known_ones(experiment: Experiment, p
         ("plot: {columns: [MNRG]}", "'MNRG' is not one of the table's columns"),
         ("variants: [tagger/ful]", "tagger has no variant 'ful'"),
         ("rows: [{label: x, fmnerg: none}]", "no variant is called 'none'"),
-        ("colums: []", "colums"),
+        ("colums: []", "colums: no such key; did you mean 'columns'"),
+        ("columns: [{label: F1, metric: mner.f2}]", r"columns.0.metric: .*\(got 'mner.f2'\)"),
     ],
 )
 def test_a_definition_that_names_what_is_not_there_is_refused(tmp_path: Path, change: str, message: str) -> None:
