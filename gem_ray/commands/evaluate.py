@@ -37,15 +37,16 @@ def evaluate(
 ) -> None:
     """Score annotations against gold: MNER, EEG, MNERG and their company."""
     from gem_ray.evaluation.metrics import evaluate as score
-    from gem_ray.evaluation.predictions import read_scored
+    from gem_ray.evaluation.predictions import read_gold, read_predictions_of
     from gem_ray.evaluation.report import print_differences, print_report, write_report
     from gem_ray.evaluation.significance import compare
     from gem_ray.taxonomy import LABEL_SETS
 
     label_set = LABEL_SETS[labels.value]
     how: Any = {"labels": label_set, "protocol": protocol.value, "iou": iou}
-    posts, annotated = read_scored(gold, predictions, split, label_set)
-    others = read_scored(gold, against, split, label_set)[1] if against else []
+    posts = read_gold(gold, split, label_set)
+    annotated = read_predictions_of(posts, predictions)
+    others = read_predictions_of(posts, against) if against else []
     report = score(posts, annotated, **how)
     print_report(report)
     differences = compare(posts, annotated, others, **how) if against else {}
@@ -72,14 +73,14 @@ def errors(
     from gem_ray.config import ImageConfig
     from gem_ray.evaluation.error_report import write_error_report
     from gem_ray.evaluation.errors import find_errors, training_counts
-    from gem_ray.evaluation.predictions import read_gold, read_images, read_scored
+    from gem_ray.evaluation.predictions import read_gold, read_images, read_predictions_of
     from gem_ray.taxonomy import LABEL_SETS
 
     label_set = LABEL_SETS[labels.value]
-    posts, annotated = read_scored(gold, predictions, split, label_set)
+    posts = read_gold(gold, split, label_set)
     found = find_errors(
         posts,
-        annotated,
+        read_predictions_of(posts, predictions),
         labels=label_set,
         training=training_counts(read_gold(train, "train", label_set), label_set) if train else None,
         worst=worst,

@@ -95,19 +95,17 @@ def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMN
     return posts
 
 
-def read_scored(
-    gold: Path | str, predictions: Path | str, split: str | None = None, labels: LabelSet = FMNERG
-) -> tuple[list[Post], list[Post]]:
-    """A gold split and what was predicted for it; see `read_gold` and `read_predictions`.
+def read_predictions_of(gold: Sequence[Post], path: Path | str) -> list[Post]:
+    """What was predicted for a gold split; see `read_predictions`.
 
     Raises:
-        FileNotFoundError: there is nothing at one of them.
-        EvaluationError: they have no post in common; or as `read_gold` and `read_predictions`.
+        FileNotFoundError: there are no annotations at `path`.
+        EvaluationError: they are of none of its posts; or as `read_predictions`.
     """
-    posts, annotated = read_gold(gold, split, labels), read_predictions(predictions)
-    if {post.post_id for post in posts}.isdisjoint(post.post_id for post in annotated):
-        raise EvaluationError(f"{predictions} annotates no post of {gold}: no `post_id` is in both")
-    return posts, annotated
+    annotated = read_predictions(path)
+    if {post.post_id for post in gold}.isdisjoint(post.post_id for post in annotated):
+        raise EvaluationError(f"{path} annotates no post of the gold split: no `post_id` is in both")
+    return annotated
 
 
 def read_inputs(path: Path | str) -> Iterator[Post]:
