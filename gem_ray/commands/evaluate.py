@@ -71,6 +71,7 @@ def errors(
 ) -> None:
     """One page of mistakes: spans, confused and rare categories, the worst cases with their pictures."""
     from gem_ray.config import ImageConfig
+    from gem_ray.data.twitter10000 import is_root
     from gem_ray.evaluation.error_report import write_error_report
     from gem_ray.evaluation.errors import find_errors, training_counts
     from gem_ray.evaluation.predictions import read_gold, read_images, read_predictions_of
@@ -82,7 +83,9 @@ def errors(
         posts,
         read_predictions_of(posts, predictions),
         labels=label_set,
-        training=training_counts(read_gold(train, "train", label_set), label_set) if train else None,
+        training=training_counts(read_gold(train, "train" if is_root(train) else None, label_set), label_set)
+        if train
+        else None,
         worst=worst,
     )
     shown = {case.post.post_id for case in found.worst}

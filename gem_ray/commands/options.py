@@ -47,10 +47,10 @@ def labelled_posts(data: Path, split: str, images: Path | None = None, labels: s
     """Posts with gold, from shards or from a Twitter10000 root."""
     from gem_ray.data.convert import embedded
     from gem_ray.data.shards import read_labelled
-    from gem_ray.data.twitter10000 import read_split
+    from gem_ray.data.twitter10000 import is_root, read_split
     from gem_ray.taxonomy import LABEL_SETS
 
-    if not (data / "txt_fine").is_dir():
+    if not is_root(data):
         return read_labelled(data, LABEL_SETS[labels])
     posts = read_split(data, split, LABEL_SETS[labels], images)
     return list(embedded(posts, images)) if images else posts

@@ -71,9 +71,9 @@ def new_key(
     from gem_ray.serving.keys import new_key as make
 
     key, digest = make()
+    if to is not None:  # before the key is shown, which is worth nothing if its hash cannot be written
+        with to.open("a", encoding="utf-8") as file:
+            file.write(f"{digest}\n")
     typer.echo(f"key, for the client:   {key}")
     if to is None:
         typer.echo(f"hash, for the server:  {digest}")
-    else:
-        with to.open("a", encoding="utf-8") as file:
-            file.write(f"{digest}\n")

@@ -195,7 +195,9 @@ def _dev_posts(
     data: Path, dev: Path | None, split: str, images: Path | None = None, labels: str = "fmnerg"
 ) -> list[Post]:
     """Posts to choose by: shards of their own, or a split of a Twitter10000 root; else there are none."""
-    source = dev or (data if (data / "txt_fine").is_dir() else None)
+    from gem_ray.data.twitter10000 import is_root
+
+    source = dev or (data if is_root(data) else None)
     return labelled_posts(source, split, images, labels) if source else []
 
 

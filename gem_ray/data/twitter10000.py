@@ -17,6 +17,11 @@ from gem_ray.taxonomy import FMNERG, LabelSet, decode_bio
 _FOLDERS = {"fmnerg": "txt_fine", "gmner": "txt"}
 
 
+def is_root(path: Path | str) -> bool:
+    """Whether a folder is laid out as a Twitter10000 root, and not one of shards."""
+    return any((Path(path) / folder).is_dir() for folder in _FOLDERS.values())
+
+
 def read_split(root: Path, split: str, labels: LabelSet = FMNERG, images: Path | None = None) -> list[Post]:
     """Posts of a split, with tokens, caption, knowledge and gold.
 

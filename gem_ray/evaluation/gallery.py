@@ -24,7 +24,7 @@ from gem_ray.data.tokenize import word_spans
 from gem_ray.evaluation.metrics import Report, evaluate
 from gem_ray.evaluation.predictions import iterate_predictions, read_images, read_inputs, read_run
 from gem_ray.evaluation.report import TASK_TITLES, percent
-from gem_ray.evaluation.rules import Rules, Verdict, judge, words_of
+from gem_ray.evaluation.rules import EvaluationError, Rules, Verdict, judge, words_of
 from gem_ray.records import Box, Entity, GoldEntity, Post
 from gem_ray.taxonomy import FMNERG, LABEL_SETS, LabelSet
 
@@ -96,7 +96,7 @@ def write_gallery_of_run(annotations: Path | str, images: Path | str, out: Path,
 
     Raises:
         FileNotFoundError: nothing is at `annotations` or `images`.
-        EvaluationError: what is there are no annotations.
+        EvaluationError: what is there are no annotations, or none of the posts that were annotated.
     """
     run = read_run(annotations)
     config = parse_config(run.get("config", {}))
@@ -104,6 +104,8 @@ def write_gallery_of_run(annotations: Path | str, images: Path | str, out: Path,
     inputs = list(islice(read_inputs(images), limit))
     order = {post.post_id: position for position, post in enumerate(inputs)}
     posts = [post for post in iterate_predictions(annotations) if not inputs or post.post_id in order]
+    if not posts:
+        raise EvaluationError(f"{annotations} annotates none of the posts at {images}")
     posts = sorted(posts, key=lambda post: order.get(post.post_id, 0))[:limit]
     gold = {post.post_id: post for post in inputs if post.gold is not None}
     judged = [post for post in posts if post.post_id in gold]

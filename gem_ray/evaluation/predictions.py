@@ -77,18 +77,22 @@ def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMN
     """A gold split, without its images but with their sizes where they are known.
 
     Args:
-        path: a Twitter10000 root (it has a `txt_fine` or `txt` folder), or shards with a `gold` column.
+        path: a Twitter10000 root (see `twitter10000.is_root`), or shards with a `gold` column.
         split: which split of a Twitter10000 root.
         labels: which of Twitter10000's two annotations.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        EvaluationError: a root without `split`, or shards without gold.
+        EvaluationError: a root without `split`, shards with one, or shards without gold.
     """
-    if any((Path(path) / folder).is_dir() for folder in ("txt_fine", "txt")):
+    if twitter10000.is_root(path):
         if split is None:
             raise EvaluationError(f"{path} is a Twitter10000 root: say which split, as --split dev")
         return twitter10000.read_split(Path(path), split, labels=labels)
+    if split is not None:
+        raise EvaluationError(
+            f"{path} is no Twitter10000 root: --split means nothing there; give the folder of the split"
+        )
     posts = list(read_inputs(path))
     if not any(post.gold is not None for post in posts):
         raise EvaluationError(f"{path} has no gold: its rows need a `gold` column, as `gem-ray shards` writes it")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gem_ray.config import ConfigError
 from gem_ray.data.shards import read_labelled
-from gem_ray.data.twitter10000 import read_split
+from gem_ray.data.twitter10000 import is_root, read_split
 from gem_ray.records import Post
 from gem_ray.taxonomy import LABEL_SETS
 
@@ -28,7 +28,7 @@ def read_experiment_posts(data: Path, split: str, labels: str) -> list[Post]:
         ConfigError: there is no such split.
         FileNotFoundError: there is nothing at `data`.
     """
-    if (data / "txt_fine").is_dir():
+    if is_root(data):
         return read_split(data, split, LABEL_SETS[labels])
     folder = data / split
     if not folder.is_dir():

@@ -18,6 +18,7 @@ from PIL import Image
 from gem_ray.data.shards import write_posts
 from gem_ray.evaluation.gallery import write_gallery, write_gallery_of_run
 from gem_ray.evaluation.metrics import evaluate
+from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import (
     ANNOTATION_SCHEMA,
     Box,
@@ -206,6 +207,10 @@ def test_the_page_of_a_run_has_its_order_its_facts_and_its_scores(tmp_path):
     write_gallery_of_run(tmp_path / "out", tmp_path / "posts", tmp_path / "one.html", limit=1)
     _, data = Page(tmp_path / "one.html").by_id("data")
     assert [post["id"] for post in json.loads(data)["posts"]] == ["seen"]
+
+    write_posts([Post("another", "text", image_bytes=encoded(40, 20))], tmp_path / "others")
+    with pytest.raises(EvaluationError, match="none of the posts at"):
+        write_gallery_of_run(tmp_path / "out", tmp_path / "others", tmp_path / "none.html")
 
 
 # ---- In a real browser -----------------------------------------------------------------------------------------------

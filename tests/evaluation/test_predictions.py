@@ -137,6 +137,12 @@ def test_shards_without_gold_are_named(tmp_path):
         read_gold(tmp_path)
 
 
+def test_shards_have_no_splits(tmp_path):
+    write_posts([Post("a", "text", ["text"], gold=[])], tmp_path)
+    with pytest.raises(EvaluationError, match="no Twitter10000 root"):
+        read_gold(tmp_path, "dev")
+
+
 def test_gold_that_is_nowhere_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_gold(tmp_path / "nowhere")
@@ -151,7 +157,7 @@ def test_a_run_scores_against_its_shards(tmp_path):
 
 @pytest.mark.skipif(not TWITTER10000.is_dir(), reason="the Twitter10000 annotations are not beside the project")
 def test_a_twitter10000_root_needs_a_split():
-    with pytest.raises(EvaluationError, match="--split"):
+    with pytest.raises(EvaluationError, match="say which split"):
         read_gold(TWITTER10000)
     assert sum(len(post.gold) for post in read_gold(TWITTER10000, "dev")) == 2450
 

@@ -65,7 +65,7 @@ def test_only_the_deadly_post_fails(local_ray, texts: tuple[str, ...]) -> None:
 def test_a_deadly_post_fails_in_a_task_too(local_ray) -> None:
     """Images are decoded in tasks, which Ray runs again without end."""
 
-    @ray.remote(num_cpus=0, max_retries=-1)
+    @ray.remote(num_cpus=0, max_retries=-1, max_calls=1)  # its process, with the stand-in, serves nobody else
     def load(table: pa.Table, ledger: Ledger) -> pa.Table:
         graph._stage_of_process = lambda name, config_json: GuardedStage(name, work)
         return graph.run_in_task(table, StageName.LOAD_IMAGE, "", (), ledger)
