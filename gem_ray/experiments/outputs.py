@@ -107,15 +107,23 @@ def _changes(preset: str, recipes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _differences(experiment: Experiment, out: Path, posts: Posts) -> dict[str, Difference]:
-    """Each row against the one that the experiment names, on the label set of its first column."""
+    """Each row against the one that the experiment names, on every label set on which the table has the metric."""
     if experiment.against is None:
         return {}
-    labels, task = experiment.columns[0].labels, experiment.metric.partition(".")[0]
-    compared = {column.label for column in experiment.columns if column.metric == experiment.metric}
-    rows = [row for row in experiment.table_rows if not row.columns or compared & set(row.columns)]
-    counts = {row.label: _counts(out, row, labels, posts) for row in rows}
-    reference = counts.pop(experiment.against)
-    return {label: paired_bootstrap(runs, reference, task) for label, runs in counts.items() if runs and reference}
+    task = experiment.metric.partition(".")[0]
+    compared = [column for column in experiment.columns if column.metric == experiment.metric]
+    label_sets = list(dict.fromkeys(column.labels for column in compared or experiment.columns[:1]))
+    differences = {}
+    for labels in label_sets:
+        filled = {column.label for column in compared if column.labels == labels}
+        rows = [row for row in experiment.table_rows if not row.columns or filled & set(row.columns)]
+        counts = {row.label: _counts(out, row, labels, posts) for row in rows}
+        reference = counts.pop(experiment.against, [])
+        for label, runs in counts.items():
+            if runs and reference:
+                where = f" ({labels.upper()})" if len(label_sets) > 1 else ""
+                differences[f"{label}{where}"] = paired_bootstrap(runs, reference, task)
+    return differences
 
 
 def _counts(out: Path, row: Row, labels: str, posts: Posts) -> list[Counts]:

@@ -18,7 +18,8 @@ TEXT = "ann in rome"
 
 
 def dev(split: str, labels: str) -> list[Post]:
-    return [Post(f"p{n}", TEXT, TEXT.split(), gold=[GoldEntity(0, 1, "actor")]) for n in range(4)]
+    category = {"fmnerg": "actor", "gmner": "PER"}[labels]
+    return [Post(f"p{n}", TEXT, TEXT.split(), gold=[GoldEntity(0, 1, category)]) for n in range(4)]
 
 
 def annotated(said: list[str], entropies: list[float], reranked: bool = False) -> list[Post]:
@@ -32,12 +33,12 @@ def annotated(said: list[str], entropies: list[float], reranked: bool = False) -
     return posts
 
 
-def store(out: Path, variant: str, posts: list[Post]) -> None:
+def store(out: Path, variant: str, posts: list[Post], labels: str = "fmnerg") -> None:
     folder = out / "runs" / variant / "seed-0"
     store_predictions(posts, folder / "without-knowledge")
     result = {
         "recipe": None,
-        "config": {"labels": "fmnerg", "filter": {"gamma": 0.3}},
+        "config": {"labels": labels, "filter": {"gamma": 0.3}},
         "posts": 4,
         "device": "nothing",
         "reports": {"without-knowledge": {"mner": {"f1": 0.5}}},
@@ -80,6 +81,32 @@ def test_without_the_reranker_figure_5_has_the_tagger_alone(experiment: Experime
     assert calibration is not None
     assert calibration.all.reranked.total == 0
     assert "crossing" not in calibration.thresholds
+
+
+def test_rows_are_compared_on_every_label_set_that_the_table_has(tmp_path: Path) -> None:
+    right, half_right = ["actor"] * 4, ["actor", "actor", "musician", "musician"]
+    store(tmp_path, "fine", annotated(half_right, [0.1] * 4))
+    store(tmp_path, "better", annotated(right, [0.1] * 4))
+    store(tmp_path, "coarse", annotated(["PER"] * 4, [0.1] * 4), "gmner")
+    experiment = Experiment.model_validate(
+        {
+            "name": "both",
+            "title": "Both label sets",
+            "columns": [{"label": name, "metric": "mner.f1", "labels": name} for name in ("gmner", "fmnerg")],
+            "variants": [{"name": name, "label": name} for name in ("fine", "better", "coarse")],
+            "rows": [
+                {"label": "plain", "fmnerg": "fine", "gmner": "coarse"},
+                {"label": "other", "fmnerg": "better", "gmner": "coarse"},
+            ],
+            "against": "plain",
+        }
+    )
+    differences = write_results(tmp_path, experiment, {}, dev)["differences"]
+    # Of five predicted mentions, two and four are right, of four in gold.
+    assert {row: round(difference["difference"], 9) for row, difference in differences.items()} == {
+        "other (GMNER)": 0.0,
+        "other (FMNERG)": round(2 * (4 - 2) / (5 + 4), 9),
+    }
 
 
 def test_the_curve_joins_what_nothing_cheaper_equals() -> None:
