@@ -37,6 +37,7 @@ def train_tagger_on_workers(
         What `train_tagger` gives back.
 
     Raises:
+        ValueError: as for one process, a `ConfigError` among others.
         RuntimeError: workers failed more often than is tolerated.
     """
     arguments = {"train": train, "dev": dev, "settings": settings}
@@ -65,6 +66,7 @@ def train_reranker_on_workers(
         What `train_reranker` gives back.
 
     Raises:
+        ValueError: as for one process, a `ConfigError` among others.
         RuntimeError: workers failed more often than is tolerated.
     """
     arguments = {"posts": posts, "base": base, "settings": settings, "candidates": candidates}
@@ -92,21 +94,28 @@ def _on_workers(
         ),
     )
     try:
-        return trainer.fit().return_value
+        report = trainer.fit().return_value
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
         raise RuntimeError(f"the workers failed, and the same command goes on from {out}: {reason}") from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+    if isinstance(report, ValueError):
+        raise report
+    return report
 
 
-def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
+def _train_on_worker(config: dict[str, Any]) -> dict[str, Any] | ValueError:
+    """The report; or what is wrong with recipe or posts, which is handed back: an error would be tried again."""
     import torch
     from ray.train.huggingface.transformers import prepare_trainer
 
     if config["on_cpu"]:
         torch.set_num_threads(1)  # workers of one machine would contend
-    return config["train"](**ray.get(config["arguments"]), prepare=prepare_trainer)
+    try:
+        return config["train"](**ray.get(config["arguments"]), prepare=prepare_trainer)
+    except ValueError as error:
+        return error
 
 
 def _train_tagger(**arguments: Any) -> dict[str, Any]:
