@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import ray
@@ -63,7 +66,7 @@ def ray_session(config: Config) -> Iterator[None]:
         _check_resources(config, can_grow="RAY_ADDRESS" in os.environ)
         if started_here and "RAY_ADDRESS" not in os.environ:
             _check_cards(config, gpus=int(ray.cluster_resources().get("GPU", 0)))
-        with _own_settings():
+        with _own_settings(), _released_on_failure():
             yield
     finally:
         if started_here:
@@ -78,6 +81,35 @@ def _start(config: Config) -> None:
     needed = math.ceil(_reserved(config)["CPU"]) + _CPUS_FOR_TASKS + _SPARE_CPUS
     cpus = max(_MIN_CPUS, os.cpu_count() or 1, needed)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+@contextmanager
+def _released_on_failure() -> Iterator[None]:
+    """Actors end with the last that knows them; the frames of a failure do, and would keep their CPUs and GPUs."""
+    try:
+        yield
+    except BaseException as error:
+        _clear_frames(error, set())
+        gc.collect()
+        raise
+
+
+def _clear_frames(error: BaseException | None, cleared: set[int]) -> None:
+    """Of an error and of all that led to it: their variables go, where they were raised can still be read.
+
+    `traceback.clear_frames` does not reach the callers of a function that handled an error that it had raised itself.
+    """
+    if error is None or id(error) in cleared:
+        return
+    cleared.add(id(error))
+    for raised_in, _ in traceback.walk_tb(error.__traceback__):
+        frame: FrameType | None = raised_in
+        with suppress(RuntimeError):  # it is being executed, and so are its callers
+            while frame is not None:
+                frame.clear()
+                frame = frame.f_back
+    _clear_frames(error.__cause__, cleared)
+    _clear_frames(error.__context__, cleared)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from pyarrow import fs
 
 from gem_ray.config import Config
@@ -54,6 +56,16 @@ def breaking_at(file: int) -> type:
     return Breaking
 
 
+def all_cpus_are_free() -> bool:
+    """Soon: actors end a moment after the last that knows them."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return True
+        time.sleep(0.2)
+    return False
+
+
 @pytest.fixture
 def posts(tmp_path: Path) -> Path:
     write_posts(generate(30, seed=5), tmp_path / "posts", per_shard=10)
@@ -69,6 +81,7 @@ def test_failed_run_goes_on_where_it_stopped(
     with pytest.raises(RunError, match="the card fell off the bus") as error:
         annotate_dataset(posts, tmp_path / "out", config, actor=breaking_at(2))
     assert "\n" not in str(error.value)
+    assert all_cpus_are_free()  # although the error is still at hand
     assert len(rows_of(tmp_path / "out")) == 20
     before = files_of(tmp_path / "out" / "annotations")
     summary = annotate_dataset(posts, tmp_path / "out", config)
