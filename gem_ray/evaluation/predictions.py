@@ -89,11 +89,11 @@ def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMN
         if split is None:
             raise EvaluationError(f"{path} is a Twitter10000 root: say which split, as --split dev")
         return twitter10000.read_split(Path(path), split, labels=labels)
+    posts = list(read_inputs(path))
     if split is not None:
         raise EvaluationError(
             f"{path} is no Twitter10000 root: --split means nothing there; give the folder of the split"
         )
-    posts = list(read_inputs(path))
     if not any(post.gold is not None for post in posts):
         raise EvaluationError(f"{path} has no gold: its rows need a `gold` column, as `gem-ray shards` writes it")
     return posts

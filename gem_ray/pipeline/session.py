@@ -97,7 +97,8 @@ def _released_on_failure() -> Iterator[None]:
 def _clear_frames(error: BaseException | None, cleared: set[int]) -> None:
     """Of an error and of all that led to it: their variables go, where they were raised can still be read.
 
-    `traceback.clear_frames` does not reach the callers of a function that handled an error that it had raised itself.
+    A traceback ends at the function that caught the error, and the frame of that one knows its callers', which
+    `traceback.clear_frames` does not reach.
     """
     if error is None or id(error) in cleared:
         return

@@ -146,6 +146,8 @@ def test_shards_have_no_splits(tmp_path):
 def test_gold_that_is_nowhere_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_gold(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_gold(tmp_path / "nowhere", "dev")
 
 
 def test_a_run_scores_against_its_shards(tmp_path):
