@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,45 @@ def client(anonymous: bool = False, silence_timeout_s: float | None = None, conn
     )
     # A session of its own: boto3's default one may not be used by two threads at once.
     return boto3.session.Session().client("s3", config=config)
+
+
+def list_objects(uri: S3Uri, is_file: bool) -> Iterator[tuple[str, tuple[int, int, str]]]:
+    """What lies at a URI, folder markers left out; Arrow's own listing knows no ETags.
+
+    Args:
+        uri: an object, or a prefix.
+        is_file: which of the two it is.
+
+    Yields:
+        Bucket and key, and the object's size in bytes, modification time in nanoseconds since 1970, and ETag.
+
+    Raises:
+        PermissionError: it may not be listed or looked at.
+        ConnectionError: S3 does not answer.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    s3 = client(uri.anonymous)
+    try:
+        if is_file:
+            yield uri.path, _facts(head := s3.head_object(Bucket=uri.bucket, Key=uri.key), head["ContentLength"])
+            return
+        prefix = f"{uri.key.rstrip('/')}/" if uri.key else ""
+        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=uri.bucket, Prefix=prefix):
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):
+                    yield f"{uri.bucket}/{entry['Key']}", _facts(entry, entry["Size"])
+    except ClientError as error:
+        is_forbidden = error.response["ResponseMetadata"]["HTTPStatusCode"] in (401, 403)
+        raise (PermissionError if is_forbidden else ConnectionError)(
+            f"s3://{uri.path} cannot be listed: {error}"
+        ) from None
+    except BotoCoreError as error:
+        raise ConnectionError(f"s3://{uri.path} cannot be listed: {error}") from None
+
+
+def _facts(entry: Mapping[str, Any], size: int) -> tuple[int, int, str]:
+    return size, int(entry["LastModified"].timestamp()) * 10**9, entry["ETag"].strip('"')
 
 
 def _client_of(uri: S3Uri) -> Any:

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyarrow import fs
 
-from gem_ray.s3 import S3Uri, open_bucket
+from gem_ray.s3 import S3Uri, list_objects, open_bucket
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as its storage lists it.
+
+    Attributes:
+        path: on its file system.
+        size: in bytes.
+        mtime_ns: when it was last changed, in nanoseconds since 1970.
+        etag: S3's fingerprint of the content; none on local file systems.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    etag: str | None = None
 
 
 def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
@@ -34,7 +52,36 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
     if "?" in uri:
         raise ValueError(f"{uri.partition('?')[0]}: leave out the `?…`; AWS_ENDPOINT_URL names another server")
     place = S3Uri.parse(uri)
+    if "//" in place.path:
+        raise ValueError(
+            f"s3://{place.path}: Arrow cannot open keys with an empty component (`//`); rename the objects"
+        )
     return open_bucket(place), place.path
+
+
+def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFile]]:
+    """The file at a location, or all files in the folder there and below, sorted by path.
+
+    In S3, a listing is one request for every 1,000 objects.
+
+    Returns:
+        The file system, the location's path on it, and the files.
+
+    Raises:
+        FileNotFoundError: there is nothing at the location.
+        ValueError, PermissionError, ConnectionError: as `open_filesystem`.
+    """
+    filesystem, root = open_filesystem(location)
+    info = filesystem.get_file_info(root)
+    if info.type is fs.FileType.NotFound:
+        raise FileNotFoundError(f"there is nothing at {location}; give a shard, or a folder of shards")
+    if isinstance(filesystem, fs.S3FileSystem):
+        objects = list_objects(S3Uri.parse(str(location)), is_file=info.is_file)
+        files = [StoredFile(path, *facts) for path, facts in objects]
+    else:
+        entries = [info] if info.is_file else filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        files = [StoredFile(entry.path, entry.size, entry.mtime_ns) for entry in entries if entry.is_file]
+    return filesystem, root, sorted(files, key=lambda file: file.path)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import NativeFile, fs
 
-from gem_ray.data.files import open_filesystem
+from gem_ray.data.files import StoredFile, list_files, open_filesystem
 from gem_ray.data.prepare import ERROR_FIELD, post_from_row, row_from_post
 from gem_ray.data.webdataset import count_rows_in_tar, rows_from_tar
 from gem_ray.records import INPUT_SCHEMA, Post
@@ -45,8 +45,8 @@ def read_posts(path: str | Path, limit: int | None = None) -> Iterator[Post]:
         FileNotFoundError: there is nothing at `path`, or no shard in it.
         ValueError: a shard cannot be read; the message names it.
     """
-    filesystem, files = list_shards(path)
-    rows = chain.from_iterable(shard_rows(filesystem, file) for file in files)
+    listing = list_shards(path)
+    rows = chain.from_iterable(shard_rows(listing.filesystem, file) for file in listing.paths)
     return islice((post_from_row(row) for _, row in rows), limit)
 
 
@@ -67,26 +67,40 @@ def _as_gmner(post: Post) -> Post:
     return replace(post, gold=gold)
 
 
-def list_shards(path: str | Path) -> tuple[fs.FileSystem, list[str]]:
-    """The shards at a path or in a folder and below, sorted; hidden names (`_…`, `.…`) are left out.
+@dataclass(frozen=True)
+class Listing:
+    """What lies at an input.
+
+    Attributes:
+        filesystem: what the files are on.
+        shards: the files that are read, sorted by path.
+        left_out: those that are not, and why, by path.
+    """
+
+    filesystem: fs.FileSystem
+    shards: list[StoredFile]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """The shards' paths."""
+        return [shard.path for shard in self.shards]
+
+
+def list_shards(path: str | Path) -> Listing:
+    """The shards at a path or in a folder and below; hidden names (`_…`, `.…`) are left out.
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or no shard in it.
     """
-    filesystem, root = open_filesystem(path)
-    info = filesystem.get_file_info(root)
     suffixes = (*PARQUET_SUFFIXES, *TAR_SUFFIXES)
-    if info.type == fs.FileType.NotFound:
-        raise FileNotFoundError(f"there is nothing at {path}; give a shard or a folder of {_names(suffixes)} files")
-    if info.type == fs.FileType.File:
-        if not root.endswith(suffixes):
-            raise FileNotFoundError(f"{path} is no shard ({_names(suffixes)}); `gem-ray shards` makes shards of it")
-        return filesystem, [root]
-    entries = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    files = [e.path for e in entries if e.is_file and e.path.endswith(suffixes) and not _is_hidden(e.path, root)]
-    if not files:
+    filesystem, root, files = list_files(path)
+    shards = [file for file in files if file.path.endswith(suffixes) and not _is_hidden(file.path, root)]
+    if not shards and [file.path for file in files] == [root]:
+        raise FileNotFoundError(f"{path} is no shard ({_names(suffixes)}); `gem-ray shards` makes shards of it")
+    if not shards:
         raise FileNotFoundError(f"there are no shards ({_names(suffixes)}) in {path}; `gem-ray shards` makes them")
-    return filesystem, sorted(files)
+    return Listing(filesystem, shards)
 
 
 def shard_rows(

@@ -183,11 +183,11 @@ def _open_annotations(path: Path | str) -> ds.Dataset:
 def _open(path: str) -> ds.Dataset:
     for folder in (f"{path.rstrip('/')}/{ANNOTATIONS}", path):
         try:
-            filesystem, files = shards.list_shards(folder)
+            listing = shards.list_shards(folder)
         except FileNotFoundError:
             continue
         try:
-            return ds.dataset(files, filesystem=filesystem, format="parquet")
+            return ds.dataset(listing.paths, filesystem=listing.filesystem, format="parquet")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise EvaluationError(f"{folder} cannot be read as annotations: {error}") from error
     raise FileNotFoundError(f"there are no annotations at {path}: give an output directory of `gem-ray annotate`")

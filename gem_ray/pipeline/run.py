@@ -92,7 +92,8 @@ def annotate_dataset(
     clock = time.perf_counter()
     directory = RunDirectory(str(output))
     models = models_of(config)
-    filesystem, paths = list_shards(input)
+    listing = list_shards(input)
+    filesystem, paths = listing.filesystem, listing.paths
     _check_apart(input, filesystem, directory)
     lease = Lease(directory)
     with lease.held():

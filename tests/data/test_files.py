@@ -1,3 +1,4 @@
+import hashlib
 import os
 import pickle
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 from pyarrow import fs
 
 import gem_ray.s3
-from gem_ray.data.files import open_filesystem
+from gem_ray.data.files import list_files, open_filesystem
 
 CONTENT = bytes(range(256)) * 8000
 
@@ -33,6 +34,11 @@ def test_a_path_is_on_this_machine(tmp_path, monkeypatch):
 def test_a_path_in_s3_is_the_bucket_and_the_key_as_written(s3, key, path):
     bucket = s3.bucket("data")
     assert open_filesystem(f"{bucket}{key}")[1] == f"{bucket_of(bucket)}{path}"
+
+
+def test_a_location_with_an_empty_component_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"s3://bucket/a//b: .*empty"):
+        open_filesystem("s3://bucket/a//b/")
 
 
 @pytest.mark.parametrize(
@@ -157,3 +163,33 @@ def test_without_a_server_of_our_own_the_bucket_says_in_which_region_it_is(s3, m
     monkeypatch.setattr(gem_ray.s3, "_client_of", lambda _: gem_ray.s3.client())  # without asking AWS
     monkeypatch.setattr(fs, "resolve_s3_region", {"there": "eu-west-3"}.__getitem__)
     assert open_filesystem("s3://there")[0].region == "eu-west-3"
+
+
+def test_a_listing_tells_what_a_file_is(s3, tmp_path):
+    bucket = s3.bucket("data")
+    for place in ("a.bin", "sub/b.bin"):
+        s3.put(f"{bucket}/files/{place}", CONTENT)
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(CONTENT)
+    s3.put(f"{bucket}/files/sub/", b"")  # what consoles write for a folder
+    s3.put(f"{bucket}/files-of-others/c.bin", b"")
+    tag = hashlib.md5(CONTENT).hexdigest()
+    for location, etag in ((tmp_path, None), (f"{bucket}/files", tag)):
+        _, root, files = list_files(f"{location}/")
+        assert [file.path for file in files] == [f"{root}/a.bin", f"{root}/sub/b.bin"]
+        assert {(file.size, file.etag) for file in files} == {(len(CONTENT), etag)}
+        assert all(0 <= time.time() - file.mtime_ns / 1e9 < 600 for file in files)
+        one = list_files(f"{location}/a.bin")[2]
+        assert one == files[:1]
+        with pytest.raises(FileNotFoundError, match="there is nothing at"):
+            list_files(f"{location}/none")
+
+
+def test_a_listing_of_many_objects_survives_faults(s3, faulty_s3):
+    bucket = s3.bucket("data")
+    for number in range(1203):
+        s3.put(f"{bucket}/files/{number:04}", b"")
+    faulty_s3.plan = ["passed", "passed", "passed", "cut", "slow_down", "reset"]
+    files = list_files(f"{bucket}/files")[2]
+    assert [file.path[-4:] for file in files] == [f"{number:04}" for number in range(1203)]
+    assert faulty_s3.faults == 3

@@ -95,8 +95,8 @@ def test_file_is_no_output(tmp_path: Path) -> None:
 
 def test_posts_are_read_from_where_they_were_written(output: str) -> None:
     write_posts(generate(5, seed=2), output, per_shard=2)
-    filesystem, paths = list_shards(output)
-    files = count_input(filesystem, paths, limit=3)
+    listing = list_shards(output)
+    files = count_input(listing.filesystem, listing.paths, limit=3)
     assert [file.rows for file in files] == [2, 1]
-    source = PostSource(filesystem, files)
+    source = PostSource(listing.filesystem, files)
     assert sum(table.num_rows for task in source.get_read_tasks(1) for table in task()) == 3

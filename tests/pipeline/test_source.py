@@ -18,8 +18,8 @@ from gem_ray.records import Post
 
 
 def open_source(folder: Path, limit: int | None = None, wanted: np.ndarray | None = None) -> PostSource:
-    filesystem, paths = list_shards(folder)
-    return PostSource(filesystem, count_input(filesystem, paths, limit), wanted)
+    listing = list_shards(folder)
+    return PostSource(listing.filesystem, count_input(listing.filesystem, listing.paths, limit), wanted)
 
 
 def posts_of(source: PostSource) -> list[Post]:
