@@ -1,20 +1,24 @@
-"""Where a model's files are: a local directory, a package's data, an `s3://` prefix or a hub id, and their hash."""
+"""Where a model's files are: a local path, a package's data, an `s3://` prefix or the hub, and what identifies them."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
+import json
+import time
 from importlib import resources
 from pathlib import Path
+from uuid import uuid4
 
 from pyarrow import fs
 
-from gem_ray.s3 import S3Uri, open_bucket
+from gem_ray import hub
+from gem_ray.cache import cache_folder, staged
+from gem_ray.s3 import S3Uri, list_objects, open_bucket
 
-_STAGING = "GEM_RAY_CACHE"
+# Hashing less takes no time worth keeping a file for.
+_KEPT_FROM_BYTES = 64 * 2**20
+# Two writes within a tick of the file system's clock look like one.
+_SETTLED_S = 2.0
 
 
 def resolve(reference: str) -> Path:
@@ -22,42 +26,68 @@ def resolve(reference: str) -> Path:
 
     Args:
         reference: a directory or file; `nano:NAME` for one of the embedded models; `package:MODULE/FOLDER` for data of
-            an installed package; an `s3://bucket/prefix`, fetched once per node; or a hub id, as `org/name`.
+            an installed package; an `s3://bucket/prefix`, fetched once per node and again when it has changed; or
+            `repo`, `repo@revision` or `repo@revision:file` of the hub.
 
     Raises:
         FileNotFoundError: there is nothing at the reference; the message says what was tried.
+        PermissionError: the cache on this machine cannot be trusted, or the model is gated.
         ValueError: an `s3://` reference without a bucket, or with credentials in it.
     """
-    if Path(reference).exists():
-        return Path(reference)
-    if reference.startswith("nano:"):
-        return _existing(Path(__file__).parent / "nano" / "weights" / reference.removeprefix("nano:"), reference)
-    if reference.startswith("package:"):
-        return _package_folder(reference)
-    if reference.startswith("s3://"):
-        return _staged_from_s3(reference)
-    return _from_hub(reference)
+    if (path := _here(reference)) is not None:
+        return path
+    return _staged_from_s3(reference) if reference.startswith("s3://") else hub.fetch(reference)
 
 
 def local(reference: str) -> Path | None:
     """Where a model is on this machine; none: it is not, and nothing is fetched. `s3://` references never are."""
-    if Path(reference).exists() or reference.startswith(("nano:", "package:")):
-        return resolve(reference)
-    if "://" in reference:
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    if (path := _here(reference)) is not None:
+        return path
+    return None if "://" in reference else hub.on_disk(reference)
 
-    try:
-        return Path(snapshot_download(reference, local_files_only=True))
-    except (HFValidationError, OSError, ValueError):
-        return None
+
+def describe(reference: str) -> str:
+    """What identifies a model's content: `reference@hash`, or `repo@commit` of the hub. Downloads no weights.
+
+    The hash is of names and contents of local files; for `s3://`, of what the listing says: names, sizes and ETags.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: as `resolve`.
+    """
+    if (path := _here(reference)) is not None:
+        return f"{reference}@{content_hash(path)}"
+    if reference.startswith("s3://"):
+        return f"{reference}@{_listing_hash(reference)}"
+    return str(hub.look_up(reference).reference)
 
 
 def content_hash(path: Path) -> str:
-    """The first 12 hex digits of the SHA-256 over a file, or over names and contents of a directory's files."""
-    digest = hashlib.sha256()
+    """The first 12 hex digits of the SHA-256 over a file, or over names and contents of a directory's files.
+
+    That of a large model is computed once per node, and again when a file of it has changed.
+
+    Raises:
+        PermissionError: the cache on this machine cannot be trusted.
+    """
     files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+    if sum(file.stat().st_size for file in files) < _KEPT_FROM_BYTES:
+        return _hash(path, files)
+    before = _state(path, files)
+    kept = cache_folder() / "hashes" / f"{hashlib.sha256(before.encode()).hexdigest()[:32]}"
+    if kept.is_file():
+        return kept.read_text()
+    value = _hash(path, files)
+    settled = time.time() - max(file.stat().st_ctime for file in files) > _SETTLED_S
+    if settled and _state(path, files) == before:
+        kept.parent.mkdir(exist_ok=True)
+        partial = kept.with_name(f".{kept.name}.{uuid4().hex}")
+        partial.write_text(value)
+        partial.rename(kept)
+    return value
+
+
+def _hash(path: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
     for file in files:
         # With the size, so that no content can pass for the next file's name.
         digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
@@ -67,9 +97,20 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def describe(reference: str) -> str:
-    """`reference@hash`: what goes into the output's `models` column."""
-    return f"{reference}@{content_hash(resolve(reference))}"
+def _state(path: Path, files: list[Path]) -> str:
+    """What changes whenever a file is written; `ctime` too, which no program can set back."""
+    status = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+    facts = [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in status]
+    return json.dumps([str(path.absolute()), *facts])
+
+
+def _here(reference: str) -> Path | None:
+    """The path of what needs no network; None: it does."""
+    if Path(reference).exists():
+        return Path(reference)
+    if reference.startswith("nano:"):
+        return _existing(Path(__file__).parent / "nano" / "weights" / reference.removeprefix("nano:"), reference)
+    return _package_folder(reference) if reference.startswith("package:") else None
 
 
 def _existing(path: Path, reference: str) -> Path:
@@ -87,58 +128,32 @@ def _package_folder(reference: str) -> Path:
     return _existing(Path(str(root.joinpath(folder))), reference)
 
 
-def staged(key: str, name: str, make: Callable[[Path], None]) -> Path:
-    """What is made once per node, however many processes ask for it at once.
-
-    Args:
-        key: says what it is.
-        name: of the file or folder.
-        make: makes it at a path that does not exist, in a folder that does.
-    """
-    import fcntl
-
-    root = Path(os.environ.get(_STAGING, Path(tempfile.gettempdir()) / "gem-ray-models"))
-    folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
-    target, partial = folder / name, folder / ".partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            shutil.rmtree(partial, ignore_errors=True)  # what one that broke off has left
-            partial.mkdir()
-            make(partial / "model")
-            (partial / "model").rename(target)
-    return target
-
-
 def _staged_from_s3(reference: str) -> Path:
     name = reference.rstrip("/").rpartition("/")[2]  # a single file keeps its suffix
-    return staged(reference, name, lambda target: _fetch(reference, target))
+    content = _listing_hash(reference)
+    return staged(f"{reference}@{content}", name, lambda target: _fetch(reference, content, target))
 
 
-def _fetch(reference: str, target: Path) -> None:
+def _listing_hash(reference: str) -> str:
+    """The first 12 hex digits of the SHA-256 over names, sizes and ETags of the objects."""
+    try:
+        objects = list_objects(S3Uri.parse(reference))
+    except OSError as error:
+        raise FileNotFoundError(f"no model at {reference!r}: {error}") from None
+    if not objects:
+        raise FileNotFoundError(f"no model at {reference!r}: there is nothing")
+    return hashlib.sha256(json.dumps(sorted(objects)).encode()).hexdigest()[:12]
+
+
+def _fetch(reference: str, content: str, target: Path) -> None:
     """Copy a file, or a prefix."""
     uri = S3Uri.parse(reference)
     try:
         source = open_bucket(uri)
-        info = source.get_file_info(uri.path)
-        if info.type is fs.FileType.NotFound:
-            raise FileNotFoundError("there is nothing")
-        if info.type is not fs.FileType.File:
+        if source.get_file_info(uri.path).type is not fs.FileType.File:
             target.mkdir()  # Arrow makes the folders below the first, and not the first
         fs.copy_files(uri.path, str(target), source_filesystem=source)
     except OSError as error:
         raise FileNotFoundError(f"no model at {reference!r}: {error}") from None
-
-
-def _from_hub(reference: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(reference))
-    except (HFValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(
-            f"no model at {reference!r}: not a local path, and the hub did not give it: {reason}"
-        ) from None
+    if _listing_hash(reference) != content:
+        raise FileNotFoundError(f"the model at {reference!r} was changed while it was fetched; try again")

@@ -1,7 +1,8 @@
-"""S3 on this machine: moto's server, and a proxy in front of it that fails as S3 does."""
+"""S3 and the hub on this machine: moto's server, a proxy in front of it that fails as S3 does, and a stand-in."""
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -15,7 +16,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import pytest
@@ -234,6 +237,137 @@ class _Proxy(BaseHTTPRequestHandler):
         # Closing with a linger time of zero is a reset.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@dataclass
+class Hub:
+    """A Hugging Face hub on this machine, which counts the bytes of files that it gives out.
+
+    Attributes:
+        endpoint: its URL, for `HF_ENDPOINT`.
+        sent: bytes of each file that were sent, by `repo/path`.
+        requests: answered so far.
+        gated: repositories whose terms nobody has accepted.
+        licences: as their cards name them.
+    """
+
+    endpoint: str
+    sent: Counter[str] = field(default_factory=Counter)
+    requests: int = 0
+    gated: set[str] = field(default_factory=set)
+    licences: dict[str, str] = field(default_factory=dict)
+    _commits: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    _refs: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def push(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
+        """Make files the newest commit of a branch; gives back its hash."""
+        facts = json.dumps([repo, sorted((name, hashlib.sha1(content).hexdigest()) for name, content in files.items())])
+        commit = hashlib.sha1(facts.encode()).hexdigest()
+        self._commits[repo, commit] = files
+        self._refs[repo, revision] = commit
+        return commit
+
+    def commit(self, repo: str, revision: str) -> str | None:
+        """What a branch, or a commit itself, stands for."""
+        return revision if (repo, revision) in self._commits else self._refs.get((repo, revision))
+
+    def files(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """The files of a revision; None: there is none."""
+        return self._commits.get((repo, self.commit(repo, revision) or ""))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub for this process and those that it starts, and an empty cache of it."""
+    from huggingface_hub import constants
+
+    server = _HubServer(("127.0.0.1", 0), _HubHandler)
+    server.hub = Hub(f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    endpoint, cache = server.hub.endpoint, str(tmp_path / "hub-cache")
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
+    for name, value in {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": cache, "HF_HUB_DISABLE_XET": "1"}.items():
+        monkeypatch.setenv(name, value)
+    yield server.hub
+    server.shutdown()
+    server.server_close()
+
+
+class _HubServer(ThreadingHTTPServer):
+    daemon_threads = True
+    hub: Hub
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _HubServer
+
+    def do_GET(self) -> None:
+        self.server.hub.requests += 1
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if path.startswith("api/models/"):
+            self._api(path.removeprefix("api/models/"))
+        else:
+            self._file(path)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _api(self, path: str) -> None:
+        """`ORG/NAME`, `ORG/NAME/revision/REV` or `ORG/NAME/tree/REV`."""
+        parts = path.split("/")
+        repo, kind, revision = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "", "/".join(parts[3:]) or "main"
+        files = self._allowed(repo, revision)
+        if files is None:
+            return
+        if kind == "tree":
+            entries = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in files.items()
+            ]
+            return self._answer(200, json.dumps(entries).encode())
+        facts: dict[str, Any] = {"id": repo, "sha": self.server.hub.commit(repo, revision), "siblings": []}
+        if licence := self.server.hub.licences.get(repo):
+            facts |= {"cardData": {"license": licence}, "tags": [f"license:{licence}"]}
+        return self._answer(200, json.dumps(facts).encode())
+
+    def _file(self, path: str) -> None:
+        """`ORG/NAME/resolve/REV/FILE`."""
+        repo, _, rest = path.partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        files = self._allowed(repo, revision)
+        if files is None:
+            return
+        if name not in files:
+            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        commit, etag = self.server.hub.commit(repo, revision), hashlib.sha1(files[name]).hexdigest()
+        if self.command == "GET":
+            self.server.hub.sent[f"{repo}/{name}"] += len(files[name])
+        self._answer(200, files[name], {"X-Repo-Commit": commit or "", "ETag": f'"{etag}"'})
+
+    def _allowed(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        hub = self.server.hub
+        if repo in hub.gated:
+            self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
+            return None
+        files = hub.files(repo, revision)
+        if files is None:
+            known = any(name == repo for name, _ in hub._refs)
+            self._answer(404, b"", {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
+        return files
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response_only(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""

@@ -1,7 +1,10 @@
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from gem_ray.checkpoints import content_hash, describe, resolve
 
@@ -66,6 +69,23 @@ def test_a_single_file_has_a_hash(tmp_path):
     assert content_hash(folder / "a.pth") == content_hash(folder / "b.pth") != content_hash(folder / "c.pth")
 
 
+def test_the_hash_of_a_large_model_is_computed_once_until_a_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("GEM_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("gem_ray.checkpoints._KEPT_FROM_BYTES", 4)
+    monkeypatch.setattr("gem_ray.checkpoints._SETTLED_S", -1)
+    model = _folder(tmp_path / "model", {"config.json": b"{}", "weights": b"1234"})
+    first = content_hash(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("gem_ray.checkpoints._hash", None)
+        assert content_hash(model) == first
+    before = (model / "weights").stat()
+    time.sleep(0.02)
+    (model / "weights").write_bytes(b"5678")
+    os.utime(model / "weights", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert content_hash(model) == content_hash(_folder(tmp_path / "same", {"config.json": b"{}", "weights": b"5678"}))
+    assert content_hash(model) != first
+
+
 def test_describe_names_the_reference_and_the_hash(tmp_path):
     model = _folder(tmp_path / "model", {"config.json": b"{}"})
     assert describe(str(model)) == f"{model}@{content_hash(model)}"
@@ -81,15 +101,48 @@ def models(s3, monkeypatch, tmp_path):
     return uri
 
 
-def test_an_s3_prefix_is_fetched_once(models, faulty_s3, tmp_path):
+def test_an_s3_prefix_is_fetched_once(models, s3, tmp_path):
     folder = resolve(f"{models}/tagger")
-    assert content_hash(folder) == content_hash(
-        _folder(tmp_path / "same", {"config.json": b"{}", "sub/weights": b"123"})
-    )
-    requests = faulty_s3.counts.total()
-    assert requests > 0
+    same = _folder(tmp_path / "same", {"config.json": b"{}", "sub/weights": b"123"})
+    assert content_hash(folder) == content_hash(same)
+    s3.forbid(f"{models}/tagger/*", "s3:GetObject")
     assert resolve(f"{models}/tagger") == folder
-    assert faulty_s3.counts.total() == requests
+
+
+def test_a_prefix_that_has_changed_is_another_model_and_is_fetched_anew(models, s3, monkeypatch, tmp_path):
+    reference = f"{models}/tagger"
+    first, folder = describe(reference), resolve(reference)
+    s3.put(f"{reference}/sub/weights", b"456")  # of the same size
+    second = describe(reference)
+    assert second != first
+    assert (resolve(reference) / "sub" / "weights").read_bytes() == b"456"
+    assert (folder / "sub" / "weights").read_bytes() == b"123"  # an actor may still be reading it
+    monkeypatch.setenv("GEM_RAY_CACHE", str(tmp_path / "another-node"))
+    assert describe(reference) == second
+    assert (resolve(reference) / "sub" / "weights").read_bytes() == b"456"
+    s3.put(f"{reference}/new.json", b"{}")
+    assert describe(reference) not in (first, second)
+
+
+def test_what_changes_while_it_is_fetched_is_refused(models, s3, monkeypatch):
+    copy_files = fs.copy_files
+
+    def copy_and_change(*arguments, **options):
+        copy_files(*arguments, **options)
+        s3.put(f"{models}/tagger/sub/weights", b"456")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "copy_files", copy_and_change)
+        with pytest.raises(FileNotFoundError, match="changed while it was fetched"):
+            resolve(f"{models}/tagger")
+    assert (resolve(f"{models}/tagger") / "sub" / "weights").read_bytes() == b"456"
+
+
+def test_an_s3_model_is_described_without_being_fetched(models, s3):
+    s3.forbid(f"{models}/tagger/*", "s3:GetObject")
+    assert describe(f"{models}/tagger").startswith(f"{models}/tagger@")
+    with pytest.raises(FileNotFoundError):
+        resolve(f"{models}/tagger")
 
 
 def test_a_single_file_on_s3_keeps_its_name(models):

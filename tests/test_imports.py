@@ -17,7 +17,9 @@ LAYERS = [
         "taxonomy",
         "config",
         "recipes",
+        "cache",
         "checkpoints",
+        "hub",
         "device",
         "s3",
         "training",
@@ -123,7 +125,17 @@ def test_package_inits_hold_a_docstring_and_import_nothing(file):
 
 @pytest.mark.parametrize(
     "module",
-    ["records", "taxonomy", "config", "checkpoints", "cli", "data.images", "knowledge.provider", "tagger.recipe"],
+    [
+        "records",
+        "taxonomy",
+        "config",
+        "checkpoints",
+        "hub",
+        "cli",
+        "data.images",
+        "knowledge.provider",
+        "tagger.recipe",
+    ],
 )
 def test_light_modules_load_no_heavy_library(module):
     """`gem-ray --help` answers at once, and workers that only read rows stay small."""

@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from gem_ray.checkpoints import content_hash, staged
+from gem_ray.cache import staged
+from gem_ray.checkpoints import content_hash
 
 T = TypeVar("T")
 
