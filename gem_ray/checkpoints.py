@@ -61,6 +61,27 @@ def describe(reference: str) -> str:
     return str(hub.look_up(reference).reference)
 
 
+def read_file(reference: str, name: str) -> str:
+    """The text of one file of a model directory; nothing else is fetched.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no such model.
+        ValueError: as `resolve`, or the file holds no text.
+    """
+    if (path := _here(reference)) is not None:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} has no {name}")
+        return (path / name).read_text(encoding="utf-8")
+    if not reference.startswith("s3://"):
+        return hub.read_file(reference, name)
+    uri = S3Uri.parse(reference)
+    try:
+        with open_bucket(uri).open_input_stream(f"{uri.path}/{name}") as stream:
+            return stream.read().decode()
+    except OSError as error:
+        raise FileNotFoundError(f"no {name} at {reference!r}: {error}") from None
+
+
 def content_hash(path: Path) -> str:
     """The first 12 hex digits of the SHA-256 over a file, or over names and contents of a directory's files.
 
@@ -136,13 +157,16 @@ def _staged_from_s3(reference: str) -> Path:
 
 def _listing_hash(reference: str) -> str:
     """The first 12 hex digits of the SHA-256 over names, sizes and ETags of the objects."""
+    uri = S3Uri.parse(reference)
     try:
-        objects = list_objects(S3Uri.parse(reference))
+        kind = open_bucket(uri).get_file_info(uri.path).type
+        if kind is fs.FileType.NotFound:
+            raise FileNotFoundError("there is nothing")
+        objects = sorted(list_objects(uri, is_file=kind is fs.FileType.File))
     except OSError as error:
         raise FileNotFoundError(f"no model at {reference!r}: {error}") from None
-    if not objects:
-        raise FileNotFoundError(f"no model at {reference!r}: there is nothing")
-    return hashlib.sha256(json.dumps(sorted(objects)).encode()).hexdigest()[:12]
+    content = [(name.removeprefix(uri.path), size, etag) for name, (size, _, etag) in objects]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _fetch(reference: str, content: str, target: Path) -> None:

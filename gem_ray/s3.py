@@ -98,31 +98,6 @@ def open_bucket(uri: S3Uri) -> RetryingFileSystem:
     return RetryingFileSystem(region, endpoint, uri.anonymous)
 
 
-def list_objects(uri: S3Uri) -> list[tuple[str, int, str]]:
-    """Names below the URI, sizes and ETags of the objects under a prefix, or of the one with this key; may be empty.
-
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError: as `open_bucket`.
-    """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    s3 = _client_of(uri)
-    prefix = f"{uri.key.rstrip('/')}/" if uri.key else ""
-    try:
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=uri.bucket, Prefix=prefix)
-        found = [entry for page in pages for entry in page.get("Contents", [])]
-        if not found and uri.key:
-            single = s3.head_object(Bucket=uri.bucket, Key=uri.key)
-            return [("", single["ContentLength"], single["ETag"])]
-    except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-            return []
-        raise PermissionError(f"s3://{uri.bucket}/{uri.key} cannot be read: {error}") from None
-    except BotoCoreError as error:
-        raise ConnectionError(f"s3://{uri.bucket} cannot be reached: {error}") from None
-    return [(entry["Key"].removeprefix(prefix), entry["Size"], entry["ETag"]) for entry in found]
-
-
 def client(anonymous: bool = False, silence_timeout_s: float | None = None, connections: int = 10) -> Any:
     """A boto3 client, which threads may share.
 
