@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gem_ray import checkpoints
+from gem_ray.model_references import describe_models, load_unchanged
 from gem_ray.records import Post, ProblemKind, StageName
 
 if TYPE_CHECKING:
@@ -113,22 +113,25 @@ def active_stages(config: Config) -> tuple[StageName, ...]:
     return tuple(name for name in StageName if is_active.get(name, True))
 
 
-def build_stage(name: StageName, config: Config) -> GuardedStage:
-    """Load one stage.
-
-    Raises:
-        FileNotFoundError: one of its models is not there.
-    """
-    return GuardedStage(name, build_component(name, config))
+def build_stage(name: StageName, config: Config, models: Mapping[str, str] | None = None) -> GuardedStage:
+    """Load one stage; as `build_component`."""
+    return GuardedStage(name, build_component(name, config, models))
 
 
-def build_component(name: StageName, config: Config) -> Stage:
+def build_component(name: StageName, config: Config, models: Mapping[str, str] | None = None) -> Stage:
     """Load one stage without its guard.
 
+    Args:
+        name: which.
+        config: names its models.
+        models: what they must be, as `models_of` gives it; none: whatever is there.
+
     Raises:
         FileNotFoundError: one of its models is not there.
+        ModelChangedError: one of its models is not what it must be.
     """
-    return _BUILDERS[name](config)
+    build = _BUILDERS[name]
+    return build(config) if models is None else load_unchanged(name, config, models, build)
 
 
 class Annotator:
@@ -161,9 +164,9 @@ class Annotator:
 
 
 def models_of(config: Config, stages: Sequence[StageName] | None = None) -> dict[str, str]:
-    """What makes the output: role -> `reference@hash` for every model that a configuration uses.
+    """What makes the output: role -> `checkpoints.describe` of every model that a configuration uses.
 
-    A model behind an endpoint has no files to hash: its name stands alone.
+    No weights are fetched. A model behind an endpoint has no files: its name stands alone.
 
     Args:
         config: names the models.
@@ -174,8 +177,7 @@ def models_of(config: Config, stages: Sequence[StageName] | None = None) -> dict
     """
     names: dict[str, str] = {}
     for stage in stages or active_stages(config):
-        references = _references(stage, config)
-        names |= {role: checkpoints.describe(reference) for role, reference in references.items() if reference}
+        names |= describe_models(stage, config)
         names |= _hosted_elsewhere(stage, config)
     return names
 
@@ -187,24 +189,6 @@ def _hosted_elsewhere(stage: StageName, config: Config) -> dict[str, str]:
     if stage is StageName.RERANK and reranker.engine == "endpoint" and reranker.endpoint is not None:
         return {"reranker": reranker.endpoint.model}
     return {}
-
-
-def _references(stage: StageName, config: Config) -> dict[str, str | None]:
-    knowledge, reranker, boxes = config.knowledge, config.reranker, config.grounder.boxes
-    hosted = knowledge.explainer if knowledge.explainer and knowledge.explainer.engine == "vllm" else None
-    adapter = reranker.adapter_references.get(reranker.adapter) if reranker.adapter is not None else None
-    loaded = {"reranker": reranker.model, "reranker_adapter": adapter}
-    of_stage: dict[StageName, dict[str, str | None]] = {
-        StageName.KNOWLEDGE: {"captioner": knowledge.captioner, "explainer": hosted.model if hosted else None},
-        StageName.TAG: {"tagger": config.tagger.model},
-        StageName.RERANK: {} if reranker.engine == "endpoint" else loaded,
-        StageName.GROUND: {
-            "matcher": config.grounder.matcher.model,
-            "sam": boxes.sam.model if boxes.sam else None,
-            "text_segmenter": boxes.text.model if boxes.text else None,
-        },
-    }
-    return of_stage.get(stage, {})
 
 
 # The builders import what they build, so that a process loads only the libraries of its own stages.

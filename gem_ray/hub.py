@@ -17,6 +17,7 @@ from gem_ray.cache import cache_folder
 _REFERENCE = re.compile(
     r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^\s@:]+))?(?::(?P<file>[^\s:]+))?", re.ASCII
 )
+_COMMIT = re.compile("[0-9a-f]{40}")
 # What loaders read beside the weights: transformers' files, and those of gem-ray's own model directories.
 _SETTINGS = (
     "config.json",
@@ -134,6 +135,23 @@ def fetch(reference: str) -> Path:
                 snapshot_download(place.repo, revision=place.revision, allow_patterns=names, cache_dir=_cache())
             )
     return folder / place.file if place.file else folder
+
+
+def read_file(reference: str, name: str) -> str:
+    """The text of one file of a repository.
+
+    Raises:
+        FileNotFoundError, PermissionError: as `look_up`.
+    """
+    with _explained(reference):
+        place = HubReference.parse(reference)
+        return _download(place, name).read_text(encoding="utf-8")
+
+
+def is_pinned(reference: str) -> bool:
+    """Whether a reference names a commit of the hub: it stands for the same files for ever."""
+    match = _REFERENCE.fullmatch(reference)
+    return match is not None and bool(_COMMIT.fullmatch(match["revision"] or ""))
 
 
 def on_disk(reference: str) -> Path | None:

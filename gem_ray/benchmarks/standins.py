@@ -21,7 +21,9 @@ _POLL_S = 1.0
 class PassThrough:
     """A stage that costs nothing and changes nothing."""
 
-    def __init__(self, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> None:
+    def __init__(
+        self, name: StageName, config: Config, models: dict[str, str], spent: tuple[str, ...], ledger: Ledger
+    ) -> None:
         pass
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -59,7 +61,9 @@ def sleeper(stage: StageName, seconds_per_post: float, diary: ray.actor.ActorHan
     """A class of actors that sleep for every batch of one stage, and pass those of all others through."""
 
     class Sleeper(PassThrough):
-        def __init__(self, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> None:
+        def __init__(
+            self, name: StageName, config: Config, models: dict[str, str], spent: tuple[str, ...], ledger: Ledger
+        ) -> None:
             self._seconds_per_post = seconds_per_post if name is stage else 0.0
             self._actor = ray.get_runtime_context().get_actor_id()
             self._all_are_there = False

@@ -30,6 +30,7 @@ from gem_ray.experiments.system import (
     unreachable,
     what_matters,
 )
+from gem_ray.hub import is_pinned
 from gem_ray.tagger.recipe import TaggerTraining, parse_recipe
 from gem_ray.tagger.train import train_tagger
 
@@ -270,6 +271,8 @@ def _fingerprint(read: Posts, split: str, labels: str) -> str:
 
 def _is_another_now(described: str) -> bool:
     """Whether there is now another model at a `reference@hash`; what is not on this machine is not fetched for it."""
+    if is_pinned(described):
+        return False
     reference, _, digest = described.rpartition("@")
     path = local(reference) if reference else None  # one behind an endpoint has no hash
     return path is not None and path.exists() and _hash(path) != digest

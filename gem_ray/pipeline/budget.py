@@ -38,6 +38,7 @@ def with_gamma(
     folder: RunFolder,
     filesystem: fs.FileSystem,
     files: Sequence[InputFile],
+    models: dict[str, str],
     ledger: Ledger,
     actor: type | None = None,
 ) -> Config:
@@ -48,6 +49,7 @@ def with_gamma(
         folder: of the run; keeps γ for the next start.
         filesystem: what the input is on.
         files: the input.
+        models: what the run began with.
         ledger: of the run.
         actor: stands in for `StageActor`.
 
@@ -59,7 +61,7 @@ def with_gamma(
         return config
     facts = folder.read("gamma")
     if facts is None:
-        entropies = _entropies(PostSource(filesystem, files, sample_ids(files)), config, ledger, actor)
+        entropies = _entropies(PostSource(filesystem, files, sample_ids(files)), config, models, ledger, actor)
         facts = {"gamma": gamma_for_share(entropies, budget), "entities": len(entropies)}
         folder.write("gamma", facts)
     settings = config.filter.model_copy(update={"gamma": facts["gamma"], "max_share": None})
@@ -74,9 +76,11 @@ def sample_ids(files: Sequence[InputFile]) -> np.ndarray:
     return np.concatenate([file.row_ids[:rows] for file in distinct.values()])
 
 
-def _entropies(source: PostSource, config: Config, ledger: Ledger, actor: type | None) -> np.ndarray:
+def _entropies(
+    source: PostSource, config: Config, models: dict[str, str], ledger: Ledger, actor: type | None
+) -> np.ndarray:
     stages = [name for name in active_stages(config) if name in _TAGGING]
-    dataset = build_graph(source, config, stages, ledger, actor)
+    dataset = build_graph(source, config, models, stages, ledger, actor)
     try:
         batches = dataset.map_batches(_entropies_of, batch_format="pyarrow", batch_size=None).take_all()
     except RayError as error:

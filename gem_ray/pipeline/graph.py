@@ -44,17 +44,28 @@ _READ_ENCODED = (StageName.KNOWLEDGE, StageName.LOAD_IMAGE)
 
 
 def build_graph(
-    source: PostSource, config: Config, stages: Sequence[StageName], ledger: Ledger, actor: type | None = None
+    source: PostSource,
+    config: Config,
+    models: dict[str, str],
+    stages: Sequence[StageName],
+    ledger: Ledger,
+    actor: type | None = None,
 ) -> Any:
     """From rows of the input to posts that have been through the stages; lazy, as every `ray.data.Dataset`.
 
-    `actor` takes the place of `StageActor`, with its signature.
+    Args:
+        source: reads the rows.
+        config: of the run.
+        models: what the run began with, as `models_of` gives it; an actor that loads another gives up.
+        stages: of this pass.
+        ledger: of the run.
+        actor: takes the place of `StageActor`, with its signature.
     """
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.files), num_cpus=_READING_CPUS)
     rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, stages)
     dataset = dataset.repartition(target_num_rows_per_block=rows)
     for name in stages:
-        dataset = _add_stage(dataset, name, config, _spent_after(name, stages), ledger, actor or StageActor)
+        dataset = _add_stage(dataset, name, config, models, _spent_after(name, stages), ledger, actor or StageActor)
     return dataset
 
 
@@ -109,7 +120,13 @@ def _pass_rows(table: pa.Table, claim: Claim) -> pa.Table:
 
 
 def _add_stage(
-    dataset: Any, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger, actor: type
+    dataset: Any,
+    name: StageName,
+    config: Config,
+    models: dict[str, str],
+    spent: tuple[str, ...],
+    ledger: Ledger,
+    actor: type,
 ) -> Any:
     placement = getattr(config.pipeline, name)
     common = {"batch_format": "pyarrow", "batch_size": placement.batch_size, "num_cpus": placement.num_cpus}
@@ -118,7 +135,7 @@ def _add_stage(
         return dataset.map_batches(run_in_task, fn_kwargs=arguments, **common)
     return dataset.map_batches(
         actor,
-        fn_constructor_kwargs={"name": name, "config": config, "spent": spent, "ledger": ledger},
+        fn_constructor_kwargs={"name": name, "config": config, "models": models, "spent": spent, "ledger": ledger},
         compute=_pool(name, config),
         num_gpus=placement.num_gpus or None,
         **common,
@@ -146,17 +163,20 @@ def _spent_after(name: StageName, stages: Sequence[StageName]) -> tuple[str, ...
 class StageActor:
     """One stage with its model, in an actor of its own.
 
-    A model that cannot be loaded is reported with the first batch: Ray would try a failing constructor again for ever.
+    A model that cannot be loaded, or is not what the run began with, is reported with the first batch: Ray would try a
+    failing constructor again for ever.
     """
 
-    def __init__(self, name: StageName, config: Config, spent: tuple[str, ...], ledger: Ledger) -> None:
+    def __init__(
+        self, name: StageName, config: Config, models: dict[str, str], spent: tuple[str, ...], ledger: Ledger
+    ) -> None:
         import torch
 
         placement: StagePlacement = getattr(config.pipeline, name)
         torch.set_num_threads(placement.threads)
         self._stage: GuardedStage | None = None
         try:
-            self._stage = build_stage(name, config)
+            self._stage = build_stage(name, config, models)
         except Exception as error:
             self._failure = f"the stage {name} cannot be loaded: {error}"
         self._spent = spent

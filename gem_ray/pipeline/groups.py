@@ -195,7 +195,7 @@ class GroupRunner:
             return
         with checkpointing(filesystem, checkpoint):
             source = PostSource(self._input, group.files, wanted, self._earlier(group, number))
-            dataset = build_graph(source, self._config, self._passes[number], self._ledger, self._actor)
+            dataset = build_graph(source, self._config, self._models, self._passes[number], self._ledger, self._actor)
             if is_last:
                 dataset = as_annotations(dataset, self._folder.run_id, self._models, self._ledger, self._claim)
                 self._write(dataset, staged, partition_cols=["status"])

@@ -118,7 +118,7 @@ def annotate_dataset(
         manifest = folder.manifest()
         with ray_session(config):
             ledger = Ledger()
-            budgeted = with_gamma(config, folder, filesystem, manifest.files, ledger, actor)
+            budgeted = with_gamma(config, folder, filesystem, manifest.files, models, ledger, actor)
             runner = GroupRunner(directory, folder, filesystem, budgeted, models, ledger, lease.claim, actor)
             groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
             with reporting(progress, runner.done, sum(group.rows for group in groups)):

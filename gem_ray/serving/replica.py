@@ -8,6 +8,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ray import serve
 from gem_ray.annotator import GuardedStage, Stage, build_component, models_of
 from gem_ray.config import Config, StageReplicas
 from gem_ray.metrics import StageMetrics
+from gem_ray.model_references import load_unchanged
 from gem_ray.records import Post, StageName
 from gem_ray.serving.calls import Answer
 from gem_ray.serving.settings import check_user_config, has_own_batches, matcher_settings
@@ -49,9 +51,10 @@ class StageReplica:
         placement: StageReplicas = getattr(config.serving, name)
         torch.set_num_threads(placement.threads)
         self._config = config
-        self._component = _load(name, config)
-        self._stage = GuardedStage(name, self._component)
         self._models = models_of(config, [name])
+        # What it answers with must be what it has loaded, also where a model changes meanwhile.
+        self._component = load_unchanged(name, config, self._models, partial(_load, name))
+        self._stage = GuardedStage(name, self._component)
         self._metrics = StageMetrics(name)
         self._batch_size = placement.batch_size
         self._run_together.set_max_batch_size(placement.batch_size)

@@ -69,7 +69,7 @@ def test_second_start_takes_the_gamma_of_the_first(config: Config) -> None:
         def read(self, name: str) -> dict[str, float]:
             return {"gamma": 0.7} if name == "gamma" else {}
 
-    resumed = with_gamma(budget(config), Folder(), None, [], None)  # type: ignore[arg-type]
+    resumed = with_gamma(budget(config), Folder(), None, [], {}, None)  # type: ignore[arg-type]
     assert (resumed.filter.gamma, resumed.filter.max_share) == (0.7, None)
 
 
