@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from gem_ray.commands import annotate, evaluate, export, reranker, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
+from gem_ray.redaction import RedactingFormatter, redacted
 
 app = typer.Typer(
     name="gem-ray",
@@ -37,9 +39,9 @@ def _common(
 ) -> None:
     import logging
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     context.obj = {"debug": debug, "json_logs": json_logs}
 
 
@@ -53,6 +55,6 @@ def main() -> None:
         app()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         if "--debug" in sys.argv:
-            raise
-        typer.secho(f"error: {error}", fg="red", err=True)
+            typer.echo(redacted(traceback.format_exc()), err=True)
+        typer.secho(f"error: {redacted(str(error))}", fg="red", err=True)
         raise SystemExit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED) from None

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gem_ray.redaction import redacted
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -394,6 +396,10 @@ class Config(_Section):
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
 
+    def public(self) -> dict[str, Any]:
+        """The tree as it may be stored and shown: credentials are cut out."""
+        return redacted(self.model_dump(mode="json"))
+
     @model_validator(mode="after")
     def _can_scale(self) -> Config:
         """Autoscaling goes by the calls that a stage has at once, of which an ingress makes only so many."""
@@ -478,7 +484,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     path, equals, value = override.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
-        raise ConfigError(f"--set takes key.path=value, not {override!r}")
+        raise ConfigError(f"--set takes key.path=value, not {redacted(override)!r}")
     nested = parse_value(override, value)
     for key in reversed(keys):
         nested = {key: nested}
@@ -494,7 +500,9 @@ def parse_value(override: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {value!r} is not a YAML value; quote it if it is meant as text") from None
+        raise ConfigError(
+            redacted(f"--set {override}: {value!r} is not a YAML value; quote it if it is meant as text")
+        ) from None
 
 
 def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -508,14 +516,20 @@ def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, A
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
-    message = f"{error['msg']} (got {error['input']!r})"
+    message = f"{error['msg']} (got {_under(path, error['input'])!r})"
     if error["type"] == "extra_forbidden":
         message = f"no such key; {nearest(path[-1], _keys_at(kind, path[:-1]))}"
     elif error["type"] == "missing":
         message = "must be set"
     elif error["type"] == "value_error":  # raised by a section about several keys at once
         message = str(error["ctx"]["error"])
-    return ": ".join([".".join(path), message] if path else [message])
+    return redacted(": ".join([".".join(path), message] if path else [message]))
+
+
+def _under(path: list[str], value: Any) -> Any:
+    """What was given for a key, as it may be shown."""
+    *_, shown = redacted({path[-1] if path else "": value}).values()
+    return shown
 
 
 def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:

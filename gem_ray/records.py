@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from gem_ray.redaction import redacted
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -208,8 +210,8 @@ class Post:
         return self.status is Status.REJECTED
 
     def fail(self, stage: StageName, kind: ProblemKind, message: str) -> None:
-        """Record a problem."""
-        self.problems.append(Problem(stage, kind, message))
+        """Record a problem; credentials in the message, as of an image's address, are cut out."""
+        self.problems.append(Problem(stage, kind, redacted(message)))
 
     def annotation(self) -> dict[str, Any]:
         """The output row, without `run_id` and `models`, as plain Python values of `ANNOTATION_SCHEMA`."""

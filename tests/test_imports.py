@@ -17,6 +17,7 @@ LAYERS = [
         "taxonomy",
         "config",
         "recipes",
+        "redaction",
         "cache",
         "checkpoints",
         "hub",

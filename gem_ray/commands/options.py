@@ -63,11 +63,12 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
         ConfigError: an override that is no `key=value`, or whose value is no YAML.
     """
     from gem_ray.config import ConfigError, parse_value
+    from gem_ray.redaction import redacted
 
     values: dict[str, Any] = {}
     for override in overrides or ():
         name, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes key=value, not {override!r}")
+            raise ConfigError(f"--set takes key=value, not {redacted(override)!r}")
         values[name.strip()] = parse_value(override, value)
     return values

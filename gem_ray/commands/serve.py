@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gem_ray.commands.options import PresetOption, SetOption
+from gem_ray.redaction import redacted
 
 app = typer.Typer()
 
@@ -57,7 +58,7 @@ def serve(
                 if config is not None:
                     redeploy(file_schema(config))
             except ConfigError as error:
-                typer.secho(f"nothing changes: {error}", fg="red", err=True)
+                typer.secho(f"nothing changes: {redacted(str(error))}", fg="red", err=True)
         typer.echo("finishing what has begun")
 
 

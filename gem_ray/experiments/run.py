@@ -195,7 +195,7 @@ class _Run:
             system = parse_config(merge_trees(config.model_dump(), {"tagger": {"model": str(self.model)}}))
         result = {
             "recipe": self.recipe and self.recipe.model_dump(),
-            "config": config.model_dump(mode="json"),
+            "config": config.public(),
             "data": self._data(read),
             "models": self._models(read),
             "posts": len(dev),

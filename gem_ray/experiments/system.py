@@ -18,6 +18,7 @@ from gem_ray.evaluation.metrics import evaluate
 from gem_ray.evaluation.rules import Rules, judge
 from gem_ray.experiments.predictions import store_predictions
 from gem_ray.records import Post, StageName
+from gem_ray.redaction import redacted
 from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.taxonomy import LABEL_SETS
 
@@ -69,14 +70,14 @@ def unreachable(config: Config) -> str | None:
     try:
         httpx.get(f"{endpoint.base_url}/models", timeout=_PATIENCE_S)  # any answer is one
     except httpx.HTTPError as error:
-        return f"nobody answers at {endpoint.base_url} ({type(error).__name__})"
+        return f"nobody answers at {redacted(endpoint.base_url)} ({type(error).__name__})"
     return None
 
 
 def what_matters(config: Config) -> dict[str, Any]:
     """The part of a configuration that the annotations depend on; not where it runs, nor what is switched off."""
     speed: Any = {"device": True, "pipeline": True, "tagger": {"batch_tokens", "compile"}}
-    values = config.model_dump(mode="json", exclude=speed)
+    values = redacted(config.model_dump(mode="json", exclude=speed))
     for section in ("reranker", "grounder"):
         if not values[section]["enabled"]:
             values[section] = {"enabled": False}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from gem_ray.records import Post, Status
+from gem_ray.redaction import redacted
 
 LEVEL_VARIABLE = "GEM_RAY_LOG_LEVEL"
 
@@ -27,7 +28,7 @@ class JsonFormatter(logging.Formatter):
         values |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
         if record.exc_info:
             values["exception"] = self.formatException(record.exc_info)
-        return json.dumps(values, ensure_ascii=False)
+        return json.dumps(redacted(values), ensure_ascii=False)
 
 
 def log_as_json() -> None:

@@ -136,7 +136,7 @@ def annotate_dataset(
             gamma=budgeted.filter.gamma,
             tally=_tally_of(folder),
             models=models,
-            config=config.model_dump(mode="json"),
+            config=config.public(),
         )
         _check_complete(manifest, summary.tally)
         lease.claim.check()
@@ -187,7 +187,7 @@ def _begin(
             files=files,
             rows_per_group=config.pipeline.rows_per_group,
             models=models,
-            config=config.model_dump(mode="json"),
+            config=config.public(),
         )
     )
     return folder
@@ -202,7 +202,7 @@ def _check_same(
     allowed: tuple[str, ...],
 ) -> None:
     """Refuse to mix rows of two inputs, configurations or sets of models."""
-    settings, earlier = config.model_dump(mode="json"), manifest.config
+    settings, earlier = config.public(), manifest.config
     before = {"models": manifest.models, "limit": manifest.limit, "files of the input": manifest.listing}
     now: dict[str, Any] = {"models": models, "limit": limit, "files of the input": listing}
     before["pipeline.passes"], now["pipeline.passes"] = earlier["pipeline"]["passes"], settings["pipeline"]["passes"]

@@ -23,6 +23,7 @@ from pyarrow import fs
 
 from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.pipeline.source import InputFile
+from gem_ray.redaction import redacted
 
 _SUMMARY = "run.json"
 
@@ -193,7 +194,7 @@ def _read_json(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
 
 
 def _as_json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(redacted(values), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:

@@ -16,6 +16,7 @@ from gem_ray.planning.pools import Pool, Source, allocate
 from gem_ray.planning.published import PUBLISHED
 from gem_ray.planning.refusals import gib, too_large, too_many
 from gem_ray.records import StageName
+from gem_ray.redaction import redacted
 
 MODEL_STAGES = {StageName.KNOWLEDGE, StageName.TAG, StageName.RERANK, StageName.GROUND}
 _USUAL_MEMORY_GB = 24
@@ -205,7 +206,8 @@ def _notes(config: Config) -> Iterator[str]:
     if explainer is not None and explainer.engine == "endpoint":
         size = PUBLISHED[explainer.model].parameters if explainer.model in PUBLISHED else None
         weights = f", {gib(2 * size)} GiB of weights in half precision" if size else ""
-        yield f"not in it: the explainer, {explainer.model} behind {explainer.base_url}{weights}, and its speed"
+        where = redacted(explainer.base_url)
+        yield f"not in it: the explainer, {explainer.model} behind {where}{weights}, and its speed"
 
 
 def _pool(name: StageName, config: Config, memory: int, card: Card | None, measured: Mapping[str, float]) -> Pool:
