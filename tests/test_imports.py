@@ -23,6 +23,7 @@ LAYERS = [
         "hub",
         "model_references",
         "device",
+        "loading",
         "s3",
         "training",
         "chat",

@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BlipForImageTextRetrieval
+
+from gem_ray.loading import load_pretrained
+
+# Of the text encoders that are published: BERT base. The shapes of weights do not tell how many heads they are for.
+_PUBLISHED_WIDTH, _PUBLISHED_HEADS = 768, 12
+
+
+def load_blip(folder: Path, dtype: torch.dtype = torch.float32) -> BlipForImageTextRetrieval:
+    """A BLIP with its matching head.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape; or the text encoder is as wide as the published
+            ones with another number of heads, as the defaults of transformers have it where `config.json` says nothing.
+    """
+    model = load_pretrained(BlipForImageTextRetrieval, folder, dtype=dtype)
+    text = model.config.text_config
+    if text.hidden_size == _PUBLISHED_WIDTH and text.num_attention_heads != _PUBLISHED_HEADS:
+        raise ValueError(
+            f"{folder}: the text encoder would have {text.num_attention_heads} heads, but published ones of this width "
+            f"have {_PUBLISHED_HEADS}: set text_config.num_attention_heads in config.json"
+        )
+    return model
 
 
 def encode_images(model: BlipForImageTextRetrieval, pixels: Tensor) -> Tensor:

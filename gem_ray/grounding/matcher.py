@@ -17,7 +17,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
-from gem_ray.grounding.blip import encode_images
+from gem_ray.grounding.blip import encode_images, load_blip
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.trace import Target, match_and_trace, middle_upper_layer
 
@@ -195,11 +195,10 @@ class Matcher:
 
     @classmethod
     def from_config(cls, config: Config) -> Matcher:
-        """Load the model that `grounder.matcher` names."""
+        """Load the model that `grounder.matcher` names; it raises what `load_blip` does."""
         settings = config.grounder.matcher
         folder = resolve(settings.model)
-        dtype = getattr(torch, settings.dtype)
-        model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=dtype).to(torch_device(config.device))
+        model = load_blip(folder, getattr(torch, settings.dtype)).to(torch_device(config.device))
         return cls(
             model,
             TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size),

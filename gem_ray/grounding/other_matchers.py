@@ -24,6 +24,7 @@ from gem_ray.config import Config
 from gem_ray.device import torch_device
 from gem_ray.grounding.matcher import Match, Query
 from gem_ray.grounding.trace import MATCH, NO_MATCH, middle_upper_layer, patch_scores
+from gem_ray.loading import load_pretrained
 
 _IMAGE_TOKEN = "<image>"
 _QUESTION = f"USER: {_IMAGE_TOKEN}\n{{text}} Is it in the image? Answer yes or no."
@@ -64,10 +65,10 @@ class LlavaMatcher:
 
     @classmethod
     def from_config(cls, config: Config) -> LlavaMatcher:
-        """Load the model that `grounder.matcher` names."""
+        """Load the model that `grounder.matcher` names; it raises what `load_pretrained` does."""
         settings = config.grounder.matcher
         folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        model = load_pretrained(LlavaForConditionalGeneration, folder, dtype=dtype, attn_implementation="eager")
         processor = LlavaProcessor.from_pretrained(folder)
         return cls(model.to(torch_device(config.device)), processor, settings.layer, settings.batch_size)
 
@@ -130,10 +131,10 @@ class Blip2Matcher:
 
     @classmethod
     def from_config(cls, config: Config) -> Blip2Matcher:
-        """Load the model that `grounder.matcher` names."""
+        """Load the model that `grounder.matcher` names; it raises what `load_pretrained` does."""
         settings = config.grounder.matcher
         folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
-        model = Blip2ForImageTextRetrieval.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        model = load_pretrained(Blip2ForImageTextRetrieval, folder, dtype=dtype, attn_implementation="eager")
         processor = AutoProcessor.from_pretrained(folder)
         return cls(model.to(torch_device(config.device)), processor, settings.layer, settings.batch_size)
 

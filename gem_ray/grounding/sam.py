@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,13 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from segment_anything import modeling, sam_model_registry
 from segment_anything.utils.transforms import ResizeLongestSide
-from torch import nn
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, SamConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
 from gem_ray.grounding.sam_attention import fuse_attention
+from gem_ray.grounding.sam_build import SamSizes, build_sam
+from gem_ray.grounding.sam_hub import load_hub_sam
+from gem_ray.loading import load_strictly
 from gem_ray.records import Box
 
 T = TypeVar("T")
@@ -28,35 +29,6 @@ Decoded = tuple[torch.Tensor, torch.Tensor]  # mask logits (P, V, M, M) and pred
 
 # Width of the image encoder -> its name in the package's registry.
 _PUBLISHED = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
-_PIXEL_MEAN = [123.675, 116.28, 103.53]
-_PIXEL_STD = [58.395, 57.12, 57.375]
-
-
-@dataclass(frozen=True)
-class SamSizes:
-    """The architecture of a SAM of another size than the published ones: `config.json` of its model directory.
-
-    Args:
-        image_size: side of the square input, in pixels.
-        patch_size: side of a patch; masks come out four times finer than patches.
-        width, depth, heads: of the image encoder.
-        window: side of its attention windows, in patches.
-        global_layers: the layers that attend to the whole image.
-        prompt_width: channels of image embedding, prompts and mask decoder.
-        decoder_depth, decoder_heads, decoder_hidden: of the mask decoder's two-way transformer.
-    """
-
-    image_size: int = 256
-    patch_size: int = 8
-    width: int = 96
-    depth: int = 4
-    heads: int = 4
-    window: int = 8
-    global_layers: tuple[int, ...] = (1, 3)
-    prompt_width: int = 64
-    decoder_depth: int = 2
-    decoder_heads: int = 4
-    decoder_hidden: int = 256
 
 
 @dataclass(frozen=True)
@@ -75,43 +47,6 @@ class PointMasks:
         return int(self.iou.argmax())
 
 
-def build_sam(sizes: SamSizes) -> modeling.Sam:
-    """An untrained SAM, made of the package's own modules."""
-    side = sizes.image_size // sizes.patch_size
-    return modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            img_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            embed_dim=sizes.width,
-            depth=sizes.depth,
-            num_heads=sizes.heads,
-            out_chans=sizes.prompt_width,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=sizes.window,
-            global_attn_indexes=sizes.global_layers,
-        ),
-        prompt_encoder=modeling.PromptEncoder(
-            embed_dim=sizes.prompt_width,
-            image_embedding_size=(side, side),
-            input_image_size=(sizes.image_size, sizes.image_size),
-            mask_in_chans=16,
-        ),
-        mask_decoder=modeling.MaskDecoder(
-            transformer_dim=sizes.prompt_width,
-            transformer=modeling.TwoWayTransformer(
-                depth=sizes.decoder_depth,
-                embedding_dim=sizes.prompt_width,
-                num_heads=sizes.decoder_heads,
-                mlp_dim=sizes.decoder_hidden,
-            ),
-            iou_head_hidden_dim=sizes.prompt_width,
-        ),
-        pixel_mean=_PIXEL_MEAN,
-        pixel_std=_PIXEL_STD,
-    )
-
-
 def save_sam(model: modeling.Sam, sizes: SamSizes, out: Path) -> None:
     """Write a model directory that `load_sam` reads."""
     out.mkdir(parents=True, exist_ok=True)
@@ -123,33 +58,37 @@ def load_sam(path: Path) -> modeling.Sam:
     """Load SAM in evaluation mode.
 
     Args:
-        path: a published `sam_vit_*.pth`, a directory that holds one, or a directory written by `save_sam`.
+        path: a published `sam_vit_*.pth`, a directory that holds one, a directory as the hub's `facebook/sam-vit-*`, or
+            one written by `save_sam`.
 
     Raises:
-        FileNotFoundError: there is neither.
-        ValueError: a `.pth` whose image encoder has none of the published widths.
+        FileNotFoundError: there is none of them.
+        ValueError: weights are missing, unexpected or of another shape; or a `.pth` whose image encoder has none of the
+            published widths.
     """
-    if (path / "model.safetensors").is_file():
-        model = build_sam(_read_sizes(path / "config.json"))
-        model.load_state_dict(load_file(path / "model.safetensors"))
-        return model.eval()
+    if (path / "config.json").is_file():
+        return _load_directory(path).eval()
     checkpoint = path if path.is_file() else next(path.glob("sam_vit_*.pth"), None)
     if checkpoint is None:
-        raise FileNotFoundError(f"no SAM in {path}: expected model.safetensors with config.json, or sam_vit_*.pth")
+        raise FileNotFoundError(f"no SAM in {path}: expected config.json with weights, or sam_vit_*.pth")
     # The registry's own loading unpickles anything: load the weights ourselves.
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     width = state["image_encoder.pos_embed"].shape[-1]
     if width not in _PUBLISHED:
         raise ValueError(f"{checkpoint}: an image encoder {width} wide is none of SAM's published {_PUBLISHED}")
     model = sam_model_registry[_PUBLISHED[width]]()
-    model.load_state_dict(state)
+    load_strictly(model, state, checkpoint)
     return model.eval()
 
 
-def _read_sizes(file: Path) -> SamSizes:
-    values = json.loads(file.read_text())
+def _load_directory(folder: Path) -> modeling.Sam:
+    values = json.loads((folder / "config.json").read_text())
+    if "vision_config" in values:
+        return load_hub_sam(folder)
     values.pop("model_type", None)
-    return SamSizes(**{**values, "global_layers": tuple(values["global_layers"])})
+    model = build_sam(SamSizes(**{**values, "global_layers": tuple(values["global_layers"])}))
+    load_strictly(model, load_file(folder / "model.safetensors"), folder)
+    return model
 
 
 class _Resize(ResizeLongestSide):

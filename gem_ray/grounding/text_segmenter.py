@@ -25,6 +25,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, TextSegmenterConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
+from gem_ray.loading import load_pretrained
 from gem_ray.records import Box
 
 Features = TypeVar("Features")
@@ -329,11 +330,12 @@ def load_text_segmenter(config: Config) -> TextSegmenter:
 
     Raises:
         FileNotFoundError: there is no model.
+        ValueError: weights are missing, unexpected or of another shape.
     """
     section = config.grounder.boxes.text or TextSegmenterConfig()
     kind, model_class, processor_class = _KINDS[section.kind]
     path = resolve(section.model)
-    model = model_class.from_pretrained(path, dtype=getattr(torch, section.dtype))
+    model = load_pretrained(model_class, path, dtype=getattr(torch, section.dtype))
     model = model.to(torch_device(config.device)).eval()
     return kind(model, processor_class.from_pretrained(path), section.threshold, section.batch_size)
 

@@ -26,7 +26,7 @@ from gem_ray.checkpoints import content_hash, resolve
 from gem_ray.data.images import ImageLoader
 from gem_ray.data.shards import fingerprint
 from gem_ray.device import torch_device
-from gem_ray.grounding.blip import encode_images, encode_texts
+from gem_ray.grounding.blip import encode_images, encode_texts, load_blip
 from gem_ray.grounding.decision import Decision, best_threshold
 from gem_ray.grounding.matcher import ImageProcessor, TextProcessor
 from gem_ray.grounding.matcher_recipe import MatcherTraining
@@ -75,7 +75,7 @@ def train_matcher(
     if not any(post.image is not None or post.image_bytes or post.image_uri for post in train):
         raise ValueError("no post has an image: shards need an image or image_uri column, a Twitter10000 root --images")
     torch.manual_seed(settings.seed)
-    model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32)
+    model = load_blip(folder)
     texts = TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size)
     images = ImageProcessor.from_pretrained(folder)
     data = PairsOfPosts(train, settings)

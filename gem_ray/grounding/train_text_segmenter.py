@@ -16,6 +16,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import PositiveInt
 from gem_ray.device import torch_device
 from gem_ray.grounding.text_segmenter import category_prompt, image_activations, mask_logits, prompt_conditions
+from gem_ray.loading import load_pretrained
 from gem_ray.records import Box, Post
 
 
@@ -70,12 +71,12 @@ def train_text_segmenter(
 
     Raises:
         FileNotFoundError: there is no model at `base`.
-        ValueError: no samples.
+        ValueError: no samples; or weights are missing, unexpected or of another shape.
     """
     if not samples:
         raise ValueError("no image with a category to learn from: training needs posts with images and gold boxes")
     path = resolve(base)
-    model = CLIPSegForImageSegmentation.from_pretrained(path).to(torch_device(settings.device))
+    model = load_pretrained(CLIPSegForImageSegmentation, path).to(torch_device(settings.device))
     processor = CLIPSegProcessor.from_pretrained(path)
     losses = fit_clipseg(model, processor, endless(samples, settings.seed), settings, report)
     model.save_pretrained(out)

@@ -12,6 +12,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from gem_ray import checkpoints
 from gem_ray.config import Config
 from gem_ray.device import torch_device
+from gem_ray.loading import load_pretrained
 
 _MAX_NEW_TOKENS = 30
 
@@ -36,13 +37,13 @@ class Captioner:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: the config names none.
+            ValueError: the config names none, or weights are missing, unexpected or of another shape.
         """
         if config.knowledge.captioner is None:
             raise ValueError("knowledge.captioner names no checkpoint")
         folder = checkpoints.resolve(config.knowledge.captioner)
         dtype = getattr(torch, config.knowledge.captioner_dtype)
-        model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        model = load_pretrained(Blip2ForConditionalGeneration, folder, dtype=dtype)
         processor = Blip2Processor.from_pretrained(folder)
         return cls(model.to(torch_device(config.device)), processor, config.knowledge.captioner_batch_size)
 

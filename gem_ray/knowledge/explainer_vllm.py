@@ -12,6 +12,7 @@ from gem_ray import checkpoints
 from gem_ray.config import ConfigError, ExplainerConfig
 from gem_ray.knowledge.explainer import ExplainerError, ParsedAnswer, parse_answer
 from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
+from gem_ray.loading import check_declared
 
 _SCHEMA = {
     "type": "object",
@@ -48,9 +49,12 @@ class VllmExplainer:
         Raises:
             FileNotFoundError: there is no such checkpoint.
             ConfigError: the model takes no conversations.
+            ValueError: weights are missing, unexpected or of another shape.
         """
+        folder = checkpoints.resolve(config.model)
+        check_declared(folder)
         llm = LLM(
-            str(checkpoints.resolve(config.model)),
+            str(folder),
             dtype=config.dtype,
             max_model_len=config.max_model_len,
             gpu_memory_utilization=config.gpu_memory_utilization,

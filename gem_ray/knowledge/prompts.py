@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 # Part of the cache's key: change it with every change of the messages below.
-PROMPT_VERSION = "table6-1"
+PROMPT_VERSION = "table6-2"
 
 # What the model is asked to answer with: `{"explanation": "…"}`.
 ANSWER_FIELD = "explanation"
@@ -20,11 +20,11 @@ class Query:
     caption: str | None = None
 
 
-# Table 6: the three worked examples.
+# Table 6: the three worked examples. The full stop at the end of a text is the text's own: the third has none.
 EXAMPLES: tuple[tuple[Query, str], ...] = (
     (
         Query(
-            "Details on our newly announced Federation Business Data Lake Solution :",
+            "Details on our newly announced Federation Business Data Lake Solution :.",
             "a screen shot of the federation business data lake 10",
         ),
         "The tweet is announcing a new solution called Federation Business Data Lake. The solution is likely designed "
@@ -34,7 +34,7 @@ EXAMPLES: tuple[tuple[Query, str], ...] = (
     ),
     (
         Query(
-            "i gotta feeling by the black eyed peas blocked you belong with me by taylor swift",
+            "i gotta feeling by the black eyed peas blocked you belong with me by taylor swift.",
             "a screenshot of the youtube app showing the different videos",
         ),
         "The tweet is referencing the songs 'I Gotta Feeling' by The Black Eyed Peas and 'You Belong With Me' by "
@@ -60,8 +60,8 @@ def query_text(query: Query) -> str:
     """Table 6's question about a post; without the sentence about the caption where there is none."""
     caption = f" Accordingly, it is corresponding caption: {query.caption}." if query.caption else ""
     return (
-        f"Here's a tweet content: {query.text}.{caption} Please explain the tweet and especially some of the words in "
-        f'it according to your knowledge and answer in the format of json like: {{"{ANSWER_FIELD}": ""}}'
+        f"Here's a tweet content: {query.text}{caption} Please explain the tweet and especially some of the words in "
+        f'it according to your knowledge and answer in the format of json like: "{ANSWER_FIELD}": ""'
     )
 
 

@@ -14,6 +14,7 @@ from gem_ray.config import ImageConfig
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import Scene, generate, make_scene
 from gem_ray.data.images import ImageLoader
+from gem_ray.grounding.blip import load_blip
 from gem_ray.grounding.decision import Decision, best_threshold
 from gem_ray.grounding.matcher import ImageProcessor, Match, Matcher, Query, TextProcessor
 from gem_ray.grounding.pairs import gold_pairs
@@ -77,7 +78,7 @@ def decide(folder: Path, count: int, seed: int) -> dict[str, Any]:
         for pair, gold in zip(gold_pairs(post), post.gold or (), strict=True)
     ]
     queries, images = [query for query, _ in asked], [post.image for post in posts if post.image is not None]
-    model = BlipForImageTextRetrieval.from_pretrained(folder)
+    model = load_blip(folder)
     texts = TextProcessor(BertTokenizer.from_pretrained(folder), model.config.text_config.vocab_size)
     in_box = []
     for layer in range(model.config.text_config.num_hidden_layers):

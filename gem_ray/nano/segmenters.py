@@ -22,8 +22,9 @@ from transformers import (
 
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import Instance, Scene, make_scene
-from gem_ray.grounding.sam import SamSegmenter, SamSizes, save_sam
-from gem_ray.grounding.sam import build_sam as untrained_sam
+from gem_ray.grounding.sam import SamSegmenter, save_sam
+from gem_ray.grounding.sam_build import SamSizes
+from gem_ray.grounding.sam_build import build_sam as untrained_sam
 from gem_ray.grounding.text_segmenter import CLIPSeg, category_prompt, mask_box
 from gem_ray.grounding.train_sam import PointTarget, SamSample, SamTraining
 from gem_ray.grounding.train_sam import train_sam as fit_sam

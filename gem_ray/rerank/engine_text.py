@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.device import torch_device
+from gem_ray.loading import load_adapters, load_pretrained
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.in_context import BARE, question
@@ -53,12 +54,10 @@ class TextEngine:
         settings = config.reranker
         folder = resolve(settings.model)
         dtype = getattr(torch, settings.dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        model = load_pretrained(AutoModelForCausalLM, folder, dtype=dtype, attn_implementation="sdpa")
         if settings.adapter is not None:
-            from peft import PeftModel
-
             adapter = resolve(settings.adapter_references[settings.adapter])
-            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            model = load_adapters(model, {"default": adapter}).merge_and_unload()
         return cls(
             model.to(torch_device(config.device)).eval(),
             AutoTokenizer.from_pretrained(folder),

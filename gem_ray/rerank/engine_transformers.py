@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcess
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ConfigError
 from gem_ray.device import torch_device
+from gem_ray.loading import load_adapters
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
@@ -65,14 +65,16 @@ class TransformersEngine:
 
         Raises:
             ConfigError: the model is no LLaVA.
+            ValueError: weights of model or adapter are missing, unexpected or of another shape.
         """
         settings = config.reranker
         folder = resolve(settings.model)
         if (kind := AutoConfig.from_pretrained(folder).model_type) != "llava":
             raise ConfigError(f"reranker.model: {settings.model} is a {kind} model; set reranker.engine=vllm for it")
         model = load_llava(folder, getattr(torch, settings.dtype))
-        adapted = _adapted(model, {name: resolve(where) for name, where in settings.adapter_references.items()})
-        if adapted is not None and len(settings.adapter_references) == 1:
+        adapters = {name: resolve(where) for name, where in settings.adapter_references.items()}
+        adapted = load_adapters(model, adapters) if adapters else None
+        if adapted is not None and len(adapters) == 1:
             model, adapted = adapted.merge_and_unload(), None
         return cls(
             model.to(torch_device(config.device)).eval(),
@@ -151,17 +153,6 @@ class TransformersEngine:
         logits = self._model.lm_head(hidden.flatten(0, 1)[places.to(device)]).float()  # (nodes of the batch, V)
         chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].cpu().numpy()
         return np.split(chosen, np.cumsum([len(question.encoded.tree.tokens) for question in batch])[:-1])
-
-
-def _adapted(model: LlavaForConditionalGeneration, adapters: dict[str, Path]) -> PeftModel | None:
-    """The model with its adapters, one of which is on at a time."""
-    adapted = None
-    for name, folder in adapters.items():
-        if adapted is None:
-            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-        else:
-            adapted.load_adapter(str(folder), name)
-    return adapted
 
 
 @dataclass(frozen=True)

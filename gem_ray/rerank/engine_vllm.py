@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, RerankerConfig
+from gem_ray.loading import check_declared
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, EngineDiedError, Mode, Request, RequestError
 from gem_ray.rerank.guardian import end_with_this_process
@@ -63,10 +64,15 @@ class VllmEngine:
 
     @classmethod
     def from_config(cls, config: Config) -> VllmEngine:
-        """Start an engine with what the section `reranker` names."""
+        """Start an engine with what the section `reranker` names.
+
+        Raises:
+            ValueError: weights of model or adapter are missing, unexpected or of another shape.
+        """
         settings = config.reranker
         folder = resolve(settings.model)
         adapters = {name: resolve(reference) for name, reference in settings.adapter_references.items()}
+        check_declared(folder, adapters)
         model_config = AutoConfig.from_pretrained(folder)
         adapter = settings.adapter
         if adapter and len(adapters) == 1 and model_config.model_type == "llava" and _merges(settings):

@@ -10,19 +10,23 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.cache import staged
 from gem_ray.checkpoints import content_hash
+from gem_ray.loading import load_adapters, load_pretrained
 
 T = TypeVar("T")
 
 
 def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
-    """A checkpoint in evaluation mode, with attention that takes a boolean mask."""
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    """A checkpoint in evaluation mode, with attention that takes a boolean mask.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape.
+    """
+    return load_pretrained(LlavaForConditionalGeneration, folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def save_llava(
@@ -49,7 +53,7 @@ def merged(folder: Path, adapter: Path, dtype: torch.dtype) -> Path:
     """A copy of a checkpoint with an adapter merged into its weights, made once per node."""
 
     def make(out: Path) -> None:
-        model = PeftModel.from_pretrained(load_llava(folder, dtype), str(adapter)).merge_and_unload()
+        model = load_adapters(load_llava(folder, dtype), {"default": adapter}).merge_and_unload()
         save_llava(model, LlavaProcessor.from_pretrained(folder), out)
 
     return staged(f"{content_hash(folder)} {content_hash(adapter)} {dtype}", folder.name, make)

@@ -27,6 +27,7 @@ from gem_ray.checkpoints import content_hash, resolve
 from gem_ray.config import ConfigError
 from gem_ray.data.shards import fingerprint
 from gem_ray.device import torch_device
+from gem_ray.loading import check_pretrained
 from gem_ray.records import Post
 from gem_ray.rerank.candidates import StoredCandidates, training_candidates
 from gem_ray.rerank.prompts import PromptFormat
@@ -72,7 +73,8 @@ def train_reranker(
     Raises:
         ConfigError: a training with another recipe, base, posts or candidates was begun there, or bitsandbytes is asked
             for and not installed.
-        ValueError: no post has both a gold entity and an image that can be read.
+        ValueError: no post has both a gold entity and an image that can be read; or the base's weights are missing,
+            unexpected or of another shape.
     """
     labels = LABEL_SETS[settings.labels]
     rule = candidates or (lambda post, gold, rng: training_candidates(gold.fine, labels, settings.k, rng))
@@ -127,6 +129,8 @@ def _adapted(folder: Path, settings: RerankerTraining) -> PeftModel:
     arguments: dict[str, Any] = {"dtype": getattr(torch, settings.precision)}
     if settings.four_bit:
         arguments |= {"quantization_config": _four_bits(settings), "device_map": {"": device}}
+    # Not by `load_pretrained`: in 4 bits, shapes are not those of the file.
+    check_pretrained(LlavaForConditionalGeneration, folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, **arguments)
     checkpointing = {"use_reentrant": False}
     if settings.four_bit:

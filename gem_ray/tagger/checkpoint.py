@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from gem_ray.checkpoints import resolve
+from gem_ray.loading import ENCODER_BODY, load_adapters, load_pretrained, load_strictly
 from gem_ray.tagger.features import load_tokenizer
 from gem_ray.tagger.model import DualPathTagger
 from gem_ray.tagger.recipe import Design, TaggerTraining
@@ -44,13 +45,16 @@ def load_encoder(reference: str, attention_dropout: float | None = None) -> PreT
     Args:
         reference: what `checkpoints.resolve` understands.
         attention_dropout: in place of the encoder's own, for training.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape; the message names them.
     """
     config = AutoConfig.from_pretrained(resolve(reference))
     if attention_dropout is not None:
         # BERT and most others; DistilBERT and ModernBERT have the second name.
         long = hasattr(config, "attention_probs_dropout_prob")
         setattr(config, "attention_probs_dropout_prob" if long else "attention_dropout", attention_dropout)
-    return AutoModel.from_pretrained(resolve(reference), config=config, dtype=torch.float32)
+    return load_pretrained(AutoModel, resolve(reference), ENCODER_BODY, config=config, dtype=torch.float32)
 
 
 def save_tagger(
@@ -103,7 +107,7 @@ def load_tagger(path: Path) -> tuple[DualPathTagger, PreTrainedTokenizerBase]:
 
     Raises:
         FileNotFoundError: a file of the directory, or its base encoder, is not there.
-        ValueError: `config.json` is no tagger's, or weights are missing or unexpected; the message names them.
+        ValueError: `config.json` is no tagger's, or weights are missing, unexpected or of another shape.
     """
     config = _read_config(path)
     weights = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items()}
@@ -115,11 +119,9 @@ def load_tagger(path: Path) -> tuple[DualPathTagger, PreTrainedTokenizerBase]:
         weights.update({name: base[name] for name in config.from_base if name in base})
     labels = LABEL_SETS[config.labels]
     model = DualPathTagger(encoder, labels, config.alpha, config.beta, config.dropout, design=config.design)
-    _load_strictly(model, weights, path)
+    load_strictly(model, weights, path / _WEIGHTS)
     if (path / _ADAPTER).is_dir():
-        from peft import PeftModel  # slow to import, and few models need it
-
-        model.encoder = PeftModel.from_pretrained(model.encoder, path / _ADAPTER).merge_and_unload()
+        model.encoder = load_adapters(model.encoder, {"default": path / _ADAPTER}).merge_and_unload()
     tokenizer = load_tokenizer(path if config.base_encoder is None else resolve(config.base_encoder))
     return model.eval(), tokenizer
 
@@ -148,10 +150,3 @@ def _read_config(path: Path) -> TaggerFileConfig:
 
 def _encoder_weights(encoder: PreTrainedModel) -> dict[str, Tensor]:
     return {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-
-
-def _load_strictly(model: DualPathTagger, weights: dict[str, Tensor], path: Path) -> None:
-    missing, unexpected = sorted(model.state_dict().keys() - weights), sorted(weights.keys() - model.state_dict())
-    if missing or unexpected:
-        raise ValueError(f"{path / _WEIGHTS}: missing weights {missing}, unexpected weights {unexpected}")
-    model.load_state_dict(weights)

@@ -11,7 +11,8 @@ from torch import nn
 from gem_ray.config import parse_config
 from gem_ray.grounding.batches import Batches
 from gem_ray.grounding.matcher import Matcher, Query
-from gem_ray.grounding.sam import SamSegmenter, build_sam
+from gem_ray.grounding.sam import SamSegmenter
+from gem_ray.grounding.sam_build import build_sam
 from gem_ray.grounding.text_segmenter import CLIPSeg
 from gem_ray.nano.segmenters import SAM_SIZES, build_clipseg
 

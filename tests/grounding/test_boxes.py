@@ -12,7 +12,8 @@ from PIL import Image
 
 from gem_ray.config import parse_config
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest, choose_box, instance_at, map_box, most_like_map, resize_map
-from gem_ray.grounding.sam import PointMasks, build_sam, save_sam
+from gem_ray.grounding.sam import PointMasks, save_sam
+from gem_ray.grounding.sam_build import build_sam
 from gem_ray.grounding.text_segmenter import Instance, connected_components, mask_box
 from gem_ray.nano.segmenters import SAM_SIZES, build_clipseg
 from gem_ray.records import Box

@@ -14,7 +14,8 @@ from gem_ray.data.images import ImageLoader
 from gem_ray.grounding.boxes import BoxMaker
 from gem_ray.grounding.grounder import Grounder
 from gem_ray.grounding.matcher import Matcher
-from gem_ray.grounding.sam import SamSegmenter, SamSizes, build_sam
+from gem_ray.grounding.sam import SamSegmenter
+from gem_ray.grounding.sam_build import SamSizes, build_sam
 from gem_ray.records import Entity, Post
 
 SIZES = SamSizes(image_size=64, width=16, depth=1, heads=2, window=3, global_layers=(), prompt_width=16)

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import replicas
 import torch
 from transformers import (
-    BertTokenizer,
-    Blip2Config,
     Blip2ForImageTextRetrieval,
     Blip2Processor,
-    BlipImageProcessorPil,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
@@ -56,47 +54,12 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("blip2")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "is",
-        "belong",
-        ".",
-        "a",
-        "dog",
-        "city",
-        "musician",
-        "animal",
-        "taylor",
-        "swift",
-        "and",
-        "her",
-        "band",
-        "cleveland",
-    ]
-    tokenizer = BertTokenizer({word: index for index, word in enumerate(words)}, model_max_length=32)
-    small = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    config = Blip2Config(
-        vision_config={**small, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8},
-        qformer_config={
-            **small,
-            "num_hidden_layers": 4,
-            "encoder_hidden_size": 32,
-            "vocab_size": len(words),
-            "use_qformer_text_input": True,
-        },
-        num_query_tokens=4,
-        image_text_hidden_size=16,
-    )
-    config.image_token_index = None
     torch.manual_seed(0)
-    model = Blip2ForImageTextRetrieval(config)
+    replicas.blip2_itm(folder)
+    model = Blip2ForImageTextRetrieval.from_pretrained(folder)
     model.query_tokens.data.normal_()
-    processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
-    Blip2Processor(processor, tokenizer, num_query_tokens=None).save_pretrained(folder)
-    return _sharpened(model, folder)
+    model.save_pretrained(folder)
+    return folder
 
 
 def _sharpened(model: torch.nn.Module, folder: Path) -> Path:

@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import replicas
 import torch
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling.image_encoder import Attention
+from transformers import SamImageProcessorPil, SamModel, SamProcessor
 
 from gem_ray.config import parse_config
 from gem_ray.grounding import sam as sam_module
-from gem_ray.grounding.sam import SamSegmenter, SamSizes, build_sam, load_sam, save_sam
+from gem_ray.grounding.sam import SamSegmenter, load_sam, save_sam
 from gem_ray.grounding.sam_attention import FusedAttention
+from gem_ray.grounding.sam_build import SamSizes, build_sam
 from gem_ray.grounding.train_sam import PointTarget, SamSample, SamTraining, point_loss, train_sam
 from gem_ray.records import Box
 
@@ -91,6 +94,41 @@ def test_masks_of_boxes_equal_the_predictor_of_the_package_box_by_box(model):
             assert (answer.masks != masks).mean() < 1e-3
 
 
+@pytest.fixture(scope="module")
+def hub_sam(tmp_path_factory):
+    """A tiny SAM as the hub's `facebook/sam-vit-*`."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sam-vit")
+    replicas.sam_vit(folder)
+    return folder
+
+
+def test_masks_of_the_hubs_layout_equal_those_of_transformers_pixel_for_pixel(hub_sam):
+    images = images_of((48, 80), (90, 60), (64, 64))
+    points = [[(3.0, 4.0), (70.5, 40.0)], [(10.0, 80.0)], [(31.0, 9.0)]]
+    published = SamModel.from_pretrained(hub_sam).eval()
+    segmenter = SamSegmenter(load_sam(hub_sam))
+    processor = SamProcessor(
+        SamImageProcessorPil(
+            size={"longest_edge": 64},
+            mask_size={"longest_edge": 32},
+            pad_size={"height": 64, "width": 64},
+            mask_pad_size={"height": 32, "width": 32},
+        )
+    )
+    for image, row, found in zip(images, points, segmenter.masks(images, points), strict=True):
+        inputs = processor(image, input_points=[[[list(point)] for point in row]], return_tensors="pt")
+        with torch.no_grad():
+            outputs = published(**inputs)
+        (masks,) = processor.image_processor.post_process_masks(
+            outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        )
+        for answer, mask, iou in zip(found, masks.numpy(), outputs.iou_scores[0].numpy(), strict=True):
+            assert 0 < mask.mean() < 1
+            np.testing.assert_array_equal(answer.masks, mask)
+            np.testing.assert_allclose(answer.iou, iou, atol=1e-4)
+
+
 def test_each_image_with_points_is_encoded_once_and_others_never(model):
     seen = []
     handle = model.image_encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
@@ -147,7 +185,7 @@ def test_a_checkpoint_that_is_no_weights_is_not_unpickled(tmp_path):
 
 
 def test_a_directory_without_a_model_says_what_was_expected(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_sam(tmp_path)
 
 

@@ -5,30 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import replicas
 import torch
 from transformers import (
-    BertConfig,
-    BertTokenizer,
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    GroundingDinoConfig,
-    GroundingDinoForObjectDetection,
-    GroundingDinoImageProcessor,
-    GroundingDinoProcessor,
-    Owlv2Config,
-    Owlv2ForObjectDetection,
-    Owlv2ImageProcessor,
-    Owlv2Processor,
-    Owlv2TextConfig,
-    Owlv2VisionConfig,
-    Sam3Config,
-    Sam3ImageProcessor,
-    Sam3Model,
-    Sam3Processor,
-    Sam3ViTConfig,
-    SwinConfig,
 )
 
 from gem_ray.config import parse_config
@@ -70,121 +51,10 @@ IMAGES = images_of((48, 80), (90, 60), (64, 64), (40, 40))  # the last has no pr
 def folder(tmp_path_factory) -> Path:
     """A model directory of each kind: tiny, untrained, with a processor, as their `save_pretrained` writes it."""
     root = tmp_path_factory.mktemp("models")
-    builders = {"clipseg": build_clipseg, "sam3": sam3, "grounding-dino": grounding_dino, "owlv2": owlv2}
-    for kind, build in builders.items():
+    for kind in KINDS:
         torch.manual_seed(0)
-        model, processor = build()
-        # An untrained model answers every prompt alike; larger weights tell prompts and images apart.
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "embed" not in name:
-                torch.nn.init.normal_(parameter, std=0.15)
-        model.save_pretrained(root / kind)
-        processor.save_pretrained(root / kind)
+        getattr(replicas, kind.replace("-", "_"))(root / kind)
     return root
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    return build_clipseg()[1].tokenizer
-
-
-def text_sizes(tokenizer: CLIPTokenizer, length: int) -> dict[str, int]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def sam3() -> tuple[Sam3Model, Sam3Processor]:
-    tokenizer = clip_tokenizer()
-    vit = Sam3ViTConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=112,
-        pretrain_image_size=56,
-        window_size=4,
-        global_attn_indexes=[1],
-    )
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_layers": 1}
-    config = Sam3Config(
-        vision_config={
-            "backbone_config": vit.to_dict(),
-            "fpn_hidden_size": 32,
-            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-        },
-        text_config=CLIPTextConfig(**text_sizes(tokenizer, 32), projection_dim=16).to_dict(),
-        geometry_encoder_config=small,
-        detr_encoder_config=small,
-        detr_decoder_config={**small, "num_queries": 6},
-        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
-    )
-    images = Sam3ImageProcessor(size={"height": 112, "width": 112})
-    return Sam3Model(config), Sam3Processor(images, tokenizer)
-
-
-def grounding_dino() -> tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor]:
-    vocabulary = {f"[unused{index}]": index for index in range(1030)}
-    # The model knows these by their numbers in BERT's vocabulary.
-    fixed = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
-    for token, index in fixed.items():
-        del vocabulary[f"[unused{index}]"]
-        vocabulary[token] = index
-    for word in sorted({word for fine in FMNERG.fine for word in category_prompt(fine).split()}):
-        vocabulary[word] = len(vocabulary)
-    tokenizer = BertTokenizer(vocabulary)
-    config = GroundingDinoConfig(
-        backbone_config=SwinConfig(
-            image_size=64,
-            embed_dim=16,
-            depths=[1, 1, 1, 1],
-            num_heads=[2, 2, 2, 2],
-            window_size=4,
-            out_indices=[2, 3, 4],
-        ),
-        text_config=BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        ),
-        num_queries=12,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-    )
-    images = GroundingDinoImageProcessor(size={"shortest_edge": 128, "longest_edge": 192})
-    return GroundingDinoForObjectDetection(config), GroundingDinoProcessor(images, tokenizer)
-
-
-def owlv2() -> tuple[Owlv2ForObjectDetection, Owlv2Processor]:
-    tokenizer = clip_tokenizer()
-    config = Owlv2Config(
-        text_config=Owlv2TextConfig(**text_sizes(tokenizer, 16)).to_dict(),
-        vision_config=Owlv2VisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=64,
-            patch_size=16,
-        ).to_dict(),
-        projection_dim=32,
-    )
-    images = Owlv2ImageProcessor(size={"height": 64, "width": 64})
-    return Owlv2ForObjectDetection(config), Owlv2Processor(images, tokenizer)
 
 
 def load(folder: Path, kind: str, threshold: float, batch_size: int = 16) -> TextSegmenter:
@@ -283,13 +153,13 @@ def test_categories_in_words():
 
 
 def test_the_words_of_all_categories_are_single_tokens_of_the_embedded_tokenizer():
-    tokenizer = clip_tokenizer()
+    tokenizer = replicas.clip_tokenizer()
     for fine in FMNERG.fine:
         words = category_prompt(fine).split()
         assert len(tokenizer(" ".join(words))["input_ids"]) == len(words) + 2
     unseen = tokenizer("xylophone é")["input_ids"]
     assert unseen[1:-1].count(tokenizer.unk_token_id) == 0
-    assert clip_tokenizer().get_vocab() == tokenizer.get_vocab()
+    assert replicas.clip_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_embedded_clipseg_has_less_than_a_million_parameters():

@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = request["messages"][-1]["content"]
-        text = re.fullmatch(r"Here's a tweet content: (.*?)\. (?:Accordingly|Please).*", question, re.DOTALL)[1]
+        text = re.fullmatch(r"Here's a tweet content: (.*?) (?:Accordingly|Please).*", question, re.DOTALL)[1]
         server = self.server
         with server.lock:
             server.requests.append(request)

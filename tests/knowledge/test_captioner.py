@@ -1,21 +1,16 @@
 import numpy as np
 import pytest
+import replicas
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
-    BlipImageProcessor,
-    OPTConfig,
-    PreTrainedTokenizerFast,
 )
 
 from gem_ray.config import parse_config
 from gem_ray.knowledge.captioner import Captioner
 
-WORDS = [f"word{i}" for i in range(40)]
 QUERIES = 4
 SIDE = 32
 
@@ -25,40 +20,7 @@ def checkpoint(tmp_path_factory):
     """A tiny random BLIP-2, saved as published ones are."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("blip2")
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    tiny = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
-    config = Blip2Config(
-        vision_config={**tiny, "image_size": SIDE, "patch_size": 8},
-        qformer_config={**tiny, "vocab_size": 50, "encoder_hidden_size": 16},
-        text_config=OPTConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            word_embed_proj_dim=16,
-            ffn_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ).to_dict(),
-        num_query_tokens=QUERIES,
-        image_token_index=vocabulary["<image>"],
-        initializer_range=0.5,  # large, so that different images get different captions
-    )
-    Blip2ForConditionalGeneration(config).save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
-    Blip2Processor(BlipImageProcessor(size=size), tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
+    replicas.blip2_opt(folder)
     return folder
 
 
@@ -98,7 +60,7 @@ def _reference(checkpoint, image):
 def test_captions_are_the_greedy_continuation(captioner, checkpoint, images):
     captions = captioner.caption(images[:2])
     assert captions == [_reference(checkpoint, image) for image in images[:2]]
-    assert all(set(caption.split()) <= set(WORDS) for caption in captions)
+    assert all(set(caption.split()) <= set(replicas.WORDS) for caption in captions)
     assert any(captions)
 
 

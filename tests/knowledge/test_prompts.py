@@ -12,9 +12,9 @@ PAPER = Path(__file__).parents[2].parent / "shared" / "paper" / "gem.txt"
 
 def test_query_is_the_sentence_of_table_6():
     assert query_text(Query("taylor swift sings", "a stage")) == (
-        "Here's a tweet content: taylor swift sings. Accordingly, it is corresponding caption: a stage. Please explain "
+        "Here's a tweet content: taylor swift sings Accordingly, it is corresponding caption: a stage. Please explain "
         "the tweet and especially some of the words in it according to your knowledge and answer in the format of json "
-        'like: {"explanation": ""}'
+        'like: "explanation": ""'
     )
 
 
@@ -34,13 +34,13 @@ def test_messages_are_three_examples_in_turns_and_then_the_question():
 @pytest.mark.skipif(not PAPER.is_file(), reason="the paper's text is not in ../shared")
 def test_examples_are_the_papers_to_the_letter():
     table = PAPER.read_text(encoding="utf-8").partition("I Prompt template")[2].partition("Table 6: Templates")[0]
-    queries = re.findall(r"tweet content: (.*?)\.? Accordingly, it is corresponding caption: (.*?)\. Please", table)
+    queries = re.findall(r"Query:\n\n(.*?)\n", table)
     answers = re.findall(r"Answer:\n\n(.*?)\n", table)
-    assert [(query.text, query.caption) for query, _ in EXAMPLES] == queries
+    assert [query_text(query) for query, _ in EXAMPLES] == queries
     assert [explanation for _, explanation in EXAMPLES] == answers
 
 
 def test_prompt_version_changes_with_the_prompt():
     """Otherwise the cache would give answers to questions that were never asked."""
     digest = hashlib.sha256(json.dumps(chat_messages(Query("text", "caption"))).encode()).hexdigest()[:12]
-    assert (PROMPT_VERSION, digest) == ("table6-1", "42ce1ade9e7b")
+    assert (PROMPT_VERSION, digest) == ("table6-2", "7094ac4f77c1")
