@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gem_ray.redaction import redacted
+from gem_ray.strict import load_yaml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -470,7 +471,7 @@ def parse_settings(kind: type[M], values: Mapping[str, Any]) -> M:
 
 def _read_mapping(file: Any) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = load_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if values is None:
@@ -498,7 +499,7 @@ def parse_value(override: str, value: str) -> Any:
         ConfigError: it is no YAML.
     """
     try:
-        return yaml.safe_load(value)
+        return load_yaml(value)
     except yaml.YAMLError:
         raise ConfigError(
             redacted(f"--set {override}: {value!r} is not a YAML value; quote it if it is meant as text")

@@ -7,10 +7,10 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel
 
 from gem_ray.config import ConfigError, parse_settings
+from gem_ray.strict import load_yaml
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -30,7 +30,7 @@ def load_recipe(kind: type[R], component: str, preset: str | None, values: Mappi
     if preset is not None:
         if preset not in recipe_names(component):
             raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(recipe_names(component))}")
-        base = yaml.safe_load((_folder(component) / f"{preset}.yaml").read_text(encoding="utf-8"))
+        base = load_yaml((_folder(component) / f"{preset}.yaml").read_text(encoding="utf-8"))
     return parse_settings(kind, {**base, **values})
 
 

@@ -30,6 +30,7 @@ LAYERS = [
         "pace",
         "metrics",
         "client",
+        "strict",
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gem_ray.config import ConfigError, parse_settings
+from gem_ray.strict import load_yaml
 from gem_ray.tagger.recipe import TaggerTraining, load_recipe
 
 LabelSetName = Literal["fmnerg", "gmner"]
@@ -189,7 +190,7 @@ def load_experiment(name: str) -> Experiment:
     elif not file.is_file():
         raise ConfigError(f"no experiment {name!r}: give a YAML file, or one of {', '.join(experiment_names())}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = load_yaml(file.read_text(encoding="utf-8"))
         variants = [_variant(entry) for entry in values["variants"]]
         other = load_experiment(like) if (like := values.pop("like", None)) else None
         recipe = {"recipe": other.recipe, "settings": other.settings} if other else {}

@@ -15,6 +15,7 @@ from gem_ray.annotator import active_stages
 from gem_ray.config import Config, ConfigError, ReplicaPlacement, load_config, merge_trees, nearest
 from gem_ray.serving.app import DEPLOYED_STAGES
 from gem_ray.serving.settings import INGRESS, check_user_config
+from gem_ray.strict import load_yaml
 
 IMPORT_PATH = "gem_ray.serving.app:build_app"
 _RESERVED = (("num_cpus", 1), ("num_gpus", 0))  # Serve's defaults
@@ -46,7 +47,7 @@ def file_schema(file: Path) -> ServeDeploySchema:
             that there is not.
     """
     try:
-        schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        schema = ServeDeploySchema.model_validate(load_yaml(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{file} is no config for Ray Serve: {error}") from None
     for application in schema.applications:
