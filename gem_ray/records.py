@@ -27,6 +27,7 @@ class ProblemKind(StrEnum):
     """Why a post is degraded or rejected."""
 
     BAD_RECORD = "bad_record"
+    BAD_GOLD = "bad_gold"
     TEXT_TOO_LONG = "text_too_long"
     IMAGE_MISSING = "image_missing"
     IMAGE_FORBIDDEN = "image_forbidden"
@@ -62,7 +63,7 @@ class Problem:
     @property
     def status(self) -> Status:
         """The best status that a post with this problem can have."""
-        if self.kind is ProblemKind.KNOWLEDGE_FAILED or self.stage is StageName.KNOWLEDGE:
+        if self.kind in (ProblemKind.KNOWLEDGE_FAILED, ProblemKind.BAD_GOLD) or self.stage is StageName.KNOWLEDGE:
             return Status.OK
         return Status.REJECTED if self.stage in _TEXT_STAGES and not self.kind.startswith("image_") else Status.DEGRADED
 

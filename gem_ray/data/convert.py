@@ -11,9 +11,9 @@ from typing import Any
 
 from gem_ray.config import ImageConfig
 from gem_ray.data.fetch import ImageError, read_local
+from gem_ray.data.formats import IMAGE_SUFFIXES
 from gem_ray.data.prepare import ERROR_FIELD, post_from_row
 from gem_ray.data.shards import read_posts
-from gem_ray.data.webdataset import IMAGE_SUFFIXES
 from gem_ray.records import Post
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from numbers import Integral
 from typing import Any
@@ -16,6 +18,8 @@ from gem_ray.records import GOLD_TYPE, GoldEntity, Post, ProblemKind, StageName,
 
 # A reader that meets a row it cannot parse says so here; the rest of the row holds what could be saved.
 ERROR_FIELD = "__error__"
+# Likewise for the image alone: the post is annotated without it.
+IMAGE_ERROR_FIELD = "__image_error__"
 
 _STAGE = StageName.PREPARE
 _BAD = ProblemKind.BAD_RECORD
@@ -24,7 +28,8 @@ _BAD = ProblemKind.BAD_RECORD
 def post_from_row(row: Mapping[str, Any]) -> Post:
     """A post from the plain values of an input row; what is wrong with them becomes the post's problems.
 
-    Never raises. A wrong image field leaves a degraded post, any other wrong field a rejected one. Columns that are
+    Never raises. A wrong image field leaves a degraded post, any other wrong field a rejected one; wrong gold, which
+    only evaluation needs, is left out and named. Columns that are
     not in `INPUT_SCHEMA` are ignored; NaN, which pandas writes for a missing value, is a missing value.
     """
     post = Post(post_id="", text="")
@@ -35,6 +40,8 @@ def post_from_row(row: Mapping[str, Any]) -> Post:
         post.fail(_STAGE, _BAD, _encodable(row[ERROR_FIELD]))
         if len(row) == 1:
             return post
+    if isinstance(row.get(IMAGE_ERROR_FIELD), str):
+        post.fail(_STAGE, ProblemKind.IMAGE_UNREADABLE, _encodable(row[IMAGE_ERROR_FIELD]))
     post.post_id = _post_id(row, post)
     post.tokens = _tokens(row, post)
     post.text = _string(row, "text", post) or ""
@@ -72,6 +79,29 @@ def row_from_post(post: Post) -> dict[str, Any]:
     if post.is_rejected and not post_from_row(row).is_rejected:
         row["text"] = row["tokens"] = None
     return row
+
+
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row with the names of an input row's fields.
+
+    Args:
+        row: values by name.
+        columns: field of an input row -> the name that it has in `row`.
+    """
+    fields = {name: field for field, name in columns.items()}
+    named = {name: value for name, value in row.items() if name not in fields and name not in columns}
+    return named | {fields[name]: value for name, value in row.items() if name in fields}
+
+
+def decoded_text(data: bytes) -> str:
+    """What a text file holds, without a byte order mark and outer white space.
+
+    UTF-8, or UTF-16 where the mark says so. Bytes that are neither become characters for which a post is rejected.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        with suppress(UnicodeDecodeError):
+            return data.decode("utf-16").strip()
+    return data.decode("utf-8-sig", "surrogateescape").strip()
 
 
 class Preparer:
@@ -124,7 +154,7 @@ def _check_text(post: Post) -> None:
 def _post_id(row: Mapping[str, Any], post: Post) -> str:
     value: Any = row.get("post_id")
     # Bounded, because Python refuses to print integers of thousands of digits.
-    if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63:
+    if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**64:
         return str(int(value))
     post_id = _string(row, "post_id", post)
     if _is_missing(value):
@@ -192,7 +222,7 @@ def _gold(row: Mapping[str, Any], post: Post) -> list[GoldEntity] | None:
         pa.array([[asdict(entity) for entity in gold]], GOLD_TYPE)  # checks the types
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         message = f"gold is not a list of word_start, word_end, fine and boxes: {error}"
-        post.fail(_STAGE, _BAD, _encodable(message))
+        post.fail(_STAGE, ProblemKind.BAD_GOLD, _encodable(message))
         return None
     return gold
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -13,41 +14,52 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import NativeFile, fs
+from pyarrow import fs
 
-from gem_ray.data.files import StoredFile, list_files, open_filesystem
-from gem_ray.data.prepare import ERROR_FIELD, post_from_row, row_from_post
+from gem_ray.data.files import open_filesystem, whole_file
+from gem_ray.data.formats import Format, format_of_name
+from gem_ray.data.listing import MARKER, format_of, list_shards
+from gem_ray.data.parquet import Columns, SchemaError, count_parquet_rows, parquet_rows
+from gem_ray.data.prepare import post_from_row, row_from_post
 from gem_ray.data.webdataset import count_rows_in_tar, rows_from_tar
 from gem_ray.records import INPUT_SCHEMA, Post
 from gem_ray.taxonomy import FMNERG, GMNER, LabelSet, gmner_category
 
-PARQUET_SUFFIXES = (".parquet",)
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
-# Rows carry images: small groups and batches keep memory low and let a reader split a shard.
-_ROWS_PER_GROUP = 128
-_ROWS_PER_BATCH = 64
-_PIECE_BYTES = 8 * 2**20
-
-_UNREADABLE = (ValueError, OverflowError)  # text that is no UTF-8, a date out of range
+ROWS_BITS = 32  # of a row's id, for its position in its file; the number of the file is above them
+_ROWS_PER_GROUP = 128  # rows carry images: small groups let a reader split a shard
 
 
-def read_posts(path: str | Path, limit: int | None = None) -> Iterator[Post]:
+def read_posts(path: str | Path, limit: int | None = None, columns: Columns | None = None) -> Iterator[Post]:
     """Posts of a shard or of every shard in a folder, in the order of the files' names.
 
     Rows that are wrong become posts with problems. Images stay encoded.
 
     Args:
-        path: a `.parquet` or `.tar` file or a folder of them, local or `s3://`.
+        path: a Parquet file or WebDataset tar or a folder of them, local or `s3://`.
         limit: at most so many posts; none: all.
+        columns: field of an input row -> the name that it has in the shards, where that is another one.
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or no shard in it.
         ValueError: a shard cannot be read; the message names it.
     """
+    return islice((post_from_row(row) for _, row in _numbered_rows(path, columns or {})), limit)
+
+
+def read_numbered_posts(path: str | Path) -> Iterator[Post]:
+    """As `read_posts`, with the `row_id` that `annotate` gives a row of the same files.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_posts`.
+    """
+    return (replace(post_from_row(row), row_id=row_id) for row_id, row in _numbered_rows(path, {}))
+
+
+def _numbered_rows(path: str | Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     listing = list_shards(path)
-    rows = chain.from_iterable(shard_rows(listing.filesystem, file) for file in listing.paths)
-    return islice((post_from_row(row) for _, row in rows), limit)
+    for number, file in enumerate(listing.paths):
+        for position, row in shard_rows(listing.filesystem, file, columns=columns):
+            yield (number << ROWS_BITS) + position, row
 
 
 def read_labelled(path: str | Path, labels: LabelSet) -> list[Post]:
@@ -67,44 +79,8 @@ def _as_gmner(post: Post) -> Post:
     return replace(post, gold=gold)
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What lies at an input.
-
-    Attributes:
-        filesystem: what the files are on.
-        shards: the files that are read, sorted by path.
-        left_out: those that are not, and why, by path.
-    """
-
-    filesystem: fs.FileSystem
-    shards: list[StoredFile]
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def paths(self) -> list[str]:
-        """The shards' paths."""
-        return [shard.path for shard in self.shards]
-
-
-def list_shards(path: str | Path) -> Listing:
-    """The shards at a path or in a folder and below; hidden names (`_…`, `.…`) are left out.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`, or no shard in it.
-    """
-    suffixes = (*PARQUET_SUFFIXES, *TAR_SUFFIXES)
-    filesystem, root, files = list_files(path)
-    shards = [file for file in files if file.path.endswith(suffixes) and not _is_hidden(file.path, root)]
-    if not shards and [file.path for file in files] == [root]:
-        raise FileNotFoundError(f"{path} is no shard ({_names(suffixes)}); `gem-ray shards` makes shards of it")
-    if not shards:
-        raise FileNotFoundError(f"there are no shards ({_names(suffixes)}) in {path}; `gem-ray shards` makes them")
-    return Listing(filesystem, shards)
-
-
 def shard_rows(
-    filesystem: fs.FileSystem, file: str, wanted: np.ndarray | None = None
+    filesystem: fs.FileSystem, file: str, wanted: np.ndarray | None = None, columns: Columns | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of one shard with the types that it has; a cell that cannot be read is named in `ERROR_FIELD`.
 
@@ -112,93 +88,53 @@ def shard_rows(
         filesystem: what the shard is on.
         file: its path.
         wanted: positions of the rows to read, sorted; all if None. Row groups without one are not read.
+        columns: field of an input row -> the name that it has in the shard, where that is another one.
 
     Yields:
         The row's position in the shard, counted from 0, and its values. Where a row group of a Parquet file is damaged,
         its rows have no values but `ERROR_FIELD`.
 
     Raises:
-        ValueError: the shard cannot be read; the message names it.
+        ValueError: the shard cannot be read, or its columns are not those of posts; the message names it.
     """
-    with _naming(file):
-        if file.endswith(TAR_SUFFIXES):
+    with _naming(filesystem, file) as kind:
+        if kind is Format.TAR:
             with filesystem.open_input_stream(file, compression=None) as stream:
                 positions = None if wanted is None else set(wanted.tolist())
-                for position, row in enumerate(rows_from_tar(stream)):
+                for position, row in enumerate(rows_from_tar(stream, columns)):
                     if positions is None or position in positions:
                         yield position, row
         else:
             with filesystem.open_input_file(file) as stream:
-                yield from _parquet_rows(stream, wanted)
+                yield from parquet_rows(stream, wanted, columns or {})
 
 
-def _parquet_rows(stream: NativeFile, wanted: np.ndarray | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    parquet = pq.ParquetFile(stream)
-    end = 0
-    for group in range(parquet.num_row_groups):
-        first, end = end, end + parquet.metadata.row_group(group).num_rows
-        inside = np.arange(first, end) if wanted is None else wanted[(wanted >= first) & (wanted < end)]
-        if not len(inside):
-            continue
-        done = first
-        try:
-            for positions, batch in _batches(parquet, group, first, inside):
-                done = int(positions[-1]) + 1
-                yield from zip(positions.tolist(), _rows(batch), strict=True)
-        except (pa.ArrowException, OSError) as error:
-            _check_readable(stream, parquet.metadata.row_group(group))
-            reason = f"row group {group} of the file is damaged: {error}"
-            yield from ((position, {ERROR_FIELD: reason}) for position in inside[inside >= done].tolist())
-
-
-def _batches(
-    parquet: pq.ParquetFile, group: int, first: int, inside: np.ndarray
-) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    """A row group's rows `inside`, with their positions; `first` is the position of its first row."""
-    columns = [name for name in INPUT_SCHEMA.names if name in parquet.schema_arrow.names]
-    for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns):
-        positions = np.arange(first, first + batch.num_rows)
-        first += batch.num_rows
-        mask = np.isin(positions, inside)
-        if not mask.all():  # filtering copies the images
-            batch, positions = batch.filter(pa.array(mask)), positions[mask]
-        if len(positions):
-            yield positions, batch
-
-
-def _check_readable(stream: NativeFile, group: pq.RowGroupMetaData) -> None:
-    """Tell a storage that does not answer from bytes that are wrong: only the latter are the rows' own problem.
-
-    Raises:
-        OSError: the bytes of the row group cannot be read.
-    """
-    for index in range(group.num_columns):
-        column = group.column(index)
-        stream.seek(column.dictionary_page_offset or column.data_page_offset)
-        left = column.total_compressed_size
-        while left > 0 and (piece := stream.read(min(left, _PIECE_BYTES))):
-            left -= len(piece)
-
-
-def count_rows(filesystem: fs.FileSystem, file: str) -> int:
+def count_rows(filesystem: fs.FileSystem, file: str, columns: Columns | None = None, most: int | None = None) -> int:
     """How many rows `shard_rows` gives: from a Parquet file's footer, or by walking through a tar.
 
+    Args:
+        filesystem, file, columns: as for `shard_rows`.
+        most: when a tar has so many, walk no further.
+
     Raises:
-        ValueError: the shard cannot be read; the message names it.
+        ValueError: as `shard_rows`.
     """
-    with _naming(file):
-        if file.endswith(TAR_SUFFIXES):
+    with _naming(filesystem, file) as kind:
+        if kind is Format.TAR:
             with filesystem.open_input_stream(file, compression=None) as stream:
-                return count_rows_in_tar(stream)
+                return count_rows_in_tar(stream, most)
         with filesystem.open_input_file(file) as stream:
-            return pq.ParquetFile(stream).metadata.num_rows
+            return count_parquet_rows(stream, columns or {})
 
 
 def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 1000) -> int:
     """Write posts to `part-00000.parquet`, `part-00001.parquet` …; the same posts give the same files.
 
+    A marker beside them says whether all are there: who is stopped leaves shards that `list_shards` refuses.
+
     Args:
-        posts: in the order in which they are read back.
+        posts: encoded images are written as they are; whatever cannot be read back is left out, so that rejected posts
+            stay rejected when they are read back.
         out_dir: a folder, made if it is not there, local or `s3://`.
         per_shard: posts in a file.
 
@@ -210,8 +146,10 @@ def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 100
     """
     filesystem, root = open_filesystem(out_dir)
     filesystem.create_dir(root, recursive=True)
-    if any(e.path.endswith(PARQUET_SUFFIXES) for e in filesystem.get_file_info(fs.FileSelector(root))):
+    entries = filesystem.get_file_info(fs.FileSelector(root))
+    if any(format_of_name(entry.path) or entry.base_name == MARKER for entry in entries):
         raise FileExistsError(f"{out_dir} already holds shards; write to another folder or remove them first")
+    _write_marker(filesystem, root, complete=False)
     remaining = iter(posts)
     written = 0
     for shard in count():
@@ -220,12 +158,24 @@ def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 100
             break
         shard_posts = chain(first, islice(remaining, per_shard - 1))
         written += _write_shard(shard_posts, filesystem, f"{root}/part-{shard:05d}.parquet")
+    _write_marker(filesystem, root, complete=True, shards=max(1, -(-written // per_shard)), posts=written)
     return written
+
+
+def _write_marker(filesystem: fs.FileSystem, root: str, **facts: Any) -> None:
+    with (
+        whole_file(filesystem, f"{root}/{MARKER}") as target,
+        filesystem.open_output_stream(target) as stream,
+    ):
+        stream.write(json.dumps(facts).encode())
 
 
 def _write_shard(posts: Iterator[Post], filesystem: fs.FileSystem, file: str) -> int:
     written = 0
-    with pq.ParquetWriter(file, INPUT_SCHEMA, filesystem=filesystem, compression="zstd") as writer:
+    with (
+        whole_file(filesystem, file) as target,
+        pq.ParquetWriter(target, INPUT_SCHEMA, filesystem=filesystem, compression="zstd") as writer,
+    ):
         while group := [row_from_post(post) for post in islice(posts, _ROWS_PER_GROUP)]:
             writer.write_table(pa.Table.from_pylist(group, INPUT_SCHEMA))
             written += len(group)
@@ -233,37 +183,16 @@ def _write_shard(posts: Iterator[Post], filesystem: fs.FileSystem, file: str) ->
 
 
 @contextmanager
-def _naming(file: str) -> Iterator[None]:
-    kind = "WebDataset tar" if file.endswith(TAR_SUFFIXES) else "Parquet file"
+def _naming(filesystem: fs.FileSystem, file: str) -> Iterator[Format]:
+    """The format of a shard; errors while it is read name it."""
+    kind = None
     try:
-        yield
+        kind = format_of(filesystem, file)
+        yield kind or Format.TAR
+    except SchemaError as error:
+        raise ValueError(f"{file} {error}") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a readable {kind}: {error}") from error
-
-
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    try:
-        return batch.to_pylist()
-    except _UNREADABLE:
-        return [_readable_cells(batch, index) for index in range(batch.num_rows)]
-
-
-def _readable_cells(batch: pa.RecordBatch, index: int) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            row[name] = column[index].as_py()
-        except _UNREADABLE as error:
-            row[ERROR_FIELD] = f"{name} cannot be read: {error}"
-    return row
-
-
-def _is_hidden(file: str, root: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in Path(file).relative_to(root).parts)
-
-
-def _names(suffixes: tuple[str, ...]) -> str:
-    return ", ".join(suffixes)
+        raise ValueError(f"{file} is not a readable {kind or 'shard'}: {error}") from error
 
 
 def fingerprint(posts: Iterable[Post]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from gem_ray.data.webdataset import IMAGE_SUFFIXES
+from gem_ray.data.formats import IMAGE_SUFFIXES
 from gem_ray.records import Box, GoldEntity, Post
 from gem_ray.taxonomy import FMNERG, LabelSet, decode_bio
 

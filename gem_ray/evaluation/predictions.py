@@ -18,7 +18,8 @@ from gem_ray.config import ImageConfig
 from gem_ray.data import shards, twitter10000
 from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.files import open_filesystem
-from gem_ray.data.webdataset import IMAGE_SUFFIXES
+from gem_ray.data.formats import IMAGE_SUFFIXES
+from gem_ray.data.listing import list_shards
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import ANNOTATION_SCHEMA, Post
 from gem_ray.taxonomy import FMNERG, LabelSet
@@ -183,7 +184,7 @@ def _open_annotations(path: Path | str) -> ds.Dataset:
 def _open(path: str) -> ds.Dataset:
     for folder in (f"{path.rstrip('/')}/{ANNOTATIONS}", path):
         try:
-            listing = shards.list_shards(folder)
+            listing = list_shards(folder)
         except FileNotFoundError:
             continue
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
 from gem_ray.data.files import open_filesystem
-from gem_ray.data.shards import list_shards
+from gem_ray.data.listing import list_shards
 from gem_ray.pipeline.budget import with_gamma
 from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group, settle_problems
 from gem_ray.pipeline.lease import Claim, Lease

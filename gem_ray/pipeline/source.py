@@ -7,8 +7,8 @@ run has finished are left out while reading: Ray's own filter would fetch their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,7 +21,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from gem_ray.data.prepare import post_from_row
-from gem_ray.data.shards import count_rows, shard_rows
+from gem_ray.data.shards import ROWS_BITS, count_rows, shard_rows
 from gem_ray.pipeline.tables import TRANSIT_SCHEMA, posts_to_table
 from gem_ray.records import Post
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _ROWS_AT_A_TIME = 64
 _COUNTING_THREADS = 16
-ROWS_BITS = 32  # of a row's id, for its position in its file
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def count_input(filesystem: fs.FileSystem, paths: Sequence[str], limit: int | No
     if limit is not None and limit < 1:
         raise ValueError(f"the limit must be at least 1, not {limit}")
     with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
-        counts = threads.map(partial(count_rows, filesystem), paths)
+        counts = _counts(threads, partial(count_rows, filesystem, most=limit), paths, limit)
         files = list(_within(limit, paths, counts))
     if not files:
         raise ValueError(
@@ -79,9 +78,18 @@ def count_input(filesystem: fs.FileSystem, paths: Sequence[str], limit: int | No
     return files
 
 
+def _counts(threads: Executor, count: Callable[[str], int], paths: Sequence[str], limit: int | None) -> Iterator[int]:
+    """Rows of files, many counted at once; with a limit one file first, then twice as many, as long as it takes."""
+    at_once, begin = len(paths) if limit is None else 1, 0
+    while begin < len(paths):
+        yield from threads.map(count, paths[begin : begin + at_once])
+        begin += at_once
+        at_once = min(2 * at_once, _COUNTING_THREADS)
+
+
 def _within(limit: int | None, paths: Sequence[str], counts: Iterator[int]) -> Iterator[InputFile]:
     left = limit
-    for number, (path, count) in enumerate(zip(paths, counts, strict=True)):
+    for number, (path, count) in enumerate(zip(paths, counts, strict=False)):
         rows = count if left is None else min(count, left)
         if rows:
             yield InputFile(path, number, rows)

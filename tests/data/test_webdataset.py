@@ -1,13 +1,17 @@
 import io
+import itertools
 import json
 import tarfile
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gem_ray.data.prepare import ERROR_FIELD, post_from_row
+from gem_ray.data.prepare import ERROR_FIELD, IMAGE_ERROR_FIELD, post_from_row
 from gem_ray.data.shards import read_posts
-from gem_ray.data.webdataset import ROW_SCHEMA, rows_from_tar
+from gem_ray.data.webdataset import ROW_SCHEMA, count_rows_in_tar, rows_from_tar
+from gem_ray.records import Status
 
 
 def tar_of(members, mode="w"):
@@ -107,7 +111,7 @@ def test_rows_stack_into_a_table_whatever_the_json_holds():
     assert all(post_from_row(row).is_rejected for row in table.to_pylist())
 
 
-def test_what_is_no_regular_file_with_a_key_is_skipped():
+def test_what_is_no_regular_file_with_a_key_is_skipped_and_a_link_is_named():
     buffer = io.BytesIO(tar_of([("._1.jpg", b"x"), ("README", b"x"), ("1.txt", b"text")]))
     with tarfile.open(fileobj=buffer, mode="a") as tar:
         link = tarfile.TarInfo("2.jpg")
@@ -116,7 +120,10 @@ def test_what_is_no_regular_file_with_a_key_is_skipped():
         folder = tarfile.TarInfo("3.txt")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-    assert [row["post_id"] for row in rows_from_tar(io.BytesIO(buffer.getvalue()))] == ["1"]
+    [text, link] = rows_from_tar(io.BytesIO(buffer.getvalue()))
+    assert (text["post_id"], text["text"], text[ERROR_FIELD]) == ("1", "text", None)
+    assert link["post_id"] == "2"
+    assert link[IMAGE_ERROR_FIELD].startswith("2.jpg: is a link to /etc/passwd, and links are not followed")
 
 
 def test_a_broken_header_in_the_middle_is_not_taken_for_the_end():
@@ -129,7 +136,7 @@ def test_a_broken_header_in_the_middle_is_not_taken_for_the_end():
 def test_members_that_are_too_large_are_not_read(monkeypatch):
     monkeypatch.setattr("gem_ray.data.webdataset._MAX_MEMBER_BYTES", 10)
     rows = rows_of([("1.txt", b"text"), ("1.jpg", b"x" * 11), ("2.txt", b"text")])
-    assert rows[0][ERROR_FIELD] == "1.jpg: has 11 bytes; at most 10 are read"
+    assert rows[0][IMAGE_ERROR_FIELD] == "1.jpg: has 11 bytes; at most 10 are read"
     assert rows[1][ERROR_FIELD] is None
 
 
@@ -138,3 +145,111 @@ def test_tars_are_shards(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(tar_of(MEMBERS[:2], "w:gz"))
     assert [post.post_id for post in read_posts(tmp_path)] == ["shard/0001", "shard/0002", "77"]
     assert [post.post_id for post in read_posts(tmp_path / "b.tar", limit=1)] == ["shard/0002"]
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SUFFIXES = ["jpg", "JPG", "mask.png", "jfif", "heic", "json", "meta.json", "txt", "en.txt", "TXT", "cls", "png:large"]
+
+
+def content_of(key, suffix, number):
+    """Something that tells a member from every other one."""
+    if suffix.endswith("json"):
+        return {"caption": f"{key} {number}"}
+    return f"{key} {number}".encode() if suffix.lower().endswith(("txt", "cls")) else PNG + bytes([number])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", "c/d"]), st.lists(st.sampled_from(SUFFIXES), min_size=1, max_size=5)),
+        max_size=5,
+    )
+)
+def test_any_sequence_of_members_gives_a_row_a_key_or_a_named_refusal(groups):
+    members = [
+        (f"{key}.{suffix}", content_of(key, suffix, number))
+        for key, suffixes in groups
+        for number, suffix in enumerate(suffixes)
+    ]
+    runs = [key for key, _ in itertools.groupby(members, lambda member: member[0].partition(".")[0])]
+    data = tar_of(members)
+    if len(set(runs)) < len(runs):
+        for read in (rows_from_tar, count_rows_in_tar):
+            with pytest.raises(ValueError, match=r"the members of \S+ do not stand together"):
+                list(read(io.BytesIO(data))) if read is rows_from_tar else read(io.BytesIO(data))
+        return
+    rows = list(rows_from_tar(io.BytesIO(data)))
+    assert len(rows) == len(runs) == count_rows_in_tar(io.BytesIO(data))
+    for row, key in zip(rows, runs, strict=True):
+        there = [member for member in members if member[0].startswith(f"{key}.")]
+        assert row["post_id"] == key
+        claimants = {name for name, _ in there}
+        for error in (row[ERROR_FIELD], row[IMAGE_ERROR_FIELD]):
+            if error and "both could be" in error:
+                assert sum(error.count(name) for name in claimants) >= 2
+        bare = {role: [d for n, d in there if n.lower() in names] for role, names in {
+            "text": {f"{key}.txt"}, "image": {f"{key}.jpg"}}.items()}  # fmt: skip
+        if len(bare["text"]) == 1:
+            assert row["text"] == bare["text"][0].decode() or row[ERROR_FIELD]
+        if len(bare["image"]) == 1:
+            assert row["image"] == bare["image"][0]
+        if len(bare["image"]) > 1:
+            assert row["image"] is None
+            assert row[IMAGE_ERROR_FIELD]
+
+
+def test_a_component_of_the_image_does_not_take_its_place():
+    [row] = rows_of([("1.mask.png", PNG + b"mask"), ("1.jpg", b"jpeg"), ("1.seg.png", PNG), ("1.txt", b"Lyon")])
+    assert (row["image"], row[ERROR_FIELD], row[IMAGE_ERROR_FIELD]) == (b"jpeg", None, None)
+
+
+@pytest.mark.parametrize("names", [("1.jpg", "1.png"), ("1.jpg", "1.jpg"), ("1.left.png", "1.right.png")])
+def test_two_images_are_named_and_the_text_stays(names):
+    [row] = rows_of([*((name, PNG + name.encode()) for name in names), ("1.txt", b"Lyon")])
+    post = post_from_row(row)
+    assert (post.status, post.text, post.image_bytes) == (Status.DEGRADED, "Lyon", None)
+    assert [problem.message for problem in post.problems] == [
+        f"{names[0]} and {names[1]}: both could be the image of 1"
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "jpg_large", "JPG:large", "img", "heic"])
+def test_an_image_is_one_by_its_bytes(suffix):
+    data = b"\0\0\0\x18ftypheic" if suffix == "heic" else b"\xff\xd8\xff\xe0"
+    [row] = rows_of([(f"1.{suffix}", data), ("1.txt", b"Lyon")])
+    assert (row["image"], row[ERROR_FIELD]) == (data, None)
+
+
+def test_a_text_may_begin_with_a_byte_order_mark():
+    rows = rows_of([("1.txt", "\ufeffVexley is in Lyon".encode()), ("2.txt", "Vexley".encode("utf-16"))])
+    assert [row["text"] for row in rows] == ["Vexley is in Lyon", "Vexley"]
+
+
+def test_what_stands_twice_in_the_json_is_named():
+    [row] = rows_of([("1.json", b'{"text": "a", "text": "b"}')])
+    assert row[ERROR_FIELD].startswith("1.json: `text` stands twice")
+
+
+def test_fields_of_the_json_are_renamed():
+    tar = tar_of([("1.json", {"id": 5, "tweet": "Lyon", "text": "not this"})])
+    [row] = rows_from_tar(io.BytesIO(tar), {"text": "tweet", "post_id": "id"})
+    assert (row["post_id"], row["text"]) == ("5", "Lyon")
+
+
+def test_gold_of_another_meaning_rejects_nothing():
+    [row] = rows_of([("1.json", {"text": "Lyon", "gold": "a film"})])
+    assert (row["text"], row[ERROR_FIELD]) == ("Lyon", None)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_a_header_that_claims_a_long_name_is_not_believed(mode):
+    """A gigabyte of zeros packs into a megabyte, and `tarfile` reads a name whole."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        entry = tarfile.TarInfo("././@LongLink")
+        entry.type, entry.size = tarfile.GNUTYPE_LONGNAME, 2**24
+        tar.addfile(entry, io.BytesIO(bytes(2**24)))
+        tar.addfile(tarfile.TarInfo("1.txt"))
+    for read in (lambda file: list(rows_from_tar(file)), count_rows_in_tar):
+        with pytest.raises(ValueError, match="a header claims 16,777,216 bytes; at most 1,048,576 are read"):
+            read(io.BytesIO(buffer.getvalue()))

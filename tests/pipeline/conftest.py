@@ -75,7 +75,7 @@ def text_config(config: Config) -> Config:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good posts in shards and in a tar, rows that break something, and files with wrong or missing columns."""
+    """Good posts in shards and in a tar, rows that break something, and files in which columns are empty."""
     folder = tmp_path_factory.mktemp("posts")
     posts = list(generate(GOOD_POSTS, seed=3))
     write_posts(posts[:16], folder / "generated", per_shard=10)
@@ -89,8 +89,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     pq.write_table(pa.table(bad), folder / "bad_rows.parquet")
     pq.write_table(pa.table({"post_id": [7, 8], "text": [text, "Lyon"], "likes": [1, 2]}), folder / "numbers.parquet")
-    pq.write_table(pa.table({"post_id": ["a", "b"], "text": [1.5, 2.5]}), folder / "text_is_no_text.parquet")
-    pq.write_table(pa.table({"likes": [1, 2, 3]}), folder / "other_columns.parquet")
+    nothing = pa.nulls(3, pa.string())
+    pq.write_table(pa.table({"post_id": ["a", "b"], "text": nothing[:2]}), folder / "text_is_null.parquet")
+    pq.write_table(pa.table({"post_id": nothing, "text": nothing}), folder / "all_is_null.parquet")
     return folder
 
 

@@ -9,7 +9,8 @@ import pytest
 from pyarrow import fs
 
 from gem_ray.data.generated import generate
-from gem_ray.data.shards import list_shards, write_posts
+from gem_ray.data.listing import list_shards
+from gem_ray.data.shards import write_posts
 from gem_ray.pipeline.run_directory import Manifest, RunDirectory
 from gem_ray.pipeline.source import InputFile, PostSource, count_input
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gem_ray.data.generated import generate
-from gem_ray.data.shards import list_shards, read_posts, write_posts
+from gem_ray.data.listing import list_shards
+from gem_ray.data.shards import count_rows, read_posts, write_posts
 from gem_ray.pipeline.source import PostSource, count_input
 from gem_ray.pipeline.tables import table_to_posts
 from gem_ray.records import Post
@@ -48,6 +49,21 @@ def test_limit_is_the_first_rows_in_order(tmp_path: Path, limit: int) -> None:
     assert source.rows == min(limit, 9)
 
 
+def test_a_limit_stops_the_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_posts(generate(60, seed=4), tmp_path, per_shard=1)
+    counted: list[str] = []
+
+    def count(filesystem: object, path: str, most: int | None) -> int:
+        counted.append(path)
+        return count_rows(filesystem, path, most=most)
+
+    monkeypatch.setattr("gem_ray.pipeline.source.count_rows", count)
+    for limit, most in ((1, 1), (3, 3), (20, 31), (None, 60)):
+        counted.clear()
+        assert open_source(tmp_path, limit).rows == (limit or 60)
+        assert limit is None or limit <= len(counted) <= most
+
+
 def test_gold_is_not_looked_at(tmp_path: Path) -> None:
     table = pa.table({"post_id": ["1"], "text": ["Lyon"], "gold": ["unusable"]})
     pq.write_table(table, tmp_path / "posts.parquet")
@@ -81,7 +97,9 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
         open_source(tmp_path / "nowhere")
     with pytest.raises((FileNotFoundError, ValueError), match="gem-ray shards"):
         open_source(tmp_path)
-    pq.write_table(pa.table({"post_id": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    pq.write_table(
+        pa.table({name: pa.array([], pa.string()) for name in ("post_id", "text")}), tmp_path / "empty.parquet"
+    )
     with pytest.raises(ValueError, match="no posts"):
         open_source(tmp_path)
     with pytest.raises(ValueError, match="at least 1"):

@@ -1,0 +1,289 @@
+"""Rows of a Parquet file: what its footer promises for all of them, and each with the types that the file has.
+
+What is certain is converted (bytes that are UTF-8, UUIDs, whole decimals, the hub's `struct<bytes, path>`); a file
+whose columns cannot hold posts is refused by its footer, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import NativeFile, types
+
+from gem_ray.data.prepare import ERROR_FIELD
+from gem_ray.records import INPUT_SCHEMA
+
+# Rows carry images: small batches keep memory low.
+_ROWS_PER_BATCH = 64
+_PIECE_BYTES = 8 * 2**20
+_BUFFER_BYTES = 2**20
+
+_UNREADABLE = (ValueError, OverflowError)  # text that is no UTF-8, a date out of range
+_TEXTS = ("text", "image_uri", "caption", "knowledge")
+
+Columns = Mapping[str, str]  # field of an input row -> the column that holds it, where the two have different names
+_Convert = Callable[[Any], Any]
+
+
+class SchemaError(ValueError):
+    """A file whose columns cannot hold posts; the message goes on after the file's name."""
+
+
+def parquet_rows(
+    stream: NativeFile, wanted: np.ndarray | None, columns: Columns
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file, or the wanted ones, with their positions; see `shards.shard_rows`.
+
+    Raises:
+        ValueError, pa.ArrowException, OSError: the file cannot be read, or `check_schema` refuses it.
+    """
+    parquet = _open(stream)
+    check_schema(parquet, columns)
+    end = 0
+    for group in range(parquet.num_row_groups):
+        first, end = end, end + parquet.metadata.row_group(group).num_rows
+        inside = np.arange(first, end) if wanted is None else wanted[(wanted >= first) & (wanted < end)]
+        if not len(inside):
+            continue
+        done = first
+        try:
+            for positions, batch in _batches(parquet, group, first, inside, columns):
+                done = int(positions[-1]) + 1
+                yield from zip(positions.tolist(), _rows(batch, columns), strict=True)
+        except (pa.ArrowException, OSError) as error:
+            _check_readable(stream, parquet.metadata.row_group(group))
+            reason = f"row group {group} of the file is damaged: {error}"
+            yield from ((position, {ERROR_FIELD: reason}) for position in inside[inside >= done].tolist())
+
+
+def count_parquet_rows(stream: NativeFile, columns: Columns) -> int:
+    """How many rows a file has, by its footer.
+
+    Raises:
+        ValueError, pa.ArrowException, OSError: as `parquet_rows`.
+    """
+    parquet = _open(stream)
+    check_schema(parquet, columns)
+    return int(parquet.metadata.num_rows)
+
+
+def has_posts(stream: NativeFile) -> bool:
+    """Whether the file has the columns of posts, as metadata beside a tar do not."""
+    names = _open(stream).schema_arrow.names
+    return "post_id" in names and ("text" in names or "tokens" in names)
+
+
+def check_schema(parquet: pq.ParquetFile, columns: Columns) -> None:
+    """Refuse a file whose rows would all be wrong.
+
+    Raises:
+        SchemaError: columns are missing, there twice, or of a type that cannot be converted; with all that is wrong,
+            the columns that are there, and the nearest names.
+    """
+    schema = parquet.schema_arrow
+    wrong = [*_missing(schema, columns), *_twice(schema, columns), *_mistyped(schema, columns)]
+    if wrong:
+        raise SchemaError(f"holds no posts: {'; '.join(wrong)}. Its columns: {', '.join(schema.names) or 'none'}")
+
+
+def unread_columns(schema: pa.Schema, columns: Columns) -> list[str]:
+    """Remarks on columns that are not read, though their names are nearly those of an input row's fields."""
+    read = {columns.get(name, name) for name in INPUT_SCHEMA.names}
+    names = {name.lower(): name for name in INPUT_SCHEMA.names if columns.get(name, name) not in schema.names}
+    return [
+        f"column {name} is not read; `--map {names[name.lower()]}={name}` would"
+        for name in schema.names
+        if name not in read and name.lower() in names
+    ]
+
+
+def _open(stream: NativeFile) -> pq.ParquetFile:
+    # With a buffer, a column is read page by page; without, a whole row group is in memory at once.
+    return pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+
+
+def _missing(schema: pa.Schema, columns: Columns) -> Iterator[str]:
+    there = set(schema.names)
+    unknown = sorted(set(columns.values()) - there)
+    if unknown:
+        yield f"it has no column {', '.join(unknown)}, which --map names"
+    needed = ["post_id"]
+    if columns.get("tokens", "tokens") not in there:
+        needed.append("text")
+    absent = [name for name in needed if name not in columns and name not in there]
+    if absent:
+        yield f"it has no column {', '.join(absent)}{_hint(absent, schema.names)}"
+
+
+def _hint(absent: list[str], names: list[str]) -> str:
+    """How to name the columns that probably hold what is absent."""
+    folded = {name.lower(): name for name in names}
+    known = {"post_id": ("id", "key", "tweet_id", "status_id", "uid", "uuid"),
+             "text": ("tweet", "caption", "content", "body", "message", "full_text", "sentence", "txt")}  # fmt: skip
+    found = {}
+    for field in absent:
+        near = difflib.get_close_matches(field, folded, n=1, cutoff=0.6)
+        near = near or [name for name in known[field] if name in folded]
+        if near:
+            found[field] = folded[near[0]]
+    return f" (perhaps `--map {','.join(f'{field}={name}' for field, name in found.items())}`)" if found else ""
+
+
+def _twice(schema: pa.Schema, columns: Columns) -> Iterator[str]:
+    for field in INPUT_SCHEMA.names:
+        name = columns.get(field, field)
+        if schema.names.count(name) > 1:
+            yield f"column {name} stands twice"
+
+
+def _mistyped(schema: pa.Schema, columns: Columns) -> Iterator[str]:
+    for field in INPUT_SCHEMA.names:
+        name = columns.get(field, field)
+        if schema.names.count(name) != 1 or field == "gold":  # gold is for evaluation, which says so itself
+            continue
+        kind = schema.field(name).type
+        if field in ("post_id", "text") and types.is_null(kind):
+            yield f"column {name} is empty in every row"
+        elif not _fits(field, kind):
+            yield f"column {name} is {kind}, not {_expected(field)}"
+
+
+def _expected(field: str) -> str:
+    if field == "image":
+        return "binary (a column of paths or addresses is `image_uri`: `--map image_uri=image`)"
+    return "a list of strings" if field == "tokens" else "a string"
+
+
+def _fits(field: str, kind: pa.DataType) -> bool:
+    if types.is_null(kind):
+        return True
+    if field == "tokens":
+        return _is_list(kind) and _is_text(kind.value_type)
+    if field == "image":
+        return _is_bytes(kind) or _is_image_struct(kind)
+    if field == "post_id":
+        return _is_text(kind) or types.is_integer(kind) or _is_uuid(kind) or (types.is_decimal(kind) and not kind.scale)
+    return _is_text(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return is_string or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    is_binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return is_binary or types.is_fixed_size_binary(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _is_image_struct(kind: pa.DataType) -> bool:
+    """What the Hugging Face hub calls an image."""
+    names = [kind.field(number).name for number in range(kind.num_fields)] if types.is_struct(kind) else []
+    return "bytes" in names and _is_bytes(kind.field("bytes").type)
+
+
+def _is_uuid(kind: pa.DataType) -> bool:
+    return getattr(kind, "extension_name", "") == "arrow.uuid"
+
+
+def _batches(
+    parquet: pq.ParquetFile, group: int, first: int, inside: np.ndarray, columns: Columns
+) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """A row group's rows `inside`, with their positions; `first` is the position of its first row."""
+    names = [columns.get(field, field) for field in INPUT_SCHEMA.names]
+    there = [name for name in names if name in parquet.schema_arrow.names]
+    for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=there):
+        positions = np.arange(first, first + batch.num_rows)
+        first += batch.num_rows
+        mask = np.isin(positions, inside)
+        if not mask.all():  # filtering copies the images
+            batch, positions = batch.filter(pa.array(mask)), positions[mask]
+        if len(positions):
+            yield positions, batch
+
+
+def _rows(batch: pa.RecordBatch, columns: Columns) -> list[dict[str, Any]]:
+    fields = {columns.get(field, field): field for field in INPUT_SCHEMA.names}
+    cells = [
+        (fields[name], column, _converter(fields[name], column.type))
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    ]
+    rows: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
+    for field, column, convert in cells:
+        for row, value in zip(rows, _values(column), strict=True):
+            _set(row, field, value, convert)
+    return rows
+
+
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except _UNREADABLE:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except _UNREADABLE as error:
+        return error
+
+
+def _set(row: dict[str, Any], field: str, value: Any, convert: _Convert | None) -> None:
+    try:
+        if isinstance(value, Exception):
+            raise value
+        converted = value if convert is None or value is None else convert(value)
+    except _UNREADABLE as error:
+        row[ERROR_FIELD] = f"{field} cannot be read: {error}"
+        return
+    if field == "image" and isinstance(converted, str):
+        row.setdefault("image_uri", converted)
+    elif field != "image_uri" or converted is not None:  # what the struct of an image has said stays
+        row[field] = converted
+
+
+def _converter(field: str, kind: pa.DataType) -> _Convert | None:
+    """What makes values of a type those of a field; None where they are already."""
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if field == "image":
+        return _bytes_or_path if types.is_struct(kind) else None
+    if field == "tokens" and _is_list(kind) and _is_bytes(kind.value_type):
+        return lambda values: [value.decode() for value in values]
+    if field in ("post_id", *_TEXTS) and _is_bytes(kind):
+        return bytes.decode
+    if field == "post_id" and (types.is_decimal(kind) or types.is_integer(kind)):
+        return lambda value: str(int(value))
+    if field == "post_id" and _is_uuid(kind):
+        return str
+    return None
+
+
+def _bytes_or_path(image: Mapping[str, Any]) -> bytes | str | None:
+    return image["bytes"] if image["bytes"] is not None else image.get("path")
+
+
+def _check_readable(stream: NativeFile, group: pq.RowGroupMetaData) -> None:
+    """Tell a storage that does not answer from bytes that are wrong: only the latter are the rows' own problem.
+
+    Raises:
+        OSError: the bytes of the row group cannot be read.
+    """
+    for index in range(group.num_columns):
+        column = group.column(index)
+        stream.seek(column.dictionary_page_offset or column.data_page_offset)
+        left = column.total_compressed_size
+        while left > 0 and (piece := stream.read(min(left, _PIECE_BYTES))):
+            left -= len(piece)

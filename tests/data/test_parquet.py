@@ -1,0 +1,141 @@
+"""Columns of Parquet files as other tools write them: converted where that is certain, else refused by the footer."""
+
+from __future__ import annotations
+
+import uuid
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import fs
+
+from gem_ray.data.shards import count_rows, read_posts
+
+TEXTS = ["Vexley is in Lyon", "Beyoncé 😂", "third"]
+WORDS = [["Vexley", "is", "in", "Lyon"], ["Beyoncé", "😂"], ["third"]]
+
+
+def bytes_of(values):
+    return [value.encode() for value in values]
+
+
+IDS = {
+    "string": pa.array(["1", "2", "3"]),
+    "large_string": pa.array(["1", "2", "3"], pa.large_string()),
+    "binary without a mark": pa.array([b"1", b"2", b"3"]),
+    "dictionary": pa.array(["1", "2", "3"]).dictionary_encode(),
+    "int32": pa.array([1, 2, 3], pa.int32()),
+    "decimal": pa.array([Decimal(1), Decimal(2), Decimal(3)], pa.decimal128(38, 0)),
+}
+TEXT = {
+    "string": pa.array(TEXTS),
+    "view": pa.array(TEXTS, pa.string_view()),
+    "binary": pa.array(bytes_of(TEXTS)),
+    "large_binary": pa.array(bytes_of(TEXTS), pa.large_binary()),
+    "dictionary": pa.array(TEXTS).dictionary_encode(),
+}
+TOKENS = {
+    "absent": None,
+    "list": pa.array(WORDS),
+    "large_list": pa.array(WORDS, pa.large_list(pa.large_string())),
+    "of binary": pa.array([bytes_of(words) for words in WORDS]),
+    "null": pa.nulls(3),
+}
+PICTURES = [b"one", None, b"three"]
+HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+IMAGES = {
+    "absent": (None, PICTURES[1:2] * 3, [None] * 3),
+    "binary": (pa.array(PICTURES), PICTURES, [None] * 3),
+    "large_binary": (pa.array(PICTURES, pa.large_binary()), PICTURES, [None] * 3),
+    "hub": (
+        pa.array([{"bytes": b"one", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None], HUB),
+        [b"one", None, None],
+        [None, "b.jpg", None],
+    ),
+    "null": (pa.nulls(3), [None] * 3, [None] * 3),
+}
+
+
+def keys(table):
+    return st.sampled_from(sorted(table))
+
+
+@settings(max_examples=80, deadline=None)
+@given(keys(IDS), keys(TEXT), keys(TOKENS), keys(IMAGES), st.permutations(["post_id", "text", "tokens", "image"]))
+def test_what_other_tools_write_is_read_as_what_it_means(tmp_path_factory, ids, text, tokens, image, order):
+    columns = {"post_id": IDS[ids], "text": TEXT[text], "tokens": TOKENS[tokens], "image": IMAGES[image][0]}
+    table = pa.table({name: columns[name] for name in order if columns[name] is not None})
+    file = tmp_path_factory.mktemp("parquet") / "a.parquet"
+    pq.write_table(table, file)
+    posts = list(read_posts(file))
+    assert [post.post_id for post in posts] == ["1", "2", "3"]
+    assert [post.text for post in posts] == TEXTS
+    assert [post.tokens for post in posts] == ([[]] * 3 if tokens in ("absent", "null") else WORDS)
+    assert [post.image_bytes for post in posts] == IMAGES[image][1]
+    assert [post.image_uri for post in posts] == IMAGES[image][2]
+    assert not any(post.problems for post in posts)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (pa.array([2**64 - 1], pa.uint64()), str(2**64 - 1)),
+        (pa.array([Decimal(10**37)], pa.decimal128(38, 0)), str(10**37)),
+        (pa.array([uuid.UUID(int=5).bytes], pa.uuid()), str(uuid.UUID(int=5))),
+    ],
+)
+def test_ids_keep_their_value(tmp_path, ids, expected):
+    pq.write_table(pa.table({"post_id": ids, "text": ["a"]}), tmp_path / "a.parquet")
+    [post] = read_posts(tmp_path)
+    assert (post.post_id, post.problems) == (expected, [])
+
+
+def test_bytes_that_are_no_text_spoil_only_their_own_row(tmp_path):
+    pq.write_table(pa.table({"post_id": [b"1", b"2"], "text": [b"\xff", b"good"]}), tmp_path / "a.parquet")
+    bad, good = read_posts(tmp_path)
+    assert (bad.is_rejected, good.is_rejected, good.text) == (True, False, "good")
+    assert "text cannot be read" in bad.problems[0].message
+
+
+REFUSED = {
+    r"has no column post_id, text \(perhaps `--map post_id=id,text=tweet`\)\. Its columns: id, tweet": {
+        "id": ["1"], "tweet": ["a"]
+    },
+    r"has no column text \(perhaps `--map text=Text`\)": {"post_id": ["1"], "Text": ["a"]},
+    r"has no column post_id\. Its columns: text": {"text": ["a"]},
+    r"column post_id is double, not a string": {"post_id": [1.5], "text": ["a"]},
+    r"column text is list<.*>, not a string": {"post_id": ["1"], "text": [["a"]]},
+    r"column text is empty in every row": {"post_id": ["1"], "text": pa.nulls(1)},
+    r"column tokens is string, not a list of strings": {"post_id": ["1"], "text": ["a"], "tokens": ["a"]},
+    r"column image is string, not binary .*`--map image_uri=image`": {"post_id": ["1"], "text": ["a"], "image": ["a"]},
+    r"column image is list<.*uint8>, not binary": {"post_id": ["1"], "text": ["a"],
+                                                   "image": pa.array([[1]], pa.list_(pa.uint8()))},
+    r"column image_uri is struct": {"post_id": ["1"], "text": ["a"], "image_uri": [{"url": "a"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "columns"), REFUSED.items())
+def test_a_file_that_cannot_hold_posts_is_refused_by_its_footer(tmp_path, message, columns):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    for read in (lambda: list(read_posts(tmp_path)), lambda: count_rows(fs.LocalFileSystem(), f"{tmp_path}/a.parquet")):
+        with pytest.raises(ValueError, match=rf"a\.parquet holds no posts: .*{message}"):
+            read()
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["1"]), pa.array(["a"]), pa.array(["b"])], ["post_id", "text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="column text stands twice"):
+        list(read_posts(tmp_path))
+
+
+def test_columns_are_renamed(tmp_path):
+    table = pa.table({"id": [7], "tweet": ["a"], "img": [b"x"], "text": ["not this"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    [post] = read_posts(tmp_path, columns={"post_id": "id", "text": "tweet", "image": "img"})
+    assert (post.post_id, post.text, post.image_bytes) == ("7", "a", b"x")
+    with pytest.raises(ValueError, match="it has no column tweets, which --map names"):
+        list(read_posts(tmp_path, columns={"post_id": "id", "text": "tweets"}))
