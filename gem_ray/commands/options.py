@@ -32,6 +32,9 @@ PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Start from th
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file over the preset.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="One key: `filter.gamma=0.3`. Repeatable.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+MapOption = Annotated[
+    list[str] | None, typer.Option("--map", help="Other names of columns: `text=tweet,post_id=id`. Repeatable.")
+]
 PerShardOption = Annotated[int, typer.Option(help="Posts in a shard.", min=1)]
 
 DataOption = Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")]
@@ -54,6 +57,28 @@ def labelled_posts(data: Path, split: str, images: Path | None = None, labels: s
         return read_labelled(data, LABEL_SETS[labels])
     posts = read_split(data, split, LABEL_SETS[labels], images)
     return list(embedded(posts, images)) if images else posts
+
+
+def parse_columns(mappings: list[str] | None) -> dict[str, str]:
+    """Field of an input row -> the column that holds it, of `--map` arguments.
+
+    Raises:
+        ConfigError: a mapping that is no `field=column`, of an unknown field, or of one twice.
+    """
+    from gem_ray.config import ConfigError, nearest
+    from gem_ray.records import INPUT_SCHEMA
+
+    columns: dict[str, str] = {}
+    for mapping in ",".join(mappings or ()).split(",") if mappings else ():
+        field, equals, column = (part.strip() for part in mapping.partition("="))
+        if not equals or not column:
+            raise ConfigError(f"--map takes field=column, not {mapping!r}")
+        if field not in INPUT_SCHEMA.names:
+            raise ConfigError(f"--map: there is no field {field!r}; {nearest(field, INPUT_SCHEMA.names)}")
+        if field in columns:
+            raise ConfigError(f"--map names {field} twice")
+        columns[field] = column
+    return columns
 
 
 def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gem_ray.commands.options import Labels, PerShardOption, SeedOption
+from gem_ray.commands.options import EXIT_REJECTED, Labels, MapOption, PerShardOption, SeedOption, parse_columns
 
 if TYPE_CHECKING:
     from gem_ray.records import Post
@@ -59,12 +59,13 @@ def shards_jsonl(
     file: Annotated[Path, typer.Argument(help="One object a line: post_id, text, image or image_uri, …", exists=True)],
     out: Annotated[str, typer.Argument(help="Folder for the shards.")],
     embed_images: Annotated[bool, typer.Option(help="Put images beside the file into the shards.")] = True,
+    map_: MapOption = None,
     per_shard: PerShardOption = 1000,
 ) -> None:
-    """JSON lines."""
+    """JSON lines, or one JSON array; also compressed."""
     from gem_ray.data.convert import from_jsonl
 
-    _write_shards(from_jsonl(file, embed_images), out, per_shard)
+    _write_shards(from_jsonl(file, embed_images, parse_columns(map_)), out, per_shard)
 
 
 @app.command("csv", epilog="Example: `gem-ray shards csv posts.csv posts/`")
@@ -72,12 +73,14 @@ def shards_csv(
     file: Annotated[Path, typer.Argument(help="With a header: post_id, text, image_uri, …", exists=True)],
     out: Annotated[str, typer.Argument(help="Folder for the shards.")],
     embed_images: Annotated[bool, typer.Option(help="Put images beside the file into the shards.")] = True,
+    map_: MapOption = None,
+    quotes: Annotated[bool, typer.Option(help='`"` encloses cells; without, it is a character as any other.')] = True,
     per_shard: PerShardOption = 1000,
 ) -> None:
-    """Comma-separated values."""
+    """Values separated by commas, semicolons, tabs or `|`; also compressed."""
     from gem_ray.data.convert import from_csv
 
-    _write_shards(from_csv(file, embed_images), out, per_shard)
+    _write_shards(from_csv(file, embed_images, parse_columns(map_), quotes), out, per_shard)
 
 
 @app.command("folder", epilog="Example: `gem-ray shards folder pictures/ posts/`")
@@ -89,39 +92,53 @@ def shards_folder(
     """A folder of images with their texts."""
     from gem_ray.data.convert import from_folder
 
-    _write_shards(from_folder(folder), out, per_shard)
+    left_out: list[str] = []
+    _write_shards(from_folder(folder, left_out), out, per_shard, left_out)
 
 
 @app.command("webdataset", epilog="Example: `gem-ray shards webdataset tars/ posts/`")
 def shards_webdataset(
     path: Annotated[str, typer.Argument(help="A tar, or a folder of tars.")],
     out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    map_: MapOption = None,
     per_shard: PerShardOption = 1000,
 ) -> None:
     """WebDataset tars (`annotate` also reads them as they are)."""
     from gem_ray.data.convert import from_webdataset
 
-    _write_shards(from_webdataset(path), out, per_shard)
+    _write_shards(from_webdataset(path, parse_columns(map_)), out, per_shard)
 
 
-def _write_shards(posts: Iterable[Post], out: str, per_shard: int) -> None:
+def _write_shards(posts: Iterable[Post], out: str, per_shard: int, left_out: Sequence[str] = ()) -> None:
+    """Write the posts and say what is wrong with them; exit code 3 if some will be rejected.
+
+    `left_out` is read once all posts are written: files that are no part of any.
+    """
     from gem_ray.data.shards import write_posts
 
     wrong: list[str] = []
-    typer.echo(f"posts in {out}: {write_posts(_noting(posts, wrong), out, per_shard)}")
+    rejected: list[str] = []
+    typer.echo(f"posts in {out}: {write_posts(_noting(posts, wrong, rejected), out, per_shard)}")
+    if left_out:
+        more = ", …" if len(left_out) > _SHOWN_REASONS else ""
+        names = ", ".join(left_out[:_SHOWN_REASONS])
+        typer.secho(f"files that are neither image nor text, or hidden: {len(left_out)} ({names}{more})", err=True)
     for reason in wrong[:_SHOWN_REASONS]:
         typer.secho(reason, fg="yellow", err=True)
     if wrong:
-        typer.secho(f"{len(wrong)} of them cannot be annotated, or without their image", fg="yellow", err=True)
+        count = f"{len(wrong)} of them have a problem; {len(rejected)} cannot be annotated"
+        typer.secho(count, fg="yellow", err=True)
+    if rejected:
+        raise typer.Exit(EXIT_REJECTED)
 
 
-def _noting(posts: Iterable[Post], wrong: list[str]) -> Iterator[Post]:
+def _noting(posts: Iterable[Post], wrong: list[str], rejected: list[str]) -> Iterator[Post]:
     """The same posts; what is wrong with one is noted, since a shard has no place for the reason."""
     for post in posts:
         if reason := next((problem.message for problem in post.problems), None):
             wrong.append(f"{post.post_id}: {reason}")
-        elif not post.text.strip():
-            wrong.append(f"{post.post_id}: there is no text; the field is called `text`")
         elif post.image_uri is not None and "://" not in post.image_uri:
             wrong.append(f"{post.post_id}: there is no image at {post.image_uri} that can be read")
+        if post.is_rejected:
+            rejected.append(post.post_id)
         yield post

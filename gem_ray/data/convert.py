@@ -2,73 +2,116 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import gzip
+import io
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TextIO
+
+import pyarrow as pa
 
 from gem_ray.config import ImageConfig
 from gem_ray.data.fetch import ImageError, read_local
-from gem_ray.data.formats import IMAGE_SUFFIXES
-from gem_ray.data.prepare import ERROR_FIELD, post_from_row
+from gem_ray.data.formats import IMAGE_SUFFIXES, compression_of, is_hidden, looks_like_image
+from gem_ray.data.parquet import Columns
+from gem_ray.data.prepare import ERROR_FIELD, decoded_text, post_from_row, renamed
 from gem_ray.data.shards import read_posts
-from gem_ray.records import Post
+from gem_ray.records import INPUT_SCHEMA, Post
+from gem_ray.strict import load_json
+
+_MAX_CELL_CHARACTERS = 2**31 - 1  # texts have their own limit; below the module's, records are cut in pieces
+_SEPARATORS = ",;\t|"
+_HEAD_BYTES = 64
+_OPENERS: dict[str | None, Callable[[Path], Any]] = {
+    None: lambda file: file.open("rb"),
+    "gzip": gzip.open,
+    "bz2": bz2.open,
+    "xz": lzma.open,
+    "zstd": lambda file: pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"),
+}
 
 
-def from_jsonl(file: Path, embed_images: bool = True) -> Iterator[Post]:
+def from_jsonl(file: Path, embed_images: bool = True, columns: Columns | None = None) -> Iterator[Post]:
     """One post a line: an object with the fields of an input row, `image` or `image_uri` holding a path or URI.
 
     A line that is wrong becomes a post that is rejected, with what could be read of it; a post without an id that can
-    be used is named after its line.
+    be used is named after its line. A file that is one JSON array of objects is read as its items.
 
     Args:
-        file: UTF-8 text.
+        file: UTF-8 text, or UTF-16 with a byte order mark; also compressed.
         embed_images: put the bytes of images below the file's folder into the posts.
+        columns: field of an input row -> the name that it has in the file.
+
+    Raises:
+        ValueError: the file is no text, or begins as an array and is none.
     """
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        posts = (_post(_json_row(line), file, number) for number, line in enumerate(lines, start=1) if line.strip())
+    with _open_text(file) as lines:
+        posts = (_post(renamed(row, columns or {}), file, number) for number, row in _json_rows(lines, file))
         yield from embedded(posts, file.parent) if embed_images else posts
 
 
-def from_csv(file: Path, embed_images: bool = True) -> Iterator[Post]:
+def from_csv(
+    file: Path, embed_images: bool = True, columns: Columns | None = None, has_quotes: bool = True
+) -> Iterator[Post]:
     """One post a record under a header with the names of an input row's columns; `tokens` are separated by spaces.
 
-    An empty cell is a missing value. Wrong records and images are treated as by `from_jsonl`.
+    Columns are separated by what makes the header one of posts: `,`, `;`, tab or `|`. An empty cell is a missing value.
+    Wrong records and images are treated as by `from_jsonl`.
+
+    Args:
+        file, embed_images, columns: as for `from_jsonl`.
+        has_quotes: `"` encloses cells; otherwise it is a character as any other.
+
+    Raises:
+        ValueError: the header has no `post_id`, or neither `text` nor `tokens`, or a name twice; or a quote is out of
+            its place, so that nobody can tell where records end.
     """
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.DictReader(text)
-        posts = (_post(row, file, reader.line_num) for row in _csv_rows(reader))
+    with _open_text(file, newline="") as text:
+        posts = (_post(row, file, line) for line, row in _csv_rows(text, file, columns or {}, has_quotes))
         yield from embedded(posts, file.parent) if embed_images else posts
 
 
-def from_folder(folder: Path) -> Iterator[Post]:
+def from_folder(folder: Path, left_out: list[str] | None = None) -> Iterator[Post]:
     """One post for each image in a folder and below and each `.txt` beside it; both have the same name.
 
     The id is the path in the folder without its suffix; of several images with the same name, the first has it, and the
-    others, with the same text, their paths as they are.
+    others, with the same text, their paths as they are. An image is one by its suffix or its first bytes.
+
+    Args:
+        folder: links in it that lead out of it are not followed.
+        left_out: gets the paths of the files that are neither text nor image; hidden ones too.
     """
     images: dict[str, list[str]] = {}
-    texts: dict[str, str] = {}
+    texts: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         name = relative.with_suffix("").as_posix()
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            images.setdefault(name, []).append(relative.as_posix())
+        if path.is_dir():
+            continue
+        if is_hidden(PurePosixPath(*(part for part in relative.parts if not part.startswith("_")))):
+            _note(left_out, relative)
         elif path.suffix.lower() == ".txt":
-            texts[name] = path.read_text(encoding="utf-8", errors="surrogateescape").strip()
+            texts.setdefault(name, []).append(path)
+        elif path.suffix.lower() in IMAGE_SUFFIXES or _is_image(path, folder):
+            images.setdefault(name, []).append(relative.as_posix())
+        else:
+            _note(left_out, relative)
     posts = (
-        post_from_row({"post_id": uri if number else name, "text": texts.get(name), "image_uri": uri})
+        post_from_row({"post_id": uri if number else name, "image_uri": uri, **_text_of(texts.get(name, []), folder)})
         for name in sorted(images.keys() | texts.keys())
         for number, uri in enumerate(images.get(name, [None]))
     )
     return embedded(posts, folder)
 
 
-def from_webdataset(path: str | Path) -> Iterator[Post]:
+def from_webdataset(path: str | Path, columns: Columns | None = None) -> Iterator[Post]:
     """One post for each key of a tar, or of every tar in a folder; see `webdataset.rows_from_tar`."""
-    return read_posts(path)
+    return read_posts(path, columns=columns)
 
 
 def embedded(posts: Iterable[Post], folder: Path, config: ImageConfig | None = None) -> Iterator[Post]:
@@ -92,29 +135,141 @@ def embedded(posts: Iterable[Post], folder: Path, config: ImageConfig | None = N
             yield post
 
 
+def _open_text(file: Path, newline: str | None = None) -> TextIO:
+    """A file's text, unpacked if it is compressed, without a byte order mark.
+
+    Raises:
+        ValueError: the file is binary.
+    """
+    with file.open("rb") as stream:
+        opener = _OPENERS[compression_of(stream.read(_HEAD_BYTES))]
+    try:
+        with opener(file) as stream:
+            head: bytes = stream.read(_HEAD_BYTES)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if b"\0" in head and not is_utf16:
+        raise ValueError(f"{file} is no text file: its first {len(head)} bytes hold zeros")
+    binary: IO[bytes] = opener(file)
+    if is_utf16:
+        return io.TextIOWrapper(binary, "utf-16", newline=newline)
+    return io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline=newline)
+
+
+def _json_rows(lines: TextIO, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with the numbers of their lines, or of their places in the array."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if number == 1 and _begins_array(line):
+            yield from _array_rows(line + lines.read(), file)
+            return
+        yield number, _json_row(line)
+
+
+def _begins_array(line: str) -> bool:
+    """Whether a file's first line opens an array of objects, or of nothing yet."""
+    begin = line.strip()
+    return begin.startswith("[") and begin[1:].lstrip()[:1] in ("", "{", "]")
+
+
+def _array_rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        items = load_json(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} begins as one JSON array, but is none: {error}") from None
+    return ((number, _object(item)) for number, item in enumerate(items, start=1))
+
+
 def _json_row(line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        return _object(load_json(line), "the line")
     except (ValueError, RecursionError) as error:
         return {ERROR_FIELD: f"the line is not valid JSON: {error}"}
-    return row if isinstance(row, dict) else {ERROR_FIELD: f"the line is a JSON {type(row).__name__}, not an object"}
 
 
-def _csv_rows(reader: csv.DictReader[str]) -> Iterator[dict[str, Any]]:
+def _object(value: Any, what: str = "the item") -> dict[str, Any]:
+    return (
+        value if isinstance(value, dict) else {ERROR_FIELD: f"{what} is a JSON {type(value).__name__}, not an object"}
+    )
+
+
+def _csv_rows(text: TextIO, file: Path, columns: Columns, has_quotes: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Records with the numbers of their last lines."""
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    header, separator = _header(text.readline(), file, columns)
+    lines = _Quotes(text)
+    quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
+    reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
+    begin = 2
     while True:
         try:
-            row: dict[Any, Any] = next(reader)
+            cells = next(reader)
+            if has_quotes and lines.taken() % 2:
+                raise csv.Error("it has an odd number of quotes")
         except StopIteration:
             return
         except csv.Error as error:
-            yield {ERROR_FIELD: f"the record is not valid CSV: {error}"}
+            raise ValueError(
+                f"{file}: the record that begins in line {begin} is not valid CSV ({error}). Is a quote open there, or "
+                'not doubled inside a cell (`""`)? Nothing after it can be told apart. --no-quotes takes quotes for '
+                "characters"
+            ) from None
+        if cells:
+            yield reader.line_num + 1, _record(header, cells)
+        begin = reader.line_num + 2
+
+
+class _Quotes:
+    """Lines, with a count of the quotes in them: an odd one in a record means that one is out of its place."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = iter(lines)
+        self._quotes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._quotes += line.count('"')
+        return line
+
+    def taken(self) -> int:
+        """The quotes since this was asked last."""
+        quotes, self._quotes = self._quotes, 0
+        return quotes
+
+
+def _header(line: str, file: Path, columns: Columns) -> tuple[list[str], str]:
+    """The names of an input row's fields in a header, and what separates them."""
+    fields = {name: field for field, name in columns.items()}
+    for separator in _SEPARATORS:
+        try:
+            cells = next(csv.reader([line], delimiter=separator, strict=True), [])
+        except csv.Error:
             continue
-        values = {name: cell for name, cell in row.items() if cell}
-        if None in values:  # where `DictReader` puts cells without a header
-            values = {ERROR_FIELD: "the record has more cells than the header", **values}
-        if "tokens" in values:
-            values["tokens"] = values["tokens"].split()
-        yield values
+        names = [fields.get(cell.strip(), "" if cell.strip() in columns else cell.strip()) for cell in cells]
+        if "post_id" not in names or not {"text", "tokens"} & set(names):
+            continue
+        twice = sorted({name for name in names if name in INPUT_SCHEMA.names and names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{file}: column {', '.join(twice)} stands twice in the header")
+        return names, separator
+    raise ValueError(
+        f"{file} holds no posts: its header needs post_id and text (or tokens), separated by `,`, `;`, a tab or `|`; "
+        f"it is {line.strip()[:200]!r}. `--map text=COLUMN,post_id=COLUMN` takes other names"
+    )
+
+
+def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+    if len(cells) > len(header):
+        return {ERROR_FIELD: "the record has more cells than the header", **values}
+    if "tokens" in values:
+        values["tokens"] = values["tokens"].split()
+    return values
 
 
 def _post(row: Mapping[str, Any], file: Path, line: int) -> Post:
@@ -124,3 +279,29 @@ def _post(row: Mapping[str, Any], file: Path, line: int) -> Post:
     post = post_from_row(values)
     post.post_id = post.post_id or f"{file.name}:{line}"
     return post
+
+
+def _text_of(files: list[Path], folder: Path) -> dict[str, Any]:
+    if len(files) > 1:
+        return {ERROR_FIELD: f"both could be the text: {', '.join(file.name for file in files)}"}
+    if not files:
+        return {}
+    [file] = files
+    if not file.resolve().is_relative_to(folder.resolve()):
+        return {ERROR_FIELD: f"{file.name} is a link that leads out of the folder"}
+    try:
+        return {"text": decoded_text(file.read_bytes())}
+    except OSError as error:
+        return {ERROR_FIELD: f"{file.name} cannot be read: {error.strerror}"}
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        return False
+    with path.open("rb") as stream:
+        return looks_like_image(stream.read(_HEAD_BYTES))
+
+
+def _note(left_out: list[str] | None, path: Path) -> None:
+    if left_out is not None:
+        left_out.append(path.as_posix())
