@@ -200,8 +200,11 @@ def _csv_rows(text: TextIO, file: Path, columns: Columns, has_quotes: bool) -> I
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     header, separator = _header(text.readline(), file, columns)
     lines = _Quotes(text)
-    quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
-    reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
+    reader = (
+        csv.reader(lines, delimiter=separator, strict=True)
+        if has_quotes
+        else csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
+    )
     begin = 2
     while True:
         try:
