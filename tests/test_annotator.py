@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 
@@ -12,7 +13,33 @@ import pytest
 from gem_ray.annotator import Annotator, GuardedStage, active_stages, models_of
 from gem_ray.checkpoints import content_hash
 from gem_ray.config import ConfigError, load_config
+from gem_ray.data.generated import generate
+from gem_ray.noise import GRAIN
 from gem_ray.records import Candidate, Entity, Post, ProblemKind, StageName, Status
+
+
+def test_batches_of_1_7_and_64_give_the_same_rows() -> None:
+    posts = list(generate(64, seed=4))
+    annotator = Annotator.from_config(load_config())
+    together = annotator.annotate(copy.deepcopy(posts))
+    for size, count in ((1, 6), (7, 21)):
+        apart = copy.deepcopy(posts[:count])
+        for start in range(0, count, size):
+            annotator.annotate(apart[start : start + size])
+        for one, other in zip(apart, together[:count], strict=True):
+            _assert_same_decisions(one.annotation()["entities"], other.annotation()["entities"])
+
+
+def _assert_same_decisions(one: list[dict], other: list[dict]) -> None:
+    for mine, theirs in zip(one, other, strict=True):
+        numbers = {"score", "entropy", "match_score", "box_score"}  # a step of rounding apart, at most
+        assert {name: mine[name] for name in mine.keys() - numbers - {"candidates"}} == {
+            name: theirs[name] for name in mine.keys() - numbers - {"candidates"}
+        }
+        assert [c["fine"] for c in mine["candidates"]] == [c["fine"] for c in theirs["candidates"]]
+        for name in numbers:
+            left, right = (math.nan if each[name] is None else each[name] for each in (mine, theirs))
+            assert left == pytest.approx(right, rel=2.001 * GRAIN, nan_ok=True)
 
 
 def entity(fine: str) -> Entity:

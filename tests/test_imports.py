@@ -29,6 +29,7 @@ LAYERS = [
         "chat",
         "pace",
         "metrics",
+        "noise",
         "client",
         "strict",
     },

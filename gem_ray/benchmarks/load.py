@@ -154,7 +154,7 @@ def serve_memory() -> dict[str, float]:
             status = folder.joinpath("status").read_text()
         except OSError:  # it has ended
             continue
-        if name.startswith(_SERVE_PROCESSES):
+        if name.startswith(_SERVE_PROCESSES) and "VmRSS:" in status:  # one that is ending has none any more
             kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
             found[f"{name.partition('.')[0]} {folder.name}"] = int(kib) / 1024
     return found

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gem_ray.rerank.uncertainty import gamma_for_share
+from gem_ray.noise import between
+from gem_ray.rerank.uncertainty import gamma_above, gamma_for_share
 
-_DIGITS = 4  # of a proposed γ
 _Z = 1.96  # 95 %
 
 
@@ -160,22 +160,22 @@ def calibrate(
 
 
 def gamma_for_budget(entities: Sequence[JudgedEntity], budget: float) -> float:
-    """The smallest γ that sends at most `budget` (0 to 1) of all predicted entities to the reranker."""
-    return _rounded(gamma_for_share([entity.entropy for entity in entities], budget))
+    """A γ that sends at most `budget` (0 to 1) of all predicted entities to the reranker, and hardly fewer."""
+    return gamma_for_share([entity.entropy for entity in entities], budget)
 
 
 def gamma_at_crossing(entities: Sequence[JudgedEntity]) -> float:
     """The γ with the most right categories: above it the reranker is right more often than the tagger, below it less.
 
     The paper reads where both curves meet off Figure 5; this finds the place without bins. Of several that are equally
-    good the largest, which asks the reranker the least.
+    good the largest, which asks the reranker the least. It lies between two entropies, see `gamma_for_share`.
     """
     falling = sorted(entities, key=lambda entity: entity.entropy, reverse=True)
-    best, most, gain = _rounded(falling[0].entropy), 0, 0
+    best, most, gain = gamma_above(falling[0].entropy), 0, 0
     for entity, following in zip(falling, [*(entity.entropy for entity in falling[1:]), 0.0], strict=True):
         gain += entity.gain
         if gain > most and following < entity.entropy:  # a γ cannot part equal entropies
-            best, most = _rounded(following, entity.entropy), gain
+            best, most = between(following, entity.entropy) if following else 0.0, gain
     return best
 
 
@@ -185,13 +185,6 @@ def threshold(entities: Sequence[JudgedEntity], gamma: float) -> Threshold:
     right = sum(entity.right for entity in entities) + sum(entity.gain for entity in hard)
     found = sum(entity.found for entity in entities)
     return Threshold(gamma, Share(len(hard), len(entities)), Share(right, found))
-
-
-def _rounded(gamma: float, below: float = math.inf) -> float:
-    """A γ of few digits, where there is one from `gamma` on that is smaller than `below`."""
-    # Up: down would put the entity at γ among the hard ones.
-    short = math.ceil(gamma * 10**_DIGITS) / 10**_DIGITS
-    return short if short < below else gamma
 
 
 def _bins(entities: Sequence[JudgedEntity], width: float) -> list[Bin]:

@@ -19,6 +19,7 @@ from gem_ray.grounding.text_segmenter import (
     load_text_segmenter,
     mask_box,
 )
+from gem_ray.noise import first_highest, settled
 from gem_ray.records import Box
 from gem_ray.taxonomy import GMNER_OF_COARSE
 
@@ -144,7 +145,7 @@ class BoxMaker:
 
     def _choose_mask(self, request: BoxRequest, answer: PointMasks) -> Mask:
         best = most_like_map(answer.masks, request.map) if self._mask_by_map else answer.best
-        return answer.masks[best], float(answer.iou[best])
+        return answer.masks[best], float(settled(answer.iou[best]))
 
     def _is_sure(self, chosen: Mask) -> bool:
         mask, iou = chosen
@@ -163,7 +164,7 @@ class BoxMaker:
         for rows, answer in zip(rows_of, answers, strict=True):
             for row, masks in zip(rows, answer, strict=True):
                 tight = mask_box(masks.masks[masks.best])
-                if tight and tight.iou(results[row].box) > _SAME_OBJECT:
+                if tight and settled(tight.iou(results[row].box)) > _SAME_OBJECT:
                     results[row] = replace(results[row], box=tight, has_mask=True)
         return results
 
@@ -233,7 +234,7 @@ def choose_box(
         return BoxResult(map_box(request.map, size), "map", None, has_mask=False)
     if held is None:
         heat = resize_map(request.map, size)
-        held = max(instances, key=lambda each: each.mass(heat))
+        held = instances[first_highest(np.array([each.mass(heat) for each in instances]))]
     return _of_instance(held)
 
 
@@ -247,7 +248,7 @@ def most_like_map(masks: np.ndarray, scores: np.ndarray) -> int:
     A point on a large object is often answered best by one of its parts; its map covers more than the part.
     """
     heat = resize_map(scores, masks.shape[1:])
-    return int(np.argmax([heat[mask].sum() / max(np.linalg.norm(mask), 1.0) for mask in masks]))
+    return first_highest(np.array([heat[mask].sum() / max(np.linalg.norm(mask), 1.0) for mask in masks]))
 
 
 def instance_at(instances: Sequence[Instance], x: float, y: float) -> Instance | None:
@@ -262,12 +263,9 @@ def map_box(scores: np.ndarray, size: tuple[int, int]) -> Box:
         scores: (gh, gw).
         size: height and width of the image, to which the map is resized.
     """
-    heat = resize_map(scores, size)
-    region = next(
-        region
-        for region in connected_components(heat >= heat.max() / 2)
-        if region[np.unravel_index(heat.argmax(), size)]
-    )
+    heat = settled(resize_map(scores, size))
+    highest = np.unravel_index(first_highest(heat), size)
+    region = next(region for region in connected_components(heat >= heat.max() / 2) if region[highest])
     box = mask_box(region)
     assert box is not None  # it holds the peak
     return box

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+
+from gem_ray.noise import between, settled
 
 _FILE = "grounding.json"
 
@@ -45,11 +48,12 @@ def best_threshold(probabilities: Sequence[float], present: Sequence[bool]) -> t
     """
     if not len(probabilities):
         raise ValueError("a threshold can only be chosen on pairs, and there are none")
-    order = np.argsort(probabilities, kind="stable")
-    values, labels = np.asarray(probabilities, dtype=float)[order], np.asarray(present, dtype=bool)[order]
+    rounded = settled(probabilities)  # as the grounder compares them
+    order = np.argsort(rounded, kind="stable")
+    values, labels = rounded[order], np.asarray(present, dtype=bool)[order]
     # right[k]: with the k least probable pairs called absent
     right = np.concatenate([[0], np.cumsum(~labels)]) + np.concatenate([np.cumsum(labels[::-1])[::-1], [0]])
-    cuts = np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
+    cuts = np.array([0.0, *(between(low, high) for low, high in pairwise(values.tolist())), 1.0])
     separates = np.concatenate([[values[0] > 0], values[:-1] < values[1:], [True]])
     best = right[separates].max()
     candidates = cuts[separates & (right == best)]

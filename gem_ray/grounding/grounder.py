@@ -14,6 +14,7 @@ from gem_ray.grounding.boxes import BoxMaker, BoxRequest
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.trace import peak
+from gem_ray.noise import settled
 from gem_ray.records import Box, Entity, HeatMap, Point, Post
 
 
@@ -95,16 +96,17 @@ class Grounder:
         queries = [Query(index, entity.text, entity.fine) for index, _, entity in asked]
         matches = self.matcher.match([_pixels(post) for post in posts], queries)
         for (_, _, entity), match in zip(asked, matches, strict=True):
-            entity.match_score = match.probability
+            entity.match_score = float(settled(match.probability))
         return [
             _Found(post, entity, match.map)
             for (_, post, entity), match in zip(asked, matches, strict=True)
-            if self._is_seen(match)
+            if self._is_seen(entity, match)
         ]
 
-    def _is_seen(self, match: Match) -> bool:
+    def _is_seen(self, entity: Entity, match: Match) -> bool:
+        assert entity.match_score is not None  # set from the match
         # A map without a positive score points nowhere.
-        return match.probability > self.threshold and float(match.map.max()) > 0
+        return entity.match_score > self.threshold and float(match.map.max()) > 0
 
     def _point(self, found: _Found) -> None:
         width, height = _original_size(found.post)

@@ -22,6 +22,7 @@ from gem_ray.grounding.sam_attention import fuse_attention
 from gem_ray.grounding.sam_build import SamSizes, build_sam
 from gem_ray.grounding.sam_hub import load_hub_sam
 from gem_ray.loading import load_strictly
+from gem_ray.noise import first_highest
 from gem_ray.records import Box
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class PointMasks:
     @property
     def best(self) -> int:
         """The mask with the highest predicted IoU."""
-        return int(self.iou.argmax())
+        return first_highest(self.iou)
 
 
 def save_sam(model: modeling.Sam, sizes: SamSizes, out: Path) -> None:
@@ -227,7 +228,7 @@ class SamSegmenter:
 def _best(decoded: Decoded) -> Decoded:
     """Of each prompt's masks, the one with the highest predicted IoU."""
     logits, iou = decoded
-    best = iou.argmax(dim=1, keepdim=True)  # (P, 1)
+    best = torch.tensor([[first_highest(row)] for row in iou.cpu().numpy()], device=iou.device)  # (P, 1)
     return logits.take_along_dim(best[..., None, None], dim=1), iou.take_along_dim(best, dim=1)
 
 

@@ -26,6 +26,7 @@ from gem_ray.config import Config, TextSegmenterConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
 from gem_ray.loading import load_pretrained
+from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Box
 
 Features = TypeVar("Features")
@@ -120,6 +121,8 @@ class TextSegmenter(ABC, Generic[Features]):
         self.model = model
         self.processor = processor
         self.threshold = threshold
+        # What a library is asked for: no instance is lost whose score, rounded, is above the threshold.
+        self.below_threshold = threshold * (1 - GRAIN)
         self.batch_size = batch_size
         self._image_batches = Batches.on(model.device, self.images_at_once)
         self._prompt_batches = Batches.on(model.device, batch_size)
@@ -206,8 +209,7 @@ class CLIPSeg(TextSegmenter[list[torch.Tensor]]):
         resized = F.interpolate(logits[None, None], size=size, mode="bilinear", align_corners=False)
         probability = resized[0, 0].sigmoid().cpu().numpy()
         return [
-            _masked(region, float(probability[region].mean()))
-            for region in connected_components(probability > self.threshold)
+            _masked(region, probability[region].mean()) for region in connected_components(probability > self.threshold)
         ]
 
 
@@ -254,13 +256,15 @@ class Sam3(TextSegmenter[Any]):
             vision_embeds=vision, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         )
         results = self.processor.post_process_instance_segmentation(
-            outputs, threshold=self.threshold, target_sizes=[tuple(size) for size in sizes]
+            outputs, threshold=self.below_threshold, target_sizes=[tuple(size) for size in sizes]
         )
         return [
             [
                 _masked(mask, score)
-                for mask, score in zip(result["masks"].bool().cpu().numpy(), result["scores"].tolist(), strict=True)
-                if mask.any()
+                for mask, score in zip(
+                    result["masks"].bool().cpu().numpy(), settled(result["scores"].cpu()), strict=True
+                )
+                if mask.any() and score > self.threshold
             ]
             for result in results
         ]
@@ -291,9 +295,9 @@ class GroundingDino(TextSegmenter[Any]):
             **tokens,
         )
         results = self.processor.post_process_grounded_object_detection(
-            outputs, tokens["input_ids"], threshold=self.threshold, target_sizes=[tuple(size) for size in sizes]
+            outputs, tokens["input_ids"], threshold=self.below_threshold, target_sizes=[tuple(size) for size in sizes]
         )
-        return [_boxed(result, size) for result, size in zip(results, sizes, strict=True)]
+        return [_boxed(result, size, self.threshold) for result, size in zip(results, sizes, strict=True)]
 
 
 class Owlv2(TextSegmenter[torch.Tensor]):
@@ -312,9 +316,9 @@ class Owlv2(TextSegmenter[torch.Tensor]):
             pixel_values=features[rows], input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         )
         results = self.processor.post_process_grounded_object_detection(
-            outputs, threshold=self.threshold, target_sizes=[tuple(size) for size in sizes]
+            outputs, threshold=self.below_threshold, target_sizes=[tuple(size) for size in sizes]
         )
-        return [_boxed(result, size) for result, size in zip(results, sizes, strict=True)]
+        return [_boxed(result, size, self.threshold) for result, size in zip(results, sizes, strict=True)]
 
 
 _KINDS: dict[str, tuple[type[TextSegmenter], Any, Any]] = {
@@ -343,15 +347,15 @@ def load_text_segmenter(config: Config) -> TextSegmenter:
 def _masked(mask: np.ndarray, score: float) -> Instance:
     box = mask_box(mask)
     assert box is not None  # callers pass masks with at least one pixel
-    return Instance(box, score, mask)
+    return Instance(box, float(settled(score)), mask)
 
 
-def _boxed(result: dict[str, torch.Tensor], size: tuple[int, ...]) -> list[Instance]:
-    """Boxes (N, 4) of one prompt, clipped to the image (h, w); those outside are left out."""
+def _boxed(result: dict[str, torch.Tensor], size: tuple[int, ...], threshold: float) -> list[Instance]:
+    """Boxes (N, 4) of one prompt above the threshold, clipped to the image (h, w); those outside are left out."""
     height, width = size
     instances = []
-    for (x1, y1, x2, y2), score in zip(result["boxes"].tolist(), result["scores"].tolist(), strict=True):
+    for (x1, y1, x2, y2), score in zip(result["boxes"].tolist(), settled(result["scores"].cpu()), strict=True):
         box = Box(max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-        if box.x2 > box.x1 and box.y2 > box.y1:
-            instances.append(Instance(box, score))
+        if score > threshold and box.x2 > box.x1 and box.y2 > box.y1:
+            instances.append(Instance(box, float(score)))
     return instances

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval
 
 from gem_ray.grounding.blip import encode_texts
+from gem_ray.noise import first_highest, settled
 
 MATCH, NO_MATCH = 1, 0  # columns of the matching head's logits, as BLIP was trained
 
@@ -116,11 +117,11 @@ def peak(scores: np.ndarray, height: int, width: int, subpatch: bool = False) ->
     Returns:
         `(x, y)`, column and row of the pixel that holds this point.
     """
-    row, column = (int(index) for index in np.unravel_index(np.argmax(scores), scores.shape))
+    row, column = (int(index) for index in np.unravel_index(first_highest(scores), scores.shape))
     across, down = 0.5, 0.5
     if subpatch:
-        across += _vertex(scores[row], column)
-        down += _vertex(scores[:, column], row)
+        across += _vertex(settled(scores[row]), column)
+        down += _vertex(settled(scores[:, column]), row)
     rows, columns = scores.shape
     x, y = int((column + across) * width / columns), int((row + down) * height / rows)
     return min(x, width - 1), min(y, height - 1)

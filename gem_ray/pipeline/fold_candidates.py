@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gem_ray.data.shards import fingerprint
 from gem_ray.records import Post
-from gem_ray.rerank.uncertainty import category_probabilities
+from gem_ray.rerank.uncertainty import category_probabilities, most_probable
 
 if TYPE_CHECKING:
     from gem_ray.tagger.recipe import TaggerTraining
@@ -99,7 +98,7 @@ def _candidates(
     for post, predictions in zip(held_out, words, strict=True):
         for gold in post.gold or ():
             logits = predictions.logits[gold.word_start : gold.word_end].mean(axis=0, keepdims=True)
-            best = np.argsort(-category_probabilities(logits)[0], kind="stable")[:k]
+            best = most_probable(category_probabilities(logits), k)[0]
             fines = [model.labels.fine[position] for position in best]
             rows.append((post.post_id, gold.word_start, gold.word_end, fines))
     return pa.table(list(zip(*rows, strict=True)), schema=_SCHEMA)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gem_ray.noise import first_highest
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.prompts import LLAVA, PromptFormat
 
@@ -77,14 +78,14 @@ class ChoiceTree:
             return self._greedy(log_probabilities)
         totals = np.array([log_probabilities[self.path(leaf)].sum() for leaf in self.leaves], np.float64)
         shares = _softmax(totals)
-        index = int(shares.argmax())
+        index = first_highest(shares)
         return Choice(index, float(shares[index]), tuple(shares.tolist()))
 
     def _greedy(self, log_probabilities: np.ndarray) -> Choice:
         node, probability = ROOT, 1.0
         while node in self.children:
             shares = _softmax(log_probabilities[self.children[node]])
-            best = int(shares.argmax())
+            best = first_highest(shares)
             node, probability = self.children[node][best], probability * float(shares[best])
         return Choice(self.leaves.index(node), probability)
 

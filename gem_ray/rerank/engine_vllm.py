@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
@@ -26,7 +25,7 @@ from gem_ray.config import Config, RerankerConfig
 from gem_ray.loading import check_declared
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, EngineDiedError, Mode, Request, RequestError
-from gem_ray.rerank.guardian import end_with_this_process
+from gem_ray.rerank.guardian import children_named, end_with_this_process
 from gem_ray.rerank.llava import merged
 from gem_ray.rerank.prompts import PromptFormat
 
@@ -59,8 +58,7 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm").start()
         self._llm: AsyncLLM = self._wait_for(_start(arguments))
-        own = psutil.Process().children(recursive=True)
-        self._guardian = end_with_this_process(child.pid for child in own if child.name().startswith("VLLM"))
+        self._guardian = end_with_this_process(child.pid for child in children_named("VLLM"))
 
     @classmethod
     def from_config(cls, config: Config) -> VllmEngine:

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
+
+import psutil
+
+
+def children_named(prefix: str) -> list[psutil.Process]:
+    """The processes under this one whose names begin so; one that ends meanwhile is none."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.name().startswith(prefix):
+                found.append(child)
+    return found
 
 
 def end_with_this_process(pids: Iterable[int]) -> subprocess.Popen:

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 
 from gem_ray.config import CandidateOrder, Config, ConfigError
+from gem_ray.noise import settled
 from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.prompts import build_prompt
@@ -96,7 +97,7 @@ class Reranker:
     def _settle(self, entity: Entity, fine: str, answer: Choice) -> None:
         entity.fine = fine
         entity.coarse = self._labels.parent[entity.fine]
-        entity.score = answer.probability
+        entity.score = float(settled(answer.probability))
         entity.reranked = True
 
 

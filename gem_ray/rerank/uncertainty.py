@@ -8,8 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from gem_ray.config import Config
+from gem_ray.noise import between, settled
 from gem_ray.records import Candidate, Entity, Post
 from gem_ray.taxonomy import LABEL_SETS, LabelSet
+
+_USED_UP = 0.97  # of a budget, at least
+_BEYOND = 1.01  # times the highest entropy: γ lies between the two where nothing may be hard
 
 
 class UncertaintyFilter:
@@ -38,9 +42,9 @@ class UncertaintyFilter:
         if not entities:
             return posts
         logits = np.stack([entity.logits for entity in entities if entity.logits is not None])  # (N, 1 + 2F)
-        probabilities = category_probabilities(logits)  # (N, F)
-        entropies = entropy(probabilities)  # (N,)
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, : self._k]  # (N, K)
+        exact = category_probabilities(logits)  # (N, F)
+        entropies, probabilities = settled(entropy(exact)), settled(exact)  # (N,), (N, F)
+        best = most_probable(probabilities, self._k)  # (N, K)
         for entity, row, nats, order in zip(entities, probabilities, entropies, best, strict=True):
             entity.entropy = float(nats)
             entity.candidates = [Candidate(self._labels.fine[position], float(row[position])) for position in order]
@@ -59,10 +63,32 @@ def candidates_offered(labels: LabelSet, k: int) -> int:
 
 
 def gamma_for_share(entropies: Sequence[float] | np.ndarray, share: float) -> float:
-    """The smallest γ that at most a share (0 to 1) of the entropies is above; 0 of none."""
-    falling = np.sort(np.asarray(entropies, np.float64))[::-1]
-    allowed = math.floor(share * len(falling) + 1e-9)  # 0.15 · 20 is 3, though not in floating point
-    return 0.0 if allowed >= len(falling) else float(falling[allowed])
+    """A γ that at most a share (0 to 1) of the entropies is above, and hardly fewer; 0 if all may be.
+
+    It lies between two of the entropies, because float noise would decide about one that equals it. Of the places that
+    use up at least 97 % of what is allowed it is the one with the widest gap.
+    """
+    rising = np.sort(np.asarray(entropies, np.float64))
+    allowed = math.floor(share * len(rising) + 1e-9)  # 0.15 · 20 is 3, though not in floating point
+    if allowed >= len(rising):
+        return 0.0
+    edges = np.append(rising, _BEYOND * rising[-1])
+    gaps = np.diff(edges)  # above the k-th lie len(rising) - 1 - k entropies
+    first, last = len(rising) - 1 - allowed, len(rising) - 1 - math.ceil(_USED_UP * allowed)
+    first += int(np.argmax(gaps[first:] > 0))  # equal entropies stay together
+    widest = first + int(np.argmax(gaps[first : max(first, last) + 1]))
+    return between(*edges[widest : widest + 2].tolist())
+
+
+def gamma_above(entropy: float) -> float:
+    """A γ that an entropy, and what noise makes of it, is not above."""
+    return between(entropy, _BEYOND * entropy)
+
+
+def most_probable(probabilities: np.ndarray, k: int) -> np.ndarray:
+    """The K most probable categories of each row, `(N, F)` to `(N, K)`; equal ones in the order of the label set."""
+    best: np.ndarray = np.argsort(-settled(probabilities), axis=1, kind="stable")[:, :k]
+    return best
 
 
 def category_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -63,23 +63,23 @@ def test_bins_hold_what_lies_between_their_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "gamma", "hard"), [(0.0, 1.3, 0), (0.15, 1.2, 1), (0.3, 1.0, 3), (0.99, 0.05, 9), (1.0, 0.0, 10)]
+    ("budget", "gamma", "hard"), [(0.0, 1.306, 0), (0.15, 1.25, 1), (0.3, 1.05, 3), (0.99, 0.08, 9), (1.0, 0.0, 10)]
 )
 def test_a_budget_is_used_up_and_never_passed(budget: float, gamma: float, hard: int) -> None:
-    assert gamma_for_budget(BY_HAND, budget) == gamma
+    assert gamma_for_budget(BY_HAND, budget) == pytest.approx(gamma, abs=1e-3)
     assert threshold(BY_HAND, gamma).share == Share(hard, 10)
 
 
 def test_equal_entropies_stay_together_below_the_budget() -> None:
     entities = [JudgedEntity(0.7, found=False)] * 8 + [JudgedEntity(0.9, found=False)] * 2
     gamma = gamma_for_budget(entities, 0.5)
-    assert gamma == 0.7
+    assert gamma == 0.8
     assert threshold(entities, gamma).share == Share(2, 10)
 
 
 def test_the_crossing_has_the_most_right_categories_and_asks_least() -> None:
     gamma = gamma_at_crossing(BY_HAND)
-    assert gamma == 0.3  # the reranker mends 1.10 and 0.50, and would spoil 0.30
+    assert gamma == 0.4  # the reranker mends 1.10 and 0.50, and would spoil 0.30
     assert threshold(BY_HAND, gamma).accuracy == Share(6, 8)
     assert threshold(BY_HAND, 0.0).accuracy == Share(4, 8)
 
@@ -133,7 +133,7 @@ def test_table_json_and_plot_show_it(tmp_path: Path) -> None:
         assert expected in printed
     write_calibration(result, tmp_path)
     written = json.loads((tmp_path / "calibration.json").read_text())
-    assert written["thresholds"]["budget"]["gamma"] == 1.2
+    assert written["thresholds"]["budget"]["gamma"] == 1.25
     assert written["bins"][0]["accuracy"] == {
         "right": 6,
         "total": 6,

@@ -15,6 +15,7 @@ from gem_ray.grounding.sam import SamSegmenter
 from gem_ray.grounding.sam_build import build_sam
 from gem_ray.grounding.text_segmenter import CLIPSeg
 from gem_ray.nano.segmenters import SAM_SIZES, build_clipseg
+from gem_ray.noise import GRAIN
 
 
 class Card:
@@ -136,7 +137,7 @@ def test_instances_are_the_same_when_memory_runs_out():
 
     def instances() -> list[list[tuple[object, float]]]:
         found = CLIPSeg(model.eval(), processor, threshold=0.4, batch_size=8).instances(images(3), prompts)
-        return [[(each.box, pytest.approx(each.score, rel=1e-4)) for each in row] for row in found]
+        return [[(each.box, pytest.approx(each.score, rel=2.001 * GRAIN)) for each in row] for row in found]
 
     expected = instances()
     assert any(expected)

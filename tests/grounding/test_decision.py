@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from gem_ray.config import parse_config
 from gem_ray.grounding.decision import Decision, best_threshold
 from gem_ray.grounding.matcher import Matcher
+from gem_ray.noise import GRAIN, settled
 
 PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.51, 0.9, 1.0]), st.booleans()), min_size=1)
 
@@ -26,9 +27,20 @@ def test_no_threshold_is_right_more_often_than_the_best(pairs):
 
 
 def test_of_equally_good_thresholds_the_one_nearest_to_a_half_is_chosen():
-    assert best_threshold([0.1, 0.2, 0.9, 0.95], [False, False, True, True]) == (pytest.approx(0.55), 1.0)
+    assert best_threshold([0.1, 0.2, 0.9, 0.95], [False, False, True, True]) == (0.5, 1.0)
+    assert best_threshold([0.6, 0.62, 0.8, 0.82], [False, False, True, True]) == (0.7, 1.0)
     assert best_threshold([0.1, 0.3], [True, True]) == (0.0, 1.0)
     assert best_threshold([0.6, 0.7], [False, False]) == (1.0, 1.0)
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 1), st.booleans()), min_size=1), st.data())
+def test_a_pair_is_on_its_side_of_the_best_threshold_whatever_the_noise(pairs, data):
+    threshold, _ = best_threshold(*zip(*pairs, strict=True))
+    for probability, _ in pairs:
+        noisy = probability * (1 + data.draw(st.floats(-1e-6, 1e-6)))
+        is_apart = abs(settled(probability) - threshold) > GRAIN * probability
+        assert not is_apart or (settled(noisy) > threshold) == (settled(probability) > threshold)
+        assert threshold in (0, 1) or settled(probability) != threshold
 
 
 def test_no_pairs_are_an_error():

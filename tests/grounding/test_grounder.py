@@ -7,8 +7,9 @@ from gem_ray.config import parse_config
 from gem_ray.grounding.boxes import BoxMaker, BoxResult
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.grounder import Grounder, heat_map, to_original
-from gem_ray.grounding.matcher import Matcher
+from gem_ray.grounding.matcher import Match, Matcher
 from gem_ray.grounding.trace import peak
+from gem_ray.pipeline.tables import annotations_table
 from gem_ray.records import Box, Entity, Post, ProblemKind, StageName
 
 
@@ -114,6 +115,32 @@ def test_result_does_not_depend_on_the_other_posts(random_blip):
         for mine, same in zip(one.entities, other.entities, strict=True):
             assert mine.match_score == pytest.approx(same.match_score, abs=1e-5)
             assert (mine.point, mine.box) == (same.point, same.box)
+
+
+class NoisyMatcher:
+    """Every entity is as probable and as flatly attended as every other, but for float noise."""
+
+    def match(self, images, queries) -> list[Match]:
+        rng = np.random.default_rng(len(queries))
+        maps = 1 + 1e-6 * rng.uniform(-1, 1, (len(queries), 4, 4)).astype(np.float32)
+        return [Match(0.7 * (1 + 1e-6 * rng.uniform(-1, 1)), each) for each in maps]
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.699, 0.701])
+@pytest.mark.parametrize("subpatch", [False, True])
+def test_float_noise_decides_neither_what_is_seen_nor_where(threshold, subpatch):
+    results = []
+    for size in (1, 7, 64):
+        posts = [post(index, "Sea") for index in range(64)]
+        for start in range(0, 64, size):
+            Grounder(NoisyMatcher(), RecordingBoxes(), threshold, subpatch_peak=subpatch)(posts[start : start + size])
+        results.append([each.annotation() for each in posts])
+    assert results[0] == results[1] == results[2]
+    rows = annotations_table(posts, "run", {}).to_pylist()
+    assert [row["entities"][0]["box"] is not None for row in rows] == [
+        row["entities"][0]["match_score"] > threshold for row in rows
+    ]
+    assert len({str(row["entities"][0]["box"]) for row in rows}) == 1
 
 
 def test_heat_maps_are_kept_on_request(random_blip):

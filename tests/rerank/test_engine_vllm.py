@@ -1,4 +1,5 @@
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ from gem_ray.benchmarks.plain_reranker import PlainReranker
 from gem_ray.config import load_config
 from gem_ray.rerank.engine import EngineDiedError, Request, RequestError
 from gem_ray.rerank.engine_transformers import TransformersEngine
+from gem_ray.rerank.guardian import children_named
 from gem_ray.rerank.llava import load_llava, merged
 
 pytestmark = pytest.mark.vllm
@@ -116,9 +118,10 @@ def test_questions_about_one_image_hit_the_prefix_cache(engine, requests):
 
 def test_an_engine_that_is_killed_says_so(engine, colored_requests):
     """The last test: nothing is left to ask after it."""
-    own = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("VLLM")]
+    own = children_named("VLLM")
     assert own
     for child in own:
-        child.kill()
+        with suppress(psutil.NoSuchProcess):  # it went with the one before
+            child.kill()
     with pytest.raises(EngineDiedError):
         engine.choose(colored_requests, "generate")

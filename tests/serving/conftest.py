@@ -60,6 +60,10 @@ class Running:
         """Ids of a deployment's processes."""
         return [pid for pid in self.descendants() if deployment_of(pid) == deployment]
 
+    def running(self, name: str) -> list[int]:
+        """Ids of the processes whose command holds a name; of those that are gone meanwhile, none."""
+        return [pid for pid in self.descendants() if name in command_of(pid)]
+
     def descendants(self) -> list[int]:
         """Ids of all processes that the command has started, and those have started."""
         parents = {int(stat.parent.name): _parent(stat) for stat in Path("/proc").glob("[0-9]*/stat")}
@@ -105,11 +109,16 @@ class Running:
         self.process.send_signal(signal.SIGHUP)
 
 
-def deployment_of(pid: int) -> str | None:
+def command_of(pid: int) -> str:
+    """A process's command and arguments, each ended by a NUL; nothing once it is gone."""
     try:
-        title = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0].strip()
+        return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
-        return None
+        return ""
+
+
+def deployment_of(pid: int) -> str | None:
+    title = command_of(pid).split("\0")[0].strip()
     # `ray::ServeReplica:APPLICATION:DEPLOYMENT`, and a method while it runs
     return title.rpartition(":")[2].partition(".")[0] if title.startswith("ray::ServeReplica:") else None
 

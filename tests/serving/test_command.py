@@ -49,8 +49,7 @@ def test_cards_that_are_not_there_are_not_waited_for(command, port):
 
 def test_the_ray_of_the_service_is_closed_by_a_token(service):
     """Its ports are open to the network, and Ray runs what it is sent."""
-    processes = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in service.descendants()}
-    servers = [pid for pid, command in processes.items() if "raylet/raylet" in command or "gcs_server" in command]
+    servers = [*service.running("raylet/raylet"), *service.running("gcs_server")]
     assert len(servers) >= 2
     tokens = set()
     for pid in servers:

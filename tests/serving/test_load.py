@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from gem_ray.benchmarks.load import Load
 
@@ -28,7 +28,8 @@ def standing_still(service, deployment):
         yield
     finally:
         for process in processes:
-            os.kill(process, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # it was taken for dead, and replaced
+                os.kill(process, signal.SIGCONT)
 
 
 def test_posts_that_come_together_share_batches(service, posts):

@@ -6,7 +6,6 @@ import copy
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def engines(service) -> list[int]:
-    return [pid for pid in service.descendants() if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return service.running("EngineCore")
 
 
 def named(row: dict) -> list[tuple]:
