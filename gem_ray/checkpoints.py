@@ -34,14 +34,14 @@ def resolve(reference: str) -> Path:
         PermissionError: the cache on this machine cannot be trusted, or the model is gated.
         ValueError: an `s3://` reference without a bucket, or with credentials in it.
     """
-    if (path := _here(reference)) is not None:
+    if (path := here(reference)) is not None:
         return path
     return _staged_from_s3(reference) if reference.startswith("s3://") else hub.fetch(reference)
 
 
 def local(reference: str) -> Path | None:
     """Where a model is on this machine; none: it is not, and nothing is fetched. `s3://` references never are."""
-    if (path := _here(reference)) is not None:
+    if (path := here(reference)) is not None:
         return path
     return None if "://" in reference else hub.on_disk(reference)
 
@@ -54,7 +54,7 @@ def describe(reference: str) -> str:
     Raises:
         FileNotFoundError, PermissionError, ValueError: as `resolve`.
     """
-    if (path := _here(reference)) is not None:
+    if (path := here(reference)) is not None:
         return f"{reference}@{content_hash(path)}"
     if reference.startswith("s3://"):
         return f"{reference}@{_listing_hash(reference)}"
@@ -68,7 +68,7 @@ def read_file(reference: str, name: str) -> str:
         FileNotFoundError: there is no such file, or no such model.
         ValueError: as `resolve`, or the file holds no text.
     """
-    if (path := _here(reference)) is not None:
+    if (path := here(reference)) is not None:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} has no {name}")
         return (path / name).read_text(encoding="utf-8")
@@ -125,8 +125,12 @@ def _state(path: Path, files: list[Path]) -> str:
     return json.dumps([str(path.absolute()), *facts])
 
 
-def _here(reference: str) -> Path | None:
-    """The path of what needs no network; None: it does."""
+def here(reference: str) -> Path | None:
+    """The path of what needs neither network nor cache; None: it does.
+
+    Raises:
+        FileNotFoundError: a `nano:` or `package:` reference to nothing.
+    """
     if Path(reference).exists():
         return Path(reference)
     if reference.startswith("nano:"):
@@ -157,6 +161,20 @@ def _staged_from_s3(reference: str) -> Path:
 
 def _listing_hash(reference: str) -> str:
     """The first 12 hex digits of the SHA-256 over names, sizes and ETags of the objects."""
+    return hashlib.sha256(json.dumps(_listing(reference)).encode()).hexdigest()[:12]
+
+
+def s3_size(reference: str) -> int:
+    """Bytes of the objects at an `s3://` reference.
+
+    Raises:
+        FileNotFoundError, ValueError: as `resolve`.
+    """
+    return sum(size for _, size, _ in _listing(reference))
+
+
+def _listing(reference: str) -> list[tuple[str, int, str]]:
+    """Names below an `s3://` reference, sizes and ETags of the objects there, in order."""
     uri = S3Uri.parse(reference)
     try:
         kind = open_bucket(uri).get_file_info(uri.path).type
@@ -165,8 +183,7 @@ def _listing_hash(reference: str) -> str:
         objects = sorted(list_objects(uri, is_file=kind is fs.FileType.File))
     except OSError as error:
         raise FileNotFoundError(f"no model at {reference!r}: {error}") from None
-    content = [(name.removeprefix(uri.path), size, etag) for name, (size, _, etag) in objects]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return [(name.removeprefix(uri.path), size, etag) for name, (size, _, etag) in objects]
 
 
 def _fetch(reference: str, content: str, target: Path) -> None:

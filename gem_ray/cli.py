@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands import annotate, evaluate, export, reranker, serve, shards, train
+from gem_ray.commands import annotate, evaluate, export, models, reranker, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
 from gem_ray.redaction import RedactingFormatter, redacted
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(annotate.app)
 app.add_typer(evaluate.app)
 app.add_typer(export.app)
+app.add_typer(models.app, name="models")
 app.add_typer(reranker.app)
 app.add_typer(shards.app, name="shards")
 app.add_typer(train.app, name="train")

@@ -148,6 +148,18 @@ def read_file(reference: str, name: str) -> str:
         return _download(place, name).read_text(encoding="utf-8")
 
 
+def licence(model: HubModel) -> str | None:
+    """What the hub says about a model's licence; None: nothing, or it cannot be asked."""
+    import httpx2
+    from huggingface_hub import HfApi
+
+    try:
+        card = HfApi().model_info(model.reference.repo, revision=model.reference.revision).card_data
+    except (httpx2.HTTPError, OSError):
+        return None
+    return (card.get("license_name") or card.get("license")) if card else None
+
+
 def is_pinned(reference: str) -> bool:
     """Whether a reference names a commit of the hub: it stands for the same files for ever."""
     match = _REFERENCE.fullmatch(reference)
@@ -260,6 +272,7 @@ def _literal(name: str) -> str:
 def _explained(reference: str) -> Iterator[None]:
     """The hub's errors as one sentence."""
     import httpx2
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RevisionResolutionError
 
     try:
@@ -269,7 +282,12 @@ def _explained(reference: str) -> Iterator[None]:
         raise PermissionError(
             f"{repo} is gated: accept its terms on the hub, then set HF_TOKEN to a token of that account"
         ) from None
-    except (httpx2.HTTPError, RevisionResolutionError, OSError, ValueError) as error:
+    except RevisionResolutionError:
+        raise FileNotFoundError(
+            f"no model at {reference!r}: not a local path, not in the hub's cache here, and the hub cannot be asked"
+            f"{' while HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else ''}"
+        ) from None
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no model at {reference!r}: not a local path, and the hub did not give it: {_reason(error)}"
         ) from None

@@ -10,7 +10,8 @@ from typing import Any
 
 from gem_ray.checkpoints import local, resolve
 from gem_ray.config import ConfigError, merge_trees
-from gem_ray.planning.published import PUBLISHED, Published
+from gem_ray.hub import loaded_files
+from gem_ray.planning.published import PUBLISHED, find_published
 
 _BYTES_OF_A_PTH_WEIGHT = 4  # SAM's are in float32
 
@@ -51,11 +52,11 @@ def model_facts(key: str, reference: str, like: str, built_like: dict[str, str])
         if "num_attention_heads" in shape:  # keys and values are grouped only where it is said
             shape = {"num_key_value_heads": shape["num_attention_heads"], **shape}
         return ModelFacts(name, count_parameters(path), merge_trees(PUBLISHED[like].shape, shape), "its files")
-    published = _published(reference)
+    published = find_published(reference)
     if published is not None:
         return ModelFacts(name, published.parameters, published.shape, published.source)
     stand_in = built_like.get(reference)
-    published = _published(stand_in) if stand_in else None
+    published = find_published(stand_in) if stand_in else None
     if published is not None:
         return ModelFacts(name, published.parameters, published.shape, f"not there yet; as {stand_in}")
     raise ConfigError(
@@ -88,19 +89,52 @@ def read_shape(path: Path) -> dict[str, Any]:
     shape = _read_json(path / "config.json")
     if base := shape.get("base_encoder"):
         return read_shape(resolve(base))
+    if shape.get("model_type") == "sam" and "vision_config" in shape:
+        return _sam_of_the_hub(shape["vision_config"])
     return shape.get("encoder") or shape
 
 
-def _published(reference: str) -> Published | None:
-    return PUBLISHED.get(reference) or PUBLISHED.get(reference.rpartition("/")[2])
+def _sam_of_the_hub(vision: dict[str, Any]) -> dict[str, Any]:
+    """The shape of a SAM as `published` has it, from transformers' `config.json`; vit_b's where it says nothing."""
+    keys = {
+        "width": "hidden_size",
+        "depth": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "window": "window_size",
+        "global_layers": "global_attn_indexes",
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+    }
+    usual = PUBLISHED["sam_vit_b_01ec64.pth"].shape
+    return {own: vision.get(key, usual[own]) for own, key in keys.items()}
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The number of values in each tensor of a folder's safetensors files, from the files' headers."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("adapter_model*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder} holds no safetensors file, so its size is not known")
-    return {name: size for file in files for name, size in _header(file).items()}
+    """The number of values in each tensor of the weight files that are loaded."""
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    try:
+        loaded = loaded_files(names, lambda name: (folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"the size of {folder} is not known: {error}") from None
+    files = [folder / name for name in sorted(loaded) if "/" not in name]
+    sizes: dict[str, int] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            sizes |= _header(file)
+        elif file.suffix == ".bin":
+            sizes |= _pickled(file)
+    return sizes
+
+
+def _pickled(file: Path) -> dict[str, int]:
+    """Of weights saved by `torch.save`; nothing but shapes is read where the file's format allows it."""
+    import torch
+
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except RuntimeError:  # the format from before torch 1.6, which cannot be mapped
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    return {name: tensor.numel() for name, tensor in tensors.items()}
 
 
 def _header(file: Path) -> dict[str, int]:

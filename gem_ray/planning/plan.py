@@ -13,7 +13,7 @@ from gem_ray.config import Config, ConfigError, StagePlacement
 from gem_ray.planning.cards import GIB, Card, find_card
 from gem_ray.planning.costs import stage_need
 from gem_ray.planning.pools import Pool, Source, allocate
-from gem_ray.planning.published import PUBLISHED
+from gem_ray.planning.published import find_published
 from gem_ray.planning.refusals import gib, too_large, too_many
 from gem_ray.records import StageName
 from gem_ray.redaction import redacted
@@ -204,8 +204,8 @@ def make_plan(
 def _notes(config: Config) -> Iterator[str]:
     explainer = config.knowledge.explainer
     if explainer is not None and explainer.engine == "endpoint":
-        size = PUBLISHED[explainer.model].parameters if explainer.model in PUBLISHED else None
-        weights = f", {gib(2 * size)} GiB of weights in half precision" if size else ""
+        published = find_published(explainer.model)
+        weights = f", {gib(2 * published.parameters)} GiB of weights in half precision" if published else ""
         where = redacted(explainer.base_url)
         yield f"not in it: the explainer, {explainer.model} behind {where}{weights}, and its speed"
 

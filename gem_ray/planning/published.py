@@ -1,8 +1,9 @@
-"""Published models, for plans made where their files are not: size, shape, and where the figures are from.
+"""Published models, for plans made where their files are not: size, shape, licence, and where the facts are from.
 
 `shape` holds the keys of the model's `config.json` that a plan reads. `parameters` are counted on the architecture
 that transformers, or the segment-anything package, builds from the published configuration, which is what its weight
-files hold; a test counts them again. Keys that a published file leaves to its class are written out.
+files hold; a test counts them again. Keys that a published file leaves to its class are written out. Licences are those
+of the model cards on the hub (of SAM's `.pth`, of its repository); read them before a use that they may not allow.
 """
 
 from __future__ import annotations
@@ -30,11 +31,20 @@ class Published:
         parameters: of the whole checkpoint.
         source: where its shape is published.
         shape: as in its `config.json`.
+        licence: of the weights.
+        weight_bytes: of each parameter in the published files; their size is computed with it.
     """
 
     parameters: int
     source: str
     shape: dict[str, Any]
+    licence: str
+    weight_bytes: int = 4
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight files, computed; the hub knows them exactly."""
+        return self.parameters * self.weight_bytes
 
 
 def _sam(parameters: int, width: int, depth: int, heads: int, global_layers: tuple[int, ...]) -> Published:
@@ -43,6 +53,7 @@ def _sam(parameters: int, width: int, depth: int, heads: int, global_layers: tup
         parameters,
         "github.com/facebookresearch/segment-anything, build_sam.py; Kirillov et al. 2023",
         {**shape, "global_layers": global_layers},
+        "apache-2.0",
     )
 
 
@@ -52,18 +63,19 @@ def _grounding_dino(parameters: int, width: int, depths: tuple[int, ...], window
         parameters,
         "config.json on the hub; Liu et al. 2023, Grounding DINO",
         {"backbone_config": {**backbone, "window_size": window}, "d_model": 256, "encoder_layers": 6},
+        "apache-2.0",
     )
 
 
 PUBLISHED = {
     "google-bert/bert-base-uncased": Published(
-        109_482_240, "config.json on the hub; Devlin et al. 2019", {"model_type": "bert", **_ENCODER_BASE}
+        109_482_240, "config.json on the hub; Devlin et al. 2019", {"model_type": "bert", **_ENCODER_BASE}, "apache-2.0"
     ),
     "FacebookAI/roberta-base": Published(
-        124_645_632, "config.json on the hub; Liu et al. 2019", {"model_type": "roberta", **_ENCODER_BASE}
+        124_645_632, "config.json on the hub; Liu et al. 2019", {"model_type": "roberta", **_ENCODER_BASE}, "mit"
     ),
     "FacebookAI/roberta-large": Published(
-        355_359_744, "config.json on the hub; Liu et al. 2019", {"model_type": "roberta", **_ENCODER_LARGE}
+        355_359_744, "config.json on the hub; Liu et al. 2019", {"model_type": "roberta", **_ENCODER_LARGE}, "mit"
     ),
     "Salesforce/blip2-opt-2.7b": Published(
         3_744_761_856,
@@ -87,6 +99,7 @@ PUBLISHED = {
                 "vocab_size": 50304,
             },
         },
+        "mit; its language model, OPT-2.7B: OPT-175B licence, for non-commercial research",
     ),
     "llava-hf/llava-1.5-7b-hf": Published(
         7_063_427_072,
@@ -102,6 +115,8 @@ PUBLISHED = {
                 "vocab_size": 32064,
             },
         },
+        "llama2; trained on answers of GPT-4, whose terms forbid competing models",
+        weight_bytes=2,
     ),
     "llava-hf/llava-1.5-13b-hf": Published(
         13_351_494_656,
@@ -117,16 +132,20 @@ PUBLISHED = {
                 "vocab_size": 32064,
             },
         },
+        "llama2; trained on answers of GPT-4, whose terms forbid competing models",
+        weight_bytes=2,
     ),
     "Salesforce/blip-itm-base-coco": Published(
         223_744_258,
         "config.json on the hub; Li et al. 2022, BLIP",
         {"vision_config": {**_ENCODER_BASE, "image_size": 384, "patch_size": 16}, "text_config": _ENCODER_BASE},
+        "bsd-3-clause",
     ),
     "Salesforce/blip-itm-large-coco": Published(
         446_128_642,
         "config.json on the hub; Li et al. 2022, BLIP",
         {"vision_config": {**_ENCODER_LARGE, "image_size": 384, "patch_size": 16}, "text_config": _ENCODER_BASE},
+        "bsd-3-clause",
     ),
     "sam_vit_b_01ec64.pth": _sam(93_735_472, 768, 12, 12, (2, 5, 8, 11)),
     "sam_vit_l_0b3195.pth": _sam(312_342_832, 1024, 24, 16, (5, 11, 17, 23)),
@@ -135,6 +154,7 @@ PUBLISHED = {
         150_747_746,
         "config.json on the hub; Lüddecke and Ecker 2022; it reads 352 × 352 pixels",
         {"vision_config": {**_ENCODER_BASE, "image_size": 352, "patch_size": 16}},
+        "apache-2.0",
     ),
     "IDEA-Research/grounding-dino-tiny": _grounding_dino(172_250_626, 96, (2, 2, 6, 2), 7),
     "IDEA-Research/grounding-dino-base": _grounding_dino(232_315_264, 128, (2, 2, 18, 2), 12),
@@ -142,6 +162,7 @@ PUBLISHED = {
         154_966_792,
         "config.json on the hub; Minderer et al. 2023, OWLv2",
         {"vision_config": {**_ENCODER_BASE, "image_size": 960, "patch_size": 16}},
+        "apache-2.0",
     ),
     "facebook/sam3": Published(
         840_376_374,
@@ -160,6 +181,7 @@ PUBLISHED = {
                 }
             }
         },
+        "SAM License of Meta; gated",
     ),
     "meta-llama/Meta-Llama-3-8B-Instruct": Published(
         8_030_261_248,
@@ -172,5 +194,30 @@ PUBLISHED = {
             "num_key_value_heads": 8,
             "vocab_size": 128256,
         },
+        "llama3; gated",
+        weight_bytes=2,
     ),
 }
+# Other places of the same weights.
+_ALSO_AT = {
+    "facebook/sam-vit-base": "sam_vit_b_01ec64.pth",
+    "facebook/sam-vit-large": "sam_vit_l_0b3195.pth",
+    "facebook/sam-vit-huge": "sam_vit_h_4b8939.pth",
+}
+
+
+def find_published(reference: str) -> Published | None:
+    """The facts of a published model, by a reference to it or to a copy of it.
+
+    Args:
+        reference: of the hub, with or without revision and file; or a path or an `s3://` URI that ends in the file's
+            name, or in the repository's with the revision, as `gem-ray models fetch` writes it.
+    """
+    repo, file = reference, ""
+    if "://" not in reference:
+        repo, _, file = reference.partition(":")
+    parts = [part.partition("@")[0] for part in repo.rstrip("/").split("/")]
+    for name in (file.rpartition("/")[2], "/".join(parts[-2:]), parts[-1]):
+        if found := PUBLISHED.get(_ALSO_AT.get(name, name)):
+            return found
+    return None

@@ -432,7 +432,7 @@ def test_an_unknown_model_is_named_with_its_key_and_a_remedy() -> None:
 
 
 def test_a_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no safetensors"):
+    with pytest.raises(ConfigError, match=r"it has no model\.safetensors, pytorch_model\.bin"):
         make_plan(load_config(overrides=[f"tagger.model={tmp_path}"]))
 
 
