@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -50,6 +51,9 @@ def main() -> None:
     """Run the command; errors that a user can mend are a sentence, not a traceback."""
     from gem_ray.config import ConfigError
 
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no `–` or `γ` shows `?`; nothing is lost for it
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if not sys.stderr.isatty():  # bars of transformers and the hub would fill a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

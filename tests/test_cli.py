@@ -221,3 +221,19 @@ def test_an_experiment_without_training_posts_says_where_to_put_them(labelled: P
     done = gem_ray("experiment", "figure3", "--data", labelled, "--out", tmp_path / "out")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert f"put shards in {labelled / 'train'}" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_a_terminal_that_lacks_characters_loses_no_scores(tmp_path: Path, encoding: str) -> None:
+    posts = list(generate(2, seed=4))
+    write_posts(posts, tmp_path / "posts")
+    (tmp_path / "out" / "annotations").mkdir(parents=True)
+    rows = pa.Table.from_pylist([post.annotation() for post in posts], ANNOTATION_SCHEMA)
+    pq.write_table(rows, tmp_path / "out" / "annotations" / "a.parquet")
+    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", "evaluate", "posts", "out"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [*command, "--json", "scores.json"], cwd=tmp_path, env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["posts"] == 2

@@ -48,12 +48,12 @@ def evaluate(
     annotated = read_predictions_of(posts, predictions)
     others = read_predictions_of(posts, against) if against else []
     report = score(posts, annotated, **how)
-    print_report(report)
     differences = compare(posts, annotated, others, **how) if against else {}
-    if differences:
-        print_differences(differences, str(against))
     if json is not None:
         write_report(report, json, differences)
+    print_report(report)
+    if differences:
+        print_differences(differences, str(against))
 
 
 @app.command(epilog="Example: `gem-ray errors posts/ out/ errors.html --train train/`")
@@ -90,8 +90,8 @@ def errors(
     )
     shown = {case.post.post_id for case in found.worst}
     source = images or (None if split else gold)
-    pictures = read_images(source, ImageConfig()) if source else ()
-    write_error_report(found, out, images={name: data for name, data in pictures if name in shown}, labels=label_set)
+    pictures = dict(read_images(source, ImageConfig(), shown)) if source else {}
+    write_error_report(found, out, images=pictures, labels=label_set)
     typer.echo(f"error report: {out}")
 
 
@@ -127,8 +127,8 @@ def calibrate(
     posts = labelled_posts(data, split, images, settings.labels)
     entities = list(dev_set.judge_dev_set(posts, settings, k, answers))
     result = calibration.calibrate(entities, k, settings.filter.gamma, budget, bin_width)
-    calibration_report.print_calibration(result)
     calibration_report.write_calibration(result, out)
+    calibration_report.print_calibration(result)
     typer.echo(f"figures: {out / 'calibration.json'}, plot: {out / 'calibration.png'}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from gem_ray.annotator import active_stages, build_stage
 from gem_ray.config import Config
 from gem_ray.evaluation.calibration import JudgedEntity
+from gem_ray.evaluation.joins import repeated_ids
 from gem_ray.evaluation.predictions import iterate_predictions
 from gem_ray.evaluation.rules import EvaluationError, Rules, Verdict, judge
 from gem_ray.records import Entity, GoldEntity, Post, StageName
@@ -78,12 +79,16 @@ class EarlierRun:
 
     Raises:
         FileNotFoundError: there are no annotations at `path`.
+        EvaluationError: an id stands twice in it.
     """
 
     def __init__(self, path: Path | str) -> None:
+        posts = list(iterate_predictions(path))
+        if repeated := repeated_ids(posts):
+            raise EvaluationError(f"post_id {min(repeated)!r} stands twice in {path}: which of the two is judged?")
         self._category = {
             (post.post_id, entity.start, entity.end): entity.fine
-            for post in iterate_predictions(path)
+            for post in posts
             for entity in post.entities
             if entity.reranked
         }

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import resources
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from PIL import Image
 from gem_ray.config import ImageConfig, parse_config
 from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.tokenize import word_spans
+from gem_ray.evaluation.joins import matched, with_distinct_ids
 from gem_ray.evaluation.metrics import Report, evaluate
 from gem_ray.evaluation.predictions import iterate_predictions, read_images, read_inputs, read_run
 from gem_ray.evaluation.report import TASK_TITLES, percent
@@ -101,18 +101,19 @@ def write_gallery_of_run(annotations: Path | str, images: Path | str, out: Path,
     run = read_run(annotations)
     config = parse_config(run.get("config", {}))
     labels = LABEL_SETS[config.labels]
-    inputs = list(islice(read_inputs(images), limit))
-    order = {post.post_id: position for position, post in enumerate(inputs)}
-    posts = [post for post in iterate_predictions(annotations) if not inputs or post.post_id in order]
+    inputs = with_distinct_ids(read_inputs(images))
+    order = {post.post_id: position for position, post in enumerate(inputs[:limit])}
+    annotated = iterate_predictions(annotations)
+    posts = [post for post in matched(annotated, inputs) if post.post_id in order] if inputs else list(annotated)
     if not posts:
         raise EvaluationError(f"{annotations} annotates none of the posts at {images}")
     posts = sorted(posts, key=lambda post: order.get(post.post_id, 0))[:limit]
-    gold = {post.post_id: post for post in inputs if post.gold is not None}
+    gold = {post.post_id: post for post in inputs[:limit] if post.gold is not None}
     judged = [post for post in posts if post.post_id in gold]
     write_gallery(
         posts,
         out,
-        images=read_images(images, config.image),
+        images=read_images(images, config.image, {post.post_id for post in posts}),
         gold={post_id: post.gold or [] for post_id, post in gold.items()},
         title="Annotated posts",
         labels=labels,

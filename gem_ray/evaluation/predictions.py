@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.formats import IMAGE_SUFFIXES
 from gem_ray.data.listing import list_shards
+from gem_ray.evaluation.joins import id_by_row, matched, with_distinct_ids
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import ANNOTATION_SCHEMA, Post
 from gem_ray.taxonomy import FMNERG, LabelSet
@@ -89,8 +90,8 @@ def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMN
     if twitter10000.is_root(path):
         if split is None:
             raise EvaluationError(f"{path} is a Twitter10000 root: say which split, as --split dev")
-        return twitter10000.read_split(Path(path), split, labels=labels)
-    posts = list(read_inputs(path))
+        return with_distinct_ids(twitter10000.read_split(Path(path), split, labels=labels))
+    posts = with_distinct_ids(read_inputs(path))
     if split is not None:
         raise EvaluationError(
             f"{path} is no Twitter10000 root: --split means nothing there; give the folder of the split"
@@ -101,13 +102,17 @@ def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMN
 
 
 def read_predictions_of(gold: Sequence[Post], path: Path | str) -> list[Post]:
-    """What was predicted for a gold split; see `read_predictions`.
+    """What was predicted for a gold split, with the ids that it has; see `read_predictions`.
+
+    Args:
+        gold: as `read_gold` gives it.
+        path: as for `read_predictions`.
 
     Raises:
         FileNotFoundError: there are no annotations at `path`.
-        EvaluationError: they are of none of its posts; or as `read_predictions`.
+        EvaluationError: they are of none of its posts, or nobody can tell of which; or as `read_predictions`.
     """
-    annotated = read_predictions(path)
+    annotated = list(matched(iterate_predictions(path), gold))
     if {post.post_id for post in gold}.isdisjoint(post.post_id for post in annotated):
         raise EvaluationError(f"{path} annotates no post of the gold split: no `post_id` is in both")
     return annotated
@@ -116,27 +121,33 @@ def read_predictions_of(gold: Sequence[Post], path: Path | str) -> list[Post]:
 def read_inputs(path: Path | str) -> Iterator[Post]:
     """The posts of shards, without their images but with their sizes; none for a folder of images."""
     if not _image_files(Path(path)):
-        yield from map(_without_image, shards.read_posts(path))
+        yield from map(_without_image, shards.read_numbered_posts(path))
 
 
-def read_images(path: Path | str, config: ImageConfig) -> Iterator[tuple[str, bytes]]:
+def read_images(path: Path | str, config: ImageConfig, ids: Collection[str]) -> Iterator[tuple[str, bytes]]:
     """Post id and encoded image, one at a time; images that may not or cannot be fetched are left out.
 
     Args:
         path: the shards that were annotated, or a local folder of images named by post id.
         config: where the shards' `image_uri` may lead.
+        ids: of the posts whose images are read; see `joins` for those that stand twice.
 
     Raises:
         FileNotFoundError: neither shards nor images are at `path`.
     """
     fetcher = Fetcher(config)
-    for post_id, image in iterate_images(path):
-        with suppress(ImageError):
-            yield post_id, fetcher.fetch(image) if isinstance(image, str) else image
+    for post_id, row_id, image in iterate_images(path):
+        by_row = id_by_row(post_id, row_id)
+        if by_row in ids or post_id in ids:
+            with suppress(ImageError):
+                data = fetcher.fetch(image) if isinstance(image, str) else image
+                yield by_row if by_row in ids else post_id, data
 
 
-def iterate_images(path: Path | str) -> Iterator[tuple[str, bytes | str]]:
-    """Post id and image of the posts that have one, as it is there: encoded, or the `image_uri`, which is not followed.
+def iterate_images(path: Path | str) -> Iterator[tuple[str, int | None, bytes | str]]:
+    """Post id, row id and image of the posts that have one; images of a folder have no row.
+
+    The image is as it is there: encoded, or the `image_uri`, which is not followed.
 
     Args:
         path: as for `read_images`.
@@ -146,12 +157,12 @@ def iterate_images(path: Path | str) -> Iterator[tuple[str, bytes | str]]:
     """
     files = _image_files(Path(path))
     if files:
-        yield from ((file.stem, file.read_bytes()) for file in files)
+        yield from ((file.stem, None, file.read_bytes()) for file in files)
         return
-    for post in shards.read_posts(path):
+    for post in shards.read_numbered_posts(path):
         image = post.image_bytes or post.image_uri
         if image:
-            yield post.post_id, image
+            yield post.post_id, post.row_id, image
 
 
 def read_run(path: Path | str) -> dict[str, Any]:

@@ -40,11 +40,11 @@ def write_coco(
             if not (post.image_width and post.image_height):
                 tally.remarks["posts left out, because the size of their image is not known"] += 1
                 continue
-            reference = references.find(post.post_id) if references else None
+            reference = references.find(post) if references else None
             if references and not reference:
                 tally.remarks["posts whose image was not found, and is named by their id"] += 1
             image_id = tally.posts
-            images.append(_image(post, image_id, reference or post.post_id))
+            images.append(_image(post, image_id, reference or _file_name(post.post_id)))
             for entity in post.entities:
                 if entity.box:
                     tally.boxes += 1
@@ -68,6 +68,12 @@ def _image(post: Post, image_id: int, name: str) -> dict[str, Any]:
     }
 
 
+def _file_name(post_id: str) -> str:
+    """A post's id as a path that stays in its folder: readers join it to one."""
+    name = post_id.replace("\\", "/").replace("\0", "")
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
 def _annotation(entity: Entity, box: Box, number: int, image_id: int, ids: Mapping[str, int]) -> dict[str, Any]:
     if entity.fine not in ids:
         raise ValueError(f"{entity.fine!r} is not a category of this label set; say which one it is, with --labels")
@@ -77,6 +83,7 @@ def _annotation(entity: Entity, box: Box, number: int, image_id: int, ids: Mappi
         "category_id": ids[entity.fine],
         "bbox": [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1],
         "area": box.area,
+        "segmentation": [],  # readers take the field for granted
         "iscrowd": 0,
         "score": entity.score,
         "box_score": entity.box_score,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TextIO
 from urllib.parse import quote
 
@@ -34,8 +35,8 @@ def write_label_studio(
     """
     tasks = JsonArray(file)
     for row in rows:
-        post = Post.from_annotation(row)
-        image = _address(references.find(post.post_id)) if references else ""
+        post = _without_nul(Post.from_annotation(row))
+        image = _address(references.find(post)) if references else ""
         result = [part for number, entity in enumerate(post.entities) for part in _parts(post, entity, number)]
         tasks.append(_task(post, image, row.get("run_id"), result))
         tally.posts += 1
@@ -61,6 +62,16 @@ def labelling_setup(labels: LabelSet) -> str:
   </Labels>
 </View>
 """
+
+
+def _without_nul(post: Post) -> Post:
+    """Label Studio's database takes no U+0000; another character in its place keeps the offsets."""
+    entities = [replace(entity, text=_replaced(entity.text)) for entity in post.entities]
+    return replace(post, post_id=_replaced(post.post_id), text=_replaced(post.text), entities=entities)
+
+
+def _replaced(text: str) -> str:
+    return text.replace("\0", "\ufffd")
 
 
 def _task(post: Post, image: str, run_id: str | None, result: list[dict[str, Any]]) -> dict[str, Any]:

@@ -166,11 +166,11 @@ def test_a_twitter10000_root_needs_a_split():
 
 def test_images_are_read_from_shards_or_from_a_folder_of_files(tmp_path):
     write_posts([Post("a", "text", image_bytes=jpeg()), Post("b", "text")], tmp_path / "posts")
-    assert dict(read_images(tmp_path / "posts", ImageConfig())) == {"a": jpeg()}
+    assert dict(read_images(tmp_path / "posts", ImageConfig(), {"a", "b"})) == {"a": jpeg()}
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg())
     (tmp_path / "files" / "notes.txt").write_text("no image")
-    assert dict(read_images(tmp_path / "files", ImageConfig())) == {"a": jpeg()}
+    assert dict(read_images(tmp_path / "files", ImageConfig(), {"a", "b"})) == {"a": jpeg()}
     assert list(read_inputs(tmp_path / "files")) == []
 
 
@@ -179,8 +179,8 @@ def test_image_uris_lead_only_where_the_configuration_allows(tmp_path):
     (tmp_path / "images" / "a.jpg").write_bytes(jpeg())
     (tmp_path / "secret.jpg").write_bytes(jpeg())
     write_posts([Post("a", "", image_uri="a.jpg"), Post("b", "", image_uri="../secret.jpg")], tmp_path / "posts")
-    assert dict(read_images(tmp_path / "posts", ImageConfig())) == {}
-    assert dict(read_images(tmp_path / "posts", ImageConfig(root=tmp_path / "images"))) == {"a": jpeg()}
+    assert dict(read_images(tmp_path / "posts", ImageConfig(), {"a", "b"})) == {}
+    assert dict(read_images(tmp_path / "posts", ImageConfig(root=tmp_path / "images"), {"a", "b"})) == {"a": jpeg()}
 
 
 def test_the_facts_of_a_run_are_read_where_they_are(tmp_path):
