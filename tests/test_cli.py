@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from gem_ray.cli import app
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.pipeline.tables import annotations_table
-from gem_ray.records import Entity, Post, ProblemKind, StageName
+from gem_ray.records import ANNOTATION_SCHEMA, Entity, Post, ProblemKind, StageName
 
 
 def gem_ray(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -63,6 +63,10 @@ _MAGIC = (
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNK_FRAME = 12  # bytes of a chunk beside its content: length, name, checksum
+_MAX_PNG_TEXT = 2**16
+
 # Pillow decodes outside the interpreter's lock. Each decoding may hold a full-size image for a moment.
 _DECODED_AT_ONCE = min(8, os.cpu_count() or 1)
 
@@ -169,7 +173,7 @@ def _open(data: bytes, config: ImageConfig) -> Image.Image:
     """Read the header and check the size it claims."""
     too_large = f"image.max_pixels allows {config.max_pixels:,}"
     try:
-        image = Image.open(BytesIO(data), formats=_FORMATS)
+        image = Image.open(BytesIO(_without_metadata(data)), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         message = f"the image is far too large ({error}); {too_large}"
         raise ImageError(ProblemKind.IMAGE_TOO_LARGE, message) from error
@@ -181,6 +185,28 @@ def _open(data: bytes, config: ImageConfig) -> Image.Image:
             ProblemKind.IMAGE_TOO_LARGE, f"the image has {width} × {height} = {width * height:,} pixels; {too_large}"
         )
     return image
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without its large texts and its colour profile, which Pillow unpacks, and gives the picture up for.
+
+    Small plain texts stay: one of them may say which side is up.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return data
+    kept, place = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while place < len(data):
+        length = int.from_bytes(data[place : place + 4])
+        kind, end = data[place + 4 : place + 8], place + length + _PNG_CHUNK_FRAME
+        is_compressed = kind in (b"zTXt", b"iCCP") or (kind == b"iTXt" and _is_packed(data[place + 8 : end]))
+        if not (is_compressed or (kind in (b"tEXt", b"iTXt") and length > _MAX_PNG_TEXT)):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _is_packed(text: bytes) -> bool:
+    return text[text.find(b"\0") + 1 :][:1] == b"\1"
 
 
 def _decode(image: Image.Image, max_side: int) -> tuple[int, Image.Image]:

@@ -142,7 +142,7 @@ class Preparer:
 
 
 def _check_text(post: Post) -> None:
-    if not post.text.strip():
+    if not (post.tokens or tokenize(post.text)):
         post.fail(_STAGE, _BAD, "text is empty")
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,8 +105,9 @@ class SubwordEncoder:
         """Subword ids of texts and knowledge, one call of the tokenizer for each."""
         if not posts:
             return []
+        words = [[encoder_form(token) for token in post.tokens] for post in posts]
         texts = self.tokenizer(
-            [post.tokens for post in posts],
+            words,
             is_split_into_words=True,
             add_special_tokens=False,
             return_offsets_mapping=self.design.word_shapes,
@@ -128,10 +130,10 @@ class SubwordEncoder:
         return [
             replace(
                 each,
-                word_cases=self._word_cases(post.tokens, each, texts.word_ids(row), texts.offset_mapping[row]),
+                word_cases=self._word_cases(words[row], each, texts.word_ids(row), texts.offset_mapping[row]),
                 knowledge_cases=cases_of(sources[row], knowledge.offset_mapping[row]),
             )
-            for row, (post, each) in enumerate(zip(posts, subwords, strict=True))
+            for row, each in enumerate(subwords)
         ]
 
     def windows(self, post: SubwordPost, index: int = 0) -> list[Window]:
@@ -197,6 +199,19 @@ class SubwordEncoder:
         if self.design.word_shapes:
             cases = [case for word in post.word_cases[window.word_start : window.word_end] for case in word]
             window.shapes = input_shapes(text, cases, knowledge, post.knowledge_cases[: len(knowledge)])
+
+
+def encoder_form(word: str) -> str:
+    """A word as the encoder reads it: mathematical, full-width and circled letters are plain, for it knows no others.
+
+    Signs stay as they are, which it has learnt (`…`). Text and offsets keep the word.
+    """
+    return word if word.isascii() else "".join(map(_plain_letter, word))
+
+
+def _plain_letter(character: str) -> str:
+    plain = unicodedata.normalize("NFKC", character)
+    return plain if plain.isascii() and plain.isalnum() else character
 
 
 def knowledge_text(post: Post, source: KnowledgeSource) -> str:

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from gem_ray.config import Config, ImageConfig
 from gem_ray.data.images import ImageError, ImageLoader, decode_image
@@ -331,3 +332,30 @@ def test_a_batch_of_encoded_images_is_never_all_in_memory(s3):
     tracemalloc.stop()
     assert all(post.image is not None for post in posts)
     assert peak < len(posts) * len(data) / 3
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "iCCP"])
+@pytest.mark.parametrize("size", [10, 3 * 2**20, 80 * 2**20])
+def test_a_picture_is_whole_whatever_is_written_beside_it(kind, size):
+    """ComfyUI, Photoshop and Krita write megabytes of texts into PNGs."""
+    image, info, options = Image.new("RGB", (9, 5), "red"), PngInfo(), {}
+    if kind == "iCCP":
+        options["icc_profile"] = bytes(size)
+    elif kind == "iTXt":
+        info.add_itxt("workflow", "x" * size, zip=True)
+    elif size < 30 * 2**20 or kind == "zTXt":
+        info.add_text("workflow", "x" * size, zip=kind == "zTXt")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    decoded = decode_image(encoded(image, "PNG", pnginfo=info, exif=exif, **options), CONFIG)
+    assert decoded.pixels.shape == (9, 5, 3)  # upright
+    assert decoded.pixels[0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_cut_png_with_texts_is_still_damaged():
+    info = PngInfo()
+    info.add_text("workflow", "x" * 3 * 2**20, zip=True)
+    data = encoded(Image.effect_noise((50, 50), 9), "PNG", pnginfo=info)
+    for end in (len(data) - 40, 40, 9):
+        with pytest.raises(ImageError, match=r"damaged"):
+            decode_image(data[:end], CONFIG)

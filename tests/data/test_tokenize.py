@@ -24,6 +24,7 @@ TWEETS = [
     ("👩🏽‍🚀🏳️‍🌈", ["👩", "🏽", "\u200d", "🚀", "🏳", "\ufe0f", "\u200d", "🌈"]),  # as in the data: a word a code point
     ("हिन्दी e\u0301te\u0301", ["हिन्दी", "e\u0301te\u0301"]),
     ("東京タワーで", ["東", "京", "タ", "ワ", "ー", "で"]),
+    ("𝐕𝐞𝐱𝐥𝐞𝐲 ＬＹＯＮ Ⓥⓔⓧ 🅅🄴🄻", ["𝐕𝐞𝐱𝐥𝐞𝐲", "ＬＹＯＮ", "Ⓥⓔⓧ", "🅅🄴🄻"]),
     ("a\x1cb  \n\t ", ["a", "b"]),
 ]
 
@@ -33,12 +34,27 @@ def test_words_of_tweets(text, tokens):
     assert tokenize(text) == tokens
 
 
+INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u202a\u202e\u2060\u2064\u2066\u2069\ufeff"
+WITHOUT_INVISIBLE = str.maketrans("", "", INVISIBLE + "\u202b\u202c\u202d\u2061\u2062\u2063\u2067\u2068")
+
+
 @settings(deadline=None)
-@given(st.text())
-def test_words_are_all_of_the_text_but_white_space(text):
+@given(st.text() | st.text(st.sampled_from(f"ab-/.1é 東{INVISIBLE}")))
+def test_words_are_all_of_the_text_but_white_space_and_what_is_invisible(text):
     tokens = tokenize(text)
     assert all(token.strip() for token in tokens)
-    assert "".join("".join(tokens).split()) == "".join(text.split())
+    visible = text.translate(WITHOUT_INVISIBLE)
+    assert "".join("".join(tokens).translate(WITHOUT_INVISIBLE).split()) == "".join(visible.split())
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["Vexley", "Lyon", "wi-fi", "éa"]), min_size=1), st.data())
+def test_invisible_characters_neither_split_words_nor_are_words(words, data):
+    mark = st.sampled_from(["", *INVISIBLE])
+    marked = ["".join(letter + data.draw(mark) for letter in word) for word in words]
+    tokens = tokenize(data.draw(mark) + " ".join(marked))
+    assert [token.translate(WITHOUT_INVISIBLE) for token in tokens] == words
+    assert [token.rstrip(INVISIBLE) for token in tokens] == [word.rstrip(INVISIBLE) for word in marked]
 
 
 @settings(deadline=None)

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, RobertaTokenizer
 
 from gem_ray.records import Post
-from gem_ray.tagger.features import SubwordEncoder, by_token_budget, collate, load_tokenizer
+from gem_ray.tagger.features import SubwordEncoder, by_token_budget, collate, encoder_form, load_tokenizer
 
 ZERO_WIDTH = "\u200b"
 
@@ -108,3 +108,9 @@ def test_byte_level_tokenizers_see_a_space_before_every_word(tmp_path: Path) -> 
     (window,) = features.encode([make("in in", "in")])
     assert pieces(features, window.input_ids[:4]) == "<s> Ġin Ġin </s>"
     assert window.first_subwords == [1, 2]
+
+
+@pytest.mark.parametrize("styled", ["𝐋𝐲𝐨𝐧", "Ｌｙｏｎ", "Ⓛⓨⓞⓝ", "𝓛𝔂𝓸𝓷"])
+def test_styled_letters_are_plain_to_the_encoder_and_signs_stay(styled):
+    assert encoder_form(styled) == "Lyon"
+    assert [encoder_form(word) for word in ("…", "½", "é", "東", "\u00ad")] == ["…", "½", "é", "東", "\u00ad"]
