@@ -37,6 +37,22 @@ def cache_folder() -> Path:
         return spare
 
 
+def keep_compiled_code_private() -> None:
+    """Have torch, Triton and vLLM keep what they compile in the cache, unless the environment names another place.
+
+    Torch's own place is a folder in the system's temporary one that anyone can make first, and what is there runs.
+
+    Raises:
+        PermissionError: as `cache_folder`.
+    """
+    for variable, name in {
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        "VLLM_CACHE_ROOT": "vllm",
+    }.items():
+        os.environ.setdefault(variable, str(cache_folder() / name))
+
+
 class NotWritableError(PermissionError):
     """A folder that cannot be made, or not be written to."""
 
@@ -80,8 +96,9 @@ def staged(key: str, name: str, make: Callable[[Path], None]) -> Path:
     """
     import fcntl
 
-    folder = cache_folder() / "staged" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    target, partial = folder / name, folder / ".partial"
+    target = staged_path(key, name)
+    folder = target.parent
+    partial = folder / ".partial"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -91,6 +108,11 @@ def staged(key: str, name: str, make: Callable[[Path], None]) -> Path:
             make(partial / "model")
             (partial / "model").rename(target)
     return target
+
+
+def staged_path(key: str, name: str) -> Path:
+    """Where `staged` puts what it makes."""
+    return cache_folder() / "staged" / hashlib.sha256(key.encode()).hexdigest()[:16] / name
 
 
 def _home_cache() -> Path:

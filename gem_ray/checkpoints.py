@@ -12,7 +12,7 @@ from uuid import uuid4
 from pyarrow import fs
 
 from gem_ray import hub
-from gem_ray.cache import cache_folder, staged
+from gem_ray.cache import cache_folder, staged, staged_path
 from gem_ray.s3 import S3Uri, list_objects, open_bucket
 
 # Hashing less takes no time worth keeping a file for.
@@ -40,10 +40,16 @@ def resolve(reference: str) -> Path:
 
 
 def local(reference: str) -> Path | None:
-    """Where a model is on this machine; none: it is not, and nothing is fetched. `s3://` references never are."""
+    """Where a model is on this machine; None: it is not. Nothing is fetched, but an `s3://` prefix is listed."""
     if (path := here(reference)) is not None:
         return path
-    return None if "://" in reference else hub.on_disk(reference)
+    if not reference.startswith("s3://"):
+        return hub.on_disk(reference)
+    try:
+        path = staged_path(*_staged_as(reference, _listing_hash(reference)))
+    except OSError:
+        return None
+    return path if path.exists() else None
 
 
 def describe(reference: str) -> str:
@@ -154,9 +160,13 @@ def _package_folder(reference: str) -> Path:
 
 
 def _staged_from_s3(reference: str) -> Path:
-    name = reference.rstrip("/").rpartition("/")[2]  # a single file keeps its suffix
     content = _listing_hash(reference)
-    return staged(f"{reference}@{content}", name, lambda target: _fetch(reference, content, target))
+    return staged(*_staged_as(reference, content), lambda target: _fetch(reference, content, target))
+
+
+def _staged_as(reference: str, content: str) -> tuple[str, str]:
+    """Key and name of a copy; a single file keeps its suffix."""
+    return f"{reference}@{content}", reference.rstrip("/").rpartition("/")[2]
 
 
 def _listing_hash(reference: str) -> str:

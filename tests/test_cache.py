@@ -96,3 +96,13 @@ def test_a_named_folder_that_cannot_be_written_is_an_error(monkeypatch):
     monkeypatch.setenv("GEM_RAY_CACHE", "/proc/nobody/cache")
     with pytest.raises(PermissionError, match="/proc/nobody/cache"):
         cache_folder()
+
+
+def test_compiled_code_is_not_in_a_folder_that_anyone_can_make_first(monkeypatch, tmp_path):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ, VLLM_CACHE_ROOT="/named/by/the/user"))
+    cache.keep_compiled_code_private()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache_folder() / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(cache_folder() / "triton")
+    assert os.environ["VLLM_CACHE_ROOT"] == "/named/by/the/user"

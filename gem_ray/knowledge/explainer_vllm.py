@@ -9,6 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from gem_ray import checkpoints
+from gem_ray.cache import keep_compiled_code_private
 from gem_ray.config import ConfigError, ExplainerConfig
 from gem_ray.knowledge.explainer import ExplainerError, ParsedAnswer, parse_answer
 from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
@@ -53,6 +54,7 @@ class VllmExplainer:
         """
         folder = checkpoints.resolve(config.model)
         check_declared(folder)
+        keep_compiled_code_private()
         llm = LLM(
             str(folder),
             dtype=config.dtype,

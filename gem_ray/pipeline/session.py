@@ -6,9 +6,11 @@ import gc
 import logging
 import math
 import os
+import secrets
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,9 +19,13 @@ from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from gem_ray import checkpoints
+from gem_ray.annotator import active_stages
 from gem_ray.config import Config
+from gem_ray.model_references import model_keys, reference_at
 from gem_ray.pipeline.graph import TASK_STAGES
 from gem_ray.planning.cards import GIB
+from gem_ray.planning.model_facts import is_known
 from gem_ray.planning.plan import make_plan, passes_of
 
 logger = logging.getLogger(__name__)
@@ -78,9 +84,25 @@ def _start(config: Config) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, **quiet)
         return
+    give_token_without_home()
     needed = math.ceil(_reserved(config)["CPU"]) + _CPUS_FOR_TASKS + _SPARE_CPUS
     cpus = max(_MIN_CPUS, os.cpu_count() or 1, needed)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+def give_token_without_home() -> None:
+    """Ray keeps the token of a local cluster in the home, which a container under a random user id does not have.
+
+    Call before a local Ray is started.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path("/")
+    kept = home / ".ray" / "auth_token"
+    folder = kept.parent if kept.parent.is_dir() else home
+    if not kept.is_file() and not os.access(folder, os.W_OK) and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextmanager
@@ -165,7 +187,18 @@ def _check_cards(config: Config, gpus: int) -> None:
     """Refuse what this machine's cards cannot hold before a model is loaded; a cluster's cards are not known here."""
     memory_gb = _card_memory_gb() if _reserved(config)["GPU"] else None
     if memory_gb is not None:
+        _fetch_unknown(config)
         make_plan(config, gpus, memory_gb).check()
+
+
+def _fetch_unknown(config: Config) -> None:
+    """Models whose size nobody has published: they are loaded on this machine anyway, and their files say it."""
+    for stage in active_stages(config):
+        for role, key in model_keys(stage, config).items():
+            reference = reference_at(config, key)
+            is_adapter = role.startswith("reranker_adapter")  # its size follows from its rank
+            if reference is not None and not is_adapter and not is_known(reference, config.pipeline.built_like):
+                checkpoints.resolve(reference)
 
 
 def _card_memory_gb() -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from gem_ray.pipeline.session import give_token_without_home
 from gem_ray.records import Post
 
 if TYPE_CHECKING:
@@ -78,6 +80,8 @@ def _on_workers(
 ) -> dict[str, Any]:
     """Uses the Ray of this process, else the cluster that `RAY_ADDRESS` names, else a local Ray."""
     if not ray.is_initialized():
+        if "RAY_ADDRESS" not in os.environ:
+            give_token_without_home()
         ray.init(log_to_driver=False)
     storage = out.resolve() / "ray-train"  # Ray's own state; models and checkpoints go to `out` directly
     trainer = TorchTrainer(

@@ -66,6 +66,11 @@ def model_facts(key: str, reference: str, like: str, built_like: dict[str, str])
     )
 
 
+def is_known(reference: str, built_like: dict[str, str]) -> bool:
+    """Whether `model_facts` can say something about a model."""
+    return local(reference) is not None or any(map(find_published, (reference, built_like.get(reference, ""))))
+
+
 def count_parameters(path: Path) -> int:
     """Weights in a checkpoint's files, counted from their headers; a tagger's base encoder is counted in."""
     if path.is_file():

@@ -88,6 +88,7 @@ def _look_up(role: str, key: Key, reference: str) -> ModelNeeded:
     published = find_published(reference)
     licence = published.licence if published else None
     if (path := checkpoints.here(reference)) is not None:
+        licence = "apache-2.0" if reference.startswith("nano:") else licence  # gem-ray's own
         place = "with gem-ray" if reference.startswith(("nano:", "package:")) else "here"
         return ModelNeeded(role, key, reference, place, sum(_files(path).values()), licence=licence)
     if reference.startswith("s3://"):

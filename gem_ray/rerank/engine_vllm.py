@@ -20,6 +20,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from gem_ray.cache import keep_compiled_code_private
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, RerankerConfig
 from gem_ray.loading import check_declared
@@ -67,6 +68,7 @@ class VllmEngine:
         Raises:
             ValueError: weights of model or adapter are missing, unexpected or of another shape.
         """
+        keep_compiled_code_private()
         settings = config.reranker
         folder = resolve(settings.model)
         adapters = {name: resolve(reference) for name, reference in settings.adapter_references.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gem_ray.cache import keep_compiled_code_private
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.data.tokenize import word_spans
@@ -42,6 +43,7 @@ class Tagger:
         self.features = features
         self.batch_tokens = batch_tokens
         if compile:
+            keep_compiled_code_private()
             self.model.encoder.compile(dynamic=True)  # of any batch: every one has a shape of its own
 
     @classmethod

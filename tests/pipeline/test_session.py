@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from gem_ray.config import load_config
 from gem_ray.pipeline import session
 from gem_ray.planning.plan import PlanError
+
+ON_A_CARD = ["knowledge.captioner=null", "reranker.enabled=false", "grounder.enabled=false", "pipeline.passes=null"]
 
 
 def test_models_that_the_card_of_this_machine_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +26,28 @@ def test_models_that_the_card_of_this_machine_cannot_hold_are_refused(monkeypatc
 def test_models_on_cpus_ask_for_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_card_memory_gb", lambda: 0.1)
     session._check_cards(load_config("nano"), gpus=1)
+
+
+def test_a_model_whose_size_is_not_known_is_fetched_before_the_card_is_judged(
+    monkeypatch: pytest.MonkeyPatch, hub: Any
+) -> None:
+    header = b'{"a": {"dtype": "F16", "shape": [1000, 30000000], "data_offsets": [0, 0]}}'
+    weights = len(header).to_bytes(8, "little") + header
+    hub.push("org/tagger", {"config.json": b'{"model_type": "roberta"}', "model.safetensors": weights})
+    monkeypatch.setattr(session, "_card_memory_gb", lambda: 24.0)
+    with pytest.raises(PlanError, match="tag needs"):
+        session._check_cards(load_config("one-gpu", overrides=["tagger.model=org/tagger", *ON_A_CARD]), gpus=1)
+    assert hub.sent["org/tagger/model.safetensors"] == len(weights)
+
+
+def test_without_a_home_a_local_ray_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment: dict[str, str] = {"HOME": str(tmp_path)}
+    monkeypatch.setattr("os.environ", environment)
+    session.give_token_without_home()
+    assert "RAY_AUTH_TOKEN" not in environment  # Ray keeps one in the home
+    environment["HOME"] = "/proc/nobody"
+    session.give_token_without_home()
+    token = environment["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    session.give_token_without_home()
+    assert environment["RAY_AUTH_TOKEN"] == token  # Ray reads it once in a process
