@@ -91,12 +91,12 @@ def annotate_dataset(
     """
     clock = time.perf_counter()
     directory = RunDirectory(str(output))
-    models = models_of(config)
     listing = list_shards(input)
     filesystem, paths = listing.filesystem, listing.paths
     _check_apart(input, filesystem, directory)
     lease = Lease(directory)
     with lease.held():
+        models = models_of(config)
         begun = [] if fresh else directory.run_ids()
         finished = directory.summary() or {}
         is_finished = bool(begun) and finished.get("run_id") == begun[-1]
