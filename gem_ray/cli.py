@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands import annotate, evaluate, export, models, reranker, serve, shards, train
+from gem_ray.commands import annotate, check, evaluate, export, models, reranker, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
 from gem_ray.redaction import RedactingFormatter, redacted
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(annotate.app)
+app.add_typer(check.app)
 app.add_typer(evaluate.app)
 app.add_typer(export.app)
 app.add_typer(models.app, name="models")

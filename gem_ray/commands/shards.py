@@ -109,6 +109,19 @@ def shards_webdataset(
     _write_shards(from_webdataset(path, parse_columns(map_)), out, per_shard)
 
 
+@app.command("parquet", epilog="Example: `gem-ray shards parquet tweets/ posts/ --map post_id=id,text=tweet`")
+def shards_parquet(
+    path: Annotated[str, typer.Argument(help="A Parquet file, or a folder of them.")],
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    map_: MapOption = None,
+    per_shard: PerShardOption = 1000,
+) -> None:
+    """Parquet files whose columns have other names (`annotate` reads those with the right ones as they are)."""
+    from gem_ray.data.shards import read_posts
+
+    _write_shards(read_posts(path, columns=parse_columns(map_)), out, per_shard)
+
+
 def _write_shards(posts: Iterable[Post], out: str, per_shard: int, left_out: Sequence[str] = ()) -> None:
     """Write the posts and say what is wrong with them; exit code 3 if some will be rejected.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,13 @@ from gem_ray.data.formats import (
 )
 from gem_ray.data.parquet import has_posts
 
+_log = logging.getLogger(__name__)
+
 # What `gem-ray shards` writes first, and again when all shards are there.
 MARKER = "_gem_ray_shards.json"
+
+# Files that say something of the others, and hold no rows.
+_MARKERS = (MARKER, "_SUCCESS", "_metadata", "_common_metadata")
 
 _LOOKS_AT_ONCE = 16
 _SHOWN_NAMES = 3
@@ -75,6 +81,18 @@ class Listing:
 
 
 def list_shards(path: str | Path) -> Listing:
+    """As `find_shards`, with a warning for each kind of files that are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_shards`.
+    """
+    listing = find_shards(path)
+    for remark in listing.remarks():
+        _log.warning("%s: %s", path, remark)
+    return listing
+
+
+def find_shards(path: str | Path) -> Listing:
     """The shards at a path or in a folder and below, in the order of their paths.
 
     A suffix that is known decides; a file with another one, or none, is looked into. Left out are hidden names (`_…`
@@ -91,6 +109,7 @@ def list_shards(path: str | Path) -> Listing:
     _refuse_tables(path, root, files)
     _check_markers(filesystem, root, files)
     left_out: dict[str, str] = {}
+    files = [file for file in files if file.path.rpartition("/")[2] not in _MARKERS]
     candidates = [file for file in files if not _note(left_out, file.path, _reason_of_name(file.path, root))]
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as threads:
         tars = {_stem(file.path) for file in candidates if format_of_name(file.path) is Format.TAR}

@@ -96,7 +96,7 @@ def unread_columns(schema: pa.Schema, columns: Columns) -> list[str]:
     read = {columns.get(name, name) for name in INPUT_SCHEMA.names}
     names = {name.lower(): name for name in INPUT_SCHEMA.names if columns.get(name, name) not in schema.names}
     return [
-        f"column {name} is not read; `--map {names[name.lower()]}={name}` would"
+        f"column {name} is not read; `gem-ray shards parquet IN OUT --map {names[name.lower()]}={name}` would"
         for name in schema.names
         if name not in read and name.lower() in names
     ]
@@ -131,7 +131,8 @@ def _hint(absent: list[str], names: list[str]) -> str:
         near = near or [name for name in known[field] if name in folded]
         if near:
             found[field] = folded[near[0]]
-    return f" (perhaps `--map {','.join(f'{field}={name}' for field, name in found.items())}`)" if found else ""
+    mapping = ",".join(f"{field}={name}" for field, name in found.items())
+    return f" (perhaps `gem-ray shards parquet IN OUT --map {mapping}`)" if found else ""
 
 
 def _twice(schema: pa.Schema, columns: Columns) -> Iterator[str]:
@@ -155,7 +156,7 @@ def _mistyped(schema: pa.Schema, columns: Columns) -> Iterator[str]:
 
 def _expected(field: str) -> str:
     if field == "image":
-        return "binary (a column of paths or addresses is `image_uri`: `--map image_uri=image`)"
+        return "binary (paths and addresses are in `image_uri`: `gem-ray shards parquet IN OUT --map image_uri=image`)"
     return "a list of strings" if field == "tokens" else "a string"
 
 

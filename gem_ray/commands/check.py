@@ -1,0 +1,85 @@
+"""`gem-ray check`: what `annotate` will find, before anything is paid for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gem_ray.commands.options import (
+    EXIT_REJECTED,
+    EXIT_USAGE,
+    ConfigOption,
+    MapOption,
+    PresetOption,
+    SetOption,
+    parse_columns,
+)
+
+if TYPE_CHECKING:
+    from gem_ray.data.check import InputCheck
+
+_SHOWN = 5
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: `gem-ray check posts/ --map text=tweet`")
+def check(
+    input: Annotated[str, typer.Argument(help="Parquet or WebDataset shards: a file or a folder.")],
+    map_: MapOption = None,
+    sample: Annotated[int, typer.Option(help="Posts to look at.", min=1)] = 200,
+    json: Annotated[Path | None, typer.Option(help="Write what was found here.")] = None,
+    preset: PresetOption = "nano",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """What is in an input, what is left out and why, and what `annotate` would refuse; no model is loaded.
+
+    Exit code 2: `annotate` would refuse the input. 3: posts of the sample cannot be annotated.
+    """
+    import json as json_library
+
+    from gem_ray.config import load_config
+    from gem_ray.data.check import check_input
+
+    image = load_config(preset, config, set_ or ()).image
+    found = check_input(input, image, parse_columns(map_), sample)
+    if json is not None:
+        json.write_text(json_library.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(found)
+    if found.refused:
+        raise typer.Exit(EXIT_USAGE)
+    if found.sample and found.sample.rejected:
+        raise typer.Exit(EXIT_REJECTED)
+
+
+def _print(found: InputCheck) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for reason in found.refused:
+        typer.secho(f"refused: {reason}", fg="red")
+    for remark in found.remarks:
+        typer.secho(remark, fg="yellow")
+    typer.echo(f"{found.rows:,} posts in {found.files:,} files")
+    if found.sample is None:
+        return
+    sample = found.sample
+    table = Table(title=f"{sample.posts:,} posts of them", title_justify="left")
+    table.add_column("what")
+    table.add_column("posts", justify="right")
+    table.add_column("share", justify="right")
+    parts = [
+        ("cannot be annotated", sample.rejected),
+        ("image", sample.images),
+        ("image unusable", sample.unusable),
+        ("repeated", +sample.repeated),
+        ("script", sample.scripts),
+    ]
+    for what, counts in parts:
+        for name, count in Counter(counts).most_common(_SHOWN):
+            table.add_row(f"{what}: {name}", f"{count:,}", f"{count / sample.posts:.0%}")
+    Console().print(table)

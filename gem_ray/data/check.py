@@ -1,0 +1,178 @@
+"""What `annotate` will find in an input, before anything is paid for: files, rows, columns, and a sample of posts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import regex
+from pyarrow import fs
+
+from gem_ray.config import ImageConfig
+from gem_ray.data.formats import Format
+from gem_ray.data.images import ImageError, decode_image
+from gem_ray.data.listing import Listing, find_shards, format_of
+from gem_ray.data.parquet import Columns, unread_columns
+from gem_ray.data.prepare import post_from_row
+from gem_ray.data.shards import count_rows, shard_rows
+from gem_ray.records import Post
+
+_FILES_AT_ONCE = 16
+_SAMPLED_FILES = 10
+_SCRIPTS = ("Latin", "Cyrillic", "Arabic", "Han", "Hiragana", "Katakana", "Hangul", "Devanagari", "Greek", "Hebrew",
+            "Thai", "Bengali", "Tamil")  # fmt: skip
+
+
+@dataclass
+class Sample:
+    """What some posts of the input are like.
+
+    Attributes:
+        posts: how many were read.
+        rejected: reasons for which posts cannot be annotated, with their numbers.
+        images: where images come from (`in the file`, `s3://`, `path`, … or `none`), with the numbers of posts.
+        unusable: reasons for which images that are in the file cannot be decoded, with their numbers.
+        repeated: ids, texts and images that more than one post has, as numbers of further posts.
+        scripts: the writing system of most letters, with the numbers of posts.
+    """
+
+    posts: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
+    unusable: Counter[str] = field(default_factory=Counter)
+    repeated: Counter[str] = field(default_factory=Counter)
+    scripts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class InputCheck:
+    """What an input holds.
+
+    Attributes:
+        input: as the user named it.
+        files: how many are read.
+        rows: in these.
+        refused: why `annotate` refuses the input; empty if it does not.
+        remarks: sentences on files and columns that are not read.
+        sample: of its posts; None if the input is refused.
+    """
+
+    input: str
+    files: int
+    rows: int
+    refused: list[str]
+    remarks: list[str]
+    sample: Sample | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def check_input(path: str | Path, image: ImageConfig, columns: Columns | None = None, sample: int = 200) -> InputCheck:
+    """Look at an input as `annotate` will; no model is loaded and no image is fetched.
+
+    Every file is opened: a Parquet file for its footer, a tar to its end.
+
+    Args:
+        path: what `annotate` takes.
+        image: limits of the images.
+        columns: field of an input row -> the name that it has in the files.
+        sample: how many posts to look at, from files that are spread over the input.
+    """
+    try:
+        listing = find_shards(path)
+    except (OSError, ValueError) as error:
+        return InputCheck(str(path), 0, 0, [str(error)], [], None)
+    columns = columns or {}
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        counts = list(threads.map(partial(_count, listing.filesystem, columns), listing.paths))
+    refused = [count for count in counts if isinstance(count, str)]
+    rows = sum(count for count in counts if isinstance(count, int))
+    if not refused and not rows:
+        refused = [f"the input holds no posts: {path}"]
+    remarks = [*listing.remarks(), *_column_remarks(listing, columns)]
+    found = None if refused else _sample(listing, columns, image, sample)
+    return InputCheck(str(path), len(listing.shards), rows, refused, remarks, found)
+
+
+def _count(filesystem: fs.FileSystem, columns: Columns, path: str) -> int | str:
+    """The rows of a file, or why it is refused."""
+    try:
+        return count_rows(filesystem, path, columns)
+    except ValueError as error:
+        return str(error)
+
+
+def _column_remarks(listing: Listing, columns: Columns) -> list[str]:
+    """Of the first Parquet file: others have the same columns, or are refused."""
+    for path in listing.paths:
+        if format_of(listing.filesystem, path) is Format.PARQUET:
+            try:
+                with listing.filesystem.open_input_file(path) as stream:
+                    return unread_columns(pq.read_schema(stream), columns)
+            except (OSError, ValueError):  # damaged, which is among the refusals
+                return []
+    return []
+
+
+def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -> Sample:
+    found = Sample()
+    seen: dict[str, set[str]] = {"post_id": set(), "text": set(), "image": set()}
+    for post in islice(_spread_posts(listing, columns, size), size):
+        found.posts += 1
+        if post.is_rejected:
+            found.rejected[post.problems[0].message] += 1
+        found.scripts[_script(post.text)] += 1
+        found.images[_source(post)] += 1
+        for what, value in _identities(post):
+            found.repeated[what] += value in seen[what]
+            seen[what].add(value)
+        if post.image_bytes is not None:
+            try:
+                decode_image(post.image_bytes, image)
+            except ImageError as error:
+                found.unusable[str(error)] += 1
+    return found
+
+
+def _spread_posts(listing: Listing, columns: Columns, size: int) -> Iterator[Post]:
+    files = np.unique(np.linspace(0, len(listing.paths) - 1, _SAMPLED_FILES).astype(int))
+    of_each = -(-size // len(files))
+    for number in files:
+        rows = shard_rows(listing.filesystem, listing.paths[number], columns=columns)
+        yield from (post_from_row(row) for _, row in islice(rows, of_each))
+
+
+def _identities(post: Post) -> Sequence[tuple[str, str]]:
+    values = [("post_id", post.post_id), ("text", post.text)]
+    if post.image_bytes:
+        values.append(("image", hashlib.sha256(post.image_bytes).hexdigest()))
+    elif post.image_uri:
+        values.append(("image", post.image_uri))
+    return [(what, value) for what, value in values if value]
+
+
+def _source(post: Post) -> str:
+    if post.image_bytes is not None:
+        return "in the file"
+    if post.image_uri is None:
+        return "none"
+    scheme, separator, _ = post.image_uri.partition("://")
+    return f"{scheme.lower()}://" if separator else "path"
+
+
+def _script(text: str) -> str:
+    """The writing system that most letters belong to: a rough sign of the language."""
+    letters = Counter({script: len(regex.findall(rf"\p{{{script}}}", text)) for script in _SCRIPTS})
+    script, count = letters.most_common(1)[0]
+    return script if count else "no letters"

@@ -1,0 +1,123 @@
+"""What `check` says of an input is what `annotate` will meet."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from gem_ray.cli import app
+from gem_ray.config import ImageConfig
+from gem_ray.data.check import check_input
+from gem_ray.data.shards import write_posts
+from gem_ray.records import Post
+
+
+def picture(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def run_check(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["check", *map(str, arguments)])
+    return done.exit_code, done.output
+
+
+def test_a_good_input_is_described(tmp_path):
+    posts = [
+        Post("1", "Vexley in Lyon", image_bytes=picture("red")),
+        Post("2", "Vexley in Lyon", image_bytes=picture("red")),
+        Post("3", "Привет, Лион", image_uri="s3://bucket/a.jpg"),
+        Post("3", "東京タワー", image_uri="a.jpg"),
+        Post("5", "plain", image_bytes=b"no image"),
+        Post("6", "none"),
+    ]
+    write_posts(posts, tmp_path / "posts", per_shard=4)
+    found = check_input(tmp_path / "posts", ImageConfig())
+    assert (found.files, found.rows, found.refused, found.remarks) == (2, 6, [], [])
+    sample = found.sample
+    assert sample is not None
+    assert sample.images == {"in the file": 3, "s3://": 1, "path": 1, "none": 1}
+    assert sum(sample.unusable.values()) == 1
+    assert +sample.repeated == {"post_id": 1, "text": 1, "image": 1}
+    assert sample.scripts == {"Latin": 4, "Cyrillic": 1, "Han": 1} or sample.scripts["Latin"] == 4
+    assert not sample.rejected
+
+
+def test_exit_codes_say_what_annotate_would_do(tmp_path):
+    good, bad, wrong = tmp_path / "good", tmp_path / "bad", tmp_path / "wrong.parquet"
+    write_posts([Post("1", "Lyon")], good)
+    write_posts([Post("1", "Lyon"), Post("2", "")], bad)
+    pq.write_table(pa.table({"id": ["1"], "tweet": ["Lyon"]}), wrong)
+    assert run_check(good)[0] == 0
+    code, output = run_check(bad)
+    assert code == 3
+    assert "text is" in output
+    code, output = run_check(wrong, "--json", tmp_path / "check.json")
+    assert code == 2
+    assert "perhaps `gem-ray shards parquet IN OUT --map post_id=id,text=tweet`" in output
+    assert json.loads((tmp_path / "check.json").read_text())["refused"]
+    assert run_check(wrong, "--map", "text=tweet,post_id=id")[0] == 0
+    assert run_check(tmp_path / "nowhere")[0] == 2
+
+
+def test_ten_kinds_of_trouble_are_ten_sentences(tmp_path):
+    def put(name: str, data: bytes) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+
+    def table(name: str, **columns: object) -> None:
+        pq.write_table(pa.table(columns), tmp_path / name)
+
+    table("good.parquet", post_id=["1"], text=["Lyon"])
+    put("notes.txt", b"x")
+    put("_temporary/0.parquet", b"x")
+    put("strange.bin", b"x")
+    table("a.parquet", id=["1"], tweet=["Lyon"])
+    table("b.parquet", post_id=[1.5], text=["Lyon"])
+    table("c.parquet", post_id=["1"], text=["Lyon"], image=["a.jpg"])
+    table("d.parquet", post_id=["1"], text=pa.nulls(1))
+    put("e.parquet", b"cut off")
+    put("f.tar", b"no tar")
+    pq.write_table(pa.Table.from_arrays([pa.array(["1"]), pa.array(["a"]), pa.array(["b"])],
+                                        ["post_id", "text", "text"]), tmp_path / "g.parquet")  # fmt: skip
+    found = check_input(tmp_path, ImageConfig())
+    assert len(found.refused) == 7
+    assert len(found.remarks) == 3
+    for name in "abcdefg":
+        [sentence] = [sentence for sentence in found.refused if f"/{name}." in sentence]
+        assert "Traceback" not in sentence
+    code, output = run_check(tmp_path)
+    assert code == 2
+    assert output.count("refused: ") == 7
+
+
+def test_a_check_of_many_files_in_s3_is_quick(s3, faulty_s3):
+    """A listing, and two requests for each footer; the sample reads ten of the files."""
+    bucket, buffer = s3.bucket("posts"), io.BytesIO()
+    pq.write_table(pa.table({"post_id": ["1"] * 10, "text": ["Lyon"] * 10}), buffer)
+    for number in range(100):
+        s3.put(f"{bucket}/posts/{number:03}.parquet", buffer.getvalue())
+    found = check_input(f"{bucket}/posts", ImageConfig())
+    assert (found.files, found.rows, found.refused) == (100, 1000, [])
+    assert faulty_s3.counts["passed"] <= 5 + 2 * 100 + 5 * 10 + 5
+
+
+@pytest.mark.parametrize("mapping", ["text", "text=", "txt=a", "text=a,text=b"])
+def test_a_wrong_mapping_is_refused(mapping):
+    done = CliRunner().invoke(app, ["check", "posts", "--map", mapping])
+    assert "--map" in str(done.exception)
+
+
+def test_ten_files_at_most_are_sampled_over_the_whole_input(tmp_path: Path):
+    write_posts([Post(f"{number}", "Lyon") for number in range(50)], tmp_path / "p", per_shard=1)
+    found = check_input(tmp_path / "p", ImageConfig(), sample=20)
+    assert found.sample is not None
+    assert found.sample.posts == 10
