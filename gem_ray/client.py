@@ -47,7 +47,8 @@ class Annotation:
         for entity in row["entities"]:
             if entity["heatmap"]:
                 entity["heatmap"]["data"] = base64.b64decode(entity["heatmap"]["data"])
-        return cls(Post.from_annotation(row), row["run_id"], row["models"], row["seconds"], row["gamma"])
+        models = {model["role"]: model["reference"] for model in row["models"]}
+        return cls(Post.from_annotation(row), row["run_id"], models, row["seconds"], row["gamma"])
 
 
 class Client:

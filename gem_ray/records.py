@@ -122,6 +122,8 @@ class Entity:
 
     `text[start:end]` of the post is `text`; words are half-open intervals of the post's tokens.
     `score` is the probability of `fine` that made the last decision about it; `entropy` is in nats (eq. 10).
+    `seen` is the grounder's verdict: true with a box, false without; None where it did not judge: there is no usable
+    image, no grounder, or the grounder failed. `confidence` is None: nothing calibrates it yet.
     """
 
     text: str
@@ -134,7 +136,9 @@ class Entity:
     score: float
     entropy: float = 0.0
     reranked: bool = False
+    confidence: float | None = None  # that span and category are both right
     candidates: list[Candidate] = field(default_factory=list)
+    seen: bool | None = None
     match_score: float | None = None  # P_T
     point: Point | None = None
     box: Box | None = None
@@ -249,6 +253,11 @@ class Post:
         )
 
 
+def model_rows(models: Mapping[str, str]) -> list[dict[str, str]]:
+    """The `models` of an output row, from role -> `reference@hash`."""
+    return [{"role": role, "reference": reference} for role, reference in models.items()]
+
+
 def gold_from_rows(rows: Sequence[Mapping[str, Any]] | None) -> list[GoldEntity] | None:
     """Gold mentions from the plain values of a `gold` column; None where the column is absent."""
     if rows is None:
@@ -275,7 +284,9 @@ ENTITY_TYPE = pa.struct(
         ("score", pa.float32()),
         ("entropy", pa.float32()),
         ("reranked", pa.bool_()),
+        ("confidence", pa.float32()),
         ("candidates", pa.list_(CANDIDATE_TYPE)),
+        ("seen", pa.bool_()),
         ("match_score", pa.float32()),
         ("point", POINT_TYPE),
         ("box", BOX_TYPE),
@@ -305,6 +316,12 @@ INPUT_SCHEMA = pa.schema(
     ]
 )
 
+MODEL_TYPE = pa.struct([("role", pa.string()), ("reference", pa.string())])
+
+SCHEMA_VERSION = 2
+"""Of `ANNOTATION_SCHEMA`; stands in the metadata of every published file."""
+SCHEMA_VERSION_KEY = b"gem_ray.schema_version"
+
 # What `gem-ray annotate` writes, one row a post.
 ANNOTATION_SCHEMA = pa.schema(
     [
@@ -320,6 +337,7 @@ ANNOTATION_SCHEMA = pa.schema(
         ("problems", pa.list_(PROBLEM_TYPE)),
         ("row_id", pa.int64()),
         ("run_id", pa.string()),
-        ("models", pa.map_(pa.string(), pa.string())),
-    ]
+        ("models", pa.list_(MODEL_TYPE)),
+    ],
+    metadata={SCHEMA_VERSION_KEY: str(SCHEMA_VERSION)},
 )

@@ -23,6 +23,7 @@ from gem_ray.records import (
     StageName,
     Status,
     gold_from_rows,
+    model_rows,
 )
 
 
@@ -36,7 +37,9 @@ def _seen_entity() -> Entity:
     return _entity(
         entropy=0.25,
         reranked=True,
+        confidence=0.625,
         candidates=[Candidate("city", 0.75), Candidate("sports_team", 0.25)],
+        seen=True,
         match_score=0.875,
         point=Point(3.5, 4.5),
         box=Box(1, 2, 30, 40),
@@ -56,7 +59,7 @@ def _post() -> Post:
 
 def test_a_post_survives_arrow_and_parquet(tmp_path):
     post = _post()
-    row = {**post.annotation(), "run_id": "run", "models": {"tagger": "nano:tagger@0123"}}
+    row = {**post.annotation(), "run_id": "run", "models": model_rows({"tagger": "nano:tagger@0123"})}
     pq.write_table(pa.Table.from_pylist([row], ANNOTATION_SCHEMA), tmp_path / "rows.parquet")
     (read,) = pq.read_table(tmp_path / "rows.parquet", schema=ANNOTATION_SCHEMA).to_pylist()
     assert Post.from_annotation(read) == post

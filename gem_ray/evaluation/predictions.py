@@ -22,7 +22,7 @@ from gem_ray.data.formats import IMAGE_SUFFIXES
 from gem_ray.data.listing import list_shards
 from gem_ray.evaluation.joins import id_by_row, matched, with_distinct_ids
 from gem_ray.evaluation.rules import EvaluationError
-from gem_ray.records import ANNOTATION_SCHEMA, Post
+from gem_ray.records import ANNOTATION_SCHEMA, SCHEMA_VERSION, SCHEMA_VERSION_KEY, Post, model_rows
 from gem_ray.taxonomy import FMNERG, LabelSet
 
 ANNOTATIONS = "annotations"  # the folder of rows in an output directory
@@ -62,8 +62,9 @@ def iterate_rows(path: Path | str, columns: Sequence[str] = ANNOTATION_SCHEMA.na
     """
     dataset = _open_annotations(path)
     there = [name for name in columns if name in dataset.schema.names]
-    for batch in dataset.to_batches(columns=there, batch_size=_ROWS_PER_BATCH):
-        yield from batch.to_pylist()
+    for file in dataset.get_fragments():
+        for batch in file.to_batches(columns=there, batch_size=_ROWS_PER_BATCH):
+            yield from map(_second_edition, batch.to_pylist())
 
 
 def count_rows(path: Path | str) -> int:
@@ -189,7 +190,28 @@ def _open_annotations(path: Path | str) -> ds.Dataset:
         raise EvaluationError(
             f"{path} does not hold annotations: its Parquet files have no column {', '.join(missing)}"
         )
+    version = int((dataset.schema.metadata or {}).get(SCHEMA_VERSION_KEY, 1))
+    if version > SCHEMA_VERSION:
+        raise EvaluationError(
+            f"{path} was written by a later gem-ray: its rows are of edition {version}, and this one reads up to "
+            f"{SCHEMA_VERSION}; update gem-ray"
+        )
     return dataset
+
+
+def _second_edition(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of edition 1, whose `models` were a map and whose entities did not say `seen`, as one of edition 2.
+
+    Recognized by its shape: tools that rewrite Parquet files drop the metadata.
+    """
+    models = row.get("models")
+    if models and isinstance(models[0], tuple):
+        row["models"] = model_rows(dict(models))
+    for entity in row.get("entities") or ():
+        if "seen" not in entity:
+            judged = entity.get("match_score") is not None
+            entity |= {"seen": entity.get("box") is not None if judged else None, "confidence": None}
+    return row
 
 
 def _open(path: str) -> ds.Dataset:

@@ -15,7 +15,9 @@ from gem_ray.records import ANNOTATION_SCHEMA, Candidate, Entity, Post
 _FILE = "annotations.parquet"
 _FACTS_OF_A_RUN = ("run_id", "models")
 _DIGITS = 4
-_SCHEMA = pa.schema([column for column in ANNOTATION_SCHEMA if column.name not in _FACTS_OF_A_RUN])
+_SCHEMA = pa.schema(
+    [column for column in ANNOTATION_SCHEMA if column.name not in _FACTS_OF_A_RUN], metadata=ANNOTATION_SCHEMA.metadata
+)
 
 
 def store_predictions(posts: Iterable[Post], folder: Path) -> None:

@@ -20,8 +20,8 @@ def write_jsonl(rows: Iterable[dict[str, Any]], file: TextIO, tally: Tally) -> N
     for row in rows:
         post = Post.from_annotation(row)
         entities = [_without_heatmap(entity) for entity in row["entities"] or ()]
-        # In a run's files the folder says the status; Arrow gives a map as pairs.
-        plain = {**row, "entities": entities, "status": post.status, "models": dict(row.get("models") or ())}
+        # In a run's files the folder says the status.
+        plain = {**row, "entities": entities, "status": post.status, "models": row.get("models") or []}
         file.write(to_json(plain) + "\n")
         tally.posts += 1
         tally.entities += len(entities)

@@ -46,7 +46,7 @@ class _Found:
 
 
 class Grounder:
-    """Fills `match_score` of entities, and `point`, `box` and `heatmap` of those that are seen.
+    """Fills `seen` and `match_score` of entities, and `point`, `box` and `heatmap` of those that are seen.
 
     Args:
         matcher: says whether and where.
@@ -97,16 +97,16 @@ class Grounder:
         matches = self.matcher.match([_pixels(post) for post in posts], queries)
         for (_, _, entity), match in zip(asked, matches, strict=True):
             entity.match_score = float(settled(match.probability))
+            entity.seen = self._is_seen(entity.match_score, match)
         return [
             _Found(post, entity, match.map)
             for (_, post, entity), match in zip(asked, matches, strict=True)
-            if self._is_seen(entity, match)
+            if entity.seen
         ]
 
-    def _is_seen(self, entity: Entity, match: Match) -> bool:
-        assert entity.match_score is not None  # set from the match
+    def _is_seen(self, score: float, match: Match) -> bool:
         # A map without a positive score points nowhere.
-        return entity.match_score > self.threshold and float(match.map.max()) > 0
+        return score > self.threshold and float(match.map.max()) > 0
 
     def _point(self, found: _Found) -> None:
         width, height = _original_size(found.post)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gem_ray.records import ANNOTATION_SCHEMA, Post
+from gem_ray.records import ANNOTATION_SCHEMA, Post, model_rows
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -69,7 +69,7 @@ def table_to_posts(table: pa.Table) -> list[Post]:
 
 def annotations_table(posts: Sequence[Post], run_id: str, models: Mapping[str, str]) -> pa.Table:
     """Posts as a table of `ANNOTATION_SCHEMA`."""
-    ending = {"run_id": run_id, "models": list(models.items())}
+    ending = {"run_id": run_id, "models": model_rows(models)}
     return _table([post.annotation() | ending for post in posts], ANNOTATION_SCHEMA)
 
 

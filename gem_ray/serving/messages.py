@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from gem_ray.config import Config, FilterConfig
 from gem_ray.data.prepare import post_from_row
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.records import Post, ProblemKind, StageName, model_rows
 from gem_ray.serving.flow import UNTOLD, Annotated
 
 
@@ -110,13 +110,22 @@ class EntityOut(BaseModel):
     score: float
     entropy: float
     reranked: bool
+    confidence: float | None = Field(description="that span and category are both right; null: nothing calibrates it")
     candidates: list[CandidateOut]
+    seen: bool | None = Field(description="whether the image shows it; null: not judged")
     match_score: float | None
     point: PointOut | None
     box: BoxOut | None
     box_source: str | None
     box_score: float | None
     heatmap: HeatMapOut | None
+
+
+class ModelOut(BaseModel):
+    """A model that the answer is made with."""
+
+    role: str
+    reference: str = Field(description="name@hash")
 
 
 class PostProblemOut(BaseModel):
@@ -141,7 +150,7 @@ class AnnotationOut(BaseModel):
     status: Literal["ok", "degraded", "rejected"]
     problems: list[PostProblemOut]
     run_id: str = Field(description="of this deployment of the service")
-    models: dict[str, str] = Field(description="role -> name@hash, of the stages that the post needed")
+    models: list[ModelOut] = Field(description="of the stages that the post needed")
     seconds: dict[str, float] = Field(description="time in each stage that the post needed, waiting included")
     gamma: float = Field(description="entropy in nats above which an entity was reranked")
 
@@ -202,4 +211,4 @@ def answer_row(done: Annotated, run_id: str, heatmaps: bool) -> dict[str, Any]:
         if problem["kind"] in UNTOLD:
             problem["message"] = f"the stage {problem['stage']} failed on this post"
     seconds = {name: round(value, 6) for name, value in done.seconds.items()}
-    return row | {"run_id": run_id, "models": done.models, "seconds": seconds, "gamma": done.gamma}
+    return row | {"run_id": run_id, "models": model_rows(done.models), "seconds": seconds, "gamma": done.gamma}

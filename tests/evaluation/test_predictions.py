@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,10 +15,19 @@ from gem_ray.cli import app
 from gem_ray.config import ImageConfig
 from gem_ray.data.shards import write_posts
 from gem_ray.evaluation.metrics import evaluate
-from gem_ray.evaluation.predictions import read_gold, read_images, read_inputs, read_predictions, read_run
+from gem_ray.evaluation.predictions import (
+    iterate_rows,
+    read_gold,
+    read_images,
+    read_inputs,
+    read_predictions,
+    read_run,
+)
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import (
     ANNOTATION_SCHEMA,
+    ENTITY_TYPE,
+    SCHEMA_VERSION_KEY,
     Box,
     Candidate,
     Entity,
@@ -98,6 +108,34 @@ def test_what_is_in_a_bucket_is_scored_and_shown_by_the_commands(s3, tmp_path):
     assert json.loads((tmp_path / "s.json").read_text())["mnerg"]["f1"] == 1
     assert all(shown in (tmp_path / "g.html").read_text() for shown in ("New York", "tiny@1"))
     assert read_run(out) == facts
+
+
+def first_edition():
+    """The schema before there was a version in its metadata."""
+    known = pa.struct([field for field in ENTITY_TYPE if field.name not in ("seen", "confidence")])
+    types = {"entities": pa.list_(known), "models": pa.map_(pa.string(), pa.string())}
+    return pa.schema([(field.name, types.get(field.name, field.type)) for field in ANNOTATION_SCHEMA])
+
+
+def test_rows_of_the_first_edition_are_read_as_rows_of_the_second(tmp_path):
+    post = annotated("a")
+    post.entities += [replace(post.entities[0], box=None, point=None, heatmap=None, box_source=None, box_score=None)]
+    post.entities += [replace(post.entities[1], match_score=None)]
+    row = post.annotation() | {"run_id": "r", "models": {"tagger": "t@1"}}
+    pq.write_table(pa.Table.from_pylist([row], first_edition()), tmp_path / "old.parquet")
+    (read,) = iterate_rows(tmp_path)
+    assert read["models"] == [{"role": "tagger", "reference": "t@1"}]
+    assert [entity["seen"] for entity in read["entities"]] == [True, False, None]
+    for entity, seen in zip(post.entities, (True, False, None), strict=True):
+        entity.seen = seen
+    assert read_predictions(tmp_path) == [post]
+
+
+def test_rows_of_a_later_edition_are_refused(tmp_path):
+    schema = ANNOTATION_SCHEMA.with_metadata({SCHEMA_VERSION_KEY: b"3"})
+    pq.write_table(pa.Table.from_pylist([annotated("a").annotation()], schema), tmp_path / "new.parquet")
+    with pytest.raises(EvaluationError, match="later gem-ray"):
+        read_predictions(tmp_path)
 
 
 def test_other_files_of_the_run_are_not_annotations(tmp_path):

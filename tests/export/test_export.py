@@ -32,6 +32,7 @@ from gem_ray.records import (
     Post,
     ProblemKind,
     StageName,
+    model_rows,
 )
 from gem_ray.taxonomy import FMNERG, GMNER, decode_bio
 
@@ -82,7 +83,7 @@ def write_run(out, posts, labels=None):
     """As the pipeline does: a folder a status, which alone says the status."""
     (out / "annotations").mkdir(parents=True)
     for number, post in enumerate(posts):
-        row = post.annotation() | {"run_id": "run-1", "models": list({"tagger": "abc"}.items())}
+        row = post.annotation() | {"run_id": "run-1", "models": model_rows({"tagger": "abc"})}
         table = pa.Table.from_pylist([row], ANNOTATION_SCHEMA).drop(["status"])
         folder = out / "annotations" / f"status={post.status}"
         folder.mkdir(exist_ok=True)
@@ -118,7 +119,7 @@ def test_a_line_has_every_field_of_its_row_but_the_heat_map(run, tmp_path):
     for entity in expected.entities:
         entity.heatmap = None
     assert Post.from_annotation(rows["seen"]) == expected
-    assert (rows["seen"]["run_id"], rows["seen"]["models"]) == ("run-1", {"tagger": "abc"})
+    assert (rows["seen"]["run_id"], rows["seen"]["models"]) == ("run-1", [{"role": "tagger", "reference": "abc"}])
     assert rows["rejected"]["problems"] == [{"stage": "prepare", "kind": "bad_record", "message": "text is empty"}]
     assert rows["degraded"]["entities"][1]["score"] is None  # NaN is no JSON
 

@@ -65,6 +65,7 @@ def test_entities_above_the_threshold_get_point_and_box_in_pixels_of_the_origina
         assert box.x1 <= each.point.x < box.x2
         assert box.y1 <= each.point.y < box.y2
         assert each.box_source == "map"
+        assert each.seen is True
         assert each.heatmap is None
 
 
@@ -75,6 +76,7 @@ def test_entities_below_the_threshold_keep_their_score_and_nothing_is_segmented(
     for each in posts[0].entities:
         assert 0 < each.match_score < 1
         assert each.point is each.box is each.box_source is None
+        assert each.seen is False
 
 
 def test_only_images_with_a_seen_entity_are_handed_on(random_blip):
@@ -97,6 +99,7 @@ def test_posts_with_nothing_to_ground_are_left_alone(random_blip):
     boxes = ground(random_blip, [rejected, blind, empty], threshold=0.0)
     assert boxes.calls == []
     assert rejected.entities[0].match_score is blind.entities[0].match_score is None
+    assert rejected.entities[0].seen is blind.entities[0].seen is None
 
 
 def test_no_posts_is_fine(random_blip):

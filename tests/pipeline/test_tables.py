@@ -43,7 +43,9 @@ entities = st.builds(
     score=floats,
     entropy=floats,
     reranked=st.booleans(),
+    confidence=maybe(floats),
     candidates=st.lists(st.builds(Candidate, texts, floats), max_size=3),
+    seen=maybe(st.booleans()),
     match_score=maybe(floats),
     point=maybe(st.builds(Point, floats, floats)),
     box=maybe(st.builds(Box, floats, floats, floats, floats)),
@@ -122,7 +124,7 @@ def test_annotations_carry_status_run_and_models_but_no_image() -> None:
     (row,) = table.to_pylist()
     assert row["status"] == "degraded"
     assert row["run_id"] == "run-1"
-    assert row["models"] == [("tagger", "nano:tagger@0123")]
+    assert row["models"] == [{"role": "tagger", "reference": "nano:tagger@0123"}]
     assert b"jpeg" not in str(row).encode()
 
 

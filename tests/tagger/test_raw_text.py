@@ -66,7 +66,7 @@ def check(post: Post, text: str) -> None:
         assert text[entity.start : entity.end] == entity.text
         assert letters(entity.text) == letters("".join(post.tokens[entity.word_start : entity.word_end]))
         assert np.isfinite([entity.entropy, entity.score]).all()
-    row = {**post.annotation(), "run_id": "", "models": {}}
+    row = {**post.annotation(), "run_id": "", "models": []}
     assert pa.Table.from_pylist([json.loads(json.dumps(row))], ANNOTATION_SCHEMA).num_rows == 1
 
 

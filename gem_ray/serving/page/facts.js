@@ -26,7 +26,7 @@ function times(answer, elapsed) {
 }
 
 function models(answer) {
-  const names = Object.entries(answer.models);
+  const names = answer.models.map(({ role, reference }) => [role, reference]);
   return card("Models", null,
     html("dl", {}, ...[...names, ["run", answer.run_id]].flatMap(([role, name]) =>
       [html("dt", {}, named(role)), html("dd", {}, html("code", {}, name))])),
