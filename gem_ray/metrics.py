@@ -57,7 +57,7 @@ class StageMetrics:
 
 
 class PostMetrics:
-    """Posts by status, problems by kind, and entities: found, hard and grounded."""
+    """Posts by status, problems by kind, and entities: found, hard, grounded and not judged."""
 
     def __init__(self) -> None:
         self._posts = Counter("gem_ray_posts", "Posts that have left the last stage.", ("status",))
@@ -71,6 +71,7 @@ class PostMetrics:
             "found": len(entities),
             "hard": sum(entity.reranked for entity in entities),
             "grounded": sum(entity.box is not None for entity in entities),
+            "not_judged": sum(entity.seen is None for entity in entities),
         }
         _add(self._posts, "status", Counts(str(post.status) for post in posts))
         _add(self._problems, "kind", Counts(str(problem.kind) for post in posts for problem in post.problems))

@@ -50,6 +50,22 @@ def tagger(
     write_result(out, "tagger", measure_tagger(load_config(preset, overrides=set_ or ()), texts, rounds))
 
 
+@app.command("real-photos")
+def real_photos(
+    tweets: Annotated[Path, typer.Option(help="A Twitter10000 root: its dev split.")],
+    out: OutOption = Path("out/benchmark"),
+    preset: Annotated[str, typer.Option(help="Models.")] = "nano",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,
+) -> None:
+    """Dev tweets with a real photo each against the same without: what vision models that know no photos change."""
+    from gem_ray.benchmarks.real_photos import compare_with_text_only
+    from gem_ray.config import load_config
+    from gem_ray.data.twitter10000 import read_split
+
+    posts = read_split(tweets, "dev")
+    write_result(out, "real-photos", compare_with_text_only(posts, load_config(preset, overrides=set_ or ())))
+
+
 @app.command()
 def reranker(
     out: OutOption = Path("out/benchmark"),

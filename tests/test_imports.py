@@ -24,6 +24,7 @@ LAYERS = [
         "model_references",
         "device",
         "loading",
+        "scope",
         "s3",
         "training",
         "chat",

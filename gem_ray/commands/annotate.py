@@ -139,11 +139,34 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
     typer.echo(
         f"{summary.annotated} posts in {summary.seconds:.1f} s ({summary.rows_per_second:.1f} a second), "
         f"{summary.rows} in all: "
-        f"{tally.entities} entities, {tally.grounded} seen in the image, {tally.reranked} reranked"
+        f"{tally.entities} entities: {tally.grounded} seen in the image, {tally.not_seen} not seen, "
+        f"{tally.not_judged} not judged; {tally.reranked} reranked"
     )
+    if sentence := _about_abstaining(summary):
+        typer.echo(sentence)
     for kind, count in sorted(tally.problems.items()):
         typer.echo(f"  {kind}: {count}")
     if tally.problems:
         typer.echo(f"why, with examples: {output}/_run/report.html")
     typer.echo(f"annotations: {output}/annotations, facts: {output}/run.json")
     typer.echo(", ".join(f"{status} {count}" for status, count in sorted(tally.statuses.items())))
+
+
+def _about_abstaining(summary: RunSummary) -> str | None:
+    """What the embedded models have not done with images that they do not know, and the command that does it."""
+    from gem_ray.checkpoints import resolve
+    from gem_ray.config import parse_config
+    from gem_ray.scope import Scope
+
+    config, count = parse_config(summary.config), summary.tally.not_judged_with_image
+    matcher = config.grounder.matcher.model
+    if not (count and config.grounder.enabled and matcher.startswith("nano:")):
+        return None
+    scope = Scope.load(resolve(matcher))
+    assert scope is not None  # `gem-ray nano build` writes it
+    reranker_too = config.reranker.enabled and config.reranker.model.startswith("nano:")
+    left_out = "not reranked and not looked for" if reranker_too else "not looked for"
+    return (
+        f"{count} of the entities were tagged by their text, but {left_out} in their images: {matcher} knows only "
+        f"{scope.knows}. For real photos: gem-ray annotate {summary.input} OTHER-OUTPUT --preset cpu"
+    )

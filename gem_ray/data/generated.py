@@ -16,8 +16,8 @@ from gem_ray.data.emblems import EMBLEMS, Emblem, Tile, draw_distractor, draw_em
 from gem_ray.data.phrases import CLOSINGS, CUES, NEUTRAL, NO_ENTITY, OPENINGS, TAGS, USERS
 from gem_ray.records import Box, GoldEntity, Post
 
-# Width and height of images, in pixels.
-_SIZES = ((256, 256), (288, 216), (216, 288), (320, 240), (240, 320))
+IMAGE_SIZES = ((256, 256), (288, 216), (216, 288), (320, 240), (240, 320))
+"""Width and height of images, in pixels."""
 _SMALL, _LARGE = 1 / 50, 1 / 2  # shares of the image's area, as the evaluation cuts them
 
 # Shares of the corpus.
@@ -86,7 +86,7 @@ def make_scene(rng: np.random.Generator, emblems: Sequence[Emblem]) -> Scene:
     About one emblem in six covers less than 1/50 of the image; of those placed first, one in ten covers more than half.
     An emblem for which no place is found, even made smaller, is left out.
     """
-    width, height = _SIZES[rng.integers(len(_SIZES))]
+    width, height = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     pixels = _background(rng, width, height)
     taken: list[Box] = []
     for side in rng.integers(20, 70, size=rng.integers(0, 4)):

@@ -109,7 +109,7 @@ def _entity(entity: Entity, verdict: Verdict) -> dict[str, Any]:
         "span": verdict.span,
         "category": verdict.category,
         "region": verdict.region,
-        "box": entity.box is not None,
+        "found": {True: "a box", False: "not seen", None: "not judged"}[entity.seen],
         "score": entity.score,
         "entropy": entity.entropy,
         "reranked": entity.reranked,

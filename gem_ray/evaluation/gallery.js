@@ -8,7 +8,7 @@ const facets = {
   coarse: { title: "Category", options: data.coarse.map((name) => [name, named(name)]) },
   fine: { title: "Fine category", options: [] },
   status: { title: "Post", options: [["ok", "ok"], ["degraded", "degraded"], ["rejected", "rejected"]] },
-  grounded: { title: "In the image", options: [["yes", "seen"], ["no", "not seen"]] },
+  grounded: { title: "In the image", options: [["yes", "seen"], ["no", "not seen"], ["unknown", "not judged"]] },
   reranked: { title: "Route", options: [["yes", "reranked"], ["no", "easy"]] },
   verdict: {
     title: "Against gold",
@@ -27,12 +27,14 @@ function verdictsOf(entity) {
   return ["wrong", ...(verdict.category ? [] : ["category"]), ...(verdict.region ? [] : ["region"])];
 }
 
+const judgement = ({ seen }) => (seen === null ? "unknown" : seen ? "yes" : "no");
+
 // One item a mention, in the posts' order; a post without mentions is one item, so that its status can be chosen.
 const items = [];
 posts.forEach((post, position) => {
   const add = (values, mention) => items.push({ position, mention, values: { status: [post.status], ...values } });
   post.entities.forEach((entity, index) => add({
-    coarse: [entity.coarse], fine: [entity.fine], grounded: [entity.box ? "yes" : "no"],
+    coarse: [entity.coarse], fine: [entity.fine], grounded: [judgement(entity)],
     reranked: [entity.reranked ? "yes" : "no"], verdict: verdictsOf(entity),
   }, index));
   post.missed.forEach((gold, index) => add({
@@ -207,7 +209,8 @@ function totals() {
   const rows = [
     ["posts", posts.length],
     ["mentions", entities.length],
-    ["seen in the image", entities.filter((entity) => entity.box).length],
+    ["seen in the image", entities.filter((entity) => entity.seen).length],
+    ["not judged", entities.filter((entity) => entity.seen === null).length],
     ["reranked", entities.filter((entity) => entity.reranked).length],
     ["degraded", count("degraded")],
     ["rejected", count("rejected")],

@@ -208,6 +208,7 @@ def _entity_data(entity: Entity, verdict: Verdict | None) -> dict[str, Any]:
         "entropy": _number(entity.entropy),
         "reranked": entity.reranked,
         "candidates": [[candidate.fine, _number(candidate.probability)] for candidate in entity.candidates],
+        "seen": entity.seen,
         "match": _number(entity.match_score),
         "point": [_number(entity.point.x), _number(entity.point.y)] if entity.point else None,
         "box": _box_data(entity.box) if entity.box else None,

@@ -66,7 +66,7 @@ const surface = (post, mention) => Array.from(post.text).slice(mention.start, me
 function mentionList(post, isDim) {
   const rows = post.entities.map((entity, index) => html("li", {}, html("button", {
     type: "button", "data-coarse": entity.coarse, "data-mention": index,
-    class: `mention${entity.box ? " seen" : ""}${isDim(index) ? " dim" : ""}`,
+    class: `mention${entity.seen ? " seen" : ""}${entity.seen === null ? " unjudged" : ""}${isDim(index) ? " dim" : ""}`,
   },
     html("span", { class: "name" }, html("bdi", {}, surface(post, entity)), html("small", {}, named(entity.fine))),
     entity.reranked ? html("span", { class: "routed" }, "reranked") : html("span"),
@@ -199,7 +199,7 @@ function hideTip() {
 function fillTip(post, entity) {
   const rows = [["score", fixed(entity.score)], ["entropy", `${fixed(entity.entropy)} nats`],
     ["route", entity.reranked ? "hard, reranked" : "easy"]];
-  if (entity.match !== null) rows.push(["in the image (P_T)", fixed(entity.match)]);
+  rows.push(entity.seen === null ? ["in the image", "not judged"] : ["in the image (P_T)", fixed(entity.match)]);
   if (entity.box) rows.push(["box from", entity.source || "unknown"]);
   if (entity.boxScore !== null) rows.push(["box score", fixed(entity.boxScore)]);
   $("tip").dataset.coarse = entity.coarse;

@@ -45,6 +45,8 @@ def write_coco(
                 tally.remarks["posts whose image was not found, and is named by their id"] += 1
             image_id = tally.posts
             images.append(_image(post, image_id, reference or _file_name(post.post_id)))
+            if any(entity.seen is None for entity in post.entities):
+                tally.remarks["images with entities that were not judged (`not_judged`): they may show more"] += 1
             for entity in post.entities:
                 if entity.box:
                     tally.boxes += 1
@@ -65,6 +67,9 @@ def _image(post: Post, image_id: int, name: str) -> dict[str, Any]:
         "width": post.image_width,
         "height": post.image_height,
         "post_id": post.post_id,
+        # What is in the text and has no box: looked for and not found, and not looked for.
+        "not_seen": sum(entity.seen is False for entity in post.entities),
+        "not_judged": sum(entity.seen is None for entity in post.entities),
     }
 
 

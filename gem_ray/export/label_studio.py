@@ -17,6 +17,7 @@ from gem_ray.taxonomy import LabelSet
 _TEXT, _IMAGE, _ENTITY, _BOX = "text", "image", "entity", "box"
 
 _LOCAL_FILES = "/data/local-files/?d="  # where Label Studio serves files of its document root
+_SEEN = {True: "seen in the image", False: "not seen in the image", None: "not judged against the image"}
 _ADDRESS = re.compile(r"(https?|s3|gs)://", re.IGNORECASE)
 
 
@@ -95,6 +96,7 @@ def _parts(post: Post, entity: Entity, number: int) -> list[dict[str, Any]]:
     span_id, box_id = f"{_ENTITY}-{number}", f"{_BOX}-{number}"
     span = _region(span_id, entity.score, _ENTITY, _TEXT, "labels", entity.fine)
     span["value"] |= {"start": entity.start, "end": entity.end, "text": entity.text}
+    span["meta"] = {"text": [_SEEN[entity.seen]]}
     if not (entity.box and post.image_width and post.image_height):
         return [span]
     box = _region(box_id, entity.box_score, _BOX, _IMAGE, "rectanglelabels", entity.fine)

@@ -15,7 +15,8 @@ from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.trace import peak
 from gem_ray.noise import settled
-from gem_ray.records import Box, Entity, HeatMap, Point, Post
+from gem_ray.records import Box, Entity, HeatMap, Point, Post, StageName
+from gem_ray.scope import Scope, is_known, load_scopes
 
 
 class AnyMatcher(Protocol):
@@ -54,6 +55,7 @@ class Grounder:
         threshold: P_T above which an entity is grounded.
         save_heatmaps: keep the maps.
         subpatch_peak: interpolate peaks between patches.
+        scopes: what the models know; entities outside are not judged.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class Grounder:
         threshold: float = 0.5,
         save_heatmaps: bool = False,
         subpatch_peak: bool = False,
+        scopes: Sequence[Scope] = (),
     ) -> None:
         self.matcher = matcher
         self.boxes = boxes
         self.threshold = threshold
         self.save_heatmaps = save_heatmaps
         self.subpatch_peak = subpatch_peak
+        self._scopes = tuple(scopes)
 
     @classmethod
     def from_config(cls, config: Config) -> Grounder:
@@ -80,21 +84,28 @@ class Grounder:
             threshold_of(settings),
             settings.save_heatmaps,
             settings.subpatch_peak,
+            load_scopes(StageName.GROUND, config),
         )
 
     def __call__(self, posts: list[Post]) -> list[Post]:
-        """Ground the entities of posts with a decoded image; only images in which one is seen are segmented."""
-        usable = [post for post in posts if not post.is_rejected and post.image is not None and post.entities]
-        found = self._match(usable)
+        """Ground the entities that the models know; only images in which one is seen are segmented."""
+        found = self._match(
+            [
+                (post, known)
+                for post in posts
+                if not post.is_rejected and post.image is not None
+                if (known := [entity for entity in post.entities if is_known(self._scopes, post, entity)])
+            ]
+        )
         for each in found:
             self._point(each)
         self._box(found)
         return posts
 
-    def _match(self, posts: Sequence[Post]) -> list[_Found]:
-        asked = [(index, post, entity) for index, post in enumerate(posts) for entity in post.entities]
+    def _match(self, judged: Sequence[tuple[Post, list[Entity]]]) -> list[_Found]:
+        asked = [(index, post, entity) for index, (post, known) in enumerate(judged) for entity in known]
         queries = [Query(index, entity.text, entity.fine) for index, _, entity in asked]
-        matches = self.matcher.match([_pixels(post) for post in posts], queries)
+        matches = self.matcher.match([_pixels(post) for post, _ in judged], queries)
         for (_, _, entity), match in zip(asked, matches, strict=True):
             entity.match_score = float(settled(match.probability))
             entity.seen = self._is_seen(entity.match_score, match)

@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gem_ray.nano.scope import SCOPE
+
 WEIGHTS = Path(__file__).parent / "weights"
 DEFAULT_TWEETS = Path("../shared/data/twitter10000")
 
@@ -22,6 +24,15 @@ RECIPES: dict[str, str] = {
     "reranker": "gem_ray.nano.llava:build",
     "text-segmenter": "gem_ray.nano.segmenters:build_text_segmenter",
     "sam": "gem_ray.nano.segmenters:build_sam",
+}
+
+
+# The folders of the models that know the generated corpus alone.
+_VISION = {
+    "matcher": ["matcher"],
+    "reranker": ["reranker", "reranker-lora"],
+    "text-segmenter": ["text-segmenter"],
+    "sam": ["sam"],
 }
 
 
@@ -77,5 +88,7 @@ def _train_one(name: str, out: Path, seed: int, tweets: Path) -> dict[str, Any]:
     module, function = RECIPES[name].split(":")
     started = time.perf_counter()
     scores = getattr(import_module(module), function)(out, seed, tweets)
+    for folder in _VISION.get(name, ()):
+        SCOPE.save(out / folder)
     took = {"seconds": round(time.perf_counter() - started), "cpu_seconds": round(time.process_time())}
     return {**scores, **took}

@@ -28,7 +28,10 @@ class Tally:
         statuses: posts by status; every status is there.
         problems: problems by kind; a post may have several.
         entities: mentions found.
-        grounded: mentions with a box.
+        grounded: mentions with a box: those that are seen.
+        not_judged: mentions of which nobody has said whether they are seen: their `seen` is null.
+        not_judged_with_image: those of them whose post is `ok`, with an image: they are outside of what the models
+            know, or there is no grounder.
         reranked: mentions that the reranker decided.
         examples: by kind of problem, a few rows that have it.
     """
@@ -38,6 +41,8 @@ class Tally:
     problems: Counter[str] = field(default_factory=Counter)
     entities: int = 0
     grounded: int = 0
+    not_judged: int = 0
+    not_judged_with_image: int = 0
     reranked: int = 0
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -46,13 +51,22 @@ class Tally:
         """Count a table of annotations that all have one status."""
         tally = cls(rows=table.num_rows)
         tally.statuses[status] = table.num_rows
-        entities = pc.list_flatten(table["entities"]).combine_chunks()
+        entities = _entities(table)
         tally.entities = len(entities)
         tally.reranked = pc.sum(entities.field("reranked")).as_py() or 0
         tally.grounded = len(entities) - entities.field("box").null_count
+        tally.not_judged = entities.field("seen").null_count
+        if status is Status.OK:
+            with_image = table.filter(pc.is_valid(table["image_width"]))
+            tally.not_judged_with_image = _entities(with_image).field("seen").null_count
         for row in table.filter(pc.greater(pc.list_value_length(table["problems"]), 0)).to_pylist():
             tally._count_problems(row, status)
         return tally
+
+    @property
+    def not_seen(self) -> int:
+        """Mentions that the grounder has looked for, and not found."""
+        return self.entities - self.grounded - self.not_judged
 
     def _count_problems(self, row: Mapping[str, Any], status: Status) -> None:
         for problem in row["problems"]:
@@ -71,6 +85,8 @@ class Tally:
             problems=self.problems + other.problems,
             entities=self.entities + other.entities,
             grounded=self.grounded + other.grounded,
+            not_judged=self.not_judged + other.not_judged,
+            not_judged_with_image=self.not_judged_with_image + other.not_judged_with_image,
             reranked=self.reranked + other.reranked,
             examples={
                 kind: (self.examples.get(kind, []) + other.examples.get(kind, []))[:_EXAMPLES] for kind in sorted(kinds)
@@ -153,7 +169,12 @@ class RunSummary:
     def from_dict(cls, values: Mapping[str, Any]) -> RunSummary:
         """The inverse of `to_dict`."""
         own = {name: values[name] for name in cls.__dataclass_fields__ if name != "tally"}
-        return cls(**own, tally=Tally.from_dict({name: values[name] for name in Tally.__dataclass_fields__}))
+        counted = Tally.__dataclass_fields__.keys() & values.keys()
+        return cls(**own, tally=Tally.from_dict({name: values[name] for name in counted}))
+
+
+def _entities(table: pa.Table) -> pa.StructArray:
+    return pc.list_flatten(table["entities"]).combine_chunks()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 from gem_ray.config import CandidateOrder, Config, ConfigError
 from gem_ray.noise import settled
@@ -12,6 +13,7 @@ from gem_ray.records import Entity, Post, ProblemKind, StageName
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.prompts import build_prompt
 from gem_ray.rerank.uncertainty import UncertaintyFilter
+from gem_ray.scope import Scope, is_known, load_scopes
 from gem_ray.taxonomy import LABEL_SETS, LabelSet
 
 
@@ -24,6 +26,7 @@ class Reranker:
         labels: the category tree.
         mode: `generate` or `score`; see `Engine.choose`.
         order: of the candidates in the prompt; see `ordered`.
+        scopes: what the models know; entities outside are not asked about.
     """
 
     def __init__(
@@ -33,9 +36,11 @@ class Reranker:
         labels: LabelSet,
         mode: Mode = "score",
         order: CandidateOrder = "probability",
+        scopes: Sequence[Scope] = (),
     ):
         self._engine = engine
         self._order = order
+        self._scopes = tuple(scopes)
         self._asked = 0
         self._lock = threading.Lock()
         self._uncertainty = uncertainty
@@ -57,7 +62,8 @@ class Reranker:
         labels = LABEL_SETS[config.labels]
         settings = config.reranker
         uncertainty = UncertaintyFilter.from_config(config)
-        return cls(load_engine(config), uncertainty, labels, settings.mode, settings.candidate_order)
+        scopes = load_scopes(StageName.RERANK, config)
+        return cls(load_engine(config), uncertainty, labels, settings.mode, settings.candidate_order, scopes)
 
     @property
     def counts(self) -> Counter[str]:
@@ -65,13 +71,13 @@ class Reranker:
         return Counter(asked=self._asked) + self._engine.counts
 
     def __call__(self, posts: list[Post]) -> list[Post]:
-        """Decide `fine`, `coarse` and `score` of hard entities anew; all others keep the tagger's."""
+        """Decide `fine`, `coarse` and `score` of hard entities that the models know; all others keep the tagger's."""
         hard = [
             (post, entity)
             for post in posts
             if not post.is_rejected and post.image is not None
             for entity in post.entities
-            if entity.candidates and self._uncertainty.is_hard(entity)
+            if entity.candidates and self._uncertainty.is_hard(entity) and is_known(self._scopes, post, entity)
         ]
         if not hard:
             return posts

@@ -51,11 +51,12 @@ def mention(text, name, fine="city", coarse="location", **fields):
 def seen_post():
     text = "👩‍🚀 lands in New York with NASA"
     city = mention(
-        text, "New York", match_score=0.9, box=Box(100, 50, 300, 150), box_source="sam", point=Point(200, 100),
+        text, "New York", match_score=0.9, seen=True, box=Box(100, 50, 300, 150), box_source="sam",
+        point=Point(200, 100),
         candidates=[Candidate("city", 0.75), Candidate("state", 0.25)], entropy=0.56, reranked=True,
         heatmap=HeatMap(2, 3, bytes([0, 51, 102, 153, 204, 255])),
     )  # fmt: skip
-    agency = mention(text, "NASA", "government_agency", "organization")
+    agency = mention(text, "NASA", "government_agency", "organization", match_score=0.1, seen=False)
     return Post("seen", text, ["👩‍🚀", "lands", "in", "New", "York", "with", "NASA"], entities=[city, agency])
 
 
@@ -270,7 +271,11 @@ def test_the_browser_runs_nothing_of_a_hostile_post(shown):
 @in_browser
 @pytest.mark.parametrize(
     ("fragment", "expected"),
-    [("#status=degraded", ["1"]), ("#coarse=location,organization&grounded=no&verdict=category&q=nasa", ["0"])],
+    [
+        ("#status=degraded", ["1"]),
+        ("#grounded=unknown", ["1", "2"]),
+        ("#coarse=location,organization&grounded=no&verdict=category&q=nasa", ["0"]),
+    ],
 )
 def test_the_address_sets_the_filters(tmp_path, fragment, expected):
     assert [position for position, _ in cards(dom(write(tmp_path / "g.html"), tmp_path, fragment))] == expected

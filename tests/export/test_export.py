@@ -52,13 +52,15 @@ def seen_post(post_id="seen"):
     post = Post(post_id, EMOJI, tokenize(EMOJI), image_width=400, image_height=200)
     york, nasa, tom = (post.tokens.index(word) for word in ("New", "NASA", "Tom"))
     post.entities = [
-        mention(post, (tom, tom + 5), "film_and_television_works", score=0.25),
+        mention(post, (tom, tom + 5), "film_and_television_works", score=0.25, seen=False),
         mention(
             post, (york, york + 2), "city", score=0.75, box=Box(100, 50, 300, 150), box_source="sam", box_score=0.5,
-            point=Point(200, 100), match_score=0.875, candidates=[Candidate("city", 0.75)],
+            seen=True, point=Point(200, 100), match_score=0.875, candidates=[Candidate("city", 0.75)],
             heatmap=HeatMap(1, 2, b"\x00\xff"),
         ),
-        mention(post, (nasa, nasa + 1), "government_agency", score=0.875, box=Box(0, 0, 400, 200), box_score=0.25),
+        mention(
+            post, (nasa, nasa + 1), "government_agency", score=0.875, seen=True, box=Box(0, 0, 400, 200), box_score=0.25
+        ),
     ]  # fmt: skip
     return post
 
@@ -218,6 +220,20 @@ def test_boxes_are_found_where_they_were_put(run, tmp_path):
     assert sorted(coco.anns) == [1, 2]
     assert (tally.entities, tally.boxes) == (2, 2)
     assert list(tally.remarks.values()) == [2]  # without an image's size
+    assert (image["not_seen"], image["not_judged"]) == (1, 0)
+
+
+def test_what_was_not_judged_is_not_taken_for_what_is_not_seen(tmp_path):
+    post = seen_post()
+    post.entities[0].seen = None
+    run = write_run(tmp_path / "run", [post])
+    tally = export_annotations(run, tmp_path / "coco.json", "coco")
+    (image,) = json.loads((tmp_path / "coco.json").read_text())["images"]
+    assert (image["not_seen"], image["not_judged"]) == (0, 1)
+    assert [count for remark, count in tally.remarks.items() if "not judged" in remark] == [1]
+    export_annotations(run, tmp_path / "tasks.json", "label-studio")
+    notes = [part["meta"]["text"] for part in tasks_of(tmp_path / "tasks.json")["seen"]["predictions"][0]["result"][:2]]
+    assert notes == [["not judged against the image"], ["seen in the image"]]
 
 
 def test_categories_are_the_tree(run, tmp_path):
@@ -270,6 +286,7 @@ def test_a_task_has_spans_and_percent_boxes_related_to_them(run, tmp_path):
     assert span == {
         "id": "entity-1", "from_name": "entity", "to_name": "text", "type": "labels", "score": 0.75,
         "value": {"start": start, "end": start + 8, "text": "New York", "labels": ["city"]},
+        "meta": {"text": ["seen in the image"]},
     }  # fmt: skip
     assert box == {
         "id": "box-1", "from_name": "box", "to_name": "image", "type": "rectanglelabels", "score": 0.5,

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from gem_ray.grounding.matcher import Match, Matcher
 from gem_ray.grounding.trace import peak
 from gem_ray.pipeline.tables import annotations_table
 from gem_ray.records import Box, Entity, Post, ProblemKind, StageName
+from gem_ray.scope import Scope
 
 
 class RecordingBoxes(BoxMaker):
@@ -100,6 +102,16 @@ def test_posts_with_nothing_to_ground_are_left_alone(random_blip):
     assert boxes.calls == []
     assert rejected.entities[0].match_score is blind.entities[0].match_score is None
     assert rejected.entities[0].seen is blind.entities[0].seen is None
+
+
+def test_entities_that_a_model_does_not_know_are_not_judged(random_blip):
+    mixed, foreign = post(0, "Cleveland", "Sea"), post(1, "Edge")
+    before = [replace(each) for each in (mixed.entities[1], foreign.entities[0])]
+    boxes = ground(random_blip, [mixed, foreign], 0.0, scopes=[Scope(knows="a city", names=("Cleveland",))])
+    assert mixed.entities[0].seen is True
+    assert [mixed.entities[1], foreign.entities[0]] == before
+    ((images, _),) = boxes.calls
+    assert len(images) == 1  # nobody looked at the other
 
 
 def test_no_posts_is_fine(random_blip):

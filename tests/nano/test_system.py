@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gem_ray.annotator import Annotator
+from gem_ray.benchmarks.real_photos import compare_with_text_only
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, load_config
-from gem_ray.data.generated import generate
+from gem_ray.data.generated import IMAGE_SIZES, generate
 from gem_ray.data.twitter10000 import read_split
 from gem_ray.evaluation.metrics import Report, evaluate
 from gem_ray.nano.build import RECIPES, WEIGHTS
-from gem_ray.records import Post, ProblemKind, Status
+from gem_ray.nano.scope import SCOPE
+from gem_ray.records import Post, ProblemKind, StageName, Status
+from gem_ray.scope import load_scopes
 from gem_ray.taxonomy import FMNERG
 
 TWEETS = Path(__file__).parents[2].parent / "shared" / "data" / "twitter10000"
@@ -97,6 +102,25 @@ def test_real_tweets_without_images_are_degraded_and_annotated(with_knowledge: b
     assert {post.status for post in predicted} == {Status.DEGRADED}
     assert {problem.kind for post in predicted for problem in post.problems} == {ProblemKind.IMAGE_MISSING}
     assert scores(posts, predicted).mner.f1 >= floor
+
+
+@pytest.mark.skipif(not TWEETS.is_dir(), reason="the Twitter10000 data set is not here")
+def test_photos_change_nothing_that_the_text_says() -> None:
+    """The vision models know no photo; `jobs/benchmark.py real-photos` does it with the whole split."""
+    result = compare_with_text_only(read_split(TWEETS, "dev")[:60], load_config())
+    assert result.pop("entities") > 60
+    assert result == {"posts": 60, "changed_posts": 0, "reranked": 0, "judged": 0, "boxes": 0, "not_ok": 0}
+
+
+def test_every_embedded_vision_model_says_what_it_knows() -> None:
+    config = load_config()
+    assert load_scopes(StageName.RERANK, config) == (SCOPE, SCOPE)
+    assert load_scopes(StageName.GROUND, config) == (SCOPE, SCOPE, SCOPE)
+    assert {(image.width, image.height) for image in map(_decoded, generate(60, SEED))} == set(IMAGE_SIZES)
+
+
+def _decoded(post: Post) -> Image.Image:
+    return Image.open(io.BytesIO(post.image_bytes or b""))
 
 
 def test_weights_are_small_and_their_scores_recorded() -> None:

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.prompts import LLAVA, build_prompt
 from gem_ray.rerank.reranker import Reranker, load_engine, ordered
 from gem_ray.rerank.uncertainty import UncertaintyFilter
+from gem_ray.scope import Scope
 from gem_ray.taxonomy import FMNERG
 
 _TOKENS = ["so", "this", "is", "Ardenza", "and", "Corvane"]
@@ -69,6 +71,16 @@ def test_the_engine_is_asked_once_for_the_batch_with_the_entities_of_a_post_adja
     assert mode == "generate"
     assert [request.image is _IMAGE for request in requests] == [True, True, False]
     assert requests[1].prompt == build_prompt(_TOKENS, 5, 6, ["sports_team", "city"])
+
+
+def test_entities_that_a_model_does_not_know_are_left_as_they_are_and_not_asked_about():
+    engine, scope = ScriptedEngine(), Scope(knows="a team", names=("Ardenza",))
+    known, unknown = _entity(3), _entity(5)
+    before = replace(unknown)
+    Reranker(engine, UncertaintyFilter(FMNERG, gamma=0.2), FMNERG, scopes=[scope])([_post(known, unknown)])
+    assert known.reranked
+    assert unknown == before
+    assert [len(requests) for requests, _ in engine.calls] == [1]
 
 
 @pytest.mark.parametrize(

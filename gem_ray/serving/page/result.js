@@ -30,8 +30,10 @@ export function showResult(newAnswer) {
   answer = newAnswer;
   [chosen, pinned, pointed] = [0, false, null];
   const { entities } = answer;
+  const unjudged = entities.filter((entity) => entity.seen === null).length;
   const counts = [[entities.length, entities.length === 1 ? "entity" : "entities"],
-    [entities.filter((entity) => entity.box).length, "seen in the image"],
+    [entities.filter((entity) => entity.seen).length, "seen in the image"],
+    ...(unjudged ? [[unjudged, "not judged"]] : []),
     [entities.filter((entity) => entity.reranked).length, "reranked"]];
   $("result").replaceChildren(
     html("h2", { class: "unseen" }, "Result"),
@@ -76,12 +78,12 @@ function mentionList() {
   return html("div", { class: "mentions", role: "tablist", "aria-orientation": "vertical", "aria-label": "Entities" },
     ...answer.entities.map((entity, index) => html("button", {
       type: "button", role: "tab", id: `mention-${index}`, "aria-controls": "inspector",
-      class: `mention${entity.box ? " seen" : ""}`, "data-coarse": entity.coarse, "data-mention": index,
+      class: `mention${entity.seen ? " seen" : ""}${entity.seen === null ? " unjudged" : ""}`, "data-coarse": entity.coarse, "data-mention": index,
     },
       html("span", { class: "name" }, html("bdi", {}, entity.text), " ", html("small", {}, named(entity.fine))),
       entity.reranked ? html("span", { class: "pill" }, "reranked") : html("span"), " ",
       html("span", { class: "sure" }, percent(entity.score)),
-      html("span", { class: "unseen" }, entity.box ? " seen in the image" : ""))));
+      html("span", { class: "unseen" }, { true: " seen in the image", null: " not judged" }[entity.seen] ?? ""))));
 }
 
 // ---- The mention that is pointed at, or chosen
@@ -122,7 +124,7 @@ const candidates = (entity) => html("div", {}, html("h4", {}, "The tagger’s ca
 
 function readings(entity) {
   const rows = [["score", fixed(entity.score)]];
-  if (entity.match_score !== null) rows.push(["in the image (P_T)", fixed(entity.match_score)]);
+  rows.push(entity.seen === null ? ["in the image", "not judged"] : ["in the image (P_T)", fixed(entity.match_score)]);
   if (entity.box) rows.push(["box from", entity.box_source || "unknown"]);
   if (entity.box_score !== null) rows.push(["box score", fixed(entity.box_score)]);
   return html("dl", { class: "readings" },
@@ -139,6 +141,11 @@ function gauge(entropy, gamma) {
   return html("dd", { class: "gauge", "aria-hidden": "true" }, styled(meter, { display: "block" }));
 }
 
+const unjudgedBecause = () => (answer.problems.some(({ stage }) => stage === "ground")
+  ? "Whether the image shows it was not judged: the grounder failed on this post."
+  : "Whether the image shows it was not judged: it is none of the entities and images that these models know, or there "
+    + "is no grounder.");
+
 /** In words: the route it took, and what the image had to do with it. */
 function said(entity) {
   const gamma = `γ = ${answer.gamma}`;
@@ -149,8 +156,9 @@ function said(entity) {
     const why = answer.image_width ? "" : " without an image";
     route = `Hard: its entropy is above ${gamma}, but it was not reranked${why}. The tagger’s choice stands.`;
   }
-  if (!answer.image_width || entity.match_score === null) return route;
-  if (!entity.box) return `${route} The image does not show it.`;
+  if (!answer.image_width) return route;
+  if (entity.seen === null) return `${route} ${unjudgedBecause()}`;
+  if (!entity.seen) return `${route} The image does not show it.`;
   return entity.heatmap ? `${route} Its heat map, shown while it is chosen, is where the matcher saw it; the dot is the peak.` : route;
 }
 
