@@ -47,11 +47,14 @@ def shards_generated(
     posts: Annotated[int, typer.Option(help="How many posts.", min=1)] = 200,
     seed: SeedOption = 7,
     per_shard: PerShardOption = 1000,
+    unseen_names: Annotated[
+        float, typer.Option(help="Share of entities with names that training never saw.", min=0, max=1)
+    ] = 0.0,
 ) -> None:
     """Posts about invented entities, with images and gold."""
     from gem_ray.data.generated import generate
 
-    _write_shards(generate(posts, seed), out, per_shard)
+    _write_shards(generate(posts, seed, unseen_names), out, per_shard)
 
 
 @app.command("jsonl", epilog="Example: `gem-ray shards jsonl posts.jsonl posts/`")

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from gem_ray.data.emblems import EMBLEMS, Emblem, Tile, draw_distractor, draw_emblem
 from gem_ray.data.phrases import CLOSINGS, CUES, NEUTRAL, NO_ENTITY, OPENINGS, TAGS, USERS
+from gem_ray.data.unseen_names import UnseenNames
 from gem_ray.records import Box, GoldEntity, Post
 
 IMAGE_SIZES = ((256, 256), (288, 216), (216, 288), (320, 240), (240, 320))
@@ -56,24 +57,29 @@ class Scene:
         return tuple(instance.box for instance in self.instances if instance.emblem == emblem)
 
 
-def generate(count: int, seed: int) -> Iterator[Post]:
+def generate(count: int, seed: int, unseen_names: float = 0.0) -> Iterator[Post]:
     """Posts with text, tokens, an encoded image and gold mentions.
 
     Args:
         count: how many.
         seed: 0 to 2³² − 1; other seeds give other posts about the same entities.
+        unseen_names: share of the mentioned entities, 0 to 1, that are others: of names that training posts never have,
+            misspelt as in tweets, and never in the image. For scoring only.
     """
     for index in range(count):
-        yield make_post(np.random.default_rng([seed, index]), f"gen-{seed}-{index:06d}")
+        unseen = UnseenNames(np.random.default_rng([seed, index, 1]), unseen_names) if unseen_names else None
+        yield make_post(np.random.default_rng([seed, index]), f"gen-{seed}-{index:06d}", unseen)
 
 
-def make_post(rng: np.random.Generator, post_id: str) -> Post:
+def make_post(rng: np.random.Generator, post_id: str, unseen: UnseenNames | None = None) -> Post:
     """One post: what it mentions, the scene, and the text around the mentions."""
     mentioned = [] if rng.random() < _P_NO_ENTITY else _pick_mentioned(rng)
-    seen = [emblem for emblem in mentioned if rng.random() > _P_UNSEEN]
+    if unseen:
+        mentioned = list({emblem.name: emblem for emblem in map(unseen.rename, mentioned)}.values())
+    seen = [emblem for emblem in mentioned if rng.random() > _P_UNSEEN and emblem in EMBLEMS]
     shown = [*seen, *_pick_bystanders(rng, mentioned, seen)]
     scene = make_scene(rng, shown)
-    tokens, spans = _write(rng, mentioned, seen)
+    tokens, spans = _write(rng, mentioned, seen, unseen)
     text, _ = _join(tokens)
     boxes = {emblem.name: scene.boxes_of(emblem) for emblem in mentioned}
     gold = [GoldEntity(start, end, emblem.fine, boxes[emblem.name]) for start, end, emblem in spans]
@@ -134,7 +140,7 @@ def _pick_bystanders(rng: np.random.Generator, mentioned: list[Emblem], seen: li
 
 
 def _write(
-    rng: np.random.Generator, mentioned: list[Emblem], seen: list[Emblem]
+    rng: np.random.Generator, mentioned: list[Emblem], seen: list[Emblem], unseen: UnseenNames | None
 ) -> tuple[list[str], list[tuple[int, int, Emblem]]]:
     """The post's tokens, and the mentions as half-open word intervals."""
     tokens: list[str] = list(_choose(rng, OPENINGS)) if rng.random() < 0.35 else []
@@ -144,6 +150,11 @@ def _write(
         tokens += _choose(rng, NO_ENTITY)
     # Mentions of one text get the same boxes, so an entity is written in one form throughout a post.
     forms = {emblem.name: _surface(rng, emblem) for emblem in order}
+    if unseen:
+        for emblem in mentioned:
+            if emblem not in EMBLEMS:
+                prefix, name = forms[emblem.name]
+                forms[emblem.name] = prefix, unseen.written(name)
     for position, emblem in enumerate(order):
         if position:
             tokens.append(str(rng.choice([".", "!", ",", "and", "…", "—"])))

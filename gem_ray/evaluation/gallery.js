@@ -9,7 +9,7 @@ const facets = {
   fine: { title: "Fine category", options: [] },
   status: { title: "Post", options: [["ok", "ok"], ["degraded", "degraded"], ["rejected", "rejected"]] },
   grounded: { title: "In the image", options: [["yes", "seen"], ["no", "not seen"], ["unknown", "not judged"]] },
-  reranked: { title: "Route", options: [["yes", "reranked"], ["no", "easy"]] },
+  reranked: { title: "Route", options: [["yes", "reranked"], ["no", "not reranked"]] },
   verdict: {
     title: "Against gold",
     options: [["right", "right"], ["wrong", "wrong"], ["category", "wrong category"], ["region", "wrong region"],

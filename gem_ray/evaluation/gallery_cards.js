@@ -198,7 +198,7 @@ function hideTip() {
 
 function fillTip(post, entity) {
   const rows = [["score", fixed(entity.score)], ["entropy", `${fixed(entity.entropy)} nats`],
-    ["route", entity.reranked ? "hard, reranked" : "easy"]];
+    ["route", entity.reranked ? "hard, reranked" : "not reranked"]];
   rows.push(entity.seen === null ? ["in the image", "not judged"] : ["in the image (P_T)", fixed(entity.match)]);
   if (entity.box) rows.push(["box from", entity.source || "unknown"]);
   if (entity.boxScore !== null) rows.push(["box score", fixed(entity.boxScore)]);

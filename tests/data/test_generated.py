@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
 
@@ -12,6 +13,7 @@ from PIL import Image
 from gem_ray.data.emblems import EMBLEMS, draw_emblem
 from gem_ray.data.generated import generate, make_scene
 from gem_ray.data.tokenize import word_spans
+from gem_ray.data.unseen_names import is_unseen
 from gem_ray.records import Box, Post
 from gem_ray.taxonomy import FMNERG
 
@@ -111,3 +113,44 @@ def test_no_two_emblems_look_alike() -> None:
     pictures = np.stack([np.asarray(tile, dtype=float) for tile in tiles])
     apart = np.abs(pictures[:, None] - pictures[None]).mean(axis=(2, 3, 4)) + 1e3 * np.eye(len(EMBLEMS))
     assert apart.min() > 4
+
+
+@pytest.fixture(scope="module")
+def posts_with_unseen_names() -> list[Post]:
+    return list(generate(200, seed=5, unseen_names=0.4))
+
+
+def test_training_posts_stay_as_they_were() -> None:
+    """The embedded models were trained on them: a change of the generator must not change them by a bit."""
+    digest = hashlib.sha256()
+    for post in generate(20, 10_000):
+        digest.update(repr((post.text, post.gold)).encode())
+    assert digest.hexdigest()[:16] == "4d61ee549e724d21"
+
+
+def test_a_third_of_the_mentions_have_names_that_training_never_saw(posts_with_unseen_names: list[Post]) -> None:
+    mentions = [mention for post in posts_with_unseen_names for mention in names_of(post)]
+    unseen = [name for name, _ in mentions if is_unseen(name)]
+    assert len(unseen) >= len(mentions) / 3
+    trained_on = {word.casefold() for post in generate(300, 10_000) for word in post.tokens}
+    assert not {name.casefold() for name in unseen} & trained_on
+    assert any(name.islower() for name in unseen)
+    assert any(name.isupper() for name in unseen)
+
+
+def test_unseen_names_are_in_the_text_and_never_in_the_image(posts_with_unseen_names: list[Post]) -> None:
+    for post in posts_with_unseen_names:
+        for (name, _), gold in zip(names_of(post), post.gold or (), strict=True):
+            assert not (is_unseen(name) and gold.boxes)
+        spans = word_spans(post.text, post.tokens)
+        assert [post.text[start:end] for start, end in spans] == post.tokens
+    assert any(gold.boxes for post in posts_with_unseen_names for gold in post.gold or ())
+
+
+def test_posts_without_an_unseen_name_are_those_of_the_seed(
+    posts: list[Post], posts_with_unseen_names: list[Post]
+) -> None:
+    pairs = list(zip(posts, posts_with_unseen_names, strict=False))
+    same = [one == other for one, other in pairs if not any(is_unseen(name) for name, _ in names_of(other))]
+    assert len(same) > 20
+    assert all(same)
