@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import fs
 from pydantic import BaseModel
 
 from gem_ray.config import Config, ConfigError, load_config, preset_names
 from gem_ray.pipeline.logs import JsonFormatter
-from gem_ray.pipeline.run_directory import Manifest, RunFolder
 from gem_ray.records import Post, ProblemKind, StageName
 from gem_ray.redaction import HIDDEN, RedactingFormatter, redacted
 
@@ -156,16 +154,6 @@ def test_logs_problems_and_errors_hide_it(url: str) -> None:
         with pytest.raises(ConfigError) as caught:
             load_config(overrides=[override])
         assert MARK not in str(caught.value)
-
-
-@settings(deadline=None)
-@given(URL)
-def test_a_manifest_hides_it(tmp_path_factory: Any, url: str) -> None:
-    folder = tmp_path_factory.mktemp("run")
-    config = with_value(("knowledge", "explainer", "base_url"), url)
-    facts = dict.fromkeys(Manifest.__dataclass_fields__) | {"input": url, "config": config.public()}
-    RunFolder(fs.LocalFileSystem(), str(folder)).write("manifest", facts)
-    assert MARK not in (folder / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--debug"]])
