@@ -20,6 +20,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 DType = Literal["float32", "bfloat16", "float16"]
 M = TypeVar("M", bound=BaseModel)
 CandidateOrder = Literal["probability", "name", "shuffled"]
+ImageFit = Literal["pad", "crop"]
 # `records.StageName`, in its order, without importing Arrow for `--help`.
 Stage = Literal["prepare", "knowledge", "tag", "load_image", "rerank", "ground"]
 
@@ -150,8 +151,14 @@ class RerankerConfig(_Section):
     candidate_order: CandidateOrder = Field("probability", description="of the candidates in the prompt")
     batch_size: PositiveInt = Field(16, description="entities in one forward pass (transformers engine)")
     dtype: DType = "float32"
-    max_model_len: PositiveInt = Field(
-        1024, description="tokens of prompt, image and answer; longer ones are not reranked"
+    image_fit: ImageFit = Field(
+        "pad",
+        description="LLaVA-1.5: pad images to a square, as it was trained, or crop, as its published processor does",
+    )
+    max_model_len: PositiveInt | None = Field(
+        None,
+        description="tokens of prompt, image and answer; longer ones are not reranked; none: 1,024, or 448 beside what "
+        "the model makes of an image of `image.max_side`",
     )
     merge_adapter: bool | None = Field(
         None, description="vLLM: serve a copy of the model with its only adapter merged; none: where there is no GPU"
@@ -167,6 +174,10 @@ class RerankerConfig(_Section):
         if self.engine == "endpoint" and (self.endpoint is None or self.endpoint.base_url is None):
             raise ValueError("engine endpoint needs endpoint.base_url")
         return self
+
+    def positions(self, image_tokens: int) -> int:
+        """Of prompt, image and answer: `max_model_len`, or what leaves room for a text beside so large an image."""
+        return self.max_model_len or max(1024, image_tokens + 448)
 
     @property
     def adapter_references(self) -> dict[str, str]:
@@ -197,6 +208,7 @@ class MatcherConfig(_Section):
         "all", description="text tokens that eq. 11 sums over: all, without the special ones, the entity's own"
     )
     target: Literal["probability", "logit"] = Field("probability", description="what eq. 11 differentiates")
+    image_fit: ImageFit = Field("pad", description="kind `llava`: as `reranker.image_fit`")
     subpatch_peak: bool = Field(False, description="interpolate the peak between patches by parabolas")
     save_heatmaps: bool = Field(False, description="keep the map with each grounded entity, 8 bits a patch")
     dtype: DType = "float32"

@@ -179,8 +179,7 @@ def weight_shapes(folder: Path) -> dict[str, Tensor]:
     if files := sorted(folder.glob("model*.safetensors")):
         return {name: tensor for file in files for name, tensor in _safetensors_shapes(file)}
     if files := sorted(folder.glob("pytorch_model*.bin")):
-        loaded = (torch.load(file, map_location="meta", weights_only=True, mmap=True) for file in files)
-        return {name: tensor for part in loaded for name, tensor in part.items()}
+        return {name: tensor for file in files for name, tensor in _pickled_shapes(file).items()}
     raise FileNotFoundError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin")
 
 
@@ -188,6 +187,13 @@ def _safetensors_shapes(file: Path) -> Iterable[tuple[str, Tensor]]:
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 - no mapping
             yield name, torch.empty(opened.get_slice(name).get_shape(), device="meta")
+
+
+def _pickled_shapes(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except RuntimeError:  # the format from before torch 1.6, which cannot be mapped
+        return {name: tensor.to("meta") for name, tensor in torch.load(file, weights_only=True).items()}
 
 
 def _refuse(

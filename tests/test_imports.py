@@ -36,7 +36,7 @@ LAYERS = [
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},
-    {"annotator"},
+    {"annotator", "model_check"},
     {"planning"},
     {"pipeline", "serving", "evaluation"},
     {"benchmarks", "experiments", "export"},

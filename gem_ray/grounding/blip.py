@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BlipForImageTextRetrieval
 
-from gem_ray.loading import load_pretrained
+from gem_ray.loading import check_pretrained, load_pretrained
 
 # Of the text encoders that are published: BERT base. The shapes of weights do not tell how many heads they are for.
 _PUBLISHED_WIDTH, _PUBLISHED_HEADS = 768, 12
@@ -25,7 +25,15 @@ def load_blip(folder: Path, dtype: torch.dtype = torch.float32) -> BlipForImageT
         ValueError: weights are missing, unexpected or of another shape; or the text encoder is as wide as the published
             ones with another number of heads, as the defaults of transformers have it where `config.json` says nothing.
     """
-    model = load_pretrained(BlipForImageTextRetrieval, folder, dtype=dtype)
+    return _checked(load_pretrained(BlipForImageTextRetrieval, folder, dtype=dtype), folder)
+
+
+def check_blip(folder: Path) -> None:
+    """Check a BLIP without reading its weights; raises what `load_blip` does."""
+    _checked(check_pretrained(BlipForImageTextRetrieval, folder), folder)
+
+
+def _checked(model: BlipForImageTextRetrieval, folder: Path) -> BlipForImageTextRetrieval:
     text = model.config.text_config
     if text.hidden_size == _PUBLISHED_WIDTH and text.num_attention_heads != _PUBLISHED_HEADS:
         raise ValueError(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, MatcherConfig
+from gem_ray.grounding.blip import check_blip
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.trace import peak
+from gem_ray.loading import check_declared
 from gem_ray.noise import settled
 from gem_ray.records import Box, Entity, HeatMap, Point, Post, StageName
 from gem_ray.scope import Scope, is_known, load_scopes
@@ -35,6 +38,18 @@ def load_matcher(config: Config) -> AnyMatcher:
     from gem_ray.grounding.other_matchers import Blip2Matcher, LlavaMatcher
 
     return LlavaMatcher.from_config(config) if kind == "llava" else Blip2Matcher.from_config(config)
+
+
+def check_matcher(kind: str, folder: Path) -> None:
+    """Check a matcher's weights without reading them.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape.
+    """
+    if kind == "blip":
+        check_blip(folder)
+    else:
+        check_declared(folder)
 
 
 @dataclass(frozen=True)

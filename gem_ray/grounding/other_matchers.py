@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import Config
+from gem_ray.config import Config, ImageFit
+from gem_ray.data.square import fitted, in_image
 from gem_ray.device import torch_device
 from gem_ray.grounding.matcher import Match, Query
 from gem_ray.grounding.trace import MATCH, NO_MATCH, middle_upper_layer, patch_scores
@@ -42,6 +43,7 @@ class LlavaMatcher:
         processor: its tokenizer and image processor.
         layer: of the language model, to trace; none: the middle-upper one.
         batch_size: questions in a forward pass.
+        fit: of images into the model's square.
 
     Raises:
         ValueError: the tokenizer begins both answers with the same token.
@@ -53,11 +55,13 @@ class LlavaMatcher:
         processor: LlavaProcessor,
         layer: int | None = None,
         batch_size: int = 8,
+        fit: ImageFit = "pad",
     ) -> None:
         depth = model.config.text_config.num_hidden_layers
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.batch_size = batch_size
+        self.fit: ImageFit = fit
         self.layer = _checked(layer, depth)
         self._answers = [_first_token(processor.tokenizer, answer) for answer in ("no", "yes")]
         if self._answers[NO_MATCH] == self._answers[MATCH]:
@@ -70,7 +74,8 @@ class LlavaMatcher:
         folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
         model = load_pretrained(LlavaForConditionalGeneration, folder, dtype=dtype, attn_implementation="eager")
         processor = LlavaProcessor.from_pretrained(folder)
-        return cls(model.to(torch_device(config.device)), processor, settings.layer, settings.batch_size)
+        model = model.to(torch_device(config.device))
+        return cls(model, processor, settings.layer, settings.batch_size, settings.image_fit)
 
     def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
         """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
@@ -78,8 +83,9 @@ class LlavaMatcher:
 
     def _match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
         texts = [_QUESTION.format(text=query.text.replace(_IMAGE_TOKEN, "image")) + f" {_CUE}" for query in queries]
+        images_processor = self.processor.image_processor
         inputs = self.processor(
-            images=[images[query.image] for query in queries],
+            images=[fitted(images[query.image], images_processor, self.fit) for query in queries],
             text=texts,
             images_kwargs={"input_data_format": "channels_last"},
             padding=True,
@@ -107,7 +113,10 @@ class LlavaMatcher:
             each[rows, :, last].masked_select(is_image[:, None]).view(len(queries), -1, 1, patches)
             for each in (attention, gradient)
         ]
-        return _matches(probability, *at_images)
+        return [
+            replace(match, map=in_image(match.map, images[query.image].shape[:2], images_processor, self.fit))
+            for query, match in zip(queries, _matches(probability, *at_images), strict=True)
+        ]
 
 
 class Blip2Matcher:

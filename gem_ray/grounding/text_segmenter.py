@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, TextSegmenterConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
-from gem_ray.loading import load_pretrained
+from gem_ray.loading import check_pretrained, load_pretrained
 from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Box
 
@@ -342,6 +343,11 @@ def load_text_segmenter(config: Config) -> TextSegmenter:
     model = load_pretrained(model_class, path, dtype=getattr(torch, section.dtype))
     model = model.to(torch_device(config.device)).eval()
     return kind(model, processor_class.from_pretrained(path), section.threshold, section.batch_size)
+
+
+def check_text_segmenter(kind: str, folder: Path) -> None:
+    """Check a model's weights without reading them; raises what `load_text_segmenter` does."""
+    check_pretrained(_KINDS[kind][1], folder)
 
 
 def _masked(mask: np.ndarray, score: float) -> Instance:

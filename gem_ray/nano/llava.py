@@ -141,7 +141,7 @@ def learn_to_see(
     words = _emblem_directions(model, processor)  # (E, D)
 
     def loss(batch: list[Look]) -> torch.Tensor:
-        features = image_features(model, pixel_values(processor, [look.pixels for look in batch]))  # (I, P, D)
+        features = image_features(model, pixel_values(processor, [look.pixels for look in batch], "pad"))  # (I, P, D)
         # Where there is no emblem, a feature points nowhere; the constant is what it has to exceed to mean one.
         logits = F.pad(features @ words.T, (0, 1), value=2.0)  # (I, P, E + 1)
         emblems = torch.from_numpy(np.stack([look.emblems.flatten() for look in batch]))  # (I, P)

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from ray.exceptions import RayError
+import ray
+from ray.exceptions import RayError, RayTaskError
 
+from gem_ray.annotator import active_stages
+from gem_ray.model_check import check_models
+from gem_ray.model_references import load_unchanged
 from gem_ray.pipeline.checkpoint import checkpointing, committed_ids, read_ids
 from gem_ray.pipeline.compaction import compact
 from gem_ray.pipeline.graph import WRITING_CPUS, as_annotations, as_pass_results, build_graph
 from gem_ray.pipeline.passes import PassResults
 from gem_ray.pipeline.source import InputFile, PostSource
-from gem_ray.planning.plan import passes_of
-from gem_ray.records import Status
+from gem_ray.planning.plan import MODEL_STAGES, passes_of
+from gem_ray.records import StageName, Status
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -148,6 +153,23 @@ class GroupRunner:
         """Whether a published file is of this run."""
         return path.rsplit("/", 1)[-1].startswith(f"part-{self._folder.run_id}-")
 
+    def check_models(self) -> None:
+        """Check what would fail late, on some node: models of later passes, and vLLM's.
+
+        Raises:
+            RunError: a model is not there, or its weights are missing, unexpected or of another shape.
+        """
+        later = {stage for stages in self._passes[1:] for stage in stages} & MODEL_STAGES
+        if self._config.reranker.engine == "vllm":  # which takes minutes to start
+            later |= {StageName.RERANK} & {*active_stages(self._config)}
+        if not later:
+            return
+        check = ray.remote(num_cpus=WRITING_CPUS, max_retries=0)(_check_models)
+        try:
+            ray.get(check.remote(sorted(later), self._config, self._models))
+        except RayTaskError as error:
+            raise RunError(f"a model cannot be loaded: {error.cause}") from None
+
     def annotate(self, group: Group) -> None:
         """Bring every row of a group through every pass.
 
@@ -227,6 +249,11 @@ class GroupRunner:
     def _run_error(self, error: RayError) -> RunError:
         reason = self._ledger.read().failure or str(getattr(error, "cause", None) or error)
         return RunError(reason.strip().splitlines()[0])  # the rest is Ray's frames and advice
+
+
+def _check_models(stages: list[StageName], config: Config, models: dict[str, str]) -> None:
+    for stage in stages:
+        load_unchanged(stage, config, models, partial(check_models, stage))
 
 
 def _check_once(committed: np.ndarray) -> None:

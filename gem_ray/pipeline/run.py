@@ -121,6 +121,8 @@ def annotate_dataset(
             budgeted = with_gamma(config, folder, filesystem, manifest.files, models, ledger, actor)
             runner = GroupRunner(directory, folder, filesystem, budgeted, models, ledger, lease.claim, actor)
             groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
+            if actor is None:
+                runner.check_models()
             with reporting(progress, runner.done, sum(group.rows for group in groups)):
                 _run_groups(runner, groups, directory, lease.claim)
             work = ledger.read()

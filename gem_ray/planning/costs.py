@@ -285,7 +285,7 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
     facts = _facts(config, "reranker.model", settings.model, "llava-hf/llava-1.5-7b-hf")
     size = BYTES[settings.dtype]
     if settings.engine == "text":
-        longest = stacks.llama(facts.shape, settings.max_model_len)
+        longest = stacks.llama(facts.shape, settings.positions(0))
         usual = stacks.llama(facts.shape, work.prompt_tokens + work.caption_tokens)
         reader = _model(
             facts,
@@ -299,10 +299,11 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
     images, text = stacks.vision(facts.shape["vision_config"]), facts.shape["text_config"]
     language = partial(stacks.llama, text)
     image_tokens = images.tokens - 1
+    positions = settings.positions(image_tokens)
     whole, shared = language(image_tokens + work.prompt_tokens), language(work.prompt_tokens)
     model = partial(_model, facts, "reranker", settings.dtype)
     if settings.engine == "transformers":
-        per_request = language(settings.max_model_len).activations + images.activations + _logits(text)
+        per_request = language(positions).activations + images.activations + _logits(text)
         reranker = model(
             settings.batch_size,
             activations=settings.batch_size * size * per_request,
@@ -313,9 +314,9 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
     # A post's questions share the image's prefix.
     tokens = _vllm_tokens(card_memory)
     reranker = model(
-        tokens // settings.max_model_len,
+        tokens // positions,
         activations=size * (language(tokens).activations + tokens / image_tokens * images.activations),
-        kv_cache=size * settings.max_model_len * whole.kv_per_token,
+        kv_cache=size * positions * whole.kv_per_token,
         flops=work.with_hard * (images.flops + whole.flops) + (work.hard - work.with_hard) * shared.flops,
     )
     adapter = _adapter(config, language(1), size)

@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
+from gem_ray.config import ConfigError, RerankerConfig
 from gem_ray.noise import first_highest
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.prompts import LLAVA, PromptFormat
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 # Published processors bring the shorter side to 336 pixels before they crop: of a strip that makes gigabytes.
 _LONGEST_TO_SHORTEST = 50
+# Shorter to longer side of the images that are tried: models cut and scale images by their shapes.
+_SHARES = (1, 7 / 8, 3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
+QUESTION_TOKENS = 192  # of a tweet's question with five candidates, and its answer
 ROOT = -1  # the parent of the first tokens: the prompt itself
 
 
@@ -170,6 +175,45 @@ def count_image_tokens(config: Any) -> int:
     patches = (vision.image_size // vision.patch_size) ** 2
     keeps_class_patch = config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model"
     return patches + int(keeps_class_patch)
+
+
+def largest_image(processor: Any, image_token: int, max_side: int) -> int:
+    """The most positions that a model's processor makes of an image, whatever its shape.
+
+    Args:
+        processor: of the model.
+        image_token: its token in the processor's output.
+        max_side: the longer side of the largest image, in pixels.
+    """
+    token = processor.tokenizer.convert_ids_to_tokens(image_token)
+    shorter = [max(1, round(max_side * share)) for share in _SHARES]
+    shapes = {shape for side in shorter for shape in ((max_side, side), (side, max_side))}
+    counts = []
+    for height, width in shapes:
+        ids = processor(text=[token], images=[Image.new("RGB", (width, height))], return_tensors="np")["input_ids"]
+        counts.append(int((ids == image_token).sum()))
+    return max(counts)
+
+
+def positions(settings: RerankerConfig, image_tokens: int, max_side: int) -> int:
+    """How many positions a prompt with its image and answer may take.
+
+    Args:
+        settings: the reranker's.
+        image_tokens: positions of the largest image; 0: the model sees none.
+        max_side: its longer side in pixels, for the message.
+
+    Raises:
+        ConfigError: the configured length leaves no room for a question beside an image.
+    """
+    length = settings.positions(image_tokens)
+    if length < image_tokens + QUESTION_TOKENS:
+        raise ConfigError(
+            f"reranker.max_model_len is {length}, but {settings.model} makes up to {image_tokens} tokens of an image "
+            f"of {max_side} pixels, and a question takes up to {QUESTION_TOKENS} more: set it to "
+            f"{image_tokens + QUESTION_TOKENS} or more, leave it out, or lower image.max_side"
+        )
+    return length
 
 
 def expand_image_token(prompt: list[int], image_token: int, count: int) -> list[int]:

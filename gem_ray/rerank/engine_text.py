@@ -61,7 +61,7 @@ class TextEngine:
         return cls(
             model.to(torch_device(config.device)).eval(),
             AutoTokenizer.from_pretrained(folder),
-            settings.max_model_len,
+            settings.positions(0),
             settings.batch_size,
             settings.template,
         )

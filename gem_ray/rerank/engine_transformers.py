@@ -14,14 +14,23 @@ from peft import PeftModel
 from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import Config, ConfigError
+from gem_ray.config import Config, ConfigError, ImageFit
 from gem_ray.device import torch_device
 from gem_ray.loading import load_adapters
-from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
+from gem_ray.rerank.encoding import (
+    EncodedRequest,
+    RequestEncoder,
+    count_image_tokens,
+    expand_image_token,
+    positions,
+)
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
-from gem_ray.rerank.packing import PackedRow, pad_rows
+from gem_ray.rerank.packing import PackedRow, pad_rows, split_rows
 from gem_ray.rerank.prompts import LLAVA, PromptFormat
+
+# Prompts of full length in a forward pass, at most: memory grows with its positions, and with the square of a row's.
+_ROWS = 8
 
 
 class TransformersEngine:
@@ -39,6 +48,7 @@ class TransformersEngine:
         prompt_format: the model's.
         adapters: the adapted model, where several adapters are to choose from; its base is `model`.
         adapter: the name of the one that is used if a call names none.
+        fit: of images into the model's square.
     """
 
     def __init__(
@@ -50,12 +60,14 @@ class TransformersEngine:
         prompt_format: PromptFormat = LLAVA,
         adapters: PeftModel | None = None,
         adapter: str | None = None,
+        fit: ImageFit = "pad",
     ):
         self.prompt_format = prompt_format
         self.counts: Counter[str] = Counter()
         self._model = model
         self._processor = processor
         self._batch_size = batch_size
+        self._fit: ImageFit = fit
         self._adapters, self._adapter = adapters, adapter
         self._encoder = RequestEncoder(processor.tokenizer, model.config, max_length, prompt_format)
 
@@ -64,7 +76,7 @@ class TransformersEngine:
         """Load what the section `reranker` names; an adapter that is the only one is merged into the model's weights.
 
         Raises:
-            ConfigError: the model is no LLaVA.
+            ConfigError: the model is no LLaVA, or `reranker.max_model_len` leaves no room beside an image.
             ValueError: weights of model or adapter are missing, unexpected or of another shape.
         """
         settings = config.reranker
@@ -79,11 +91,12 @@ class TransformersEngine:
         return cls(
             model.to(torch_device(config.device)).eval(),
             LlavaProcessor.from_pretrained(folder),
-            settings.max_model_len,
+            positions(settings, count_image_tokens(model.config), config.image.max_side),
             settings.batch_size,
             PromptFormat.of_model(folder, settings.template),
             adapted,
             settings.adapter,
+            settings.image_fit,
         )
 
     def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
@@ -116,21 +129,33 @@ class TransformersEngine:
         """Answers by the questions' keys."""
         choices: dict[int, Choice] = {}
         features: dict[int, torch.Tensor] = {}  # by identity of the image, all of which `questions` keeps alive
-        order = _by_length(questions)
-        for start in range(0, len(order), self._batch_size):
-            keys = order[start : start + self._batch_size]
+        for keys in self._batches(questions):
             batch = [questions[key] for key in keys]
             images = {id(question.image): question.image for question in batch}
             # An image's questions are adjacent: only the batch before this one can have read it.
             features = {key: features[key] for key in images if key in features}
             unread = {key: image for key, image in images.items() if key not in features}
             if unread:
-                pixels = pixel_values(self._processor, unread.values())
+                pixels = pixel_values(self._processor, unread.values(), self._fit)
                 features |= zip(unread, image_features(self._model, pixels), strict=True)
             rows = self._log_probabilities(batch, features)
             for key, question, row in zip(keys, batch, rows, strict=True):
                 choices[key] = question.encoded.tree.choose(row, mode)
         return choices
+
+    def _batches(self, questions: dict[int, _Question]) -> Iterator[list[int]]:
+        """Keys of the questions of each forward pass: as many as are allowed, and no more positions than make sense."""
+        keys: list[int] = []
+        length = 0
+        for key in _by_length(questions):
+            own = len(questions[key].encoded.prompt) + self._encoder.image_tokens
+            if keys and (len(keys) == self._batch_size or length + own > _ROWS * self._encoder.max_length):
+                yield keys
+                keys, length = [], 0
+            keys.append(key)
+            length += own
+        if keys:
+            yield keys
 
     def _log_probabilities(self, batch: list[_Question], features: dict[int, torch.Tensor]) -> list[np.ndarray]:
         """Log-probability of each node of each question's tree, `(n,)`, after the prompt and the nodes before it."""
@@ -139,11 +164,13 @@ class TransformersEngine:
         for image, group in groupby(batch, key=lambda question: id(question.image)):
             encoded = [question.encoded for question in group]
             prompts = [expand_image_token(item.prompt, image_token, self._encoder.image_tokens) for item in encoded]
-            row = PackedRow.of(prompts, [item.tree for item in encoded])
-            self.counts["prompt_tokens"] += sum(map(len, prompts))
-            self.counts["cached_tokens"] += row.shared * (len(prompts) - 1)
-            rows.append(row)
-            images += [features[image]] * (row.count(image_token) // self._encoder.image_tokens)
+            trees = [item.tree for item in encoded]
+            for part in split_rows(prompts, trees, self._encoder.max_length):
+                row = PackedRow.of(prompts[part], trees[part])
+                self.counts["prompt_tokens"] += sum(map(len, prompts[part]))
+                self.counts["cached_tokens"] += row.shared * (len(prompts[part]) - 1)
+                rows.append(row)
+                images += [features[image]] * (row.count(image_token) // self._encoder.image_tokens)
         ids, positions, mask = (torch.from_numpy(array).to(device) for array in pad_rows(rows))
         hidden = hidden_states(self._model, ids, torch.stack(images), mask, positions)  # (R, L, D)
         places = torch.from_numpy(

@@ -6,13 +6,15 @@ import asyncio
 import itertools
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
@@ -23,11 +25,13 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from gem_ray.cache import keep_compiled_code_private
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, RerankerConfig
+from gem_ray.data.square import fitted
 from gem_ray.loading import check_declared
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, EngineDiedError, Mode, Request, RequestError
 from gem_ray.rerank.guardian import children_named, end_with_this_process
 from gem_ray.rerank.llava import merged
+from gem_ray.rerank.model_positions import model_positions
 from gem_ray.rerank.prompts import PromptFormat
 
 
@@ -42,6 +46,7 @@ class VllmEngine:
         encoder: tokenizes requests for the engine's model.
         adapters: LoRA adapters by name.
         adapter: the name of the one that is used if a call names none; none: the model as it is.
+        fit: brings images into the shape in which the model's processor shall get them.
     """
 
     def __init__(
@@ -50,11 +55,12 @@ class VllmEngine:
         encoder: RequestEncoder,
         adapters: dict[str, LoRARequest],
         adapter: str | None,
+        fit: Callable[[np.ndarray], np.ndarray] = lambda image: image,
     ):
         self.prompt_format = encoder.prompt_format
         # With its keys: it is read by other threads while the loop's adds to it.
         self.counts: Counter[str] = Counter(prompt_tokens=0, cached_tokens=0)
-        self._encoder, self._adapters, self._adapter = encoder, adapters, adapter
+        self._encoder, self._adapters, self._adapter, self._fit = encoder, adapters, adapter, fit
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm").start()
@@ -66,6 +72,7 @@ class VllmEngine:
         """Start an engine with what the section `reranker` names.
 
         Raises:
+            ConfigError: `reranker.max_model_len` leaves no room beside an image.
             ValueError: weights of model or adapter are missing, unexpected or of another shape.
         """
         keep_compiled_code_private()
@@ -78,12 +85,16 @@ class VllmEngine:
         if adapter and len(adapters) == 1 and model_config.model_type == "llava" and _merges(settings):
             folder, adapters, adapter = merged(folder, adapters[adapter], getattr(torch, settings.dtype)), {}, None
         prompt_format = PromptFormat.of_model(folder, settings.template)
+        processor = AutoImageProcessor.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        encoder = RequestEncoder(tokenizer, model_config, settings.max_model_len, prompt_format)
+        length = model_positions(folder, config)
+        fit = settings.image_fit if model_config.model_type == "llava" else "crop"
+        encoder = RequestEncoder(tokenizer, model_config, length, prompt_format)
         requests = {
             name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(adapters.items(), start=1)
         }
-        return cls(_arguments(str(folder), settings, encoder.max_length, len(adapters)), encoder, requests, adapter)
+        arguments = _arguments(str(folder), settings, encoder.max_length, len(adapters))
+        return cls(arguments, encoder, requests, adapter, partial(fitted, processor=processor, fit=fit))
 
     def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
         """Answer each request; see `Engine.choose`. May be called from several threads at once."""
@@ -108,7 +119,7 @@ class VllmEngine:
                 continue
             key = id(request.image)
             if key not in images:
-                images[key] = (Image.fromarray(request.image), f"image-{next(self._numbers)}")
+                images[key] = (Image.fromarray(self._fit(request.image)), f"image-{next(self._numbers)}")
             questions.append(_Question(encoded, request.choices, *images[key], lora))
         return questions
 

@@ -15,6 +15,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.cache import staged
 from gem_ray.checkpoints import content_hash
+from gem_ray.config import ImageFit
+from gem_ray.data.square import fitted
 from gem_ray.loading import load_adapters, load_pretrained
 
 T = TypeVar("T")
@@ -59,10 +61,11 @@ def merged(folder: Path, adapter: Path, dtype: torch.dtype) -> Path:
     return staged(f"{content_hash(folder)} {content_hash(adapter)} {dtype}", folder.name, make)
 
 
-def pixel_values(processor: LlavaProcessor, images: Iterable[np.ndarray]) -> torch.Tensor:
+def pixel_values(processor: LlavaProcessor, images: Iterable[np.ndarray], fit: ImageFit) -> torch.Tensor:
     """Images, `(h, w, 3)` uint8 of any size, as the model takes them: `(I, 3, S, S)`."""
+    square = [fitted(image, processor.image_processor, fit) for image in images]
     # Said outright: an image of three rows would be taken for one with its channels first.
-    return processor.image_processor(images=list(images), input_data_format="channels_last", return_tensors="pt")[
+    return processor.image_processor(images=square, input_data_format="channels_last", return_tensors="pt")[
         "pixel_values"
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -63,6 +63,30 @@ class PackedRow:
     def count(self, token: int) -> int:
         """How often a token is in the row."""
         return int((self.ids == token).sum())
+
+
+def split_rows(prompts: Sequence[list[int]], trees: Sequence[ChoiceTree], longest: int) -> Iterator[slice]:
+    """Which of an image's requests, in their order, share a row.
+
+    Args:
+        prompts: of the image, in which it takes as many tokens as positions.
+        trees: of their choices.
+        longest: positions of a row, at most; a request that alone takes more has a row of its own. Work and memory of
+            attention grow with the square of a row.
+    """
+    start, length, shared = 0, 0, 0
+    for index, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
+        own = len(prompt) + len(tree.tokens)
+        if index > start:
+            # What the row shares gets shorter, and each request before this one longer by as much.
+            common = _shared_length([prompts[start][: shared + 1], prompt])
+            grown = length + (shared - common) * (index - start - 1) + own - common
+            if grown <= longest:
+                length, shared = grown, common
+                continue
+            yield slice(start, index)
+        start, length, shared = index, own, len(prompt) - 1
+    yield slice(start, len(prompts))
 
 
 def pad_rows(rows: Sequence[PackedRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

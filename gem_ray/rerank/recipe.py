@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gem_ray.config import DType, ImageConfig, PositiveInt, Probability
+from gem_ray.config import DType, ImageConfig, ImageFit, PositiveInt, Probability
 from gem_ray.recipes import load_recipe
 
 
@@ -21,6 +21,7 @@ class RerankerTraining(BaseModel):
     dropout: Probability = Field(0.05, description="on the adapter's input")
     k: PositiveInt = Field(5, description="candidates of an entity; drawn anew in each epoch")
     template: str | None = Field(None, description="conversation around `{question}`; none: the model's own")
+    image_fit: ImageFit = Field("pad", description="as `reranker.image_fit`")
     max_length: PositiveInt = Field(1024, description="positions of prompt, image and answer; longer ones are left out")
 
     epochs: PositiveInt = 3

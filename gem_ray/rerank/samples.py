@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from gem_ray.config import ImageFit
 from gem_ray.data.images import ImageLoader
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
@@ -40,6 +41,7 @@ class SampleEncoder:
         processor: the model's.
         max_length: positions that prompt, image and answer may take together.
         prompt_format: the model's.
+        fit: of images into the model's square.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class SampleEncoder:
         processor: LlavaProcessor,
         max_length: int = 1024,
         prompt_format: PromptFormat = LLAVA,
+        fit: ImageFit = "pad",
     ) -> None:
+        self._fit: ImageFit = fit
         self.prompt_format = prompt_format
         self._processor = processor
         self._image_token = model.config.image_token_id
@@ -76,7 +80,7 @@ class SampleEncoder:
             ids[row, :end] = torch.tensor([*prompt, *answer])
             labels[row, len(prompt) : end] = torch.tensor(answer)
         kept = length - min(map(len, prompts)) + 1
-        pixels = pixel_values(self._processor, [sample.image for sample in samples])
+        pixels = pixel_values(self._processor, [sample.image for sample in samples], self._fit)
         return {"input_ids": ids, "pixel_values": pixels, "labels": labels[:, -kept:], "logits_to_keep": kept}
 
 

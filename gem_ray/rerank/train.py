@@ -82,7 +82,7 @@ def train_reranker(
     model = _adapted(folder, settings)
     processor = LlavaProcessor.from_pretrained(folder)
     prompt_format = PromptFormat.of_model(folder, settings.template)
-    encoder = SampleEncoder(model.get_base_model(), processor, settings.max_length, prompt_format)
+    encoder = SampleEncoder(model.get_base_model(), processor, settings.max_length, prompt_format, settings.image_fit)
     samples = EntitySamples(posts, encoder, rule, settings)
     trainer = prepare(_trainer(model, encoder, samples, settings, out / _CHECKPOINTS, report))
     inputs = {

@@ -343,7 +343,6 @@ def test_no_model_is_looked_for_where_a_job_has_none(preset):
         config.tagger.model,
         config.reranker.adapter,
         config.grounder.matcher.model,
-        config.grounder.boxes.sam.model,
     ]
     assert all(reference.startswith("s3://my-bucket/models/") for reference in named)
     make_plan(config, gpus=8, gpu_memory_gb={"one-gpu": 24, "cluster": 80}[preset]).check()

@@ -15,7 +15,7 @@ ON_A_CARD = ["knowledge.captioner=null", "reranker.enabled=false", "grounder.ena
 
 
 def test_models_that_the_card_of_this_machine_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config("one-gpu")
+    config = load_config("one-gpu", reranker={"enabled": True, "adapter": "models/reranker-lora"})
     monkeypatch.setattr(session, "_card_memory_gb", lambda: 12.0)
     with pytest.raises(PlanError, match=r"rerank needs .* a 12 GB card"):
         session._check_cards(config, gpus=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import replicas
 import torch
 import transformers
 from segment_anything import sam_model_registry
@@ -26,7 +27,7 @@ from gem_ray.knowledge import captioner
 from gem_ray.planning import costs, stacks
 from gem_ray.planning.cards import CARDS, GIB
 from gem_ray.planning.costs import stage_need
-from gem_ray.planning.model_facts import count_parameters
+from gem_ray.planning.model_facts import count_parameters, read_shape
 from gem_ray.planning.plan import Plan, PlanError, make_plan, measured_seconds, passes_of
 from gem_ray.planning.pools import Pool
 from gem_ray.planning.published import PUBLISHED
@@ -91,6 +92,22 @@ def test_passes_that_are_no_partition_are_refused_by_key(passes: str, says: str)
     with pytest.raises(ConfigError, match=r"pipeline\.passes") as caught:
         load_config(overrides=[f"pipeline.passes={passes}"])
     assert says in str(caught.value)
+
+
+# The presets with every model that they leave out, and with models of one's own.
+FULL = (
+    "knowledge.captioner=Salesforce/blip2-opt-2.7b",
+    "tagger={model: models/tagger, max_length: 256, dtype: float16}",
+    "reranker={enabled: true, adapter: models/reranker-lora}",
+    "grounder.matcher.model=models/matcher",
+    "pipeline.built_like={models/tagger: FacebookAI/roberta-large, models/matcher: Salesforce/blip-itm-large-coco}",
+)
+FULL_ARGUMENTS = [argument for override in FULL for argument in ("--set", override)]
+
+
+def full(preset: str, *overrides: str) -> Config:
+    """A preset with all stages."""
+    return load_config(preset, overrides=[*FULL, *overrides])
 
 
 # Sizes
@@ -187,7 +204,7 @@ def test_published_sizes_are_those_of_the_architecture(reference: str) -> None:
 
 
 def test_weights_of_llava_are_two_bytes_for_each_of_its_published_parameters() -> None:
-    (model, _adapter) = stage_need(StageName.RERANK, load_config("one-gpu"), 24 * GIB).models
+    (model, _adapter) = stage_need(StageName.RERANK, full("one-gpu"), 24 * GIB).models
     assert model.weights == pytest.approx(7.06e9 * 2, rel=0.02)  # "7.06B params", says the hub
 
 
@@ -197,16 +214,16 @@ def test_an_adapter_of_vllm_is_as_large_as_peft_makes_it() -> None:
     linear = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     with torch.device("meta"):
         model = get_peft_model(llava(layers=2), LoraConfig(r=64, target_modules=linear))
-    (_llava, adapter) = stage_need(StageName.RERANK, load_config("one-gpu"), 24 * GIB).models
+    (_llava, adapter) = stage_need(StageName.RERANK, full("one-gpu"), 24 * GIB).models
     assert adapter.parameters == 16 * model.get_nb_trainable_parameters()[0]  # 32 layers
-    several = load_config("one-gpu", overrides=["reranker.adapters={a: models/a, b: models/b}"])
+    several = full("one-gpu", "reranker.adapters={a: models/a, b: models/b}")
     (_llava, adapters) = stage_need(StageName.RERANK, several, 24 * GIB).models
     assert adapters.parameters == 3 * adapter.parameters  # vLLM keeps a place for each
 
 
 def test_cached_keys_and_values_by_hand() -> None:
     # A key and a value of 128 numbers for each of 32 heads in 32 layers, in two bytes, for 1,024 tokens.
-    (model, _adapter) = stage_need(StageName.RERANK, load_config("one-gpu"), 24 * GIB).models
+    (model, _adapter) = stage_need(StageName.RERANK, full("one-gpu"), 24 * GIB).models
     assert model.kv_cache == 2 * 128 * 32 * 32 * 2 * 1024 == GIB // 2
     # Eight heads share each key and value of Llama 3: 128 KiB a token.
     grouped = stacks.llama(PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"].shape, tokens=1)
@@ -278,17 +295,17 @@ def test_memory_and_operations_of_the_embedded_matchers_image_encoder() -> None:
 
 
 def test_a_larger_batch_or_a_wider_dtype_needs_more() -> None:
-    config = load_config("one-gpu")
+    config = full("one-gpu")
     base = stage_need(StageName.GROUND, config).memory
     for change in ("grounder.boxes.sam.batch_size=8", "grounder.boxes.sam.dtype=float32"):
-        assert stage_need(StageName.GROUND, load_config("one-gpu", overrides=[change])).memory > 1.5 * base
+        assert stage_need(StageName.GROUND, full("one-gpu", change)).memory > 1.5 * base
 
 
 # Fitting
 
 
 def test_one_card_of_24_gb_holds_every_pass() -> None:
-    plan = make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=24)
+    plan = make_plan(full("one-gpu"), gpus=1, gpu_memory_gb=24)
     plan.check()
     assert [" ".join(one.names) for one in plan.passes] == [
         "prepare knowledge",
@@ -305,30 +322,49 @@ def test_one_card_of_24_gb_holds_every_pass() -> None:
     assert plan.gpu_hours_per_million == pytest.approx(1e6 / plan.posts_per_hour)
 
 
+@pytest.mark.parametrize(("preset", "gpus", "memory_gb"), [("cpu", 0, None), ("one-gpu", 1, 24), ("cluster", 4, 80)])
+def test_every_preset_fits_as_it_is_with_models_that_are_published(
+    preset: str, gpus: int, memory_gb: float | None
+) -> None:
+    plan = make_plan(load_config(preset), gpus=gpus, gpu_memory_gb=memory_gb)
+    plan.check()
+    needs = [model for one in plan.passes for pool in one.pools for model in pool.need.models]
+    assert [model.role for model in needs] == ["tagger", "matcher", "sam", "text_segmenter"]
+
+
+@pytest.mark.parametrize("layout", [lambda folder: None, replicas.as_bin, replicas.as_shards])
+def test_a_checkpoint_is_as_large_in_every_layout(tmp_path: Path, layout) -> None:
+    replicas.sam_vit(tmp_path)
+    layout(tmp_path)
+    assert count_parameters(tmp_path) == values_in(load_sam(tmp_path))
+    shape = {"width": 24, "depth": 2, "heads": 2, "window": 3, "image_size": 64, "patch_size": 8, "global_layers": [1]}
+    assert read_shape(tmp_path) == shape
+
+
 def test_a_card_of_12_gb_is_refused_with_numbers_and_what_would_fit() -> None:
-    message = refusal(load_config("one-gpu"), gpus=1, gpu_memory_gb=12)
+    message = refusal(full("one-gpu"), gpus=1, gpu_memory_gb=12)
     assert "rerank needs 15.4 GiB" in message
     assert "weights 13.5" in message
     assert "a 12 GB card has 11.4 usable" in message
     assert "on a card of 24 GB" in message
-    make_plan(load_config("one-gpu", overrides=["reranker.enabled=false"]), gpus=1, gpu_memory_gb=12).check()
+    make_plan(full("one-gpu", "reranker.enabled=false"), gpus=1, gpu_memory_gb=12).check()
 
 
 def test_the_smaller_settings_of_a_refusal_do_fit() -> None:
     wide = ["reranker.enabled=false", "grounder.boxes.sam.dtype=float32", "grounder.boxes.sam.batch_size=8"]
-    message = refusal(load_config("one-gpu", overrides=wide), gpus=1, gpu_memory_gb=12)
+    message = refusal(full("one-gpu", *wide), gpus=1, gpu_memory_gb=12)
     changes = [word for before, word in zip(message.split(), message.split()[1:], strict=False) if before == "--set"]
     sam = [change.rstrip(",") for change in changes if "sam" in change]
     assert sam
-    make_plan(load_config("one-gpu", overrides=[*wide, *sam]), gpus=1, gpu_memory_gb=12).check()
+    make_plan(full("one-gpu", *wide, *sam), gpus=1, gpu_memory_gb=12).check()
 
 
 def test_stages_that_do_not_fit_at_once_are_refused_with_passes_that_do() -> None:
     at_once = ["pipeline.passes=null"]
-    message = refusal(load_config("one-gpu", overrides=at_once), gpus=1, gpu_memory_gb=24)
+    message = refusal(full("one-gpu", *at_once), gpus=1, gpu_memory_gb=24)
     assert "pass 1 needs 3 GPUs or more" in message
     passes = message.partition("--set '")[2].rstrip("'")
-    make_plan(load_config("one-gpu", overrides=[passes]), gpus=1, gpu_memory_gb=24).check()
+    make_plan(full("one-gpu", passes), gpus=1, gpu_memory_gb=24).check()
 
 
 @pytest.mark.parametrize(
@@ -341,18 +377,18 @@ def test_stages_that_do_not_fit_at_once_are_refused_with_passes_that_do() -> Non
     ],
 )
 def test_a_share_that_is_too_small_is_refused_with_the_one_that_is_not(override: str, says: str) -> None:
-    assert says in refusal(load_config("one-gpu", overrides=[override]), gpus=1, gpu_memory_gb=24)
+    assert says in refusal(full("one-gpu", override), gpus=1, gpu_memory_gb=24)
 
 
 def test_no_card_at_all_is_refused_where_one_is_asked_for() -> None:
-    assert "--gpus says 0" in refusal(load_config("one-gpu"))
+    assert "--gpus says 0" in refusal(full("one-gpu"))
 
 
 # Sharing
 
 
 def test_64_cards_make_all_stages_equally_fast() -> None:
-    config = load_config("cluster")
+    config = full("cluster")
     plan = make_plan(config, gpus=64, gpu_memory_gb=80)
     plan.check()
     pools = pools_of(plan)
@@ -368,7 +404,7 @@ def test_64_cards_make_all_stages_equally_fast() -> None:
 
 
 def test_the_planned_pools_can_be_run_as_configuration(tmp_path: Path) -> None:
-    plan = make_plan(load_config("cluster"), gpus=16, gpu_memory_gb=80)
+    plan = make_plan(full("cluster"), gpus=16, gpu_memory_gb=80)
     file = tmp_path / "planned.yaml"
     file.write_text(json.dumps(plan.to_dict()["config"]))
     planned = load_config("cluster", file)
@@ -377,14 +413,14 @@ def test_the_planned_pools_can_be_run_as_configuration(tmp_path: Path) -> None:
 
 
 def test_a_pool_never_outgrows_its_bound() -> None:
-    config = load_config("cluster", overrides=["pipeline.rerank.max_actors=3"])
+    config = full("cluster", "pipeline.rerank.max_actors=3")
     plan = make_plan(config, gpus=64, gpu_memory_gb=80)
     assert pools_of(plan)["rerank"].actors == 3
     assert plan.bottleneck.stage == "rerank"
 
 
 def test_speeds_follow_the_card() -> None:
-    config = load_config("cluster")
+    config = full("cluster")
     slow, fast = (make_plan(config, gpus=8, card=card) for card in ("a100-80gb", "h100"))
     assert fast.gpu_memory_gb == 80
     ratio = fast.passes[0].posts_per_second / slow.passes[0].posts_per_second
@@ -447,7 +483,7 @@ IN_PROCESS = f"knowledge.explainer={{engine: vllm, model: {LLAMA}, dtype: bfloat
 
 
 def test_an_explainer_in_the_process_is_planned_beside_the_captioner() -> None:
-    config = load_config("cluster", overrides=[IN_PROCESS, "pipeline.knowledge.num_gpus=0.8"])
+    config = full("cluster", IN_PROCESS, "pipeline.knowledge.num_gpus=0.8")
     plan = make_plan(config, gpus=8, gpu_memory_gb=80)
     plan.check()
     assert plan.notes == ()
@@ -455,7 +491,7 @@ def test_an_explainer_in_the_process_is_planned_beside_the_captioner() -> None:
     captioner, explainer = need.models
     assert explainer.weights == 2 * PUBLISHED[LLAMA].parameters
     assert explainer.kv_cache == 4096 * 128 * 1024  # grouped keys and values: 128 KiB a token
-    alone = stage_need(StageName.KNOWLEDGE, load_config("cluster"), 80 * GIB)
+    alone = stage_need(StageName.KNOWLEDGE, full("cluster"), 80 * GIB)
     assert need.held == alone.memory + 40 * GIB  # what the captioner needs, and half a card for vLLM
     assert captioner.weights == alone.models[0].weights
     # Its answers are decoded token by token: the slowest stage, unless it gets more actors.
@@ -474,7 +510,7 @@ def test_an_explainer_in_the_process_is_planned_beside_the_captioner() -> None:
     ],
 )
 def test_an_explainer_without_room_is_refused_with_what_gives_it_some(overrides: list[str], says: str) -> None:
-    assert says in refusal(load_config("cluster", overrides=[IN_PROCESS, *overrides]), gpus=8, gpu_memory_gb=80)
+    assert says in refusal(full("cluster", IN_PROCESS, *overrides), gpus=8, gpu_memory_gb=80)
 
 
 @pytest.mark.parametrize(
@@ -490,7 +526,7 @@ def test_an_explainer_without_room_is_refused_with_what_gives_it_some(overrides:
 )
 def test_who_follows_the_advice_gets_a_plan_that_fits(preset: str, memory_gb: int, overrides: list[str]) -> None:
     for _ in range(4):
-        plan = make_plan(load_config(preset, overrides=overrides), gpus=8, gpu_memory_gb=memory_gb)
+        plan = make_plan(full(preset, *overrides), gpus=8, gpu_memory_gb=memory_gb)
         if not plan.problems:
             return
         advice = plan.problems[0].partition(": set ")[2].partition(", or ")[0]
@@ -499,10 +535,10 @@ def test_who_follows_the_advice_gets_a_plan_that_fits(preset: str, memory_gb: in
 
 
 def test_a_captioner_and_an_explainer_that_no_card_holds_may_each_be_left_out() -> None:
-    says = refusal(load_config("one-gpu", overrides=[IN_PROCESS]), gpus=1, gpu_memory_gb=24)
+    says = refusal(full("one-gpu", IN_PROCESS), gpus=1, gpu_memory_gb=24)
     assert "--set knowledge.captioner=null, or --set knowledge.explainer=null" in says
     single = IN_PROCESS.replace("bfloat16", "float32")  # without the captioner it does not fit either
-    says = refusal(load_config("one-gpu", overrides=[single]), gpus=1, gpu_memory_gb=24)
+    says = refusal(full("one-gpu", single), gpus=1, gpu_memory_gb=24)
     assert says.endswith("or do without: --set knowledge.explainer=null")
 
 
@@ -521,7 +557,7 @@ def gem_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_prints_a_table_that_a_terminal_of_100_columns_holds() -> None:
     arguments = ["--preset", "one-gpu", "--gpus", "1", "--gpu-memory", "24", "--price-per-gpu-hour", "0.5"]
-    done = gem_ray(*arguments)
+    done = gem_ray(*arguments, *FULL_ARGUMENTS)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 100
     for words in ("pass 3", "llava-1.5-7b-hf", "estimate, not measured", "verdict: it fits", "bottleneck: rerank"):
@@ -529,14 +565,14 @@ def test_the_command_prints_a_table_that_a_terminal_of_100_columns_holds() -> No
 
 
 def test_the_command_gives_json() -> None:
-    done = gem_ray("--preset", "cluster", "--gpus", "64", "--gpu-memory", "80", "--json")
+    done = gem_ray("--preset", "cluster", "--gpus", "64", "--gpu-memory", "80", "--json", *FULL_ARGUMENTS)
     plan = json.loads(done.stdout)
     assert plan["problems"] == []
     assert [pool["stage"] for pool in plan["passes"][0]["pools"]] == ["knowledge", "tag", "rerank", "ground"]
 
 
 def test_the_command_ends_with_2_where_it_does_not_fit() -> None:
-    done = gem_ray("--preset", "one-gpu", "--gpus", "1", "--gpu-memory", "12")
+    done = gem_ray("--preset", "one-gpu", "--gpus", "1", "--gpu-memory", "12", *FULL_ARGUMENTS)
     assert done.returncode == 2
     assert "verdict: it does not fit" in done.stdout
     assert "11.4 usable" in done.stderr

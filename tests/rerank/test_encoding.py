@@ -1,10 +1,29 @@
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
-from gem_ray.rerank.encoding import ChoiceTree, EncodedRequest, RequestEncoder, answer_ids
-from gem_ray.rerank.prompts import build_prompt
+from gem_ray.config import ConfigError, load_config
+from gem_ray.rerank.encoding import (
+    ChoiceTree,
+    EncodedRequest,
+    RequestEncoder,
+    answer_ids,
+    largest_image,
+    positions,
+)
+from gem_ray.rerank.prompts import IMAGE_TOKEN, build_prompt
 from gem_ray.taxonomy import FMNERG
 
 _PROMPT = build_prompt(["so", "this", "is", "Ardenza"], 3, 4, FMNERG.fine[:5])
@@ -75,3 +94,46 @@ def test_what_is_too_long_is_an_error_that_gives_the_numbers(base, requests):
     assert isinstance(fits, EncodedRequest)
     assert fits.prompt == tokenizer.encode(requests[0].prompt)
     assert f"takes {prompt + longest} tokens" in str(error)
+
+
+def _published(tokenizer, kind):
+    """The processors of LLaVA-NeXT and of Qwen2.5-VL as they are published, with another tokenizer."""
+    if kind == "llava-next":
+        images = LlavaNextImageProcessor(
+            size={"shortest_edge": 336},
+            crop_size={"height": 336, "width": 336},
+            image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        )
+        return LlavaNextProcessor(
+            images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        )
+    images = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
+    return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor())
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("llava-next", 2000, 2928), ("qwen", 1200, 1400)])
+def test_the_largest_image_is_as_long_as_the_models_processor_makes_it(base, kind, low, high):
+    tokenizer = LlavaProcessor.from_pretrained(base).tokenizer
+    names = {"image_token": IMAGE_TOKEN, "video_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", extra_special_tokens=names
+    )
+    processor = _published(tokenizer, kind)
+    token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    longest = largest_image(processor, token, 1024)
+    assert low <= longest <= high
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        width = int(rng.integers(256, 1024))
+        image = Image.new("RGB", (width, 1024))
+        ids = processor(text=[IMAGE_TOKEN], images=[image], return_tensors="np")["input_ids"]
+        assert (ids == token).sum() <= longest * 1.02
+    settings = load_config().reranker
+    assert positions(settings, longest, 1024) == longest + 448
+    with pytest.raises(ConfigError, match=f"is 1024, but .* makes up to {longest} tokens of an image of 1024 pixels"):
+        positions(settings.model_copy(update={"max_model_len": 1024}), longest, 1024)
+
+
+def test_models_of_few_image_tokens_read_as_much_as_before():
+    settings = load_config().reranker
+    assert [positions(settings, tokens, 1024) for tokens in (0, 100, 576)] == [1024, 1024, 1024]

@@ -1,15 +1,20 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from gem_ray.config import load_config
-from gem_ray.rerank.encoding import answer_ids
+from gem_ray.config import ConfigError, load_config
+from gem_ray.rerank.encoding import ChoiceTree, answer_ids
 from gem_ray.rerank.engine import Request, RequestError
 from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.llava import load_llava
+from gem_ray.rerank.packing import PackedRow, split_rows
+from gem_ray.rerank.prompts import build_prompt
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,71 @@ def test_what_the_prompts_about_an_image_share_is_read_once(base, requests):
         engine.choose([request], "score")
     together, *alone = read
     assert together < 0.6 * sum(alone)  # the image, the instruction and half of the text of two
+
+
+def test_many_questions_about_a_long_post_share_rows_of_bounded_length(base, monkeypatch):
+    words = [f"word{index}" for index in range(60)]
+    image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    choices = ("city", "sports_team", "music")
+    requests = [
+        Request(image, build_prompt(words, at, at + 1, choices), choices) for at in (0, 50, 51, 52, 3, 55, 56, 59)
+    ]
+    unbounded = TransformersEngine(load_llava(base), LlavaProcessor.from_pretrained(base), max_length=2048)
+    longest = max(len(unbounded._encoder.encode(request).prompt) for request in requests) + 100
+    engine = TransformersEngine(load_llava(base), LlavaProcessor.from_pretrained(base), max_length=longest)
+    lengths = []
+    make = PackedRow.of
+    monkeypatch.setattr(
+        PackedRow, "of", lambda prompts, trees: (row := make(prompts, trees), lengths.append(len(row.ids)))[0]
+    )
+    bounded = engine.choose(requests, "score")
+    assert 1 < len(lengths) < len(requests)
+    assert max(lengths) <= longest
+    for one, other in zip(bounded, unbounded.choose(requests, "score"), strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=8),
+    longest=st.integers(6, 60),
+)
+def test_rows_hold_every_request_once_and_are_as_long_as_they_are_said_to_be(prompts, longest):
+    trees = [ChoiceTree.of([[5, 9], [6, 7, 9]])] * len(prompts)
+    parts = list(split_rows(prompts, trees, longest))
+    assert [prompt for part in parts for prompt in prompts[part]] == prompts
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        row = PackedRow.of(prompts[part], trees[part])
+        assert len(row.ids) <= longest or part.stop - part.start == 1
+        if following is not None:  # no row ends that has room for the next request
+            more = slice(part.start, part.stop + 1)
+            assert len(PackedRow.of(prompts[more], trees[more]).ids) > longest
+
+
+def test_images_are_padded_to_a_square_as_llava_was_trained_unless_a_crop_is_asked_for(base, tmp_path):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    processor = LlavaProcessor.from_pretrained(base)
+    published = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        published, processor.tokenizer, patch_size=8, vision_feature_select_strategy="default"
+    ).save_pretrained(tmp_path)
+    image = np.random.default_rng(0).integers(0, 255, (30, 90, 3), dtype=np.uint8)
+    square = np.full((90, 90, 3), [int(255 * mean) for mean in published.image_mean], np.uint8)
+    square[30:60] = image
+    middle = image[:, 30:60]
+    choices = ("city", "sports_team", "music")
+    for fit, same in (("pad", square), ("crop", middle)):
+        settings = {"model": str(tmp_path), "adapter": None, "image_fit": fit}
+        engine = TransformersEngine.from_config(load_config(reranker=settings))
+        asked = [Request(each, build_prompt(["a", "b"], 0, 1, choices), choices) for each in (image, same)]
+        one, other = engine.choose(asked, "score")
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-2 if fit == "crop" else 1e-6)
+
+
+def test_a_length_that_leaves_no_room_beside_an_image_is_refused_with_the_numbers(base):
+    settings = {"model": str(base), "adapter": None, "max_model_len": 150}
+    with pytest.raises(ConfigError, match=r"max_model_len is 150, but .* 16 tokens of an image"):
+        TransformersEngine.from_config(load_config(reranker=settings))
 
 
 def test_a_request_that_is_too_long_fails_alone(engine, requests):

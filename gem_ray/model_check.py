@@ -1,0 +1,86 @@
+"""Whether models are whole, by the names and shapes of their weights, before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gem_ray.checkpoints import resolve
+from gem_ray.config import Config
+from gem_ray.model_references import model_keys, reference_at
+from gem_ray.records import StageName
+
+
+def check_models(stage: StageName, config: Config) -> None:
+    """Check every model that a stage loads; fetches what is not on this machine.
+
+    Raises:
+        FileNotFoundError: a model is not there.
+        ConfigError: `reranker.max_model_len` leaves no room beside an image.
+        ValueError: weights are missing, unexpected or of another shape; the message names them.
+    """
+    for role, key in model_keys(stage, config).items():
+        if role in _CHECKS:
+            reference = reference_at(config, key)
+            assert reference is not None  # `model_keys` leaves out what is not named
+            _CHECKS[role](resolve(reference), config)
+
+
+def _tagger(folder: Path, config: Config) -> None:
+    from gem_ray.tagger.checkpoint import load_tagger
+
+    load_tagger(folder)
+
+
+def _captioner(folder: Path, config: Config) -> None:
+    from transformers import Blip2ForConditionalGeneration
+
+    from gem_ray.loading import check_pretrained
+
+    check_pretrained(Blip2ForConditionalGeneration, folder)
+
+
+def _language_model(folder: Path, config: Config) -> None:
+    from gem_ray.loading import check_declared
+
+    check_declared(folder)
+
+
+def _reranker(folder: Path, config: Config) -> None:
+    from gem_ray.loading import check_declared
+
+    if config.reranker.engine == "vllm":
+        from gem_ray.rerank.model_positions import model_positions
+
+        model_positions(folder, config)
+    check_declared(folder, {name: resolve(where) for name, where in config.reranker.adapter_references.items()})
+
+
+def _matcher(folder: Path, config: Config) -> None:
+    from gem_ray.grounding.grounder import check_matcher
+
+    check_matcher(config.grounder.matcher.kind, folder)
+
+
+def _sam(folder: Path, config: Config) -> None:
+    from gem_ray.grounding.sam import load_sam
+
+    load_sam(folder)
+
+
+def _text_segmenter(folder: Path, config: Config) -> None:
+    from gem_ray.grounding.text_segmenter import check_text_segmenter
+
+    assert config.grounder.boxes.text is not None  # it is what names the folder
+    check_text_segmenter(config.grounder.boxes.text.kind, folder)
+
+
+_CHECKS: dict[str, Callable[[Path, Config], None]] = {
+    "captioner": _captioner,
+    "explainer": _language_model,
+    "tagger": _tagger,
+    "reranker": _reranker,
+    "matcher": _matcher,
+    "sam": _sam,
+    "text_segmenter": _text_segmenter,
+}

@@ -1,0 +1,34 @@
+"""How many positions a vision–language model gets for prompt, image and answer, before its weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoProcessor
+
+from gem_ray.config import Config
+from gem_ray.rerank.encoding import count_image_tokens, largest_image, positions
+
+
+def model_positions(folder: Path, config: Config) -> int:
+    """Positions by `reranker.max_model_len`, or by what the model's own processor makes of the largest image.
+
+    Args:
+        folder: the checkpoint; its weights are not read.
+        config: the section `reranker`, and `image.max_side`.
+
+    Raises:
+        ConfigError: the configured length leaves no room for a question beside an image.
+    """
+    model, side = AutoConfig.from_pretrained(folder), config.image.max_side
+    if model.model_type == "llava":
+        tokens = count_image_tokens(model)
+    else:
+        tokens = largest_image(AutoProcessor.from_pretrained(folder), _image_token(model), side)
+    return positions(config.reranker, tokens, side)
+
+
+def _image_token(model: object) -> int:
+    """LLaVA's configurations and Qwen's have it under different names."""
+    found = getattr(model, "image_token_id", None)
+    return getattr(model, "image_token_index") if found is None else found  # noqa: B009
