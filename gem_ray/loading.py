@@ -153,14 +153,14 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, Path]) -> Any:
 
 def _attached(model: nn.Module, adapters: Mapping[str, Path]) -> Iterator[tuple[Any, str, dict[str, Tensor]]]:
     """The model under each further adapter, whose weights are still to be loaded and fit."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
     adapted: Any = None
     for name, folder in adapters.items():
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         if adapted is None:
-            adapted = get_peft_model(model, config, adapter_name=name)
+            adapted = PeftModel(model, config, adapter_name=name)
         else:
             adapted.add_adapter(name, config)
         weights = load_peft_weights(str(folder), device="cpu")

@@ -47,7 +47,9 @@ def in_image(scores: np.ndarray, size: tuple[int, int], processor: Any, fit: Ima
         return scores
     side = min(size) if fit == "crop" else max(size)  # of the square, in the image's pixels; their centres coincide
     for axis, length in enumerate(size):
-        cells = [scores.take(range(*patches), axis) for patches in _patches(length, side, scores.shape[axis])]
+        cells: list[np.ndarray] = [
+            scores.take(range(*patches), axis) for patches in _patches(length, side, scores.shape[axis])
+        ]
         scores = np.stack([cell.max(axis, initial=0) for cell in cells], axis)
     return scores
 
