@@ -166,7 +166,7 @@ def test_tied_weights_may_be_there_once_or_twice(copy: Callable[[str], Path]) ->
 def test_tied_weights_that_are_not_there_at_all_are_named(copy: Callable[[str], Path]) -> None:
     folder = copy("blip2-opt")
     names = [name for name in load_file(folder / "model.safetensors") if "embed_tokens" in name or "lm_head" in name]
-    replicas.rewrite(folder, lambda weights: [weights.pop(name) for name in names] and None)
+    replicas.rewrite(folder, lambda weights: [weights.pop(name) for name in names])
     with pytest.raises(ValueError, match="embed_tokens"):
         LOADERS["blip2-opt"][1](folder)
 

@@ -359,7 +359,7 @@ def _rename(weights: dict[str, torch.Tensor], old: str, new: str) -> None:
             weights[new + name.removeprefix(old)] = weights.pop(name)
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors of a checkpoint of one safetensors file."""
     weights = load_file(folder / "model.safetensors")
     change(weights)
