@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import load_config
-from gem_ray.pipeline.checkpoint import committed_ids
+from gem_ray.pipeline.publishing import tally_of
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
+from gem_ray.pipeline.staging import staged_ids
 
 _DONE = b"done: "
 _ACTORS = {"models": None, "pass-through": PassThrough}
@@ -56,13 +57,12 @@ def wait_for(driver: subprocess.Popen[bytes], posts: float) -> int:
 def committed_rows(output: str) -> int:
     """Rows that a new start would not do again."""
     directory = RunDirectory(output)
-    if not directory.run_ids():
+    folder = directory.last_run()
+    if folder is None:
         return 0
-    folder = directory.run(directory.run_ids()[-1])
-    annotated = sum(
-        mark["rows"] for name in folder.marks("annotated") if (mark := folder.read(f"marks/{name}.annotated"))
-    )
-    return annotated + len(committed_ids(folder.filesystem, folder.checkpoint("g00000", 0)))
+    published = folder.publications()
+    staged = staged_ids(folder.storage, folder.staged("g00000", 0)) if "g00000" not in published else ()
+    return tally_of(published).rows + len(staged)
 
 
 def _main() -> None:

@@ -38,11 +38,12 @@ def annotate(
     set_: SetOption = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N posts.", min=1)] = None,
     fresh: Annotated[bool, typer.Option(help="Begin anew; what is at OUTPUT is replaced when that is done.")] = False,
+    update: Annotated[bool, typer.Option(help="Take in files that were added to INPUT since.")] = False,
     only_problems: Annotated[
         bool, typer.Option(help="Do again the rows of a finished run that were degraded or rejected.")
     ] = False,
 ) -> None:
-    """Annotate every post of a data set, or go on where this command stopped.
+    """Annotate every post of a data set, or continue where this command stopped.
 
     Exit code 3: done, but some rows were rejected.
     """
@@ -53,8 +54,17 @@ def annotate(
     settings = load_config(preset, config, set_ or ())
     as_json = context.obj["json_logs"]
     progress = json_lines() if as_json else None
+    if sum((fresh, update, only_problems)) > 1:
+        raise typer.BadParameter("--fresh, --update and --only-problems are mutually exclusive")
     summary = annotate_dataset(
-        input, output, settings, limit=limit, fresh=fresh, only_problems=only_problems, progress=progress
+        input,
+        output,
+        settings,
+        limit=limit,
+        fresh=fresh,
+        update=update,
+        only_problems=only_problems,
+        progress=progress,
     )
     _print_summary(summary, output, as_json)
     if summary.rejected:
@@ -136,10 +146,13 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
         typer.echo(json.dumps(summary.to_dict()))
         return
     tally = summary.tally
+    if summary.annotated:
+        speed = f"{summary.seconds:.1f} s ({summary.rows_per_second:.1f} a second)"
+        done = f"{summary.annotated} posts in {speed}, {summary.rows} in all"
+    else:
+        done = f"nothing to do: all {summary.rows} posts are annotated"
     typer.echo(
-        f"{summary.annotated} posts in {summary.seconds:.1f} s ({summary.rows_per_second:.1f} a second), "
-        f"{summary.rows} in all: "
-        f"{tally.entities} entities: {tally.grounded} seen in the image, {tally.not_seen} not seen, "
+        f"{done}: {tally.entities} entities: {tally.grounded} seen in the image, {tally.not_seen} not seen, "
         f"{tally.not_judged} not judged; {tally.reranked} reranked"
     )
     if sentence := _about_abstaining(summary):

@@ -20,13 +20,13 @@ from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.formats import IMAGE_SUFFIXES
 from gem_ray.data.listing import list_shards
+from gem_ray.data.output import ANNOTATIONS, RUN_FACTS, annotation_paths
+from gem_ray.data.storage import open_storage
 from gem_ray.evaluation.joins import id_by_row, matched, with_distinct_ids
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import ANNOTATION_SCHEMA, SCHEMA_VERSION, SCHEMA_VERSION_KEY, Post, model_rows
 from gem_ray.taxonomy import FMNERG, LabelSet
 
-ANNOTATIONS = "annotations"  # the folder of rows in an output directory
-RUN_FACTS = "run.json"
 _COLUMNS = [name for name in ANNOTATION_SCHEMA.names if name not in ("status", "run_id", "models")]
 _ROWS_PER_BATCH = 1024
 _REQUIRED = ("post_id", "text", "entities")
@@ -215,15 +215,32 @@ def _second_edition(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open(path: str) -> ds.Dataset:
+    filesystem, paths = _published(path) or _found(path)
+    try:
+        return ds.dataset(paths, filesystem=filesystem, format="parquet")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise EvaluationError(f"{path} cannot be read as annotations: {error}") from error
+
+
+def _published(path: str) -> tuple[fs.FileSystem, list[str]] | None:
+    """The files that a run has published, given its output or the `annotations` folder there; None if no run says."""
+    folder = path.rstrip("/")
+    for output in (folder, folder.removesuffix(f"/{ANNOTATIONS}")):
+        storage = open_storage(output)
+        if storage.filesystem.get_file_info(storage.root).is_file:
+            return None
+        if paths := annotation_paths(storage):
+            return storage.filesystem, paths
+    return None
+
+
+def _found(path: str) -> tuple[fs.FileSystem, list[str]]:
     for folder in (f"{path.rstrip('/')}/{ANNOTATIONS}", path):
         try:
             listing = list_shards(folder)
         except FileNotFoundError:
             continue
-        try:
-            return ds.dataset(listing.paths, filesystem=listing.filesystem, format="parquet")
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise EvaluationError(f"{folder} cannot be read as annotations: {error}") from error
+        return listing.filesystem, listing.paths
     raise FileNotFoundError(f"there are no annotations at {path}: give an output directory of `gem-ray annotate`")
 
 

@@ -11,22 +11,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-from ray.exceptions import RayError
 
 from gem_ray.annotator import active_stages
 from gem_ray.config import Config
-from gem_ray.pipeline.graph import build_graph
-from gem_ray.pipeline.groups import RunError
 from gem_ray.pipeline.source import InputFile, PostSource
-from gem_ray.pipeline.tables import table_to_posts
 from gem_ray.records import StageName
 from gem_ray.rerank.uncertainty import gamma_for_share
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
-    from gem_ray.pipeline.ledger import Ledger
+    from gem_ray.pipeline.execution import RayExecutor
     from gem_ray.pipeline.run_directory import RunFolder
 
 _SAMPLE_FILES, _SAMPLE_ROWS = 16, 1024
@@ -39,8 +34,7 @@ def with_gamma(
     filesystem: fs.FileSystem,
     files: Sequence[InputFile],
     models: dict[str, str],
-    ledger: Ledger,
-    actor: type | None = None,
+    executor: RayExecutor,
 ) -> Config:
     """The configuration with γ for its budget; as it is if it has none.
 
@@ -50,8 +44,7 @@ def with_gamma(
         filesystem: what the input is on.
         files: the input.
         models: what the run began with.
-        ledger: of the run.
-        actor: stands in for `StageActor`.
+        executor: tags the sample.
 
     Raises:
         RunError: the sample could not be tagged.
@@ -61,9 +54,11 @@ def with_gamma(
         return config
     facts = folder.read("gamma")
     if facts is None:
-        entropies = _entropies(PostSource(filesystem, files, sample_ids(files)), config, models, ledger, actor)
+        stages = [name for name in active_stages(config) if name in _TAGGING]
+        entropies = executor.entropies(PostSource(filesystem, files, sample_ids(files)), config, models, stages)
         facts = {"gamma": gamma_for_share(entropies, budget), "entities": len(entropies)}
-        folder.write("gamma", facts)
+        if not folder.create("gamma", facts):
+            facts = folder.read("gamma") or facts  # what was measured first counts
     settings = config.filter.model_copy(update={"gamma": facts["gamma"], "max_share": None})
     return config.model_copy(update={"filter": settings})
 
@@ -74,20 +69,3 @@ def sample_ids(files: Sequence[InputFile]) -> np.ndarray:
     distinct = {file.number: file for file in chosen}
     rows = -(-_SAMPLE_ROWS // len(distinct))
     return np.concatenate([file.row_ids[:rows] for file in distinct.values()])
-
-
-def _entropies(
-    source: PostSource, config: Config, models: dict[str, str], ledger: Ledger, actor: type | None
-) -> np.ndarray:
-    stages = [name for name in active_stages(config) if name in _TAGGING]
-    dataset = build_graph(source, config, models, stages, ledger, actor)
-    try:
-        batches = dataset.map_batches(_entropies_of, batch_format="pyarrow", batch_size=None).take_all()
-    except RayError as error:
-        raise RunError(ledger.read().failure or str(error).strip().splitlines()[0]) from error
-    return np.array([row["entropy"] for row in batches])
-
-
-def _entropies_of(table: pa.Table) -> pa.Table:
-    entropies = [entity.entropy for post in table_to_posts(table) for entity in post.entities]
-    return pa.table({"entropy": pa.array(entropies, pa.float64())})

@@ -1,106 +1,139 @@
-"""Publishing a group: its many small staged files become a few large ones, and are counted on the way.
+"""The many small staged files of a group become a few large ones, each row once, counted and read back on the way.
 
-Which staged files go into which published file depends only on their names and sizes, so that a compaction which was
-killed writes the same files again.
+Every attempt writes under names of its own, where no reader looks: an attempt that fails, or comes late, harms nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
+from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
-from pyarrow import fs
 
-from gem_ray.data.files import whole_file
+from gem_ray.data.output import PublishedFile, merged_name
+from gem_ray.data.storage import Storage
+from gem_ray.pipeline.staging import StagedFile, read_ids, rows_once
 from gem_ray.pipeline.summary import Tally
 from gem_ray.records import ANNOTATION_SCHEMA, Status
 
 _FILE_BYTES = 128 * 2**20  # of a published file, about
 _ROW_GROUP_ROWS = 10_000
-_CPUS = 0.5
 _SCHEMA = ANNOTATION_SCHEMA.remove(ANNOTATION_SCHEMA.get_field_index("status"))  # the folder says it
 
 
 @dataclass(frozen=True)
-class _Merge:
-    """Staged files and the published file that they become."""
+class Merge:
+    """Staged files that become one published file for each status among their rows.
 
-    status: Status
+    Attributes:
+        sources: names of the staged files.
+        rows: which rows of each are taken, `(N,)` bool.
+        run_id: of the run.
+        group: of its group.
+        file: the names of the published files, without suffix.
+    """
+
     sources: list[str]
-    target: str
+    rows: list[np.ndarray]
+    run_id: str
+    group: str
+    file: str
 
 
-def compact(filesystem: fs.FileSystem, staged: str, annotations: str, prefix: str) -> dict[Status, Tally]:
-    """Merge what is staged of a group into files of about 128 MiB, in parallel, in Ray tasks.
+@dataclass(frozen=True)
+class MergedFile:
+    """A merged file, and the ids that were read back from it, `(N,)` int64."""
+
+    file: PublishedFile
+    ids: np.ndarray
+
+
+def cut_merges(files: Sequence[StagedFile], run_id: str, group: str) -> list[Merge]:
+    """Which staged files go together, so that published files have about 128 MiB.
 
     Args:
-        filesystem: of both folders.
-        staged: `status=…/*.parquet`, complete.
-        annotations: gets `status=…/PREFIX-0000.parquet` and so on.
-        prefix: of the published files' names.
-
-    Returns:
-        Counts over the group, by status.
+        files: all that is staged of the group.
+        run_id: of the run.
+        group: name of the group.
     """
-    merges = [
-        _Merge(status, sources, f"{annotations}/status={status}/{prefix}-{number:04d}.parquet")
-        for status in Status
-        for number, sources in enumerate(_bins(filesystem, f"{staged}/status={status}"))
+    attempt = uuid4().hex[:8]
+    taken = zip(files, rows_once(files), strict=True)
+    bins = _bins([(file, rows) for file, rows in taken if rows.any()])
+    return [
+        Merge(
+            [file.name for file, _ in each],
+            [rows for _, rows in each],
+            run_id,
+            group,
+            f"part-{run_id}-{group}-{attempt}-{number:04d}",
+        )
+        for number, each in enumerate(bins)
     ]
-    counted = zip(merges, ray.get([_merge_in_task.remote(filesystem, merge) for merge in merges]), strict=True)
-    tallies = {status: Tally() for status in Status}
-    for merge, tally in counted:
-        tallies[merge.status] += tally
-    return tallies
 
 
-def _bins(filesystem: fs.FileSystem, folder: str) -> Iterator[list[str]]:
-    entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-    collected: list[str] = []
+def _bins(files: Sequence[tuple[StagedFile, np.ndarray]]) -> Iterator[list[tuple[StagedFile, np.ndarray]]]:
+    collected: list[tuple[StagedFile, np.ndarray]] = []
     size = 0
-    for entry in sorted((each for each in entries if each.is_file), key=lambda each: each.path):
-        if collected and size + entry.size > _FILE_BYTES:
+    for file, rows in files:
+        if collected and size + file.size > _FILE_BYTES:
             yield collected
             collected, size = [], 0
-        collected.append(entry.path)
-        size += entry.size
+        collected.append((file, rows))
+        size += file.size
     if collected:
         yield collected
 
 
-@ray.remote(num_cpus=_CPUS)
-def _merge_in_task(filesystem: fs.FileSystem, merge: _Merge) -> Tally:
-    try:
-        return _merge(filesystem, merge)
-    except BaseException:
-        # Arrow completes a file even when writing it fails, and a part of a group must not pass for all of it.
-        with suppress(OSError):
-            filesystem.delete_file(merge.target)
-        raise
+def merge(storage: Storage, task: Merge) -> list[MergedFile]:
+    """Write the published files of one merge to where they wait, and read them back.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    tallies: dict[Status, Tally] = {}
+    with ExitStack() as open_files:
+        writers: dict[Status, pq.ParquetWriter] = {}
+        for table in _row_groups(storage, task):
+            for status in Status:
+                rows = table.filter(pc.equal(table["status"], str(status))).select(_SCHEMA.names)
+                if not rows.num_rows:
+                    continue
+                if status not in writers:
+                    path = open_files.enter_context(storage.writing(_target(task, status)))
+                    writer = pq.ParquetWriter(path, _SCHEMA, filesystem=storage.filesystem, compression="zstd")
+                    writers[status] = open_files.enter_context(writer)
+                writers[status].write_table(rows)
+                tallies[status] = tallies.get(status, Tally()) + Tally.of(rows, status)
+    return [_read_back(storage, task, status, tally) for status, tally in tallies.items()]
 
 
-def _merge(filesystem: fs.FileSystem, merge: _Merge) -> Tally:
-    tally = Tally()
-    with (
-        whole_file(filesystem, merge.target) as target,
-        pq.ParquetWriter(target, _SCHEMA, filesystem=filesystem, compression="zstd") as writer,
-    ):
-        for table in _row_groups(filesystem, merge.sources):
-            writer.write_table(table)
-            tally += Tally.of(table, merge.status)
-    return tally
+def _file_name(task: Merge, status: Status) -> str:
+    return f"status={status}/{task.file}.parquet"
 
 
-def _row_groups(filesystem: fs.FileSystem, sources: Sequence[str]) -> Iterator[pa.Table]:
+def _target(task: Merge, status: Status) -> str:
+    return merged_name(task.run_id, task.group, _file_name(task, status))
+
+
+def _read_back(storage: Storage, task: Merge, status: Status, tally: Tally) -> MergedFile:
+    target = _target(task, status)
+    size = storage.filesystem.get_file_info(storage.path(target)).size
+    ids = read_ids(storage, target)
+    return MergedFile(PublishedFile(_file_name(task, status), len(ids), size, tally.to_dict()), ids)
+
+
+def _row_groups(storage: Storage, task: Merge) -> Iterator[pa.Table]:
     collected: list[pa.Table] = []
-    for source in sources:
-        with filesystem.open_input_file(source) as stream:
-            collected.append(pq.ParquetFile(stream).read().select(_SCHEMA.names).cast(_SCHEMA))
-        if sum(table.num_rows for table in collected) >= _ROW_GROUP_ROWS:
+    for name, rows in zip(task.sources, task.rows, strict=True):
+        with storage.filesystem.open_input_file(storage.path(name)) as stream:
+            table = pq.ParquetFile(stream).read().select(ANNOTATION_SCHEMA.names).cast(ANNOTATION_SCHEMA)
+        collected.append(table if rows.all() else table.filter(pa.array(rows)))
+        if sum(each.num_rows for each in collected) >= _ROW_GROUP_ROWS:
             yield pa.concat_tables(collected)
             collected = []
     if collected:

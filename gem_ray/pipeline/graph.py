@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy
 
@@ -23,9 +24,6 @@ from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_tabl
 from gem_ray.records import Post, ProblemKind, StageName
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from gem_ray.pipeline.lease import Claim
     from gem_ray.pipeline.ledger import Ledger
     from gem_ray.pipeline.source import PostSource
 
@@ -78,14 +76,14 @@ def _rows_per_block(rows: int, stages: Sequence[StageName]) -> int:
     return _FEW_ROWS if {*stages} & _SLOW_STAGES else min(max(_FEW_ROWS, rows // _MANY_BLOCKS), _MANY_ROWS)
 
 
-def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Ledger, claim: Claim) -> Any:
-    """Rows of `ANNOTATION_SCHEMA`, for the last pass to write while the claim holds."""
-    return _finish(dataset, finish_rows, run_id=run_id, models=models, ledger=ledger, claim=claim)
+def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Ledger) -> Any:
+    """Rows of `ANNOTATION_SCHEMA`, for the last pass to write."""
+    return _finish(dataset, finish_rows, run_id=run_id, models=models, ledger=ledger)
 
 
-def as_pass_results(dataset: Any, claim: Claim) -> Any:
-    """Rows of `PASS_SCHEMA`, for another pass to go on with, written while the claim holds."""
-    return _finish(dataset, _pass_rows, claim=claim)
+def as_pass_results(dataset: Any) -> Any:
+    """Rows of `PASS_SCHEMA`, for another pass to continue with."""
+    return _finish(dataset, pass_table)
 
 
 def _finish(dataset: Any, function: Callable[..., pa.Table], **arguments: Any) -> Any:
@@ -94,13 +92,8 @@ def _finish(dataset: Any, function: Callable[..., pa.Table], **arguments: Any) -
     )
 
 
-def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Ledger, claim: Claim) -> pa.Table:
-    """From a batch of `TRANSIT_SCHEMA` to one of `ANNOTATION_SCHEMA`; counts and logs what became of the posts.
-
-    Raises:
-        FileExistsError: another process has taken the output.
-    """
-    claim.check()
+def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Ledger) -> pa.Table:
+    """From a batch of `TRANSIT_SCHEMA` to one of `ANNOTATION_SCHEMA`; counts and logs what became of the posts."""
     posts = table_to_posts(table)
     ledger.add_done(len(posts))
     _observers_of_process().count(posts)
@@ -114,9 +107,10 @@ def _observers_of_process() -> PostMetrics:
     return PostMetrics()
 
 
-def _pass_rows(table: pa.Table, claim: Claim) -> pa.Table:
-    claim.check()
-    return pass_table(table)
+def entropies_of(table: pa.Table) -> pa.Table:
+    """From a batch of `TRANSIT_SCHEMA` to the entropies of its entities."""
+    entropies = [entity.entropy for post in table_to_posts(table) for entity in post.entities]
+    return pa.table({"entropy": pa.array(entropies, pa.float64())})
 
 
 def _add_stage(

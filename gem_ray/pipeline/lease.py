@@ -10,7 +10,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gem_ray.data.storage import ConflictError, Storage, as_json
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.run_directory import RunDirectory
@@ -22,104 +25,150 @@ _SILENT_BEATS = 6  # after so many a holder is taken for dead
 
 @dataclass(frozen=True)
 class Claim:
-    """Who holds an output; goes with every task that writes there, so that none does for a holder who has lost it."""
+    """Who holds an output; goes with every task that writes there.
 
-    directory: RunDirectory
-    owner: str
+    Attributes:
+        storage: of the output.
+        output: as the user named it.
+        epoch: grows with every holder, so that a holder of long ago is never taken for the present one.
+    """
+
+    storage: Storage
+    output: str
+    epoch: int
 
     @property
     def holds(self) -> bool:
-        """Whether nobody has taken the output since, as one may who took this process for dead."""
-        return self._holder().get("owner") == self.owner
+        """True while nobody has taken the output over."""
+        return self._holder().get("epoch") == self.epoch
 
     def check(self) -> None:
-        """Before something is written.
+        """Before something is written or deleted, and after.
 
         Raises:
             FileExistsError: another process has taken the output.
         """
         holder = self._holder()
-        if holder.get("owner") != self.owner:
-            raise FileExistsError(_message(self.directory, holder))
+        if holder.get("epoch") != self.epoch:
+            raise FileExistsError(_message(self.output, holder))
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Check before the block, and after it.
+
+        Raises:
+            FileExistsError: another process has taken the output.
+        """
+        self.check()
+        yield
+        self.check()
 
     def _holder(self) -> Mapping[str, Any]:
-        return self.directory.read_json(_FILE) or {}
+        return self.storage.read_json(_FILE) or {}
 
 
 class Lease:
     """The right to write to an output, for as long as nobody else has taken it.
 
-    No clocks are compared: a holder is alive if its file changes while one looks.
-
-    Attributes:
-        claim: what it is told by.
+    It is taken, kept and given back by conditional writes, so that of two processes which take it at once one fails. No
+    clocks are compared: a holder is alive if its file changes while one looks.
     """
 
     def __init__(self, directory: RunDirectory, beat_s: float = _BEAT_S) -> None:
-        self._directory = directory
+        self._storage = directory.storage
+        self._output = directory.output
         self._beat_s = beat_s
-        self.claim = Claim(directory, uuid.uuid4().hex)
-        self._place = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._beats = 0
         self._stop = threading.Event()
+        self._facts: dict[str, Any] = {**_this_process(), "owner": uuid.uuid4().hex}
+        self._version: str | None = None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Iterator[Claim]:
         """Hold the output for as long as the block runs.
 
         Raises:
             FileExistsError: another process is writing there.
         """
-        self._wait_for_silence()
-        self._beat()
+        claim = self._take()
         beating = threading.Thread(target=self._keep_beating, daemon=True)
         beating.start()
         try:
-            yield
+            yield claim
         finally:
             self._stop.set()
             beating.join()
-            if self.claim.holds:
-                self._directory.delete(_FILE)
+            # The file stays, for its epoch. Whoever took the output over has changed it.
+            with suppress(ConflictError, OSError):
+                self._write(released=True)
 
-    def _wait_for_silence(self) -> None:
-        before = self._directory.read_json(_FILE)
-        if before is None or self._is_dead_here(before):
-            return
-        for _ in range(_SILENT_BEATS):
-            time.sleep(self._beat_s)
-            now = self._directory.read_json(_FILE)
-            if now is None:
-                return
-            if now != before:
-                raise FileExistsError(_message(self._directory, now))
-
-    def _is_dead_here(self, holder: Mapping[str, Any]) -> bool:
-        """Whether the holder was a process of this machine that is gone: no need to wait for it."""
-        if holder.get("host") != self._place["host"]:
-            return False
+    def _take(self) -> Claim:
+        before = self._silent_holder()
+        self._facts |= {"epoch": before.get("epoch", 0) + 1, "beats": 0, "released": False}
         try:
-            os.kill(int(holder["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-        return False
+            self._write()
+        except ConflictError:
+            raise FileExistsError(_message(self._output, self._storage.read_json(_FILE) or {})) from None
+        return Claim(self._storage, self._output, self._facts["epoch"])
 
-    def _beat(self) -> None:
-        self._beats += 1
-        self._directory.write_json(_FILE, {"owner": self.claim.owner, **self._place, "beats": self._beats})
+    def _silent_holder(self) -> Mapping[str, Any]:
+        """The lease that may be taken over; waits until it is clear whether its holder is alive."""
+        before = self._look()
+        for _ in range(_SILENT_BEATS):
+            if before is None or before.get("released") or _is_dead_here(before):
+                break
+            time.sleep(self._beat_s)
+            now = self._look()
+            if now != before and now is not None and not now.get("released"):
+                raise FileExistsError(_message(self._output, now))
+            before = now
+        return before or {}
+
+    def _look(self) -> Mapping[str, Any] | None:
+        """The lease as it is. Its version is read first: what changes in between makes taking it over fail."""
+        self._version = self._storage.version(_FILE)
+        return None if self._version is None else self._storage.read_json(_FILE)
+
+    def _write(self, **facts: Any) -> None:
+        self._facts |= {"beats": self._facts["beats"] + 1, **facts}
+        self._version = self._storage.swap(_FILE, as_json(self._facts), self._version)
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self._beat_s):
-            with suppress(OSError):  # the next beat tries again
-                if not self.claim.holds:
-                    return
-                self._beat()
+            try:
+                self._write()
+            except ConflictError:
+                return
+            except OSError:
+                continue  # the next beat tries again
 
 
-def _message(directory: RunDirectory, holder: Mapping[str, Any]) -> str:
+def _this_process() -> dict[str, Any]:
+    """What tells this process from every other, also from those of another container with the same host name."""
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid())}
+    with suppress(OSError):  # no Linux: a dead holder is waited for
+        facts["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        facts["pids"] = os.readlink("/proc/self/ns/pid")
+    return facts
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process of this machine began, in the kernel's ticks; None if it has ended."""
+    with suppress(OSError):
+        # The second field is the program's name in parentheses, which may hold spaces; the third is the state.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    return None
+
+
+def _is_dead_here(holder: Mapping[str, Any]) -> bool:
+    """True if the holder was a process of this machine that is gone: no need to wait for it."""
+    here = _this_process()
+    same_place = "boot" in here and all(holder.get(name) == here[name] for name in ("boot", "pids"))
+    return same_place and _start_time(int(holder["pid"])) != holder.get("started")
+
+
+def _message(output: str, holder: Mapping[str, Any]) -> str:
     return (
-        f"another process is annotating to {directory.output} (process {holder.get('pid')} on {holder.get('host')}); "
+        f"another process is annotating to {output} (process {holder.get('pid')} on {holder.get('host')}); "
         "wait for it, or choose another output"
     )

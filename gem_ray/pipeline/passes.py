@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from gem_ray.pipeline.staging import is_rows
 from gem_ray.records import Post, StageName
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class PassResults:
     def open(cls, filesystem: fs.FileSystem, folder: str, again: Collection[StageName]) -> PassResults:
         """The files of a folder; reads only their footers."""
         entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-        return cls(filesystem, [_result_file(filesystem, entry.path) for entry in entries if entry.is_file], again)
+        paths = [entry.path for entry in entries if entry.is_file and is_rows(entry.path)]
+        return cls(filesystem, [_result_file(filesystem, path) for path in paths], again)
 
     def merged(self, file: InputFile, posts: Iterator[Post]) -> Iterator[Post]:
         """Posts of an input file as the earlier pass left them, with their images as the input has them."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
+
+from gem_ray.data.storage import as_json
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.run_directory import RunDirectory
@@ -20,6 +23,11 @@ def write_report(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
         directory: of the run.
         summary: what `run.json` says.
     """
-    directory.write_json("_run/report.json", {name: summary[name] for name in _FACTS})
-    page = Environment(loader=PackageLoader("gem_ray.pipeline", "."), autoescape=True, trim_blocks=True)
-    directory.write_bytes("_run/report.html", page.get_template("report.html.j2").render(run=summary).encode())
+    directory.storage.write("_run/report.json", as_json({name: summary[name] for name in _FACTS}))
+    directory.storage.write("_run/report.html", _page().render(run=summary).encode())
+
+
+@cache
+def _page() -> Template:
+    environment = Environment(loader=PackageLoader("gem_ray.pipeline", "."), autoescape=True, trim_blocks=True)
+    return environment.get_template("report.html.j2")

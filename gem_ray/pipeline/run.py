@@ -2,59 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from posixpath import normpath
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
-from gem_ray.data.files import open_filesystem
-from gem_ray.data.listing import list_shards
+from gem_ray.data.listing import Listing, list_shards
+from gem_ray.data.output import RUN_FACTS, live_files, run_ids
+from gem_ray.data.storage import ConflictError, as_json
 from gem_ray.pipeline.budget import with_gamma
-from gem_ray.pipeline.groups import Group, GroupRunner, RunError, cut_groups, problem_group, settle_problems
+from gem_ray.pipeline.execution import RayExecutor, RunError
+from gem_ray.pipeline.groups import Group, GroupRunner, cut_groups
+from gem_ray.pipeline.identity import check_apart, check_same, limits_of, new_files
 from gem_ray.pipeline.lease import Claim, Lease
-from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.progress import Report, reporting
+from gem_ray.pipeline.publishing import (
+    check_no_strangers,
+    files_with_problems,
+    has_annotations,
+    ids_of_files,
+    lost_files,
+    lost_ids,
+    mark_complete,
+    settle,
+    tally_of,
+)
 from gem_ray.pipeline.report import write_report
-from gem_ray.pipeline.run_directory import Manifest, RunDirectory, RunFolder
-from gem_ray.pipeline.session import ray_session
+from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory, RunFolder
 from gem_ray.pipeline.source import count_input
-from gem_ray.pipeline.summary import RunSummary, Tally, differences
-from gem_ray.records import Status
+from gem_ray.pipeline.summary import RunSummary
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from pyarrow import fs
 
     from gem_ray.config import Config
 
 __all__ = ["RunError", "annotate_dataset"]
 
-# What may differ between two starts of a run: where and how fast it runs, not what it gives. `pipeline.passes` may not:
-# what is done is kept by pass.
-_ONLY_PLACE = ("pipeline", "serving", "device")
-_ONLY_SPEED = (
-    "batch_size",
-    "batch_tokens",
-    "adapters",
-    "captioner_batch_size",
-    "compile",
-    "concurrency",
-    "fetch_concurrency",
-    "gpu_memory_utilization",
-    "image_batch_size",
-    "max_pause_s",
-    "merge_adapter",
-    "requests_per_minute",
-    "retries",
-    "timeout_s",
-)
-# What may differ besides when failed rows are done again: which posts and images are accepted.
-_ONLY_LIMITS = ("image", "text")
+_RUN_ID_TIME = "%Y%m%dT%H%M%S"
 
 
 def annotate_dataset(
@@ -64,11 +52,12 @@ def annotate_dataset(
     *,
     limit: int | None = None,
     fresh: bool = False,
+    update: bool = False,
     only_problems: bool = False,
     progress: Report | None = None,
     actor: type | None = None,
 ) -> RunSummary:
-    """Annotate every post of a data set on Ray, or go on where an earlier call with this output stopped.
+    """Annotate every post of a data set on Ray, or continue where an earlier call with this output stopped.
 
     Args:
         input: a Parquet or WebDataset file, or a folder of them; a path or an `s3://` URI.
@@ -76,186 +65,239 @@ def annotate_dataset(
         config: models, thresholds and placement.
         limit: annotate only the first posts, in the order of the files' names.
         fresh: begin a new run; the annotations that the output holds are replaced once the new ones are complete.
+        update: take files into the run that were added to the input since.
         only_problems: do again the degraded and rejected rows of a finished run, whose limits on texts and images may
             be other ones now.
         progress: called now and then with posts done and posts in all; none: a bar, if standard error is a terminal.
         actor: stands in for `StageActor`; benchmarks of everything but the models use it.
 
+    Returns:
+        The summary of the finished run. Its `annotated` is 0 where there was nothing to do.
+
     Raises:
         FileNotFoundError: no input, a model that is not there, or no finished run to do problems of again.
-        FileExistsError: the output holds annotations that no run there made, and `fresh` is not set; or another
-            process is writing to it.
+        FileExistsError: the output holds annotations that no run there made; or another process is writing to it.
         ValueError: the output belongs to a run with another input, configuration or models (the message shows the
             difference); an input that is damaged or empty, an output inside the input, or actors that do not fit.
         RunError: the run failed underway; the message says where. What is done stays done.
     """
-    clock = time.perf_counter()
     directory = RunDirectory(str(output))
     listing = list_shards(input)
-    filesystem, paths = listing.filesystem, listing.paths
-    _check_apart(input, filesystem, directory)
-    lease = Lease(directory)
-    with lease.held():
-        models = models_of(config)
-        begun = [] if fresh else directory.run_ids()
-        finished = directory.summary() or {}
-        is_finished = bool(begun) and finished.get("run_id") == begun[-1]
-        if only_problems and not is_finished:
-            raise FileNotFoundError(f"{output} holds no finished run; finish it, then do its problems again")
-        if begun:
-            folder = directory.run(begun[-1])
-            allowed = _ONLY_LIMITS if only_problems else ()
-            _check_same(folder.manifest(), _listing(paths), limit, config, models, allowed)
-            settle_problems(directory, folder)
-        else:
-            folder = _begin(directory, filesystem, paths, str(input), config, models, limit, fresh)
-        if is_finished and not only_problems:
-            summary = RunSummary.from_dict(finished)
-            if summary.tally == _tally_of(
-                folder
-            ):  # else rows with problems were done again since, and killed at the end
-                return summary
+    check_apart(str(input), listing, directory)
+    with Lease(directory).held() as claim:
+        run = _Run(directory, listing, str(input), config, models_of(config), limit, claim, RayExecutor(config, actor))
+        return run.annotate(fresh=fresh, update=update, only_problems=only_problems, progress=progress)
+
+
+@dataclass
+class _Run:
+    """One start of a run, by the process that holds the output."""
+
+    directory: RunDirectory
+    listing: Listing
+    input: str
+    config: Config
+    models: dict[str, str]
+    limit: int | None
+    claim: Claim
+    executor: RayExecutor
+
+    def annotate(self, fresh: bool, update: bool, only_problems: bool, progress: Report | None) -> RunSummary:
+        clock = time.perf_counter()
+        self.directory.sweep()
+        check_no_strangers(self.directory)
+        folder = self._begin(fresh) if fresh else self._continue(update, only_problems) or self._begin(fresh)
+        settle(self.directory, self.claim)
+        work = _Work(self, folder)
+        if only_problems and work.groups_left():
+            raise FileNotFoundError(
+                f"{self.directory.output} holds no finished run; finish it, then do its problems again"
+            )
+        rounds = [work.round_of_lost_rows, *([work.round_of_problems] if only_problems else [])]
+        gamma, annotated = work.run(rounds, progress)
+        return self._finish(folder, clock, gamma, annotated)
+
+    def _continue(self, update: bool, only_problems: bool) -> RunFolder | None:
+        """The run that was begun last, if it is the same run; with new files of the input taken into it."""
+        folder = self.directory.last_run()
+        if folder is None:
+            return None
         manifest = folder.manifest()
-        with ray_session(config):
-            ledger = Ledger()
-            budgeted = with_gamma(config, folder, filesystem, manifest.files, models, ledger, actor)
-            runner = GroupRunner(directory, folder, filesystem, budgeted, models, ledger, lease.claim, actor)
-            groups = [problem_group(directory, folder, manifest)] if only_problems else cut_groups(manifest)
-            if actor is None:
-                runner.check_models()
-            with reporting(progress, runner.done, sum(group.rows for group in groups)):
-                _run_groups(runner, groups, directory, lease.claim)
-            work = ledger.read()
-        summary = RunSummary(
-            run_id=folder.run_id,
-            input=str(input),
-            output=str(output),
-            started_at=manifest.started_at,
-            seconds=time.perf_counter() - clock,
-            annotated=runner.annotated,
-            stage_seconds=work.stage_seconds,
-            stage_counts={stage: dict(sorted(counts.items())) for stage, counts in work.stage_counts.items()},
-            gamma=budgeted.filter.gamma,
-            tally=_tally_of(folder),
-            models=models,
-            config=config.public(),
-        )
-        _check_complete(manifest, summary.tally)
-        lease.claim.check()
-        write_report(directory, summary.to_dict())
-        directory.finish(summary.to_dict())
-        return summary
+        check_same(manifest, self.config, self.models, self.limit, may_have_other_limits=only_problems)
+        added = new_files(manifest, self.listing, update)
+        if added:
+            first = max((file.number for file in manifest.files), default=-1) + 1
+            folder.add(count_input(self.listing.filesystem, added, first_number=first))
+        return folder
 
-
-def _run_groups(runner: GroupRunner, groups: Sequence[Group], directory: RunDirectory, claim: Claim) -> None:
-    """Annotate and publish groups; while another run's annotations are there, all are annotated before one is."""
-    foreign = [path for path in directory.published() if not runner.owns(path)]
-    for group in groups:
-        runner.annotate(group)
-        if not foreign:
-            runner.publish(group)
-    if foreign:
-        claim.check()
-        directory.delete_published(foreign)
-        for group in groups:
-            runner.publish(group)
-
-
-def _begin(
-    directory: RunDirectory,
-    filesystem: fs.FileSystem,
-    paths: Sequence[str],
-    input: str,
-    config: Config,
-    models: dict[str, str],
-    limit: int | None,
-    fresh: bool,
-) -> RunFolder:
-    if not fresh and directory.published():
-        raise FileExistsError(
-            f"{directory.output} already holds annotations; choose another output, or pass --fresh to replace them"
-        )
-    files = count_input(filesystem, paths, limit)
-    started_at = datetime.now(UTC)
-    directory.forget_unfinished()
-    folder = directory.run(f"{started_at:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}")
-    folder.begin(
-        Manifest(
+    def _begin(self, fresh: bool) -> RunFolder:
+        storage = self.directory.storage
+        is_empty = not has_annotations(storage)
+        if not (fresh or is_empty):
+            raise FileExistsError(
+                f"{self.directory.output} already holds annotations; choose another output, or pass --fresh to replace "
+                "them"
+            )
+        files = count_input(self.listing.filesystem, self.listing.shards, self.limit)
+        if not any(file.rows for file in files):
+            raise ValueError(f"the input holds no posts: none in {len(files)} files, the first is {files[0].path}")
+        started_at = datetime.now(UTC)
+        folder = self.directory.run(self._new_run_id(started_at))
+        manifest = Manifest(
             run_id=folder.run_id,
             started_at=started_at.isoformat(timespec="seconds"),
-            input=input,
-            limit=limit,
-            listing=_listing(paths),
+            input=self.input,
+            limit=self.limit,
             files=files,
-            rows_per_group=config.pipeline.rows_per_group,
-            models=models,
-            config=config.public(),
+            rows_per_group=self.config.pipeline.rows_per_group,
+            models=self.models,
+            config=self.config.public(),
+            parts=[len(files)],
         )
-    )
-    return folder
+        with self.claim.checked():
+            folder.begin(manifest)
+        if is_empty:
+            folder.make_live()
+        return folder
+
+    def _new_run_id(self, now: datetime) -> str:
+        """Later than every run that is there, whatever the clocks of the machines that began them."""
+        begun = run_ids(self.directory.storage)
+        if begun:
+            last = datetime.strptime(begun[-1].partition("-")[0], _RUN_ID_TIME).replace(tzinfo=UTC)
+            now = max(now, last + timedelta(seconds=1))
+        return f"{now:{_RUN_ID_TIME}}-{uuid.uuid4().hex[:8]}"
+
+    def _finish(self, folder: RunFolder, clock: float, gamma: float, annotated: int) -> RunSummary:
+        """See that every row is there, and say so."""
+        self._settle_and_check(folder)
+        manifest, published = folder.manifest(), folder.publications()
+        tally = tally_of(published)
+        earlier = RunSummary.from_dict(facts) if (facts := self.directory.summary()) else None
+        if earlier is not None and not annotated and (earlier.run_id, earlier.tally) == (folder.run_id, tally):
+            summary = earlier.looked_up()
+        else:
+            work = self.executor.work()
+            summary = RunSummary(
+                run_id=folder.run_id,
+                input=self.input,
+                output=self.directory.output,
+                started_at=manifest.started_at,
+                seconds=time.perf_counter() - clock,
+                annotated=annotated,
+                stage_seconds=work.stage_seconds,
+                stage_counts={stage: dict(sorted(counts.items())) for stage, counts in work.stage_counts.items()},
+                gamma=gamma,
+                tally=tally,
+                models=self.models,
+                config=self.config.public(),
+            )
+            self._write_facts(summary)
+        with self.claim.checked():
+            mark_complete(self.directory, folder.run_id, tally.rows, len(live_files(published)))
+            folder.clear()
+            self.directory.forget_runs_before(folder.run_id)
+        return summary
+
+    def _settle_and_check(self, folder: RunFolder) -> None:
+        """Make the run's rows the ones to read, and read back that they are all there, each once.
+
+        Raises:
+            RunError: they are not.
+        """
+        with self.claim.checked():
+            folder.make_live()
+        settle(self.directory, self.claim)
+        check_no_strangers(self.directory)
+        published = folder.publications()
+        lost = lost_files(self.directory.storage, published)
+        if lost:
+            raise RunError(f"{len(lost)} files of annotations have gone, {lost[0]} is the first; start again")
+        rows_in, rows_out = folder.manifest().rows, tally_of(published).rows
+        if rows_in != rows_out:
+            raise RunError(f"{rows_in} posts went in and {rows_out} rows came out. This is a bug.")
+
+    def _write_facts(self, summary: RunSummary) -> None:
+        storage = self.directory.storage
+        version = storage.version(RUN_FACTS)
+        self.claim.check()
+        write_report(self.directory, summary.to_dict())
+        try:
+            storage.swap(RUN_FACTS, as_json(summary.to_dict()), version)
+        except ConflictError:
+            self.claim.check()
+            raise
 
 
-def _check_same(
-    manifest: Manifest,
-    listing: str,
-    limit: int | None,
-    config: Config,
-    models: dict[str, str],
-    allowed: tuple[str, ...],
-) -> None:
-    """Refuse to mix rows of two inputs, configurations or sets of models."""
-    settings, earlier = config.public(), manifest.config
-    before = {"models": manifest.models, "limit": manifest.limit, "files of the input": manifest.listing}
-    now: dict[str, Any] = {"models": models, "limit": limit, "files of the input": listing}
-    before["pipeline.passes"], now["pipeline.passes"] = earlier["pipeline"]["passes"], settings["pipeline"]["passes"]
-    left_out = (*_ONLY_PLACE, *allowed)
-    different = [
-        *differences(before, now),
-        *differences(_shaping(earlier, left_out), _shaping(settings, left_out)),
-    ]
-    if different:
-        raise ValueError(
-            "the output belongs to a run that differs; choose another output, or pass --fresh to begin a new run:\n  "
-            + "\n  ".join(different)
-        )
+class _Work:
+    """What is left to do of a run."""
 
+    def __init__(self, run: _Run, folder: RunFolder) -> None:
+        self._run = run
+        self._folder = folder
+        self._storage = folder.storage
+        self._manifest = folder.manifest()
+        self._groups = cut_groups(self._manifest)
 
-def _shaping(tree: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
-    """What of a configuration decides on the annotations."""
-    return {
-        key: _shaping(value, ()) if isinstance(value, dict) else value
-        for key, value in tree.items()
-        if key not in left_out and key not in _ONLY_SPEED
-    }
+    def groups_left(self) -> list[Group]:
+        """Groups of the input that are not published."""
+        published = self._folder.publications()
+        return [group for group in self._groups if group.name not in published]
 
+    def round_of_lost_rows(self) -> Group | None:
+        """Rows whose files have gone since they were published."""
+        if not self._folder.is_live:
+            return None
+        published = self._folder.publications()
+        lost = lost_files(self._storage, published)
+        if not lost:
+            return None
+        return self._round("r", lost, lambda: lost_ids(self._storage, self._groups, published, lost))
 
-def _listing(paths: Sequence[str]) -> str:
-    digest = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:12]
-    return f"{len(paths)} ({digest})"
+    def round_of_problems(self) -> Group | None:
+        """Rows that are degraded or rejected."""
+        names = files_with_problems(self._folder.publications())
+        return self._round("p", names, lambda: ids_of_files(self._storage, names)) if names else None
 
+    def _round(self, kind: str, replaces: list[str], ids: Callable[[], Any]) -> Group:
+        """A round that was begun and not published, under the same limits, or a new one."""
+        wanted = Round(replaces, limits_of(self._run.config))
+        published, rounds = self._folder.publications(), self._folder.rounds()
+        open_rounds = [n for n, each in rounds.items() if each == wanted and n not in published and n[0] == kind]
+        name = open_rounds[0] if open_rounds else f"{kind}{len(rounds):03d}"
+        if not open_rounds:
+            self._folder.begin_round(name, wanted)
+        return Group(name, self._manifest.files, ids(), tuple(replaces))
 
-def _check_apart(input: str | Path, filesystem: fs.FileSystem, directory: RunDirectory) -> None:
-    """A second run over a folder that holds the first one's output would annotate annotations."""
-    _, place = open_filesystem(input)
-    inner, outer = normpath(directory.root), normpath(place)
-    if type(filesystem) is type(directory.filesystem) and f"{inner}/".startswith(f"{outer}/"):
-        raise ValueError(
-            f"the output {directory.output} is in the input {input}, and would be read as posts; keep them apart"
-        )
+    def run(self, rounds: list[Callable[[], Group | None]], progress: Report | None) -> tuple[float, int]:
+        """Do everything that is left.
 
+        Returns:
+            γ, and how many rows were annotated.
+        """
+        steps = self._steps(rounds)
+        first = next(steps, None)
+        if first is None:
+            measured = self._folder.read("gamma") or {"gamma": self._run.config.filter.gamma}
+            return measured["gamma"], 0
+        run, folder = self._run, self._folder
+        with run.executor.session():
+            files = [file for file in self._manifest.files[: self._manifest.parts[0]] if file.rows]
+            config = with_gamma(run.config, folder, run.listing.filesystem, files, run.models, run.executor)
+            run.executor.check_models(config, run.models)
+            runner = GroupRunner(folder, run.listing.filesystem, config, run.models, run.executor, run.claim)
+            while first:
+                with reporting(progress, runner.done, sum(group.rows for group in first)):
+                    for group in first:
+                        runner.run(group)
+                        settle(run.directory, run.claim)
+                first = next(steps, None)
+        return config.filter.gamma, runner.annotated
 
-def _tally_of(folder: RunFolder) -> Tally:
-    """What the published groups hold; a group of problems takes the place of all rows that had problems before."""
-    total: dict[str, Tally] = {}
-    for name in folder.marks("published"):
-        tallies = {s: Tally.from_dict(t) for s, t in (folder.read(f"marks/{name}.published") or {}).items()}
-        if name.startswith(Group.PROBLEMS):
-            total = {Status.OK: total.get(Status.OK, Tally())}
-        total = {status: total.get(status, Tally()) + tallies.get(status, Tally()) for status in Status}
-    return sum(total.values(), Tally())
-
-
-def _check_complete(manifest: Manifest, tally: Tally) -> None:
-    rows = sum(file.rows for file in manifest.files)
-    if tally.rows != rows:
-        raise RunError(f"{rows} posts went in and {tally.rows} rows came out. This is a bug.")
+    def _steps(self, rounds: list[Callable[[], Group | None]]) -> Iterator[list[Group]]:
+        """Groups to do together: those of the input, then each round as the ones before it have left things."""
+        if left := self.groups_left():
+            yield left
+        for make in rounds:
+            if group := make():
+                yield [group]

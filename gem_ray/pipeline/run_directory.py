@@ -1,31 +1,30 @@
-"""The folder of a run: `annotations/status=…/` for readers, `_run/` for going on where a run stopped, and `run.json`.
+"""The folder of a run: what is for readers (`gem_ray.data.output`), and what a later start needs to go on.
 
-    annotations/status=ok/part-RUN-g00000-0000.parquet    published: complete groups, a few large files
-    run.json                                              written last: the facts of the finished run
-    _run/lease.json                                       which process is writing, while one is
-    _run/RUN/manifest.json                                input files, groups, configuration, models
-    _run/RUN/marks/g00000.annotated.json                  every row of the group is staged
-    _run/RUN/marks/g00000.published.json                  ... and published; holds the group's counts
-    _run/RUN/{staged,checkpoint}/g00000-p0/               small files as they come, and the ids in them
+    _run/lease.json                    which process is writing, while one is
+    _run/RUN/manifest.json             input files, configuration, models: what the run is
+    _run/RUN/files/0001.json           input files that `--update` has added
+    _run/RUN/gamma.json                γ as it was measured for a budget
+    _run/RUN/rounds/p000.json          rows that are done again: which files they replace, under which limits
+    _run/RUN/staged/GROUP-p0/          rows as they come out of a pass
+    _run/RUN/merged/GROUP/             the files of a group on their way to `annotations/`
+    _run/RUN/published/, live.json     what readers may see
 
-The marks decide what is left to do: each is written when what it says is on disk, and everything before it may be
-repeated. The run that was begun last is the one that goes on; what an earlier one finished stays until that is done.
+Files of facts are created once and never changed, so that a process that was taken for dead cannot undo a decision.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pyarrow import fs
 
-from gem_ray.data.files import open_filesystem, whole_file
+from gem_ray.data.output import RUN_FACTS, RUNS, Publication, live_run, merged_folder, publications, run_ids
+from gem_ray.data.storage import PARTIAL, Storage, as_json, open_storage
 from gem_ray.pipeline.source import InputFile
-from gem_ray.redaction import redacted
 
-_SUMMARY = "run.json"
+EDITION = 2  # of this layout
 
 
 class RunDirectory:
@@ -33,74 +32,49 @@ class RunDirectory:
 
     Attributes:
         output: the folder as the user named it.
-        filesystem: what it is on.
-        root: its path there.
+        storage: what it is on.
     """
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str, storage: Storage | None = None) -> None:
         self.output = output
-        self.filesystem, self.root = open_filesystem(output)
-        if self.filesystem.get_file_info(self.root).type is fs.FileType.File:
+        self.storage = storage or open_storage(output)
+        if self.storage.filesystem.get_file_info(self.storage.root).type is fs.FileType.File:
             raise NotADirectoryError(f"{output} is a file; the output must be a folder")
-
-    @property
-    def annotations(self) -> str:
-        """Where finished annotations are."""
-        return f"{self.root}/annotations"
 
     def run(self, run_id: str) -> RunFolder:
         """The folder of one run."""
-        return RunFolder(self.filesystem, f"{self.root}/_run/{run_id}")
+        return RunFolder(self.storage, run_id)
 
-    def run_ids(self) -> list[str]:
-        """Runs that were begun here, in the order of their beginning."""
-        names = (path.rsplit("/", 1)[-1] for path in self._entries(f"{self.root}/_run", fs.FileType.Directory))
-        return sorted(name for name in names if self.run(name).has("manifest"))
+    def last_run(self) -> RunFolder | None:
+        """The run that was begun last: the one that goes on."""
+        begun = run_ids(self.storage)
+        return self.run(begun[-1]) if begun else None
 
-    def published(self) -> list[str]:
-        """The files of annotations."""
-        return [path for path in self._entries(self.annotations, fs.FileType.File) if path.endswith(".parquet")]
-
-    def delete_published(self, paths: Sequence[str]) -> None:
-        """Take files of annotations away."""
-        for path in paths:
-            self.filesystem.delete_file(path)
+    def live_run(self) -> RunFolder | None:
+        """The run whose rows are in `annotations/`."""
+        run_id = live_run(self.storage)
+        return self.run(run_id) if run_id else None
 
     def summary(self) -> dict[str, Any] | None:
         """What `run.json` says, if a run has finished."""
-        return self.read_json(_SUMMARY)
+        return self.storage.read_json(RUN_FACTS)
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """The facts in a file, by its path in the folder; None if it is not there."""
-        return _read_json(self.filesystem, f"{self.root}/{name}")
+    def forget_runs_before(self, run_id: str) -> None:
+        """Delete the folders of earlier runs. The manifest goes first: without it a run is none."""
+        for earlier in self.storage.folders(RUNS):
+            if earlier < run_id:
+                self.storage.delete(f"{RUNS}/{earlier}/manifest.json")
+                self.storage.delete_folder(f"{RUNS}/{earlier}")
 
-    def delete(self, name: str) -> None:
-        """Delete a file, by its path in the folder."""
-        self.filesystem.delete_file(f"{self.root}/{name}")
-
-    def write_json(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Write a file of facts, by its path in the folder."""
-        self.write_bytes(name, _as_json(facts))
-
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file, by its path in the folder."""
-        _write_bytes(self.filesystem, f"{self.root}/{name}", content)
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `run.json`, and forget earlier runs."""
-        self.write_json(_SUMMARY, summary)
-        self.forget_unfinished()
-
-    def forget_unfinished(self) -> None:
-        """Delete the folders of runs that did not finish; what they have published stays."""
-        finished = (self.summary() or {}).get("run_id")
-        for run_id in self.run_ids():
-            if run_id != finished:
-                self.filesystem.delete_dir(f"{self.root}/_run/{run_id}")
-
-    def _entries(self, folder: str, kind: fs.FileType) -> Iterator[str]:
-        selector = fs.FileSelector(folder, recursive=kind is fs.FileType.File, allow_not_found=True)
-        return (entry.path for entry in self.filesystem.get_file_info(selector) if entry.type is kind)
+    def sweep(self) -> None:
+        """Delete what writers that were killed have left half written, but for what lies in the folders of runs."""
+        for folder in ("", RUNS):
+            entries = self.storage.filesystem.get_file_info(
+                fs.FileSelector(self.storage.path(folder).rstrip("/"), allow_not_found=True)
+            )
+            for entry in entries:
+                if entry.base_name.startswith(".") and entry.base_name.endswith(PARTIAL):
+                    self.storage.delete(f"{folder}/{entry.base_name}".lstrip("/"))
 
 
 @dataclass(frozen=True)
@@ -108,95 +82,137 @@ class Manifest:
     """What a run is: with the same input, models and configuration it gives the same rows.
 
     Attributes:
-        listing: how many input files there are, and a hash of their names.
-        files: those with rows that are read.
+        files: of the input, in the order of their numbers: those that the run began with, then those that came later.
         rows_per_group: about how many rows a group has.
+        parts: how many of the files came together, at the beginning and with each `--update`.
     """
 
     run_id: str
     started_at: str
     input: str
     limit: int | None
-    listing: str
     files: list[InputFile]
     rows_per_group: int
     models: dict[str, str]
     config: dict[str, Any]
+    parts: list[int]
+    edition: int = EDITION
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**values, "files": [InputFile(**file) for file in values["files"]]})
+    @property
+    def rows(self) -> int:
+        """How many rows the run reads."""
+        return sum(file.rows for file in self.files)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Rows that are done again.
+
+    Attributes:
+        replaces: names below `annotations/` of the files that hold them, or held them.
+        limits: the configuration's limits on posts and images, with which they are done.
+    """
+
+    replaces: list[str]
+    limits: dict[str, Any]
 
 
 class RunFolder:
-    """`_run/RUN/`: the manifest, the marks, and what is not yet published."""
+    """`_run/RUN/`: what the run is, what is published, and what is not yet."""
 
-    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
-        self.filesystem = filesystem
-        self.root = root
-
-    @property
-    def run_id(self) -> str:
-        """The name of the run."""
-        return self.root.rsplit("/", 1)[-1]
-
-    def has(self, name: str) -> bool:
-        """Whether a file of facts is there: `manifest`, or a mark."""
-        return self.filesystem.get_file_info(f"{self.root}/{name}.json").type is fs.FileType.File
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self.storage = storage
+        self.run_id = run_id
+        self._root = f"{RUNS}/{run_id}"
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The facts in a file; None if it is not there."""
-        return _read_json(self.filesystem, f"{self.root}/{name}.json")
+        return self.storage.read_json(f"{self._root}/{name}.json")
 
-    def write(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Write a file of facts."""
-        _write_bytes(self.filesystem, f"{self.root}/{name}.json", _as_json(facts))
+    def create(self, name: str, facts: Mapping[str, Any]) -> bool:
+        """Write a file of facts; False if there is one already, which stays as it is."""
+        return self.storage.create(f"{self._root}/{name}.json", as_json(facts))
 
     def manifest(self) -> Manifest:
-        """The run's manifest."""
+        """The run's manifest, with the files that were added later.
+
+        Raises:
+            ValueError: another version of gem-ray has begun the run.
+        """
         values = self.read("manifest")
         assert values is not None  # a run without manifest is none
-        return Manifest.from_dict(values)
+        if values.get("edition") != EDITION:
+            raise ValueError(
+                f"run {self.run_id} was begun by another version of gem-ray and cannot be continued; "
+                "choose another output, or pass --fresh to replace it"
+            )
+        parts = [values["files"], *(added["files"] for added in self._added())]
+        files = [InputFile(**file) for part in parts for file in part]
+        return Manifest(**{**values, "files": files, "parts": [len(part) for part in parts]})
 
     def begin(self, manifest: Manifest) -> None:
-        """Write the manifest: from now on the run can be gone on with."""
-        self.write("manifest", asdict(manifest))
+        """Write the manifest: from now on the run can be continued."""
+        self.create("manifest", asdict(replace(manifest, parts=[])))
 
-    def marks(self, kind: str) -> list[str]:
-        """Names of the groups that are marked so, in order."""
-        selector = fs.FileSelector(f"{self.root}/marks", allow_not_found=True)
-        names = [entry.base_name.removesuffix(".json") for entry in self.filesystem.get_file_info(selector)]
-        return sorted(name.removesuffix(f".{kind}") for name in names if name.endswith(f".{kind}"))
+    def add(self, files: Sequence[InputFile]) -> None:
+        """Add files to the input.
+
+        Raises:
+            FileExistsError: another process has done so.
+        """
+        number = len(self._added()) + 1
+        if not self.create(f"files/{number:04d}", {"files": [asdict(file) for file in files]}):
+            raise FileExistsError("another process has added files to this run; try again")
+
+    def _added(self) -> list[dict[str, Any]]:
+        names = self._names("files")
+        return [facts for name in names if (facts := self.read(f"files/{name}")) is not None]
+
+    @property
+    def is_live(self) -> bool:
+        """True if readers may see its rows."""
+        return self.read("live") is not None
+
+    def make_live(self) -> None:
+        """From now on readers see this run's rows, and not those of an earlier one."""
+        self.create("live", {"run_id": self.run_id})
+
+    def publications(self) -> dict[str, Publication]:
+        """The published groups, by name."""
+        return publications(self.storage, self.run_id)
+
+    def publish(self, group: str, publication: Publication) -> None:
+        """Decide what the rows of a group are; what has been decided before stays."""
+        self.storage.create(f"{self._root}/published/{group}.json", publication.to_json())
+
+    def rounds(self) -> dict[str, Round]:
+        """Rounds that were begun, by name."""
+        facts = {name: self.read(f"rounds/{name}") for name in self._names("rounds")}
+        return {name: Round(**each) for name, each in facts.items() if each is not None}
+
+    def begin_round(self, name: str, each: Round) -> None:
+        """Fix what a round does."""
+        self.create(f"rounds/{name}", asdict(each))
 
     def staged(self, group: str, number: int) -> str:
         """Where a pass over a group writes its rows."""
-        return f"{self.root}/staged/{group}-p{number}"
+        return f"{self._root}/staged/{group}-p{number}"
 
-    def checkpoint(self, group: str, number: int) -> str:
-        """Where Ray keeps the ids of these rows."""
-        return f"{self.root}/checkpoint/{group}-p{number}"
+    @property
+    def merged(self) -> str:
+        """Where published files wait to be moved to `annotations/`, a folder for each group."""
+        return merged_folder(self.run_id)
 
-    def clear(self, group: str, passes: int) -> None:
-        """Delete what is staged of a group."""
+    def clear_staged(self, group: str, passes: int) -> None:
+        """Delete the rows as they were staged, of a group that is published."""
         for number in range(passes):
-            for folder in (self.staged(group, number), self.checkpoint(group, number)):
-                if self.filesystem.get_file_info(folder).type is not fs.FileType.NotFound:
-                    self.filesystem.delete_dir(folder)
+            self.storage.delete_folder(self.staged(group, number))
 
+    def clear(self) -> None:
+        """Delete everything that a run whose rows are all in `annotations/` no longer needs."""
+        for name in ("staged", "merged"):
+            self.storage.delete_folder(f"{self._root}/{name}")
 
-def _read_json(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
-    try:
-        with filesystem.open_input_stream(path) as stream:
-            return json.loads(stream.read())
-    except FileNotFoundError:
-        return None
-
-
-def _as_json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(redacted(values), indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    with whole_file(filesystem, path) as target, filesystem.open_output_stream(target) as stream:
-        stream.write(content)
+    def _names(self, folder: str) -> list[str]:
+        names = (path.rpartition("/")[2] for path in self.storage.files(f"{self._root}/{folder}"))
+        return sorted(name.removesuffix(".json") for name in names if name.endswith(".json") and name[0] != ".")

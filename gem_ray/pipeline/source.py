@@ -20,6 +20,7 @@ from pyarrow import fs
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from gem_ray.data.files import StoredFile
 from gem_ray.data.prepare import post_from_row
 from gem_ray.data.shards import ROWS_BITS, count_rows, shard_rows
 from gem_ray.pipeline.tables import TRANSIT_SCHEMA, posts_to_table
@@ -34,17 +35,23 @@ _COUNTING_THREADS = 16
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of the input.
+    """A file of the input, as the run began with it.
 
     Attributes:
         path: on the input's file system.
-        number: its place in the order of the names; the upper half of its rows' ids.
+        number: given once, in the order in which files come; the upper half of its rows' ids.
         rows: how many of its first rows are read.
+        size: in bytes.
+        mtime_ns: when it was last changed, in nanoseconds since 1970.
+        etag: S3's fingerprint of the content; None on a disk.
     """
 
     path: str
     number: int
     rows: int
+    size: int
+    mtime_ns: int
+    etag: str | None = None
 
     @property
     def row_ids(self) -> np.ndarray:
@@ -52,30 +59,29 @@ class InputFile:
         return np.arange(self.rows, dtype=np.int64) + (self.number << ROWS_BITS)
 
 
-def count_input(filesystem: fs.FileSystem, paths: Sequence[str], limit: int | None = None) -> list[InputFile]:
+def count_input(
+    filesystem: fs.FileSystem, shards: Sequence[StoredFile], limit: int | None = None, first_number: int = 0
+) -> list[InputFile]:
     """Count the rows of input files: a Parquet file's from its footer, a tar's by walking through its headers.
 
     Args:
         filesystem: what the files are on.
-        paths: the files, as `list_shards` gives them.
+        shards: the files, as `list_shards` gives them.
         limit: read only the first rows, in the order of the files' names.
+        first_number: of the first file.
 
     Returns:
-        The files that have rows.
+        The files, up to the one in which the limit is reached; those without rows too.
 
     Raises:
-        ValueError: a file is damaged (the message names it), or there are no rows.
+        ValueError: a file is damaged; the message names it.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"the limit must be at least 1, not {limit}")
     with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
-        counts = _counts(threads, partial(count_rows, filesystem, most=limit), paths, limit)
-        files = list(_within(limit, paths, counts))
-    if not files:
-        raise ValueError(
-            f"the input holds no posts: none in {paths[0]}" + (" and the files after it" * (len(paths) > 1))
-        )
-    return files
+        count = partial(count_rows, filesystem, most=limit)
+        counts = _counts(threads, count, [shard.path for shard in shards], limit)
+        return list(_within(limit, shards, counts, first_number))
 
 
 def _counts(threads: Executor, count: Callable[[str], int], paths: Sequence[str], limit: int | None) -> Iterator[int]:
@@ -87,16 +93,29 @@ def _counts(threads: Executor, count: Callable[[str], int], paths: Sequence[str]
         at_once = min(2 * at_once, _COUNTING_THREADS)
 
 
-def _within(limit: int | None, paths: Sequence[str], counts: Iterator[int]) -> Iterator[InputFile]:
+def _within(
+    limit: int | None, shards: Sequence[StoredFile], counts: Iterator[int], first_number: int
+) -> Iterator[InputFile]:
     left = limit
-    for number, (path, count) in enumerate(zip(paths, counts, strict=False)):
+    for number, (shard, count) in enumerate(zip(shards, counts, strict=False), start=first_number):
         rows = count if left is None else min(count, left)
-        if rows:
-            yield InputFile(path, number, rows)
+        yield InputFile(shard.path, number, rows, shard.size, shard.mtime_ns, shard.etag)
         if left is not None:
             left -= rows
             if not left:
                 return
+
+
+def is_same(file: InputFile, now: StoredFile) -> bool:
+    """True if a file is the one that the run began with: of the same size, and of the same ETag or time."""
+    if file.size != now.size:
+        return False
+    return file.etag == now.etag if file.etag and now.etag else _time(file) == _time(now)
+
+
+def _time(file: InputFile | StoredFile) -> int:
+    # S3 has seconds in some of its answers, and thousandths in others.
+    return file.mtime_ns // 10**9 if file.etag else file.mtime_ns
 
 
 class PostSource(Datasource):
@@ -120,7 +139,7 @@ class PostSource(Datasource):
         self._filesystem = filesystem
         self._earlier = earlier
         reads = [(file, _positions(file, wanted)) for file in files]
-        self._reads = [(file, positions) for file, positions in reads if positions is None or len(positions)]
+        self._reads = [(file, positions) for file, positions in reads if _count(file, positions)]
 
     @property
     def files(self) -> int:
@@ -165,12 +184,25 @@ def _count(file: InputFile, positions: np.ndarray | None) -> int:
 def _read_blocks(
     filesystem: fs.FileSystem, file: InputFile, positions: np.ndarray | None, earlier: PassResults | None
 ) -> Iterator[pa.Table]:
+    _check_unchanged(filesystem, file)
     rows = islice(shard_rows(filesystem, file.path, positions), _count(file, positions))
     posts: Iterator[Post] = (_post(file, position, row) for position, row in rows)
     if earlier is not None:
         posts = earlier.merged(file, posts)
     while block := list(islice(posts, _ROWS_AT_A_TIME)):
         yield posts_to_table(block)
+    _check_unchanged(filesystem, file)
+
+
+def _check_unchanged(filesystem: fs.FileSystem, file: InputFile) -> None:
+    """See that nobody has replaced a file while the run goes on.
+
+    Raises:
+        ValueError: it is not the file that the run began with, or it is gone.
+    """
+    info = filesystem.get_file_info(file.path)
+    if not info.is_file or info.size != file.size or info.mtime_ns // 10**9 != file.mtime_ns // 10**9:
+        raise ValueError(f"{file.path} was changed or removed during the run; put it back and start again")
 
 
 def _post(file: InputFile, position: int, row: dict[str, Any]) -> Post:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -145,6 +146,10 @@ class RunSummary:
         """Posts for which nothing could be done."""
         return self.tally.statuses[Status.REJECTED]
 
+    def looked_up(self) -> RunSummary:
+        """The summary as a start finds it that has nothing to do."""
+        return replace(self, annotated=0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
@@ -161,7 +166,7 @@ class RunSummary:
             "stage_counts": self.stage_counts,
             "gamma": self.gamma,
             "models": self.models,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+            "versions": _versions(),
             "config": self.config,
         }
 
@@ -175,6 +180,11 @@ class RunSummary:
 
 def _entities(table: pa.Table) -> pa.StructArray:
     return pc.list_flatten(table["entities"]).combine_chunks()
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:

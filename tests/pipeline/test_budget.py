@@ -73,14 +73,18 @@ def test_second_start_takes_the_gamma_of_the_first(config: Config) -> None:
     assert (resumed.filter.gamma, resumed.filter.max_share) == (0.7, None)
 
 
+def input_file(number: int, rows: int) -> InputFile:
+    return InputFile(f"{number}", number, rows, size=1, mtime_ns=1)
+
+
 def test_sample_is_spread_over_the_input_and_bounded() -> None:
-    files = [InputFile(f"{number}", number, 5000) for number in range(100)]
+    files = [input_file(number, 5000) for number in range(100)]
     ids = sample_ids(files)
     assert len(ids) == 1024
     assert np.all(np.diff(ids) > 0)
     assert {int(row) >> 32 for row in ids} == {index * 100 // 16 for index in range(16)}
-    assert len(sample_ids([InputFile("one", 3, 7)])) == 7
-    assert len(sample_ids([InputFile("one", 0, 5000), InputFile("two", 1, 10)])) == 522
+    assert len(sample_ids([input_file(3, 7)])) == 7
+    assert len(sample_ids([input_file(0, 5000), input_file(1, 10)])) == 522
 
 
 def test_budget_outside_of_a_run_is_refused() -> None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+import gem_ray.pipeline.lease as lease_module
 from gem_ray.benchmarks.memory import write_texts
 from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import load_config
+from gem_ray.data.storage import Storage, as_json
 from gem_ray.pipeline.lease import Lease
+from gem_ray.pipeline.publishing import has_annotations
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
 
 BEAT_S = 0.05
+FILE = "_run/lease.json"
 HOLDER = """
 import sys, time
 from gem_ray.pipeline.lease import Lease
@@ -43,6 +51,10 @@ def held_in_another_process(output: str) -> subprocess.Popen[str]:
     return process
 
 
+def facts_of(storage: Storage) -> dict[str, Any]:
+    return storage.read_json(FILE) or {}
+
+
 def test_output_that_another_process_holds_is_refused_and_free_when_that_ends(output: str) -> None:
     directory = RunDirectory(output)
     process = held_in_another_process(output)
@@ -52,9 +64,10 @@ def test_output_that_another_process_holds_is_refused_and_free_when_that_ends(ou
     finally:
         process.kill()
         process.wait()
-    with Lease(directory, BEAT_S).held():
-        pass
-    assert directory.read_json("_run/lease.json") is None
+    for expected in (2, 3):  # every holder has a number of its own
+        with Lease(directory, BEAT_S).held() as claim:
+            assert claim.epoch == facts_of(directory.storage)["epoch"] == expected
+        assert facts_of(directory.storage)["released"]
 
 
 def test_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,22 +80,111 @@ def test_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, monkeyp
         assert waits == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"boot": "another"}, id="another machine of the same name"),
+        pytest.param({"pids": "pid:[1]"}, id="another container of the same name"),
+        pytest.param({"boot": None, "pids": None, "pid": 4_194_300}, id="no Linux"),
+    ],
+)
+def test_living_holder_elsewhere_is_respected_whatever_its_name_and_process(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Its process is none of this machine's, or another one's here."""
+    storage = RunDirectory(str(tmp_path)).storage
+    holder = lease_module._this_process() | {"pid": 4_194_300, "epoch": 4, "owner": "A"} | change
+    assert holder["host"] == socket.gethostname()
+    ended = threading.Event()
+
+    def beat() -> None:
+        for beats in range(200):
+            storage.write(FILE, as_json(holder | {"beats": beats}))
+            if ended.wait(BEAT_S / 2):
+                break
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        time.sleep(BEAT_S)
+        with pytest.raises(FileExistsError, match="another process"):
+            Lease(RunDirectory(str(tmp_path)), BEAT_S).held().__enter__()
+        assert facts_of(storage)["owner"] == "A"
+    finally:
+        ended.set()
+        beating.join()
+
+
+def test_process_number_that_another_program_has_now_is_a_dead_holder(tmp_path: Path) -> None:
+    storage = RunDirectory(str(tmp_path)).storage
+    storage.write(FILE, as_json(lease_module._this_process() | {"started": "1", "epoch": 1}))
+    with Lease(RunDirectory(str(tmp_path)), beat_s=60).held() as claim:
+        assert claim.epoch == 2
+
+
 def test_silent_holder_on_another_machine_loses_the_output_and_notices(output: str) -> None:
     directory = RunDirectory(output)
-    lost = Lease(directory, beat_s=60)
-    with lost.held():
-        facts = directory.read_json("_run/lease.json")
-        assert facts is not None
-        directory.write_json("_run/lease.json", {**facts, "host": "elsewhere"})
-        with Lease(directory, BEAT_S).held() as _, pytest.raises(FileExistsError, match="another process"):
-            lost.claim.check()
-    assert directory.read_json("_run/lease.json") is None
+    with Lease(directory, beat_s=60).held() as lost:
+        directory.storage.write(FILE, as_json(facts_of(directory.storage) | {"boot": "elsewhere"}))
+        with Lease(directory, BEAT_S).held() as claim:
+            assert claim.holds
+            with pytest.raises(FileExistsError, match="another process"):
+                lost.check()
+            with pytest.raises(FileExistsError), lost.checked():
+                pytest.fail("nothing is done without the output")
+
+
+def test_start_that_both_looked_and_wrote_late_is_refused(output: str) -> None:
+    """Two starts see no lease; the second one to write fails."""
+    first, second = (Lease(RunDirectory(output), BEAT_S) for _ in range(2))
+    second._look()
+    with first.held() as claim:
+        second._facts |= {"epoch": 1, "beats": 0}
+        with pytest.raises(lease_module.ConflictError):
+            second._write()
+        assert claim.holds
+
+
+@pytest.mark.parametrize("how", ["ignored", "not implemented"])
+def test_store_without_conditional_writes_still_gives_the_output_to_one(
+    s3: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of several writers wins, and the others see that after a pause."""
+    from gem_ray.data import storage as storage_module
+
+    def put(self: Any, name: str, content: bytes, **conditions: str) -> str:
+        if conditions and how == "not implemented":
+            raise NotImplementedError
+        return self._client.put_object(**self._object(name), Body=content)["ETag"]
+
+    monkeypatch.setattr(storage_module.S3Storage, "_put", put)
+    monkeypatch.setattr(storage_module.S3Storage, "_SETTLING_S", 0.5)
+    bucket = s3.bucket("plain")
+    begun = threading.Barrier(2)
+    results: list[str] = []
+
+    def start() -> None:
+        lease = Lease(RunDirectory(f"{bucket}/out"), beat_s=60)
+        lease._look()
+        begun.wait()
+        try:
+            lease._take()
+            results.append("held")
+        except FileExistsError:
+            results.append("refused")
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["held", "refused"]
 
 
 def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_path: Path) -> None:
     write_texts(tmp_path / "posts", 3_000)
     settings = ["reranker.enabled=false", "grounder.enabled=false", "pipeline.rows_per_block=20"]
-    directory = RunDirectory(str(tmp_path / "out"))
+    storage = RunDirectory(str(tmp_path / "out")).storage
     there: list[int] = []
 
     def staged_rows() -> int:
@@ -90,7 +192,7 @@ def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_p
 
     def take(done: int, total: int) -> None:
         if done and not there:
-            directory.write_json("_run/lease.json", {"owner": "another", "host": "elsewhere", "pid": 1})
+            storage.write(FILE, json.dumps({"owner": "another", "host": "elsewhere", "pid": 1}).encode())
             time.sleep(1)  # for what was being written
             there.append(staged_rows())
 
@@ -99,7 +201,7 @@ def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_p
             tmp_path / "posts", tmp_path / "out", load_config(overrides=settings), actor=PassThrough, progress=take
         )
     assert 0 < there[0] == staged_rows() < 3_000
-    assert not directory.published()
+    assert not has_annotations(storage)
 
 
 def test_second_run_to_an_output_is_refused_while_the_first_goes_on(local_ray: None, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from pyarrow import fs
 
 from gem_ray.config import Config
 from gem_ray.data.generated import generate
-from gem_ray.data.shards import write_posts
-from gem_ray.pipeline.checkpoint import committed_ids
+from gem_ray.data.output import run_ids
+from gem_ray.data.shards import ROWS_BITS, write_posts
 from gem_ray.pipeline.graph import StageActor
 from gem_ray.pipeline.run import RunError, annotate_dataset
-from gem_ray.pipeline.run_directory import RunDirectory
-from gem_ray.pipeline.source import ROWS_BITS
+from gem_ray.pipeline.run_directory import RunDirectory, RunFolder
 from gem_ray.records import Status
 
 Same = Callable[[Any, Any], None]
@@ -108,7 +109,7 @@ def test_old_annotations_stay_until_a_fresh_run_is_complete(
     assert summary.annotated == 10
     assert {row["run_id"] for row in rows_of(out).values()} == {summary.run_id} != {first.run_id}
     assert len(rows_of(out)) == 30
-    assert RunDirectory(str(out)).run_ids() == [summary.run_id]
+    assert run_ids(RunDirectory(str(out)).storage) == [summary.run_id]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,6 @@ def test_only_problems_are_done_again(
     strict.text.max_chars = 60
     with pytest.raises(FileNotFoundError, match="no finished run"):
         annotate_dataset(posts, out, strict, only_problems=True)
-    RunDirectory(str(out)).forget_unfinished()
     first = annotate_dataset(posts, out, strict)
     kept = {row_id: row for row_id, row in rows_of(out).items() if not row["problems"]}
     assert 0 < first.rejected < 30
@@ -162,54 +162,121 @@ def test_only_problems_are_done_again(
     assert annotate_dataset(posts, out, text_config, only_problems=True).annotated == 0
 
 
-def test_problems_whose_old_rows_a_kill_has_left_are_there_once(
+def test_problems_are_done_again_under_the_limits_of_the_last_start(
     local_ray, text_config: Config, posts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What a killed round has made under other limits does not count."""
     out = tmp_path / "out"
-    strict = text_config.model_copy(deep=True)
-    strict.text.max_chars = 60
-    annotate_dataset(posts, out, strict)
 
-    def kill(directory: RunDirectory, paths: list[str]) -> None:
-        if paths:
-            raise OSError("killed")
+    def with_limit(most: int) -> Config:
+        return text_config.model_copy(update={"text": text_config.text.model_copy(update={"max_chars": most})})
 
+    annotate_dataset(posts, out, with_limit(40))
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "delete_published", kill)
+        patch.setattr(RunFolder, "publish", raising(OSError("killed")))
         with pytest.raises(OSError, match="killed"):
-            annotate_dataset(posts, out, text_config, only_problems=True)
-    with pytest.raises(AssertionError):
-        rows_of(out)  # some are there twice
-    summary = annotate_dataset(posts, out, strict)
-    assert summary.tally.statuses[Status.OK] == summary.rows == len(rows_of(out)) == 30
-    assert annotate_dataset(posts, out, text_config, only_problems=True).annotated == 0
+            annotate_dataset(posts, out, with_limit(60), only_problems=True)
+    summary = annotate_dataset(posts, out, with_limit(80), only_problems=True)
+    rejected = [row for row in rows_of(out).values() if row["problems"]]
+    assert all(len(row["text"]) > 80 for row in rejected)
+    assert summary.rejected == len(rejected)
+    assert json.loads((out / "run.json").read_text())["config"]["text"]["max_chars"] == 80
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_rows_that_were_written_twice_are_published_once(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path
+) -> None:
+    """By a task that was taken for dead, or by a driver that was: what is there twice is the same work done twice."""
+    config = text_config.model_copy(deep=True)
+    config.pipeline.rows_per_group = 10
+    out = tmp_path / "out"
+    with pytest.raises(RunError):
+        annotate_dataset(posts, out, config, actor=breaking_at(2))
+    annotate_dataset(posts, tmp_path / "other", config)
+    folder = RunDirectory(str(out)).last_run()
+    assert folder is not None
+    (path,) = (p for p in (tmp_path / "other" / "annotations").rglob("*.parquet") if "-g00002-" in p.name)
+    rows = pq.ParquetFile(path).read()
+    staged = rows.append_column("status", pa.array(["ok"] * len(rows)))
+    (out / folder.staged("g00002", 0)).mkdir(parents=True, exist_ok=True)
+    for name in ("one", "other"):
+        pq.write_table(staged, out / folder.staged("g00002", 0) / f"{name}.parquet")
+    assert annotate_dataset(posts, out, config).annotated == 0
     assert len(rows_of(out)) == 30
 
 
-def test_rows_that_two_processes_have_written_are_never_published(
-    local_ray, text_config: Config, posts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_published_files_that_have_gone_are_made_again(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path, assert_same: Same
 ) -> None:
+    out = tmp_path / "out"
     config = text_config.model_copy(deep=True)
     config.pipeline.rows_per_group = 10
-    with pytest.raises(RunError):
-        annotate_dataset(posts, tmp_path / "out", config, actor=breaking_at(2))
-    directory = RunDirectory(str(tmp_path / "out"))
-    begun = Path(directory.run(directory.run_ids()[-1]).checkpoint("g00002", 0))
-    begun.mkdir(parents=True, exist_ok=True)
-    ids = pa.table({"row_id": pa.array([(2 << ROWS_BITS) + row for row in range(10)], pa.int64())})
-    for name in ("one", "other"):
-        pq.write_table(ids, begun / f"{name}.parquet")
-    for _ in range(2):
-        with pytest.raises(RunError, match="rows were written twice"):
-            annotate_dataset(posts, tmp_path / "out", config)
-    assert len(rows_of(tmp_path / "out")) == 20
+    annotate_dataset(posts, out, config)
+    before = without_run(rows_of(out))
+    gone, cut, _ = sorted((out / "annotations").rglob("*.parquet"))
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:100])
+    summary = annotate_dataset(posts, out, config)
+    assert (summary.annotated, summary.rows) == (20, 30)
+    assert_same(without_run(rows_of(out)), before)
+    assert annotate_dataset(posts, out, config).annotated == 0
 
 
-def test_ids_of_a_rename_that_was_cut_short_count_as_committed(tmp_path: Path) -> None:
-    """To rename in S3 is to copy and delete: with the copy there, Ray must not undo the rows."""
-    filesystem = fs.LocalFileSystem()
-    for name, ids in (("a.parquet", [1, 2]), ("a.pending.parquet", [1, 2]), ("b.pending.parquet", [3])):
-        pq.write_table(pa.table({"row_id": pa.array(ids, pa.int64())}), tmp_path / name)
-    assert sorted(committed_ids(filesystem, str(tmp_path))) == [1, 2]
-    assert {path.name for path in tmp_path.iterdir()} == {"a.parquet", "b.pending.parquet"}
-    assert len(committed_ids(filesystem, str(tmp_path / "nowhere"))) == 0
+def test_new_files_are_taken_in_without_touching_what_is_done(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path, assert_same: Same
+) -> None:
+    """In whatever order files arrive, the rows are those of one run over all of them."""
+    arriving = tmp_path / "arriving"
+    arriving.mkdir()
+    names = sorted(path.name for path in posts.glob("*.parquet"))
+    first, *later = names[1], names[0], names[2]
+    shutil.copy(posts / first, arriving)
+    out = tmp_path / "out"
+    annotate_dataset(arriving, out, text_config)
+    for name in later:
+        before = {path: path.read_bytes() for path in (out / "annotations").rglob("*.parquet")}
+        shutil.copy(posts / name, arriving)
+        with pytest.raises(ValueError, match=rf"does not know: .*{name}; pass --update"):
+            annotate_dataset(arriving, out, text_config)
+        assert annotate_dataset(arriving, out, text_config, update=True).annotated == 10
+        assert {path: path.read_bytes() for path in before} == before
+    rows = rows_of(out)
+    assert {row_id >> ROWS_BITS for row_id in rows} == {0, 1, 2}
+    annotate_dataset(posts, tmp_path / "whole", text_config)
+    assert_same(by_post(rows), by_post(rows_of(tmp_path / "whole")))
+
+
+def by_post(rows: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {row["post_id"]: {**row, "row_id": None, "run_id": None} for row in rows.values()}
+
+
+def test_file_of_another_content_is_refused_by_name(
+    local_ray, text_config: Config, posts: Path, tmp_path: Path
+) -> None:
+    """Also one of the same name, size and number of rows."""
+    out = tmp_path / "out"
+    annotate_dataset(posts, out, text_config, limit=20)
+    path = posts / "part-00001.parquet"
+    content, facts = path.read_bytes(), path.stat()
+    for change in (content, content[:-1]):
+        path.write_bytes(change)
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + (change == content)))
+        for options in ({}, {"only_problems": True}, {"update": True}):
+            with pytest.raises(ValueError, match=r"part-00001\.parquet: not the file that this run began with"):
+                annotate_dataset(posts, out, text_config, limit=20, **options)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"are gone: .*part-00001\.parquet"):
+        annotate_dataset(posts, out, text_config, limit=20)
+    path.write_bytes(content)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert annotate_dataset(posts, out, text_config, limit=20).annotated == 0
+    (posts / "part-00002.parquet").rename(posts / "a.parquet")
+    with pytest.raises(ValueError, match=r"new files before those of this run: .*a\.parquet"):
+        annotate_dataset(posts, out, text_config, limit=20)

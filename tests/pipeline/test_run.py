@@ -114,9 +114,14 @@ def test_run_json_agrees_with_the_rows(run: Run, config: Config) -> None:
 
 def test_finished_run_is_not_run_again(run: Run, dataset: Path, config: Config) -> None:
     output, summary = run
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
-    assert annotate_dataset(dataset, output, config).to_dict() == summary.to_dict()
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "lock" not in path.name}
+    again = annotate_dataset(dataset, output, config)
+    assert (again.annotated, again.to_dict() | {"annotated": 0, "rows_per_second": 0}) == (
+        0,
+        summary.to_dict() | {"annotated": 0, "rows_per_second": 0},
+    )
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"lease.json"}
 
 
 def test_annotations_of_unknown_origin_are_refused(text_config: Config, tmp_path: Path) -> None:
@@ -124,14 +129,20 @@ def test_annotations_of_unknown_origin_are_refused(text_config: Config, tmp_path
     old = tmp_path / "out" / "annotations" / "status=ok" / "old.parquet"
     old.parent.mkdir(parents=True)
     old.write_text("of an earlier run")
+    for fresh in (False, True):
+        with pytest.raises(FileExistsError, match=r"files that gem-ray has not written: status=ok/old\.parquet"):
+            annotate_dataset(tmp_path / "posts", tmp_path / "out", text_config, fresh=fresh)
+    assert old.exists()
+    own = old.with_name("part-20260101T000000-0123abcd-g00000-0000.parquet")  # as an earlier version named them
+    old.rename(own)
     with pytest.raises(FileExistsError, match=r"already holds annotations.*--fresh"):
         annotate_dataset(tmp_path / "posts", tmp_path / "out", text_config)
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and "posts" not in path.parts] == [old]
+    assert own.exists()
 
 
 def test_fresh_replaces_the_old_and_limit_takes_the_first_posts(local_ray, text_config: Config, tmp_path: Path) -> None:
     write_posts(generate(20, seed=5), tmp_path / "posts", per_shard=6)
-    old = tmp_path / "out" / "annotations" / "status=ok" / "old.parquet"
+    old = tmp_path / "out" / "annotations" / "status=ok" / "part-20260101T000000-0123abcd-g00000-0000.parquet"
     old.parent.mkdir(parents=True)
     old.write_text("of an earlier run")
     reports = []
@@ -172,12 +183,30 @@ def test_too_many_actors_for_a_local_ray_are_refused_instead_of_hanging(
         annotate_dataset(tmp_path / "posts", tmp_path / "out", config)
 
 
-@pytest.mark.parametrize("output", [".", "out", "deep/out"])
+@pytest.mark.parametrize("output", [".", "out", "deep/out", "../link/out", "../other/../posts/out"])
 def test_output_inside_the_input_is_refused_before_anything_is_written(
     text_config: Config, tmp_path: Path, output: str
 ) -> None:
     """The next run over the same input would annotate annotations."""
     write_posts([Post("1", "x")], tmp_path / "posts")
+    before = sorted(path.name for path in (tmp_path / "posts").iterdir())
+    (tmp_path / "link").symlink_to(tmp_path / "posts")
+    (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"is in the input .* keep them apart"):
         annotate_dataset(tmp_path / "posts", tmp_path / "posts" / output, text_config)
-    assert [path.name for path in (tmp_path / "posts").iterdir()] == ["part-00000.parquet"]
+    assert sorted(path.name for path in (tmp_path / "posts").iterdir()) == before
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("folder", ["annotations", "annotations/status=ok", "_run/mine"])
+def test_input_inside_the_output_is_refused_and_stays(
+    text_config: Config, tmp_path: Path, folder: str, fresh: bool
+) -> None:
+    """A run replaces what is there."""
+    write_posts([Post("1", "my only copy")], tmp_path / "data" / folder)
+    (tmp_path / "link").symlink_to(tmp_path / "data" / folder)
+    before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    for source in (tmp_path / "data" / folder, tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"keeps its annotations.* keep them apart"):
+            annotate_dataset(source, tmp_path / "data", text_config, fresh=fresh)
+    assert {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()} == before

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pyarrow import fs
 
 from gem_ray.data.generated import generate
 from gem_ray.data.listing import list_shards
+from gem_ray.data.output import Publication, PublishedFile, annotation_paths, live_files, live_run, run_ids
 from gem_ray.data.shards import write_posts
-from gem_ray.pipeline.run_directory import Manifest, RunDirectory
+from gem_ray.data.storage import ConflictError, Storage, open_storage
+from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory
 from gem_ray.pipeline.source import InputFile, PostSource, count_input
 
 
@@ -23,69 +24,135 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def manifest(run_id: str) -> Manifest:
-    files = [InputFile("posts/a.parquet", 0, 5), InputFile("posts/c.parquet", 2, 7)]
-    return Manifest(run_id, "2026-01-01T00:00:00+00:00", "posts", None, "3 (abc)", files, 10, {"tagger": "t@1"}, {})
+    files = [InputFile("posts/a.parquet", 0, 5, 100, 1), InputFile("posts/c.parquet", 1, 7, 100, 2)]
+    begun = "2026-01-01T00:00:00+00:00"
+    return Manifest(run_id, begun, "posts", None, files, 10, {"tagger": "t@1"}, {}, parts=[2])
 
 
-def begin(directory: RunDirectory, run_id: str) -> None:
-    directory.run(run_id).begin(manifest(run_id))
-
-
-def publish(directory: RunDirectory, name: str) -> str:
-    path = f"{directory.annotations}/status=ok/{name}.parquet"
-    directory.filesystem.create_dir(f"{directory.annotations}/status=ok", recursive=True)
-    with directory.filesystem.open_output_stream(path) as stream:
-        stream.write(b"rows")
-    return path
+def put(storage: Storage, name: str, content: bytes = b"x") -> None:
+    storage.write(name, content)
 
 
 def test_runs_are_found_in_the_order_of_their_beginning(output: str) -> None:
     directory = RunDirectory(output)
-    assert directory.run_ids() == []
+    assert directory.last_run() is None
     assert directory.summary() is None
-    begin(directory, "20260102T000000-b")
-    begin(directory, "20260101T000000-c")
-    assert directory.run_ids() == ["20260101T000000-c", "20260102T000000-b"]
-    assert directory.run("20260102T000000-b").manifest() == manifest("20260102T000000-b")
+    for run_id in ("20260102T000000-b", "20260101T000000-c"):
+        directory.run(run_id).begin(manifest(run_id))
+    assert run_ids(directory.storage) == ["20260101T000000-c", "20260102T000000-b"]
+    last = directory.last_run()
+    assert last is not None
+    assert last.manifest() == manifest("20260102T000000-b")
 
 
-def test_finished_run_makes_earlier_ones_forgotten_and_leaves_annotations_alone(output: str) -> None:
-    directory = RunDirectory(output)
-    begin(directory, "1")
-    begin(directory, "2")
-    path = publish(directory, "part-2-g00000-0000")
-    summary: dict[str, Any] = {"run_id": "2", "rows": 3}
-    directory.finish(summary)
-    assert directory.run_ids() == ["2"]
-    assert directory.summary() == summary
-    assert directory.published() == [path]
-    begin(directory, "3")
-    directory.forget_unfinished()
-    assert directory.run_ids() == ["2"]
-
-
-def test_marks_are_told_apart_by_kind(output: str) -> None:
+def test_files_that_are_added_come_after_those_that_are_there(output: str) -> None:
     folder = RunDirectory(output).run("1")
-    assert folder.marks("published") == []
-    for mark in ("g00001.published", "g00000.published", "g00001.annotated", "p000.published"):
-        folder.write(f"marks/{mark}", {})
-    assert folder.marks("published") == ["g00000", "g00001", "p000"]
-    assert folder.marks("annotated") == ["g00001"]
+    folder.begin(manifest("1"))
+    more = InputFile("posts/b.parquet", 2, 3, 100, 3)
+    folder.add([more])
+    assert folder.manifest() == replace(manifest("1"), files=[*manifest("1").files, more], parts=[2, 1])
+
+
+def test_run_of_another_version_is_named(output: str) -> None:
+    directory = RunDirectory(output)
+    put(directory.storage, "_run/1/manifest.json", b'{"run_id": "1", "listing": "3 (abc)"}')
+    with pytest.raises(ValueError, match="another version of gem-ray"):
+        directory.run("1").manifest()
+
+
+def test_what_has_been_decided_stays(output: str) -> None:
+    folder = RunDirectory(output).run("1")
+    first, second = (Publication([PublishedFile(name, 1, 1, {})], []) for name in ("first", "second"))
+    folder.publish("g00000", first)
+    folder.publish("g00000", second)
+    assert folder.publications() == {"g00000": first}
+    assert folder.create("gamma", {"gamma": 1}) is True
+    assert folder.create("gamma", {"gamma": 1}) is True  # the same once more: as if the answer had been lost
+    assert folder.create("gamma", {"gamma": 2}) is False
+    assert folder.read("gamma") == {"gamma": 1}
+
+
+def test_last_run_that_is_live_is_the_one_to_read(output: str) -> None:
+    directory = RunDirectory(output)
+    for run_id in ("1", "2", "3"):
+        directory.run(run_id).begin(manifest(run_id))
+    assert live_run(directory.storage) is None
+    assert annotation_paths(directory.storage) is None
+    directory.run("2").make_live()
+    directory.run("1").make_live()
+    assert live_run(directory.storage) == "2"
+    directory.forget_runs_before("2")
+    assert run_ids(directory.storage) == ["2", "3"]
+
+
+def test_published_files_are_found_before_and_after_they_are_moved(output: str) -> None:
+    directory = RunDirectory(output)
+    folder, storage = directory.run("1"), directory.storage
+    folder.begin(manifest("1"))
+    folder.make_live()
+    files = [PublishedFile(f"status=ok/{name}.parquet", 1, 1, {}) for name in ("old", "new")]
+    folder.publish("g00000", Publication(files[:1], []))
+    folder.publish("p000", Publication(files[1:], [files[0].name]))
+    assert live_files(folder.publications()) == {"status=ok/new.parquet": "p000"}
+    waiting = storage.path("_run/1/merged/p000/status=ok/new.parquet")
+    assert annotation_paths(storage) == [waiting]
+    put(storage, "_run/1/merged/p000/status=ok/new.parquet")
+    storage.move("_run/1/merged/p000/status=ok/new.parquet", "annotations/status=ok/new.parquet")
+    assert annotation_paths(storage) == [storage.path("annotations/status=ok/new.parquet")]
+
+
+def test_rounds_are_kept(output: str) -> None:
+    folder = RunDirectory(output).run("1")
+    assert folder.rounds() == {}
+    folder.begin_round("p000", Round(["status=degraded/a.parquet"], {"text": {"max_chars": 10}}))
+    assert folder.rounds() == {"p000": Round(["status=degraded/a.parquet"], {"text": {"max_chars": 10}})}
 
 
 def test_clearing_a_group_leaves_the_others(output: str) -> None:
     folder = RunDirectory(output).run("1")
+    storage = folder.storage
     for group in ("g00000", "g00001"):
-        for parent in (folder.staged(group, 0), folder.checkpoint(group, 1)):
-            folder.filesystem.create_dir(parent, recursive=True)
-            with folder.filesystem.open_output_stream(f"{parent}/x.parquet") as stream:
-                stream.write(b"x")
-    folder.clear("g00000", passes=2)
-    left = folder.filesystem.get_file_info(fs.FileSelector(folder.root, recursive=True))
-    assert sorted(entry.path.removeprefix(folder.root) for entry in left if entry.is_file) == [
-        "/checkpoint/g00001-p1/x.parquet",
-        "/staged/g00001-p0/x.parquet",
-    ]
+        for number in (0, 1):
+            put(storage, f"{folder.staged(group, number)}/x.parquet")
+    folder.clear_staged("g00000", passes=2)
+    assert list(storage.files("_run/1")) == [f"{folder.staged('g00001', number)}/x.parquet" for number in (0, 1)]
+    folder.clear()
+    assert storage.files("_run/1") == {}
+
+
+def test_conditional_writes(output: str) -> None:
+    storage = open_storage(output)
+    first = storage.swap("_run/x", b"1", None)
+    assert storage.version("_run/x") == first
+    with pytest.raises(ConflictError):
+        storage.swap("_run/x", b"2", None)
+    second = storage.swap("_run/x", b"3", first)
+    with pytest.raises(ConflictError):
+        storage.swap("_run/x", b"4", first)
+    assert (storage.read("_run/x"), storage.version("_run/x")) == (b"3", second)
+    with pytest.raises(ConflictError):
+        storage.swap("_run/missing", b"5", second)
+    assert storage.read("_run/missing") is None
+
+
+def test_write_that_fails_leaves_what_was_there(output: str) -> None:
+    storage = open_storage(output)
+    storage.write("a", b"old")
+    with pytest.raises(RuntimeError), storage.writing("b/a"):
+        raise RuntimeError
+    assert list(storage.files("")) == ["a"] if storage.root else True
+    storage.delete("nowhere")
+    storage.delete_folder("nowhere")
+    assert storage.read("a") == b"old"
+
+
+def test_leftovers_of_killed_writers_are_swept_away(tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    (tmp_path / "_run").mkdir()
+    for name in (".run.json.12345678.partial", "_run/.lease.json.12345678.partial", "mine.partial", "_run/lease.json"):
+        (tmp_path / name).write_text("x")
+    directory.sweep()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["lease.json", "mine.partial"]
 
 
 def test_file_is_no_output(tmp_path: Path) -> None:
@@ -97,7 +164,7 @@ def test_file_is_no_output(tmp_path: Path) -> None:
 def test_posts_are_read_from_where_they_were_written(output: str) -> None:
     write_posts(generate(5, seed=2), output, per_shard=2)
     listing = list_shards(output)
-    files = count_input(listing.filesystem, listing.paths, limit=3)
+    files = count_input(listing.filesystem, listing.shards, limit=3)
     assert [file.rows for file in files] == [2, 1]
     source = PostSource(listing.filesystem, files)
     assert sum(table.num_rows for task in source.get_read_tasks(1) for table in task()) == 3

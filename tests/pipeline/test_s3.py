@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,9 +20,10 @@ from gem_ray.config import load_config
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
-from gem_ray.pipeline.compaction import _Merge, _merge_in_task
+from gem_ray.data.storage import open_storage
+from gem_ray.pipeline.compaction import Merge, merge
 from gem_ray.pipeline.tables import annotations_table
-from gem_ray.records import Post, Status
+from gem_ray.records import Post
 
 POSTS, PER_SHARD = 60, 6
 
@@ -62,17 +64,20 @@ def rows_of(output: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["row_id"])
 
 
-def test_a_compaction_that_fails_publishes_no_part_of_a_group(s3: Any) -> None:
-    filesystem, root = open_filesystem(s3.bucket("output"))
-    whole, damaged, target = (f"{root}/{name}.parquet" for name in ("whole", "damaged", "published"))
-    pq.write_table(annotations_table([Post("a", "b", row_id=0)], "run", {}), whole, filesystem=filesystem)
-    with filesystem.open_output_stream(damaged) as stream:
-        stream.write(b"no parquet")
+def test_a_merge_that_fails_leaves_nothing_where_readers_look(s3: Any) -> None:
+    storage = open_storage(s3.bucket("output"))
+    whole, damaged = "_run/1/staged/g00000-p0/whole.parquet", "_run/1/staged/g00000-p0/damaged.parquet"
+    pq.write_table(
+        annotations_table([Post("a", "b", row_id=0)], "run", {}), storage.path(whole), filesystem=storage.filesystem
+    )
+    storage.write(damaged, b"no parquet")
+    every = np.array([True])
     with pytest.raises(pa.ArrowInvalid):
-        _merge_in_task._function(filesystem, _Merge(Status.OK, [whole, damaged], target))
-    assert filesystem.get_file_info(target).type is fs.FileType.NotFound
-    _merge_in_task._function(filesystem, _Merge(Status.OK, [whole], target))
-    assert pq.read_table(target, filesystem=filesystem).num_rows == 1
+        merge(storage, Merge([whole, damaged], [every, every], "1", "g00000", "part"))
+    assert not storage.files("annotations")
+    (merged,) = merge(storage, Merge([whole], [every], "1", "g00000", "part"))
+    assert (merged.file.name, merged.file.rows, list(merged.ids)) == ("status=ok/part.parquet", 1, [0])
+    assert storage.files("_run/1/merged")["_run/1/merged/g00000/status=ok/part.parquet"] == merged.file.size
 
 
 def test_no_row_is_lost_whatever_happens_to_some_requests(

@@ -1,0 +1,127 @@
+"""The folder that `annotate` writes, as readers see it: which files hold the annotations, and whether they are all.
+
+    annotations/status=ok/part-RUN-GROUP-….parquet   the rows
+    run.json                                         facts of the run that finished last
+    _SUCCESS                                         there while `annotations/` holds all rows of a run and nothing else
+    _run/RUN/live.json                               this run's rows are the ones to read; the last run with it counts
+    _run/RUN/published/GROUP.json                    the files of a group, and those whose place they take
+
+A group is published in the moment in which its file in `published/` appears. Its Parquet files are moved to
+`annotations/` right after; until then they are in `_run/RUN/merged/GROUP/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gem_ray.data.storage import Storage, as_json
+
+ANNOTATIONS = "annotations"
+RUN_FACTS = "run.json"
+SUCCESS = "_SUCCESS"
+RUNS = "_run"
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file of annotations.
+
+    Attributes:
+        name: below `annotations/`.
+        rows: how many rows it has.
+        size: in bytes.
+        tally: counts over its rows.
+    """
+
+    name: str
+    rows: int
+    size: int
+    tally: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """Its name in the output."""
+        return f"{ANNOTATIONS}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What publishes a group: decided once, and never changed.
+
+    Attributes:
+        files: the group's rows.
+        replaces: names of files published earlier whose rows are in `files` now.
+    """
+
+    files: list[PublishedFile]
+    replaces: list[str]
+
+    def to_json(self) -> bytes:
+        """As it is stored."""
+        return as_json({"files": [vars(file) for file in self.files], "replaces": self.replaces})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Publication:
+        """The inverse of `to_json`."""
+        return cls([PublishedFile(**file) for file in values["files"]], list(values["replaces"]))
+
+
+def run_ids(storage: Storage) -> list[str]:
+    """Runs that have begun in an output, in the order of their beginning."""
+    return [name for name in storage.folders(RUNS) if storage.read(f"{RUNS}/{name}/manifest.json") is not None]
+
+
+def live_run(storage: Storage) -> str | None:
+    """The run whose rows are the output's; None if no run has got so far."""
+    for run_id in reversed(run_ids(storage)):
+        if storage.read(f"{RUNS}/{run_id}/live.json") is not None:
+            return run_id
+    return None
+
+
+def publications(storage: Storage, run_id: str) -> dict[str, Publication]:
+    """The published groups of a run, by name."""
+    found: dict[str, Publication] = {}
+    for path in storage.files(f"{RUNS}/{run_id}/published"):
+        name = path.rpartition("/")[2]
+        if name.startswith(".") or not name.endswith(".json"):
+            continue
+        values = storage.read_json(path)
+        if values is not None:
+            found[name.removesuffix(".json")] = Publication.from_dict(values)
+    return found
+
+
+def live_files(published: Mapping[str, Publication]) -> dict[str, str]:
+    """The files that count, with the group of each: published, and not replaced since."""
+    replaced = {name for each in published.values() for name in each.replaces}
+    return {file.name: group for group, each in published.items() for file in each.files if file.name not in replaced}
+
+
+def merged_folder(run_id: str) -> str:
+    """Where published files wait until they are moved to `annotations/`, in a folder for each group."""
+    return f"{RUNS}/{run_id}/merged"
+
+
+def merged_name(run_id: str, group: str, file: str) -> str:
+    """Where one published file waits."""
+    return f"{merged_folder(run_id)}/{group}/{file}"
+
+
+def annotation_paths(storage: Storage) -> list[str] | None:
+    """Paths on the storage's file system of the files that hold an output's annotations, sorted by name.
+
+    None where no run says which: in an output of an earlier version, or in a copy of `annotations/` alone.
+    """
+    run_id = live_run(storage)
+    if run_id is None:
+        return None
+    live = live_files(publications(storage, run_id))
+    there = storage.files(ANNOTATIONS)
+    paths = []
+    for name, group in sorted(live.items()):
+        path = f"{ANNOTATIONS}/{name}"
+        paths.append(storage.path(path if path in there else merged_name(run_id, group, name)))
+    return paths

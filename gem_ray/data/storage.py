@@ -1,0 +1,283 @@
+"""A folder on a disk or in S3, with the few writes that must happen as a whole, once, or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pyarrow import fs
+
+from gem_ray.data.files import open_filesystem
+from gem_ray.redaction import redacted
+from gem_ray.s3 import S3Uri, client
+
+PARTIAL = ".partial"  # how names of local files end while they are written
+
+
+class ConflictError(Exception):
+    """A conditional write found another version than it expected; nothing was written."""
+
+
+class Storage:
+    """Files below a root, by names relative to it.
+
+    Every write is whole: a reader finds the old content or the new one. This base class is complete but for `swap`.
+
+    Attributes:
+        filesystem: Arrow's, for reading and writing Parquet.
+        root: the folder's path there.
+    """
+
+    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
+        self.filesystem = filesystem
+        self.root = root
+
+    def path(self, name: str) -> str:
+        """The path of a name on `filesystem`."""
+        return f"{self.root}/{name}"
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None if it is not there."""
+        try:
+            with self.filesystem.open_input_stream(self.path(name), compression=None) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The facts in a file; None if it is not there."""
+        content = self.read(name)
+        return None if content is None else json.loads(content)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, over one of the same name."""
+        with self.writing(name) as path, self.filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that is not there yet; False if it is there, with other content, and stays as it is."""
+        try:
+            self.swap(name, content, None)
+        except ConflictError:
+            return self.read(name) == content  # perhaps written by this call, whose answer was lost
+        return True
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[str]:
+        """A path for whatever writes to `filesystem`; the file is there once the block ends well."""
+        yield self.path(name)  # an object appears when it is whole
+
+    def version(self, name: str) -> str | None:
+        """What `swap` expects of a file as it is now; None if it is not there."""
+        raise NotImplementedError
+
+    def swap(self, name: str, content: bytes, expected: str | None) -> str:
+        """Write a file if it still has the expected version (None: if it is not there); gives back the new version.
+
+        Raises:
+            ConflictError: it has another version.
+        """
+        raise NotImplementedError
+
+    def files(self, folder: str) -> dict[str, int]:
+        """Names and sizes in bytes of the files in a folder and below, sorted by name."""
+        selector = fs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
+        entries = self.filesystem.get_file_info(selector)
+        cut = len(self.root) + 1
+        return dict(sorted((entry.path[cut:], entry.size) for entry in entries if entry.is_file))
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders directly in a folder, sorted."""
+        entries = self.filesystem.get_file_info(fs.FileSelector(self.path(folder), allow_not_found=True))
+        return sorted(entry.base_name for entry in entries if entry.type is fs.FileType.Directory)
+
+    def move(self, source: str, target: str) -> None:
+        """Bring a whole file to another name. In S3 the source may stay: what holds it is deleted later."""
+        self.filesystem.copy_file(self.path(source), self.path(target))
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder with everything in it, if it is there."""
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.path(name))
+
+
+class LocalStorage(Storage):
+    """A folder on a disk. Files are synced and renamed into place; conditions are checked under a lock."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(fs.LocalFileSystem(), root)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[str]:
+        """A temporary file beside the target, renamed to it at the end."""
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: a writer that was taken for dead may still be writing the same file.
+        partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}{PARTIAL}")
+        try:
+            yield str(partial)
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def version(self, name: str) -> str | None:
+        """The content's SHA-256."""
+        content = self.read(name)
+        return None if content is None else _digest(content)
+
+    def swap(self, name: str, content: bytes, expected: str | None) -> str:
+        """As `Storage.swap`, under a lock of the disk."""
+        with self._locked():
+            if self.version(name) != expected:
+                raise ConflictError(name)
+            self.write(name, content)
+        return _digest(content)
+
+    def move(self, source: str, target: str) -> None:
+        """A rename."""
+        Path(self.path(target)).parent.mkdir(parents=True, exist_ok=True)
+        Path(self.path(source)).replace(self.path(target))
+
+    def delete_folder(self, name: str) -> None:
+        """As `Storage.delete_folder`."""
+        # A writer that was taken for dead may put a file into the folder while it is being deleted.
+        for _ in range(3):
+            with suppress(OSError):
+                return super().delete_folder(name)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process of those that share the disk at a time; the lock ends with the process that holds it."""
+        path = Path(self.path("_run/.lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+class S3Storage(Storage):
+    """A prefix of a bucket. Conditional writes are S3's own (`If-None-Match`, `If-Match`)."""
+
+    # In a store that ignores conditions the last of several writers wins: after this pause each looks whether it did.
+    _SETTLING_S = 2.0
+
+    def __init__(self, uri: S3Uri, filesystem: fs.FileSystem) -> None:
+        super().__init__(filesystem, uri.path)
+        self._uri = uri
+        self._has_conditions: bool | None = None  # not known yet
+
+    def version(self, name: str) -> str | None:
+        """The ETag."""
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._client.head_object(**self._object(name))["ETag"]
+        except ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise _as_os_error(error, self.path(name)) from None
+
+    def swap(self, name: str, content: bytes, expected: str | None) -> str:
+        """As `Storage.swap`, by a conditional request."""
+        version = self._conditional_put(name, content, expected)
+        if self._has_conditions is None:
+            self._has_conditions = self._refuses_stale_condition(name, content)
+        if not self._has_conditions:
+            time.sleep(self._SETTLING_S)
+            if self.read(name) != content:
+                raise ConflictError(name)
+        return version
+
+    def _refuses_stale_condition(self, name: str, content: bytes) -> bool:
+        """Whether the store looks at conditions at all: the file is there, so that `If-None-Match: *` must fail."""
+        try:
+            self._put(name, content, IfNoneMatch="*")
+        except ConflictError:
+            return True
+        return False
+
+    def _conditional_put(self, name: str, content: bytes, expected: str | None) -> str:
+        if self._has_conditions is False:
+            if self.version(name) != expected:
+                raise ConflictError(name)
+            return self._put(name, content)
+        try:
+            return self._put(name, content, **({"IfMatch": expected} if expected else {"IfNoneMatch": "*"}))
+        except NotImplementedError:
+            self._has_conditions = False
+            return self._conditional_put(name, content, expected)
+        except ConflictError:
+            # A request whose answer was lost is sent again, and finds what it has written itself.
+            if self.read(name) == content and (version := self.version(name)):
+                return version
+            raise
+
+    def _put(self, name: str, content: bytes, **conditions: str) -> str:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._client.put_object(**self._object(name), Body=content, **conditions)["ETag"]
+        except ClientError as error:
+            if _status(error) in (404, 409, 412):  # 404: what `If-Match` names is gone
+                raise ConflictError(name) from None
+            if _status(error) == 501:
+                raise NotImplementedError(name) from None
+            raise _as_os_error(error, self.path(name)) from None
+
+    def _object(self, name: str) -> dict[str, str]:
+        bucket, _, key = self.path(name).partition("/")
+        return {"Bucket": bucket, "Key": key}
+
+    @cached_property
+    def _client(self) -> Any:
+        return client(self._uri.anonymous)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # boto3's clients cannot travel to another process.
+        return {name: value for name, value in vars(self).items() if name != "_client"}
+
+
+def open_storage(location: str) -> Storage:
+    """The storage of a local folder or an `s3://` prefix; nothing needs to be there yet.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: as `open_filesystem`.
+    """
+    filesystem, root = open_filesystem(location)
+    if location.startswith("s3://"):
+        return S3Storage(S3Uri.parse(location), filesystem)
+    return LocalStorage(root)
+
+
+def as_json(facts: Mapping[str, Any]) -> bytes:
+    """Facts as they are stored."""
+    return (json.dumps(redacted(facts), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _status(error: Any) -> int:
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+def _as_os_error(error: Any, path: str) -> OSError:
+    kind = PermissionError if _status(error) in (401, 403) else ConnectionError
+    return kind(f"s3://{path}: {error}")

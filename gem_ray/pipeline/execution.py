@@ -1,0 +1,169 @@
+"""What a run lets Ray do: passes over posts, merging files, tagging a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from gem_ray.annotator import active_stages
+from gem_ray.model_check import check_models
+from gem_ray.model_references import load_unchanged
+from gem_ray.pipeline.compaction import Merge, MergedFile, merge
+from gem_ray.pipeline.graph import WRITING_CPUS, as_annotations, as_pass_results, build_graph, entropies_of
+from gem_ray.pipeline.ledger import Ledger, Progress
+from gem_ray.pipeline.session import ray_session
+from gem_ray.planning.plan import MODEL_STAGES, passes_of
+from gem_ray.records import StageName
+
+if TYPE_CHECKING:
+    from gem_ray.config import Config
+    from gem_ray.data.storage import Storage
+    from gem_ray.pipeline.source import PostSource
+    from gem_ray.pipeline.staging import StagingSink
+
+_MERGING_CPUS = 0.5
+
+
+class RunError(RuntimeError):
+    """A run that started and could not finish; what is done stays done, and a new start continues from there."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the last pass writes into every row: which run made it, with which models."""
+
+    run_id: str
+    models: dict[str, str]
+
+
+class RayExecutor:
+    """Runs the parts of a run on Ray.
+
+    Args:
+        config: placement of the stages.
+        actor: stands in for `StageActor`, with its signature.
+    """
+
+    def __init__(self, config: Config, actor: type | None = None) -> None:
+        self._config = config
+        self._actor = actor
+        self._ledger: Ledger | None = None
+        self._done = Progress()  # in sessions that have ended
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Ray, for as long as the block runs; everything else is called inside.
+
+        Raises:
+            ValueError: the actors ask for more CPUs or GPUs than there are.
+        """
+        with ray_session(self._config):
+            self._ledger = Ledger()
+            yield
+            self._done, self._ledger = self._ledger.read(), None
+
+    def check_models(self, config: Config, models: dict[str, str]) -> None:
+        """Check what would fail late, on some node: models of later passes, and vLLM's.
+
+        Raises:
+            RunError: a model is not there, or its weights are missing, unexpected or of another shape.
+        """
+        later = {stage for stages in passes_of(config)[1:] for stage in stages} & MODEL_STAGES
+        if config.reranker.engine == "vllm":  # which takes minutes to start
+            later |= {StageName.RERANK} & {*active_stages(config)}
+        if not later:
+            return
+        check = ray.remote(num_cpus=WRITING_CPUS, max_retries=0)(_check_models)
+        try:
+            ray.get(check.remote(sorted(later), config, models))
+        except RayTaskError as error:
+            raise RunError(f"a model cannot be loaded: {error.cause}") from None
+
+    def run_pass(
+        self,
+        source: PostSource,
+        config: Config,
+        origin: Origin,
+        stages: Sequence[StageName],
+        sink: StagingSink,
+        is_last: bool,
+    ) -> None:
+        """Bring posts through stages, and write them.
+
+        Args:
+            source: the posts.
+            config: of the stages.
+            origin: what goes into the annotations, and which models the stages must load.
+            stages: their names, in order.
+            sink: takes the rows.
+            is_last: whether the pass makes annotations, and not results for another pass.
+
+        Raises:
+            RunError: a stage or a file gave up.
+            FileExistsError: another process has taken the output.
+        """
+        dataset = build_graph(source, config, origin.models, stages, self._started, self._actor)
+        if is_last:
+            dataset = as_annotations(dataset, origin.run_id, origin.models, self._started)
+        else:
+            dataset = as_pass_results(dataset)
+        try:
+            dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
+        except RayError as error:
+            sink.claim.check()  # that it is lost is why nothing could be written
+            raise self._run_error(error) from error
+
+    def merge(self, storage: Storage, merges: Sequence[Merge]) -> list[MergedFile]:
+        """Merge staged files, in parallel.
+
+        Raises:
+            RunError: a file gave up.
+        """
+        try:
+            merged = ray.get([_merge_in_task.remote(storage, each) for each in merges])
+        except RayError as error:
+            raise self._run_error(error) from error
+        return [file for files in merged for file in files]
+
+    def entropies(
+        self, source: PostSource, config: Config, models: dict[str, str], stages: Sequence[StageName]
+    ) -> np.ndarray:
+        """The entropy in nats of every entity that stages find in posts, `(N,)`.
+
+        Raises:
+            RunError: a stage or a file gave up.
+        """
+        dataset = build_graph(source, config, models, stages, self._started, self._actor)
+        try:
+            rows = dataset.map_batches(entropies_of, batch_format="pyarrow", batch_size=None).take_all()
+        except RayError as error:
+            raise self._run_error(error) from error
+        return np.array([row["entropy"] for row in rows])
+
+    def work(self) -> Progress:
+        """What has been done in this session; nothing before one."""
+        return self._ledger.read() if self._ledger else self._done
+
+    @property
+    def _started(self) -> Ledger:
+        assert self._ledger is not None  # inside `session`
+        return self._ledger
+
+    def _run_error(self, error: RayError) -> RunError:
+        reason = self.work().failure or str(getattr(error, "cause", None) or error)
+        return RunError(reason.strip().splitlines()[0])  # the rest is Ray's frames and advice
+
+
+def _check_models(stages: list[StageName], config: Config, models: dict[str, str]) -> None:
+    for stage in stages:
+        load_unchanged(stage, config, models, partial(check_models, stage))
+
+
+_merge_in_task: Any = ray.remote(num_cpus=_MERGING_CPUS)(merge)

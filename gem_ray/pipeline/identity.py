@@ -1,0 +1,180 @@
+"""What makes two starts the same run: input files, models, configuration. What differs is refused by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from posixpath import normpath
+from typing import TYPE_CHECKING, Any
+
+from gem_ray.data.files import StoredFile, open_filesystem
+from gem_ray.data.output import ANNOTATIONS, RUNS
+from gem_ray.data.storage import LocalStorage
+from gem_ray.pipeline.source import is_same
+from gem_ray.pipeline.summary import differences
+from gem_ray.s3 import S3Uri
+
+if TYPE_CHECKING:
+    from gem_ray.config import Config
+    from gem_ray.data.listing import Listing
+    from gem_ray.pipeline.run_directory import Manifest, RunDirectory
+
+# What may differ between two starts of a run: where and how fast it runs, not what it gives. `pipeline.passes` may not:
+# what is done is kept by pass.
+_ONLY_PLACE = ("pipeline", "serving", "device")
+_ONLY_SPEED = (
+    "batch_size",
+    "batch_tokens",
+    "adapters",
+    "captioner_batch_size",
+    "compile",
+    "concurrency",
+    "fetch_concurrency",
+    "gpu_memory_utilization",
+    "image_batch_size",
+    "max_pause_s",
+    "merge_adapter",
+    "requests_per_minute",
+    "retries",
+    "timeout_s",
+)
+# What may differ besides when failed rows are done again: which posts and images are accepted.
+_ONLY_LIMITS = ("image", "text")
+_NAMED = 5  # files in a message
+
+
+def check_same(
+    manifest: Manifest, config: Config, models: dict[str, str], limit: int | None, may_have_other_limits: bool
+) -> None:
+    """Refuse to mix rows of two configurations or sets of models.
+
+    Raises:
+        ValueError: they differ; the message shows how.
+    """
+    settings, earlier = config.public(), manifest.config
+    before = {"models": manifest.models, "limit": manifest.limit}
+    now: dict[str, Any] = {"models": models, "limit": limit}
+    before["pipeline.passes"], now["pipeline.passes"] = earlier["pipeline"]["passes"], settings["pipeline"]["passes"]
+    left_out = (*_ONLY_PLACE, *(_ONLY_LIMITS if may_have_other_limits else ()))
+    different = [
+        *differences(before, now),
+        *differences(_shaping(earlier, left_out), _shaping(settings, left_out)),
+    ]
+    if different:
+        raise ValueError(
+            "the output belongs to a run that differs; choose another output, or pass --fresh to begin a new run:\n  "
+            + "\n  ".join(different)
+        )
+
+
+def limits_of(config: Config) -> dict[str, Any]:
+    """The settings that rows which are done again may have of their own."""
+    settings = config.public()
+    return {name: _shaping(settings[name], ()) for name in _ONLY_LIMITS}
+
+
+def _shaping(tree: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
+    """What of a configuration decides on the annotations."""
+    return {
+        key: _shaping(value, ()) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key not in left_out and key not in _ONLY_SPEED
+    }
+
+
+def new_files(manifest: Manifest, listing: Listing, update: bool) -> list[StoredFile]:
+    """Files that were added to the input since the run began, or since the last update.
+
+    Args:
+        manifest: of the run.
+        listing: the input as it is now.
+        update: whether files may have been added.
+
+    Raises:
+        ValueError: a file is gone, or is not the file that the run began with; or files were added without `update`.
+    """
+    known = {file.path: file for file in manifest.files}
+    found = {shard.path: shard for shard in listing.shards}
+    if gone := sorted(known.keys() - found.keys()):
+        raise ValueError(f"files of the input are gone: {_named(gone)}; put them back, or choose another output")
+    replaced = [path for path, file in known.items() if not is_same(file, found[path])]
+    if replaced:
+        raise ValueError(
+            f"{_named(replaced)}: not the file that this run began with (another size, modification time or ETag); "
+            "put it back, give new posts a file name of their own, or choose another output"
+        )
+    if manifest.limit is not None:
+        _check_limit(manifest, listing, update)
+        return []
+    added = [shard for shard in listing.shards if shard.path not in known]
+    if added and not update:
+        raise ValueError(
+            f"the input has files that this run does not know: {_named([file.path for file in added])}; "
+            "pass --update to take them in"
+        )
+    return added
+
+
+def _check_limit(manifest: Manifest, listing: Listing, update: bool) -> None:
+    """With a limit, the run has read the first files only; others may follow them, and none may come before."""
+    if update:
+        raise ValueError(f"--update needs a run over all files, and this one has --limit {manifest.limit}")
+    first = listing.paths[: len(manifest.files)]
+    if first != [file.path for file in manifest.files]:
+        before = sorted(set(first) - {file.path for file in manifest.files})
+        raise ValueError(f"the input has new files before those of this run: {_named(before)}; choose another output")
+
+
+def _named(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:_NAMED]) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
+
+
+def check_apart(input: str, listing: Listing, directory: RunDirectory) -> None:
+    """Refuse an output in its own input, whose annotations would be read as posts, and an input in its own output.
+
+    Raises:
+        ValueError: one is inside the other, also by another name of the same folder.
+    """
+    storage = directory.storage
+    is_local = not input.startswith("s3://")
+    if is_local is not isinstance(storage, LocalStorage):
+        return
+    place = open_filesystem(input)[1] if is_local else S3Uri.parse(input).path
+    root = _real(place, is_local)
+    output = _real(storage.root, is_local)
+    if _is_inside(output, root, is_local):
+        raise ValueError(f"the output {directory.output} is in the input {input}, and would be read as posts; {_APART}")
+    own = [f"{output}/{ANNOTATIONS}", f"{output}/{RUNS}"]
+    for path in (root, *(_real(shard, is_local) for shard in listing.paths)):
+        if any(_is_inside(path, folder, is_local) for folder in own):
+            raise ValueError(
+                f"the input {path} is where the output {directory.output} keeps its annotations, and would be replaced "
+                f"by them; {_APART}"
+            )
+
+
+_APART = "keep them apart"
+
+
+def _real(path: str, is_local: bool) -> str:
+    return os.path.realpath(path) if is_local else normpath(path)
+
+
+def _is_inside(path: str, folder: str, is_local: bool) -> bool:
+    """True if a path is a folder or below it."""
+    if f"{path}/".startswith(f"{folder}/"):
+        return True
+    return is_local and any(_is_same_file(parent, folder) for parent in _and_parents(path))
+
+
+def _and_parents(path: str) -> Iterable[Path]:
+    return (Path(path), *Path(path).parents)
+
+
+def _is_same_file(path: Path, folder: str) -> bool:
+    """True also where a disk takes upper and lower case for the same, or has a folder in two places."""
+    try:
+        return os.path.samefile(path, folder)
+    except OSError:
+        return False

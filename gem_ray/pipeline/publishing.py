@@ -1,0 +1,167 @@
+"""`annotations/` as the published groups say: files are moved there, replaced ones deleted, lost ones found.
+
+What is published is decided elsewhere, in one step per group (`gem_ray.data.output`). Everything here may be killed
+anywhere and repeated by anybody: it only brings the folder to what has been decided.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gem_ray.data.output import ANNOTATIONS, SUCCESS, Publication, PublishedFile, live_files, merged_name
+from gem_ray.data.storage import as_json
+from gem_ray.pipeline.staging import is_rows, read_ids
+from gem_ray.pipeline.summary import Tally
+from gem_ray.records import Status
+
+if TYPE_CHECKING:
+    from gem_ray.data.storage import Storage
+    from gem_ray.pipeline.groups import Group
+    from gem_ray.pipeline.lease import Claim
+    from gem_ray.pipeline.run_directory import RunDirectory
+
+# Files that some run has written here, of this version or an earlier one.
+_OWN = re.compile(r"status=\w+/part-\d{8}T\d{6}-[0-9a-f]{8}-[gpr]\d+-[^/]+\.parquet")
+_THREADS = 16
+_NAMED = 5  # files in a message
+
+
+def strangers(storage: Storage) -> list[str]:
+    """Parquet files in `annotations/` that no run has written: readers would take them for rows."""
+    return [name for name in _names(storage) if is_rows(name) and not _OWN.fullmatch(name)]
+
+
+def has_annotations(storage: Storage) -> bool:
+    """True if there are Parquet files in `annotations/`."""
+    return any(is_rows(name) for name in _names(storage))
+
+
+def check_no_strangers(directory: RunDirectory) -> None:
+    """Refuse to write where somebody else's files are, which must be neither deleted nor taken for rows.
+
+    Raises:
+        FileExistsError: there are such files; the message names some.
+    """
+    found = strangers(directory.storage)
+    if found:
+        shown = ", ".join(found[:_NAMED]) + (" …" if len(found) > _NAMED else "")
+        raise FileExistsError(
+            f"{directory.output}/{ANNOTATIONS} holds files that gem-ray has not written: {shown}; "
+            "move them away, or choose another output"
+        )
+
+
+def settle(directory: RunDirectory, claim: Claim) -> None:
+    """Bring `annotations/` to what the live run has published; while it changes, `_SUCCESS` is not there.
+
+    Raises:
+        FileExistsError: another process has taken the output.
+    """
+    storage = directory.storage
+    # Listed before what is published is read: whatever was moved here until now has been decided by then.
+    there = _names(storage)
+    folder = directory.live_run()
+    if folder is None:
+        return
+    published = folder.publications()
+    live = live_files(published)
+    sizes = {file.name: file.size for each in published.values() for file in each.files}
+    waiting = storage.files(folder.merged)
+    stale = [name for name in there if _OWN.fullmatch(name) and name not in live]
+    moves = {name: merged_name(folder.run_id, group, name) for name, group in live.items()}
+    moves = {n: source for n, source in moves.items() if source in waiting and there.get(n) != sizes[n]}
+    if stale or moves:
+        with claim.checked():
+            storage.delete(SUCCESS)
+    for name in stale:
+        with claim.checked():
+            storage.delete(f"{ANNOTATIONS}/{name}")
+    for name, source in moves.items():
+        with claim.checked():
+            storage.move(source, f"{ANNOTATIONS}/{name}")
+    for group in {path.removeprefix(f"{folder.merged}/").partition("/")[0] for path in waiting} & published.keys():
+        with claim.checked():
+            storage.delete_folder(f"{folder.merged}/{group}")
+
+
+def lost_files(storage: Storage, published: Mapping[str, Publication]) -> list[str]:
+    """Names of live files that are not in `annotations/` as they were written: gone, cut, or of other rows."""
+    live = live_files(published)
+    facts = {file.name: file for each in published.values() for file in each.files}
+    there = _names(storage)
+    suspects = [facts[name] for name in live if there.get(name) == facts[name].size]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        whole = threads.map(partial(_is_whole, storage), suspects)
+    return sorted(live.keys() - {file.name for file, good in zip(suspects, whole, strict=True) if good})
+
+
+def _is_whole(storage: Storage, file: PublishedFile) -> bool:
+    try:
+        with storage.filesystem.open_input_file(storage.path(file.path)) as stream:
+            return pq.ParquetFile(stream).metadata.num_rows == file.rows
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return False
+
+
+def ids_of_files(storage: Storage, names: list[str]) -> np.ndarray:
+    """The ids of the rows in files of `annotations/`, `(N,)` int64, sorted."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        ids = threads.map(partial(read_ids, storage), [f"{ANNOTATIONS}/{name}" for name in names])
+        return np.sort(np.concatenate([np.array([], np.int64), *ids]))
+
+
+def lost_ids(
+    storage: Storage, groups: list[Group], published: Mapping[str, Publication], lost: list[str]
+) -> np.ndarray:
+    """The ids of the rows that lost files held, `(N,)` int64, sorted.
+
+    Args:
+        storage: of the output.
+        groups: those of the input.
+        published: all publications.
+        lost: names of the lost files.
+    """
+    live = live_files(published)
+    input_groups = {group.name for group in groups}
+    left = {name: group for name, group in live.items() if name not in set(lost)}
+    again = ids_of_files(storage, [name for name, group in left.items() if group not in input_groups])
+    # Rows that were done again are in files of other groups: of a lost one, any group may miss rows.
+    hit = {live[name] for name in lost}
+    searched = [group for group in groups if group.name in published and (group.name in hit or hit - input_groups)]
+    missing = [np.array([], np.int64)]
+    for group in searched:
+        own = ids_of_files(storage, [name for name, each in left.items() if each == group.name])
+        missing.append(np.setdiff1d(np.setdiff1d(group.ids, own), again))
+    return np.concatenate(missing)
+
+
+def files_with_problems(published: Mapping[str, Publication]) -> list[str]:
+    """Names of the live files whose rows are degraded or rejected, sorted."""
+    return sorted(name for name in live_files(published) if not name.startswith(f"status={Status.OK}/"))
+
+
+def tally_of(published: Mapping[str, Publication]) -> Tally:
+    """Counts over all live files."""
+    live = live_files(published)
+    files = [file for each in published.values() for file in each.files if file.name in live]
+    return sum((Tally.from_dict(file.tally) for file in sorted(files, key=lambda file: file.name)), Tally())
+
+
+def mark_complete(directory: RunDirectory, run_id: str, rows: int, files: int) -> None:
+    """Write `_SUCCESS`: `annotations/` holds all rows of the run, and nothing else."""
+    content = as_json({"run_id": run_id, "rows": rows, "files": files})
+    if directory.storage.read(SUCCESS) != content:
+        directory.storage.write(SUCCESS, content)
+
+
+def _names(storage: Storage) -> dict[str, int]:
+    """Names below `annotations/`, and sizes in bytes."""
+    return {path.removeprefix(f"{ANNOTATIONS}/"): size for path, size in storage.files(ANNOTATIONS).items()}

@@ -1,0 +1,115 @@
+"""Rows as they come out of the last stage of a pass: one small file for each block, which commits the block.
+
+A file appears as a whole, under a name that no other attempt uses, and holds the ids of its rows: a row is done when a
+file has it. A task that was taken for dead and writes after all leaves a second file with the same rows. Either may
+count, as both are what the stages made of the same posts; which one does is settled when the group is published.
+
+Ray Data's own checkpoint is not used: it keeps the ids in files beside the rows, and where an attempt dies in between
+and the block comes out with another status, both attempts' rows stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data import Datasink
+
+from gem_ray.data.storage import Storage
+
+if TYPE_CHECKING:
+    from gem_ray.pipeline.lease import Claim
+
+ID_COLUMN = "row_id"
+_READING_THREADS = 16  # files are small, and S3 is far
+
+
+class StagingSink(Datasink[None]):
+    """Writes blocks below a folder of the output, while the claim holds.
+
+    Args:
+        folder: its name in the output.
+        schema: of the rows.
+        claim: on the output.
+    """
+
+    def __init__(self, folder: str, schema: pa.Schema, claim: Claim) -> None:
+        self._folder = folder
+        self._schema = schema
+        self.claim = claim
+
+    def write(self, blocks: Iterable[pa.Table], ctx: Any = None) -> None:
+        """Write the blocks of one task as one file.
+
+        Raises:
+            FileExistsError: another process has taken the output.
+        """
+        tables = [block for block in blocks if block.num_rows]
+        if not tables:
+            return
+        self.claim.check()
+        storage = self.claim.storage
+        name = f"{self._folder}/{uuid4().hex}.parquet"
+        with storage.writing(name) as path:
+            table = pa.concat_tables(tables).select(self._schema.names).cast(self._schema)
+            pq.write_table(table, path, filesystem=storage.filesystem, compression="zstd")
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A staged file and the ids in it, `(N,)` int64, in the file's order."""
+
+    name: str
+    size: int
+    ids: np.ndarray
+
+
+def staged_files(storage: Storage, folder: str) -> list[StagedFile]:
+    """The staged files of a folder, in the order of their first rows."""
+    sizes = {name: size for name, size in storage.files(folder).items() if is_rows(name)}
+    with ThreadPoolExecutor(_READING_THREADS) as threads:
+        ids = list(threads.map(partial(_ids_or_none, storage), sizes))
+    files = [StagedFile(name, sizes[name], each) for name, each in zip(sizes, ids, strict=True) if len(each)]
+    return sorted(files, key=lambda file: (int(file.ids[0]), file.name))
+
+
+def staged_ids(storage: Storage, folder: str) -> np.ndarray:
+    """The ids of the rows that are done, `(N,)` int64, sorted, each once."""
+    return np.unique(np.concatenate([np.array([], np.int64), *(file.ids for file in staged_files(storage, folder))]))
+
+
+def rows_once(files: Sequence[StagedFile]) -> list[np.ndarray]:
+    """For each file which of its rows count, `(N,)` bool: every id in the first file that has it."""
+    if not files:
+        return []
+    ids = np.concatenate([file.ids for file in files])
+    counts: np.ndarray = np.zeros(len(ids), bool)
+    counts[np.unique(ids, return_index=True)[1]] = True
+    return np.split(counts, np.cumsum([len(file.ids) for file in files])[:-1])
+
+
+def read_ids(storage: Storage, name: str) -> np.ndarray:
+    """The ids in a Parquet file of rows, `(N,)` int64."""
+    with storage.filesystem.open_input_file(storage.path(name)) as stream:
+        return pq.ParquetFile(stream).read([ID_COLUMN], use_threads=False)[ID_COLUMN].to_numpy()
+
+
+def _ids_or_none(storage: Storage, name: str) -> np.ndarray:
+    """No ids in a file that is damaged: its rows are done again."""
+    try:
+        return read_ids(storage, name)
+    except pa.ArrowInvalid:
+        storage.delete(name)
+        return np.array([], np.int64)
+
+
+def is_rows(name: str) -> bool:
+    """True for a Parquet file that is not hidden from readers."""
+    return name.endswith(".parquet") and not name.rpartition("/")[2].startswith(".")

@@ -1,0 +1,537 @@
+"""A run that dies at every single write, beside late tasks and second drivers: each row once, whatever happened.
+
+Everything is the real code but for three things: the stages (a rule about the text), Ray (blocks are written one after
+the other, some of them twice, as by a worker that is taken for dead), and the storage, which counts what is written and
+lets the process die there. It behaves as a disk (temporary file, rename) or as S3 (no rename, folders are prefixes).
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+import gem_ray.pipeline.lease as lease_module
+import gem_ray.pipeline.run as run_module
+import gem_ray.pipeline.run_directory as run_directory_module
+from gem_ray.config import Config, load_config
+from gem_ray.data.output import ANNOTATIONS, SUCCESS, annotation_paths
+from gem_ray.data.storage import PARTIAL, ConflictError, LocalStorage, Storage
+from gem_ray.pipeline.compaction import merge
+from gem_ray.pipeline.lease import Claim, Lease
+from gem_ray.pipeline.ledger import Progress
+from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.pipeline.run_directory import RunDirectory
+from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
+from gem_ray.records import Post, ProblemKind, StageName
+
+Rows = dict[int, tuple[str, str]]  # id -> text, status
+
+OFF = ["reranker.enabled=false", "grounder.enabled=false", "pipeline.rows_per_group=3"]
+CONFIG = load_config(overrides=OFF)
+SHORT = load_config(overrides=[*OFF, "text.max_chars=8"])
+IN_PASSES = load_config(
+    overrides=[*OFF, 'pipeline.passes=[["prepare", "knowledge", "tag"], ["load_image", "rerank", "ground"]]']
+)
+FLAKY = "flaky"  # a post whose image is there at one attempt and not at the next
+ROWS_PER_BLOCK = 2
+
+
+class Crash(BaseException):
+    """The process is gone: nothing that it would still do happens."""
+
+
+@dataclass
+class Process:
+    """Counts the writes of one process; at one of them it dies, or `meanwhile` happens."""
+
+    stop_at: int | None = None
+    meanwhile: Callable[[], None] | None = None
+    writes: int = 0
+    is_dead: bool = False
+
+    def check(self) -> None:
+        if self.is_dead:
+            raise Crash
+
+    def write(self) -> None:
+        self.check()
+        self.writes += 1
+        if self.writes != self.stop_at:
+            return
+        if self.meanwhile is None:
+            self.is_dead = True
+            raise Crash
+        self.meanwhile()
+
+
+class CountedStorage(Storage):
+    """A folder of this machine, as a disk or as a bucket."""
+
+    def __init__(self, root: str, process: Process, is_bucket: bool) -> None:
+        super().__init__(fs.LocalFileSystem(), root)
+        self.process = process
+        self.is_bucket = is_bucket
+
+    def read(self, name: str) -> bytes | None:
+        self.process.check()
+        return super().read(name)
+
+    def files(self, folder: str) -> dict[str, int]:
+        self.process.check()
+        return super().files(folder)
+
+    def folders(self, folder: str) -> list[str]:
+        self.process.check()
+        names = super().folders(folder)
+        return [name for name in names if not self.is_bucket or super(CountedStorage, self).files(f"{folder}/{name}")]
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[str]:
+        self.process.write()
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unseen = Path(f"{self.root}-uploads", uuid4().hex)
+        unseen.parent.mkdir(exist_ok=True)
+        partial = unseen if self.is_bucket else target.with_name(f".{target.name}.{uuid4().hex[:8]}{PARTIAL}")
+        yield str(partial)
+        try:
+            self.process.write()
+        except Crash:
+            partial.write_bytes(partial.read_bytes()[:100])
+            raise
+        partial.replace(target)
+
+    def version(self, name: str) -> str | None:
+        content = self.read(name)
+        return None if content is None else content.hex()
+
+    def swap(self, name: str, content: bytes, expected: str | None) -> str:
+        self.process.write()
+        if self.version(name) != expected:
+            raise ConflictError(name)
+        Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
+        Path(self.path(name)).write_bytes(content)
+        return content.hex()
+
+    def move(self, source: str, target: str) -> None:
+        self.process.write()
+        Path(self.path(target)).parent.mkdir(parents=True, exist_ok=True)
+        if self.is_bucket:
+            shutil.copyfile(self.path(source), self.path(target))
+        else:
+            Path(self.path(source)).replace(self.path(target))
+
+    def delete(self, name: str) -> None:
+        self.process.write()
+        Path(self.path(name)).unlink(missing_ok=True)
+
+    def delete_folder(self, name: str) -> None:
+        for path in super().files(name):
+            self.process.write()
+            Path(self.path(path)).unlink(missing_ok=True)
+        shutil.rmtree(self.path(name), ignore_errors=True)
+
+
+class Unfenced(Claim):
+    """Of a task that looked at the lease just before somebody took it, and writes now."""
+
+    def check(self) -> None:
+        pass
+
+
+class InlineExecutor:
+    """Does what `RayExecutor` has Ray do, block by block; remembers the task that was under way when it was killed."""
+
+    last: InlineExecutor
+
+    def __init__(self, config: Config, actor: type | None = None) -> None:
+        self.late_task: Callable[[Storage], Any] = lambda storage: None
+        InlineExecutor.last = self
+
+    def session(self) -> Any:
+        return nullcontext()
+
+    def check_models(self, config: Config, models: dict[str, str]) -> None:
+        pass
+
+    def run_pass(self, source: Any, config: Config, origin: Any, stages: Any, sink: Any, is_last: bool) -> None:
+        posts = [post for task in source.get_read_tasks(1) for table in task() for post in table_to_posts(table)]
+        for first in range(0, len(posts), ROWS_PER_BLOCK):
+            block = posts[first : first + ROWS_PER_BLOCK]
+            attempts = [True, False] if any(post.text == FLAKY for post in block) else [True]
+            for has_failed in attempts:
+                self._write(block, config, sink, origin if is_last else None, has_failed)
+
+    def _write(self, block: list[Post], config: Config, sink: Any, origin: Any, has_failed: bool) -> None:
+        done = [annotated(post, config, has_failed) for post in block]
+        if origin is None:
+            table = pass_table(posts_to_table(done))
+        else:
+            table = annotations_table(done, origin.run_id, origin.models)
+        self.late_task = lambda storage: late_sink(sink, storage).write([table])
+        sink.write([table])
+
+    def merge(self, storage: Storage, merges: Sequence[Any]) -> list[Any]:
+        files = []
+        for each in merges:
+            self.late_task = lambda storage, each=each: merge(storage, each)
+            files += merge(storage, each)
+        return files
+
+    def work(self) -> Progress:
+        return Progress()
+
+
+def late_sink(sink: Any, storage: Storage) -> Any:
+    return type(sink)(sink._folder, sink._schema, Unfenced(storage, "", 0))
+
+
+def annotated(post: Post, config: Config, has_failed: bool) -> Post:
+    """What the stages make of a post: a rule about its text."""
+    done = Post(post.post_id, post.text, row_id=post.row_id, tokens=post.text.split())
+    if len(post.text) > config.text.max_chars:
+        done.fail(StageName.PREPARE, ProblemKind.TEXT_TOO_LONG, "too long")
+    elif "image" in post.text or (post.text == FLAKY and has_failed):
+        done.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE, "the server answered 503")
+    return done
+
+
+@dataclass
+class World:
+    """A folder with an input and an output, and processes that work on it."""
+
+    root: Path
+    is_bucket: bool = False
+    process: Process = field(default_factory=Process)
+
+    @property
+    def output(self) -> Path:
+        return self.root / "out"
+
+    def put(self, **files: list[str]) -> None:
+        (self.root / "in").mkdir(exist_ok=True, parents=True)
+        for name, texts in files.items():
+            ids = [f"{name}{number}" for number in range(len(texts))]
+            pq.write_table(pa.table({"post_id": ids, "text": texts}), self.root / "in" / f"{name}.parquet")
+
+    def storage(self, process: Process | None = None) -> CountedStorage:
+        return CountedStorage(str(self.output), process or Process(), self.is_bucket)
+
+    def annotate(self, config: Config = CONFIG, process: Process | None = None, **options: Any) -> Any:
+        """One start, by a process of its own."""
+        before, self.process = self.process, process or Process()
+        try:
+            return annotate_dataset(self.root / "in", self.output, config, **options)
+        finally:
+            self.process = before
+
+    def save(self) -> Path:
+        """Keep the output as it is."""
+        saved = self.root / "saved"
+        shutil.copytree(self.output, saved) if self.output.exists() else saved.mkdir()
+        return saved
+
+    def restore(self, saved: Path) -> None:
+        """Bring the output back to what was saved."""
+        shutil.rmtree(self.output, ignore_errors=True)
+        shutil.copytree(saved, self.output)
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "RayExecutor", InlineExecutor)
+    monkeypatch.setattr(run_module, "models_of", lambda config: {"tagger": "t@1"})
+    # Whoever held the output is dead, or is taken for dead.
+    monkeypatch.setattr(lease_module, "_is_dead_here", lambda holder: True)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[World], World]:
+    """Let runs write to the storage of a world."""
+
+    def begin(world: World) -> World:
+        monkeypatch.setattr(run_directory_module, "open_storage", lambda _: world.storage(world.process))
+        return world
+
+    return begin
+
+
+def published_rows(world: World) -> Rows:
+    """What anybody finds below `annotations/`, each row once."""
+    paths = [p for p in (world.output / ANNOTATIONS).rglob("*") if p.is_file()]
+    assert not [path for path in paths if path.suffix != ".parquet"]
+    return rows_in(paths)
+
+
+def listed_rows(world: World) -> Rows:
+    """What this product's readers find."""
+    return rows_in([Path(path) for path in annotation_paths(world.storage()) or ()])
+
+
+def rows_in(paths: list[Path]) -> Rows:
+    found: list[tuple[int, tuple[str, str]]] = []
+    for path in paths:
+        status = path.parent.name.removeprefix("status=")
+        table = pq.ParquetFile(path).read(["row_id", "text"])
+        found += [(row["row_id"], (row["text"], status)) for row in table.to_pylist()]
+    twice = [row for row, times in Counter(row for row, _ in found).items() if times > 1]
+    assert not twice, f"rows {twice} are there twice"
+    return dict(found)
+
+
+def same_but_for_chance(left: Rows, right: Rows) -> bool:
+    """Equal but for the status of posts that fail at one attempt and not at the next."""
+
+    def certain(rows: Rows) -> Rows:
+        return {row: (text, "" if text == FLAKY else status) for row, (text, status) in rows.items()}
+
+    return certain(left) == certain(right)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something that is done to an output, and may be killed.
+
+    Attributes:
+        prepare: brings a new world to where it begins.
+        options: of the start that is killed, and of the one after it.
+        config: of both.
+        keeps: readers find all rows at every moment: either the old or the new ones.
+    """
+
+    name: str
+    prepare: Callable[[World], None]
+    options: dict[str, bool] = field(default_factory=dict)
+    config: Config = field(default_factory=lambda: CONFIG)
+    keeps: bool = False
+
+    @property
+    def again(self) -> dict[str, bool]:
+        """The options of the start after a crash: a run that was begun anew goes on without `fresh`."""
+        return {name: value for name, value in self.options.items() if name != "fresh"}
+
+
+INPUT = {"a": ["one", FLAKY], "b": ["no image", "far too long a text", "three"]}
+
+
+def unfinished(world: World) -> None:
+    world.put(**INPUT)
+    with pytest.raises(Crash):
+        world.annotate(process=Process(stop_at=18))
+
+
+def finished(config: Config = CONFIG) -> Callable[[World], None]:
+    def prepare(world: World) -> None:
+        world.put(**INPUT)
+        world.annotate(config)
+
+    return prepare
+
+
+def grown(world: World) -> None:
+    finished()(world)
+    world.put(aa=["new", "no image 2"])
+
+
+def grown_unfinished(world: World) -> None:
+    unfinished(world)
+    world.put(aa=["new", "no image 2"])
+
+
+def half_lost(world: World) -> None:
+    finished()(world)
+    for path in sorted((world.output / ANNOTATIONS).rglob("*.parquet"))[::2]:
+        path.unlink()
+
+
+SCENARIOS = [
+    Scenario("first", lambda world: world.put(**INPUT)),
+    Scenario("passes", lambda world: world.put(**INPUT), config=IN_PASSES),
+    Scenario("resume", unfinished),
+    Scenario("update", grown, {"update": True}, keeps=True),
+    Scenario("update of an unfinished run", grown_unfinished, {"update": True}),
+    Scenario("only problems", finished(SHORT), {"only_problems": True}, keeps=True),
+    Scenario("fresh", finished(), {"fresh": True}, keeps=True),
+    Scenario("lost files", half_lost),
+]
+
+
+def check(world: World, expected: Rows) -> None:
+    """Everything is there once, the same for all readers, and said to be complete."""
+    rows = published_rows(world)
+    assert same_but_for_chance(rows, expected), (rows, expected)
+    assert listed_rows(world) == rows
+    assert (world.output / SUCCESS).exists()
+
+
+@pytest.mark.parametrize("is_bucket", [False, True], ids=["disk", "bucket"])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_start_after_a_crash_anywhere_gives_every_row_once(
+    scenario: Scenario, is_bucket: bool, tmp_path: Path, use: Callable[[World], World]
+) -> None:
+    assert crash_everywhere(scenario, use(World(tmp_path, is_bucket))) > 10
+
+
+def crash_everywhere(scenario: Scenario, world: World) -> int:
+    """Kill the start at its first write, at its second …; after each, one clean start. How many points there were."""
+    scenario.prepare(world)
+    begin, old = world.save(), published_rows(world)
+    writes, expected = undisturbed(scenario, world)
+    for point in range(1, writes + 1):
+        world.restore(begin)
+        with suppress(Crash):  # which attempt at the flaky post counts decides on a file more or less
+            world.annotate(scenario.config, Process(stop_at=point), **scenario.options)
+        published_rows(world)
+        if scenario.keeps:
+            assert any(same_but_for_chance(listed_rows(world), rows) for rows in partly(old, expected)), point
+        go_on_beside_a_late_task(world, scenario, point)
+        check(world, expected)
+    return writes
+
+
+def undisturbed(scenario: Scenario, world: World) -> tuple[int, Rows]:
+    """How many writes the start takes when it is left alone, and the rows that it gives."""
+    counting = Process()
+    world.annotate(scenario.config, counting, **scenario.options)
+    return counting.writes, published_rows(world)
+
+
+def partly(old: Rows, new: Rows) -> list[Rows]:
+    """The old rows, the new ones, and (where files came in between) the old with a whole number of new groups."""
+    added = sorted(new.keys() - old.keys())
+    return [old, new, *({**old, **{row: new[row] for row in added[:count]}} for count in range(len(added)))]
+
+
+def go_on_beside_a_late_task(world: World, scenario: Scenario, point: int) -> None:
+    """One clean start; what the dead one had under way is written before it, in the middle of it, or after it."""
+    late = InlineExecutor.last.late_task
+    storage = world.storage()
+
+    def write() -> None:
+        with suppress(FileNotFoundError):  # a merge whose sources are gone
+            late(storage)
+
+    when = point % 3
+    if when == 0:
+        write()
+    beside = Process(stop_at=7 + point % 11, meanwhile=write) if when == 1 else None
+    world.annotate(scenario.config, beside, **scenario.again)
+    if when == 2:
+        write()
+        world.annotate(scenario.config, **scenario.again)
+
+
+@pytest.mark.parametrize("is_bucket", [False, True], ids=["disk", "bucket"])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_driver_that_was_taken_for_dead_harms_nothing_when_it_wakes_up(
+    scenario: Scenario, is_bucket: bool, tmp_path: Path, use: Callable[[World], World]
+) -> None:
+    """At every write of one driver another takes the output over and does everything; then the first goes on."""
+    world = use(World(tmp_path, is_bucket))
+    scenario.prepare(world)
+    begin = world.save()
+    writes, expected = undisturbed(scenario, world)
+    for point in range(1, writes + 1):
+        world.restore(begin)
+        first = Process(stop_at=point, meanwhile=lambda: world.annotate(scenario.config, **scenario.options))
+        with suppress(FileExistsError, FileNotFoundError, ConflictError):
+            world.annotate(scenario.config, first, **scenario.options)
+        published_rows(world)
+        world.annotate(scenario.config, **scenario.again)
+        check(world, expected)
+
+
+def schedules(steps: int) -> Iterator[tuple[str, ...]]:
+    """Every order in which two processes can do so many steps each."""
+    for chosen in itertools.combinations(range(2 * steps), steps):
+        yield tuple("A" if step in chosen else "B" for step in range(2 * steps))
+
+
+class Turns:
+    """Lets two threads do their steps in a given order."""
+
+    def __init__(self, order: Sequence[str]) -> None:
+        self._left = list(order)
+        self._changed = threading.Condition()
+        self._ended: set[str] = set()
+
+    def take(self, name: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._next() in (name, None), timeout=10)
+            if self._left:
+                self._left.remove(name) if name in self._left else None
+            self._changed.notify_all()
+
+    def end(self, name: str) -> None:
+        with self._changed:
+            self._ended.add(name)
+            self._changed.notify_all()
+
+    def _next(self) -> str | None:
+        return next((name for name in self._left if name not in self._ended), None)
+
+
+class SteppedStorage(LocalStorage):
+    """A disk whose operations on the lease wait for their turn."""
+
+    def __init__(self, root: str, name: str, turns: Turns) -> None:
+        super().__init__(root)
+        self._name, self._turns = name, turns
+
+    def version(self, name: str) -> str | None:
+        self._turns.take(self._name)
+        return super().version(name)
+
+    def read(self, name: str) -> bytes | None:
+        self._turns.take(self._name)
+        return super().read(name)
+
+    def swap(self, name: str, content: bytes, expected: str | None) -> str:
+        self._turns.take(self._name)
+        real = LocalStorage(self.root)
+        return real.swap(name, content, expected)
+
+
+@pytest.mark.parametrize("before", ["nobody", "released", "dead"])
+def test_of_two_starts_one_gets_the_output_in_whatever_order_they_look_and_write(before: str, tmp_path: Path) -> None:
+    for number, order in enumerate(schedules(3)):
+        root = tmp_path / f"{number}"
+        if before != "nobody":
+            earlier = Lease(RunDirectory("out", LocalStorage(str(root))))
+            with earlier.held() as claim:
+                content = claim.storage.read("_run/lease.json")
+            if before == "dead" and content:
+                claim.storage.write("_run/lease.json", content)
+        turns = Turns(order)
+        claims: dict[str, Claim | Exception] = {}
+
+        def start(name: str, root: Path = root, turns: Turns = turns, claims: dict = claims) -> None:
+            storage = SteppedStorage(str(root), name, turns)
+            try:
+                claims[name] = Lease(RunDirectory("out", storage), beat_s=60)._take()
+            except FileExistsError as error:
+                claims[name] = error
+            finally:
+                turns.end(name)
+
+        threads = [threading.Thread(target=start, args=(name,)) for name in "AB"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        storage = LocalStorage(str(root))
+        holders = [c for c in claims.values() if isinstance(c, Claim) and Claim(storage, "", c.epoch).holds]
+        assert len(holders) == 1, (order, claims)
