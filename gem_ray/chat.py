@@ -138,7 +138,7 @@ class ChatClient:
             return _message_content(reply)
         status = self._without_key(f"HTTP {response.status_code} {_error_message(reply)}".rstrip())
         if response.status_code in _RETRIED_STATUSES or response.is_server_error:
-            raise _TransientError(status, _retry_after(response.headers.get("Retry-After", "")))
+            raise _TransientError(status, retry_after(response.headers.get("Retry-After", "")))
         raise ChatError(f"{self.model} refused: {status}")
 
     def _without_key(self, message: str) -> str:
@@ -175,7 +175,7 @@ def _error_message(reply: bytes) -> str:
         return ""
 
 
-def _retry_after(header: str) -> float:
+def retry_after(header: str) -> float:
     """Seconds to wait: the header holds their number or a date (RFC 9110, 10.2.3); 0 for anything else."""
     if header.strip().isdecimal():
         return float(header)

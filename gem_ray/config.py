@@ -53,7 +53,11 @@ class ImageConfig(_Section):
         None,
         description="the only hosts (`host`, or `host:port`) to fetch from, redirects included; none: any public one",
     )
-    timeout_s: float = Field(10, gt=0, description="time for one try to fetch an image; S3 is tried several times")
+    timeout_s: float = Field(
+        10,
+        gt=0,
+        description="time for one try to fetch an image; S3 is tried six times, a web server three times",
+    )
     fetch_concurrency: PositiveInt = Field(16, description="images of a batch that are fetched at once")
 
 

@@ -19,7 +19,7 @@ class Status(StrEnum):
     """How far a post came. A partition column of the output."""
 
     OK = "ok"
-    DEGRADED = "degraded"  # the text was annotated; the image could not be used
+    DEGRADED = "degraded"  # the text was annotated, without the image or the knowledge that it should have had
     REJECTED = "rejected"  # nothing could be done
 
 
@@ -63,7 +63,7 @@ class Problem:
     @property
     def status(self) -> Status:
         """The best status that a post with this problem can have."""
-        if self.kind in (ProblemKind.KNOWLEDGE_FAILED, ProblemKind.BAD_GOLD) or self.stage is StageName.KNOWLEDGE:
+        if self.kind is ProblemKind.BAD_GOLD:
             return Status.OK
         return Status.REJECTED if self.stage in _TEXT_STAGES and not self.kind.startswith("image_") else Status.DEGRADED
 

@@ -9,10 +9,10 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urljoin
 
 import httpx
@@ -26,6 +26,7 @@ from botocore.exceptions import (
 )
 
 from gem_ray import s3
+from gem_ray.chat import retry_after
 from gem_ray.config import ImageConfig
 from gem_ray.records import ProblemKind
 
@@ -39,6 +40,9 @@ _INSIDE = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "::/96", "::ffff:0
 # boto3 asks again when a request fails, until its budget for that is used up, and never for a body that breaks off.
 _PAUSES_S = (1, 2, 4, 8, 16)
 _BROKEN_OFF = (HTTPClientError, IncompleteReadError, FlexibleChecksumError, TimeoutError)
+# Fewer for web servers: of many posts' images the server is gone for good, and each of them would be waited for.
+_HTTPS_PAUSES_S = (1, 3)
+_BUSY = frozenset({408, 425, 429})  # and every 5xx
 _CHUNK = 1 << 16
 
 
@@ -57,7 +61,16 @@ class ImageError(Exception):
 
 
 class _TransientError(ImageError):
-    """A failure that may be over at the next try."""
+    """A failure that may be over at the next try.
+
+    Attributes:
+        retry_after_s: what the server asks to wait before that.
+    """
+
+    retry_after_s = 0.0
+
+
+_Kind = TypeVar("_Kind", bound=ImageError)
 
 
 class Fetcher:
@@ -88,9 +101,19 @@ class Fetcher:
             raise _forbidden(uri, "set image.allow_http to fetch https:// addresses")
         raise _forbidden(uri, f"{scheme}: addresses are not read")
 
+    def _persistently(self, attempt: Callable[[], bytes], pauses: Iterable[float]) -> bytes:
+        """Try again after each of the pauses while the failure may be over by then."""
+        for pause in pauses:
+            try:
+                return attempt()
+            except _TransientError as failure:
+                asked = min(failure.retry_after_s, self._config.timeout_s)
+                time.sleep(max(asked, random.uniform(0, pause)))  # those who failed together do not return together
+        return attempt()
+
     def _read_https(self, uri: str) -> bytes:
         with self._event_loop as loop:
-            return loop.call(self._follow, uri)
+            return self._persistently(lambda: loop.call(self._follow, uri), _HTTPS_PAUSES_S)
 
     async def _follow(self, uri: str) -> bytes:
         # Asynchronously, because so one deadline holds for everything: handshake, header, body, and all redirects.
@@ -103,9 +126,10 @@ class Fetcher:
                     await answer.aclose()
                     uri = urljoin(uri, answer.headers["location"])
         except TimeoutError as error:
-            raise _unreadable(uri, f"not received within {self._config.timeout_s:g} s") from error
+            raise _unreadable(uri, f"not received within {self._config.timeout_s:g} s", _TransientError) from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            raise _unreadable(uri, str(error) or type(error).__name__) from error
+            kind = _TransientError if _may_be_over_soon(error) else ImageError
+            raise _unreadable(uri, str(error) or type(error).__name__, kind) from error
         raise _unreadable(uri, f"more than {_MAX_REDIRECTS} redirects")
 
     async def _get(self, client: httpx.AsyncClient, uri: str) -> httpx.Response:
@@ -125,6 +149,10 @@ class Fetcher:
     async def _body(self, answer: httpx.Response, uri: str) -> bytes:
         if answer.status_code in (404, 410):
             raise _missing(uri)
+        if answer.status_code in _BUSY or answer.is_server_error:
+            failure = _unreadable(uri, f"the server answered {answer.status_code}", _TransientError)
+            failure.retry_after_s = retry_after(answer.headers.get("retry-after", ""))
+            raise failure
         if answer.status_code != 200:
             raise _unreadable(uri, f"the server answered {answer.status_code}")
         data = bytearray()
@@ -139,12 +167,7 @@ class Fetcher:
 
     def _read_s3(self, uri: str) -> bytes:
         place = _s3_object(uri)
-        for pause in _PAUSES_S:
-            try:
-                return self._get_object(place, uri)
-            except _TransientError:
-                time.sleep(random.uniform(0, pause))  # so that those who failed together do not return together
-        return self._get_object(place, uri)
+        return self._persistently(lambda: self._get_object(place, uri), _PAUSES_S)
 
     def _get_object(self, place: s3.S3Uri, uri: str) -> bytes:
         client = self._anonymous_s3 if place.anonymous else self._s3
@@ -282,7 +305,15 @@ def _missing(uri: str) -> ImageError:
     return ImageError(ProblemKind.IMAGE_MISSING, f"there is no image at {_short(uri)}")
 
 
-def _unreadable(uri: str, reason: str, kind: type[ImageError] = ImageError) -> ImageError:
+def _may_be_over_soon(error: Exception) -> bool:
+    """True for connections that could not be made or broke off, and for a name server that had no time."""
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    is_broken = isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError))
+    return is_broken and "CERTIFICATE_VERIFY_FAILED" not in str(error)
+
+
+def _unreadable(uri: str, reason: str, kind: type[_Kind] = ImageError) -> _Kind:  # type: ignore[assignment]
     return kind(ProblemKind.IMAGE_UNREADABLE, f"{_short(uri)} could not be read: {reason}")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gem_ray.records import StageName
@@ -43,6 +44,7 @@ class Attempt:
 
 
 _MOST_DEATHS = 10  # of a stage's processes without a batch done in between
+_MOST_RESTARTS = 20  # of the book's own process
 
 
 class _Book:
@@ -89,12 +91,16 @@ class _Book:
 class Ledger:
     """A handle to the run's book, which one small actor beside the driver keeps; it travels to other actors.
 
-    A batch that Ray runs again after a lost worker is counted again: the book tells of work, not of rows written.
+    A batch that Ray runs again after a lost worker is counted again: the book tells of work, not of rows written. So
+    the book itself may be lost: Ray starts it anew, empty, and calls that were under way are made again. Figures of
+    work are then too low, and a post that kills processes kills one or two more before it is found.
     """
 
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._book = ray.remote(num_cpus=0, scheduling_strategy=here)(_Book).remote()
+        restarts = {"max_restarts": _MOST_RESTARTS, "max_task_retries": -1}
+        self._book = ray.remote(num_cpus=0, scheduling_strategy=here, **restarts)(_Book).remote()
+        self._last = Progress()
 
     def add_work(self, stage: StageName, seconds: float, counts: Mapping[str, int] | None = None) -> None:
         """Add time spent inside a stage, and what it has counted meanwhile."""
@@ -123,5 +129,10 @@ class Ledger:
         ray.get(self._book.note_death.remote(str(stage), words))
 
     def read(self) -> Progress:
-        """The book as it stands."""
-        return ray.get(self._book.read.remote())
+        """The book as it stands; where it is gone for good, as it was last read here, with that for a failure."""
+        try:
+            self._last = ray.get(self._book.read.remote())
+        except RayActorError as error:
+            gone = f"the process that counts the run's work is gone and could not be started again: {error}"
+            self._last = replace(self._last, failure=self._last.failure or gone.partition("\n")[0])
+        return self._last

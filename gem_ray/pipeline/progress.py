@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]  # posts done, posts in all
 
@@ -79,7 +82,10 @@ def _polling(action: Callable[[], None], every_s: float) -> Iterator[None]:
 
     def poll() -> None:
         while not stop.wait(every_s):
-            action()
+            try:
+                action()
+            except Exception:  # of one report; the next one may succeed, and the run goes on without
+                logger.warning("progress is not known", exc_info=True)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()

@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import ssl
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -139,9 +140,15 @@ def test_messages_do_not_repeat_signatures():
 
 class _Site(BaseHTTPRequestHandler):
     hosts: list = []  # noqa: RUF012
+    faults: list = []  # noqa: RUF012  # of the next requests: a status, with what to wait, or "reset"
+    times: list = []  # noqa: RUF012
 
     def do_GET(self):
         self.hosts.append(self.headers["host"])
+        self.times.append(time.monotonic())
+        if self.faults:
+            self._fail(self.faults.pop(0))
+            return
         if self.path == "/moved":
             self._answer(302, b"", location="/a.jpg")
         elif self.path == "/to-the-inside":
@@ -162,6 +169,18 @@ class _Site(BaseHTTPRequestHandler):
                 self.server.stopping.wait(0.1)
         else:
             self._answer(404 if self.path == "/gone" else 503, b"")
+
+    def _fail(self, fault):
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        elif fault == "cut":
+            self._answer(200, b"pix", **{"content-length": "6"})
+        elif fault == "stall":
+            self.server.stopping.wait(2)
+        else:
+            status, wait = fault
+            self._answer(status, b"", **{"retry-after": wait})
 
     def _answer(self, status, body, **headers):
         self.send_response(status)
@@ -212,7 +231,8 @@ def site(certificate, monkeypatch):
     )
     monkeypatch.setattr(fetch, "_is_public", lambda address: ipaddress.ip_address(address).is_loopback)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
-    _Site.hosts.clear()
+    for told in (_Site.hosts, _Site.faults, _Site.times):
+        told.clear()
     yield f"https://images.test:{server.server_port}"
     server.stopping.set()
     server.shutdown()
@@ -238,6 +258,7 @@ def test_https_images_are_fetched_by_name_from_the_address_that_was_checked(site
         ("large", TOO_LARGE),
     ],
 )
+@pytest.mark.usefixtures("hasty")
 def test_https_failures(site, path, kind):
     assert kind_of_failure(f"{site}/{path}", allow_http=True, max_bytes=50_000) is kind
 
@@ -246,17 +267,53 @@ def test_a_certificate_of_another_host_is_refused(site):
     assert kind_of_failure(f"{site.replace('images', 'other')}/a.jpg", allow_http=True) is UNREADABLE
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("path", ["drip", "drip-header"])
 def test_a_server_that_drips_is_given_up(site, path):
     with pytest.raises(ImageError, match=r"not received within 0\.5 s"):
         Fetcher(ImageConfig(allow_http=True, timeout_s=0.5)).fetch(f"{site}/{path}")
 
 
-@pytest.mark.usefixtures("site")
+@pytest.mark.usefixtures("site", "hasty")
 def test_a_server_that_does_not_shake_hands_is_given_up():
     fetcher = Fetcher(ImageConfig(allow_http=True, timeout_s=0.5))
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ImageError, match="not received within"):
         fetcher.fetch(f"https://images.test:{silent.getsockname()[1]}/a.jpg")
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("fault", [(503, "0"), (500, ""), (429, "0"), (408, "soon"), "reset", "cut", "stall"])
+def test_https_images_arrive_though_two_requests_fail(site, fault):
+    _Site.faults += [fault] * 2
+    assert Fetcher(ImageConfig(allow_http=True, timeout_s=0.5)).fetch(f"{site}/a.jpg") == b"pixels"
+    assert len(_Site.times) == 3
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_web_server_that_stays_down_is_asked_three_times(site):
+    _Site.faults += [(503, "")] * 9
+    with pytest.raises(ImageError, match="the server answered 503") as caught:
+        Fetcher(ImageConfig(allow_http=True)).fetch(f"{site}/a.jpg")
+    assert caught.value.kind is UNREADABLE
+    assert len(_Site.times) == 3
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("fault", [(404, ""), (403, ""), (400, "9")])
+def test_what_a_second_try_would_not_change_is_asked_once(site, fault):
+    _Site.faults.append(fault)
+    assert kind_of_failure(f"{site}/a.jpg", allow_http=True) in (MISSING, UNREADABLE)
+    assert len(_Site.times) == 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_web_server_is_left_alone_as_long_as_it_asks_but_no_longer_than_a_try_may_take(site):
+    for wait, limit, least, most in (("1", 10, 0.99, 5), ("3600", 0.3, 0.29, 2)):
+        _Site.faults.append((429, wait))
+        _Site.times.clear()
+        assert Fetcher(ImageConfig(allow_http=True, timeout_s=limit)).fetch(f"{site}/a.jpg") == b"pixels"
+        first, second = _Site.times
+        assert least < second - first < most
 
 
 def test_images_are_fetched_beside_a_running_event_loop_and_at_once(site):
@@ -330,6 +387,7 @@ def test_an_image_cannot_be_read_without_credentials_where_they_are_needed(s3, m
 def hasty(monkeypatch):
     """Pauses of hundredths of a second."""
     monkeypatch.setattr(fetch, "_PAUSES_S", (0.01,) * 8)
+    monkeypatch.setattr(fetch, "_HTTPS_PAUSES_S", (0.01,) * 2)
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "reset", "cut"])
