@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gem_ray.config import ConfigError, load_config
-from gem_ray.records import Candidate, Entity, Post
+from gem_ray.records import Candidate, Entity, Post, Status
 from gem_ray.rerank.engine import RequestError
 from gem_ray.rerank.in_context import read_answer
 from gem_ray.rerank.reranker import Reranker
@@ -114,6 +114,14 @@ def test_without_an_answer_the_taggers_category_stands_and_the_post_says_why(cha
     post = rerank(chat)
     assert (post.entities[0].fine, post.entities[0].reranked) == ("brand_name_products", False)
     assert "'Jordan' was not reranked" in post.problems[0].message
+    assert post.status is Status.DEGRADED
+
+
+def test_an_endpoint_that_is_gone_leaves_a_problem_not_silently_the_taggers_category(chat: Chat) -> None:
+    post = rerank(chat, base_url="http://127.0.0.1:1/v1")
+    assert not post.entities[0].reranked
+    assert "ConnectError" in post.problems[0].message
+    assert post.status is Status.DEGRADED
 
 
 @pytest.mark.parametrize(
