@@ -49,6 +49,7 @@ def test_real_photos_get_a_sentence_that_says_what_was_not_done_and_what_does_it
     assert "3 of the entities" in sentence
     assert "48 invented entities" in sentence
     assert sentence.endswith("gem-ray annotate posts OTHER-OUTPUT --preset cpu")
+    assert not load_config("cpu").grounder.matcher.model.startswith("nano:")
     assert _about_abstaining(summary(photos, "grounder.enabled=false")) is None
     assert _about_abstaining(summary(tally(Status.OK, post(True), post(False)))) is None
     assert _about_abstaining(summary(tally(Status.DEGRADED, post(None, width=None)))) is None
