@@ -46,6 +46,9 @@ class ImageConfig(_Section):
 
     max_bytes: PositiveInt = Field(32 * 2**20, description="encoded size over which an image is refused")
     max_pixels: PositiveInt = Field(120_000_000, description="width × height over which an image is refused")
+    max_decoding_bytes: PositiveInt = Field(
+        2**30, description="memory for what a process decodes at once; an image that takes more by itself is refused"
+    )
     max_side: PositiveInt = Field(1024, description="decoded images are reduced to this longer side, in pixels")
     root: Path | None = Field(None, description="folder to which relative `image_uri` paths refer, and are confined")
     allow_http: bool = Field(False, description="fetch `https://` image URIs")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from threading import Semaphore
+from threading import Condition, Semaphore
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -67,6 +68,10 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK_FRAME = 12  # bytes of a chunk beside its content: length, name, checksum
 _MAX_PNG_TEXT = 2**16
 
+# What decoding takes at its peak, in bytes for a pixel of the original: measured on the worst modes of each format
+# (WebP with transparency 21, PNG with it 13, a progressive JPEG 7), rounded up.
+_BYTES_PER_PIXEL = {"JPEG": 8, "MPO": 8, "GIF": 8, "BMP": 10, "TIFF": 14, "PNG": 14, "AVIF": 14, "WEBP": 22}
+
 # Pillow decodes outside the interpreter's lock. Each decoding may hold a full-size image for a moment.
 _DECODED_AT_ONCE = min(8, os.cpu_count() or 1)
 
@@ -83,14 +88,44 @@ class DecodedImage:
     height: int
 
 
-def decode_image(data: bytes, config: ImageConfig) -> DecodedImage:
+class MemoryBudget:
+    """Bytes that threads share; who asks for more than is left waits.
+
+    Args:
+        size: of the budget.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._changed = Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Hold some of it, at most all."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= size)
+            self._left -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += size
+                self._changed.notify_all()
+
+
+def decode_image(data: bytes, config: ImageConfig, memory: MemoryBudget | None = None) -> DecodedImage:
     """Decode the first frame, upright, in RGB, alpha on white, its longer side reduced to `config.max_side`.
 
     A truncated file is unreadable: its missing part would be grey, and what is shown there would be called absent.
 
+    Args:
+        data: the encoded image.
+        config: its limits.
+        memory: of `config.max_decoding_bytes`, shared with others who decode at the same time.
+
     Raises:
-        ImageError: IMAGE_TOO_LARGE by bytes, or by the pixels that the header claims, before anything is decoded;
-            IMAGE_UNREADABLE for everything else, saying what the bytes are.
+        ImageError: IMAGE_TOO_LARGE by bytes, or by the pixels that the header claims or the memory that decoding them
+            takes, before anything is decoded; IMAGE_UNREADABLE for everything else, saying what the bytes are.
     """
     if not data:
         raise ImageError(ProblemKind.IMAGE_UNREADABLE, "the image is empty (0 bytes)")
@@ -99,7 +134,8 @@ def decode_image(data: bytes, config: ImageConfig) -> DecodedImage:
     image = _open(data, config)
     width, height = image.size
     try:
-        orientation, image = _decode(image, config.max_side)
+        with memory.taken(_decoding_bytes(image)) if memory else nullcontext():
+            orientation, image = _decode(image, config.max_side)
     except Exception as error:  # Pillow's decoders raise nearly anything on broken or hostile files
         message = f"the {image.format} image is damaged: {str(error) or type(error).__name__}"
         raise ImageError(ProblemKind.IMAGE_UNREADABLE, message) from error
@@ -129,6 +165,7 @@ class ImageLoader:
         self._config = config
         self._fetcher = Fetcher(config)
         self._decoding = Semaphore(_DECODED_AT_ONCE)
+        self._memory = MemoryBudget(config.max_decoding_bytes)
 
     @classmethod
     def from_config(cls, config: Config) -> ImageLoader:
@@ -155,7 +192,7 @@ class ImageLoader:
         try:
             encoded = self._encoded(post)
             with self._decoding:
-                decoded = decode_image(encoded, self._config)
+                decoded = decode_image(encoded, self._config, self._memory)
         except ImageError as error:
             post.fail(StageName.LOAD_IMAGE, error.kind, str(error))
             return
@@ -184,7 +221,17 @@ def _open(data: bytes, config: ImageConfig) -> Image.Image:
         raise ImageError(
             ProblemKind.IMAGE_TOO_LARGE, f"the image has {width} × {height} = {width * height:,} pixels; {too_large}"
         )
+    if (size := _decoding_bytes(image)) > config.max_decoding_bytes:
+        raise ImageError(
+            ProblemKind.IMAGE_TOO_LARGE,
+            f"the {image.format} image has {width} × {height} pixels, and decoding them takes about {size:,} bytes; "
+            f"image.max_decoding_bytes allows {config.max_decoding_bytes:,}",
+        )
     return image
+
+
+def _decoding_bytes(image: Image.Image) -> int:
+    return image.width * image.height * _BYTES_PER_PIXEL[str(image.format)]
 
 
 def _without_metadata(data: bytes) -> bytes:

@@ -1,8 +1,10 @@
 import contextlib
 import io
 import struct
+import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from gem_ray.config import Config, ImageConfig
-from gem_ray.data.images import ImageError, ImageLoader, decode_image
+from gem_ray.data.images import ImageError, ImageLoader, MemoryBudget, decode_image
 from gem_ray.records import Entity, Post, ProblemKind, StageName, Status
 
 CONFIG = ImageConfig()
@@ -359,3 +361,30 @@ def test_a_cut_png_with_texts_is_still_damaged():
     for end in (len(data) - 40, 40, 9):
         with pytest.raises(ImageError, match=r"damaged"):
             decode_image(data[:end], CONFIG)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("PNG", 14), ("WEBP", 22), ("GIF", 8), ("JPEG", 8)])
+def test_an_image_whose_decoding_takes_too_much_is_refused_by_its_header(kind, factor):
+    data = encoded(Image.new("RGB", (100, 50)), kind)
+    decode_image(data, ImageConfig(max_decoding_bytes=5000 * factor))
+    with pytest.raises(ImageError, match=r"100 × 50 pixels, .*image\.max_decoding_bytes allows") as caught:
+        decode_image(data, ImageConfig(max_decoding_bytes=5000 * factor - 1))
+    assert caught.value.kind is TOO_LARGE
+
+
+def test_what_is_decoded_at_once_fits_the_memory():
+    """Whatever order they come in, and whoever fails."""
+    budget, held, most = MemoryBudget(100), [], []
+
+    def hold(size):
+        with contextlib.suppress(ZeroDivisionError), budget.taken(size):
+            held.append(size)
+            most.append(sum(held))
+            time.sleep(0.001)
+            held.remove(size)
+            1 / (size % 7)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(hold, [7, 30, 50, 100, 60, 1, 14, 99] * 8))
+    assert len(most) == 64
+    assert max(most) <= 100
