@@ -13,16 +13,18 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+import gem_ray.pipeline.compaction as compaction_module
 import gem_ray.pipeline.lease as lease_module
 import gem_ray.pipeline.run as run_module
 import gem_ray.pipeline.run_directory as run_directory_module
@@ -32,7 +34,7 @@ from gem_ray.data.storage import PARTIAL, ConflictError, LocalStorage, Storage
 from gem_ray.pipeline.compaction import merge
 from gem_ray.pipeline.lease import Claim, Lease
 from gem_ray.pipeline.ledger import Progress
-from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.records import Post, ProblemKind, StageName
@@ -508,30 +510,70 @@ class SteppedStorage(LocalStorage):
 @pytest.mark.parametrize("before", ["nobody", "released", "dead"])
 def test_of_two_starts_one_gets_the_output_in_whatever_order_they_look_and_write(before: str, tmp_path: Path) -> None:
     for number, order in enumerate(schedules(3)):
-        root = tmp_path / f"{number}"
-        if before != "nobody":
-            earlier = Lease(RunDirectory("out", LocalStorage(str(root))))
-            with earlier.held() as claim:
-                content = claim.storage.read("_run/lease.json")
-            if before == "dead" and content:
-                claim.storage.write("_run/lease.json", content)
-        turns = Turns(order)
-        claims: dict[str, Claim | Exception] = {}
+        assert holders_after(order, tmp_path / f"{number}", before, SteppedStorage) == 1, order
 
-        def start(name: str, root: Path = root, turns: Turns = turns, claims: dict = claims) -> None:
-            storage = SteppedStorage(str(root), name, turns)
-            try:
-                claims[name] = Lease(RunDirectory("out", storage), beat_s=60)._take()
-            except FileExistsError as error:
-                claims[name] = error
-            finally:
-                turns.end(name)
 
-        threads = [threading.Thread(target=start, args=(name,)) for name in "AB"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        storage = LocalStorage(str(root))
-        holders = [c for c in claims.values() if isinstance(c, Claim) and Claim(storage, "", c.epoch).holds]
-        assert len(holders) == 1, (order, claims)
+def holders_after(order: Sequence[str], root: Path, before: str, kind: type[SteppedStorage]) -> int:
+    """How many of two processes hold the output, and believe so, after they took their steps in this order."""
+    if before != "nobody":
+        with Lease(RunDirectory("out", LocalStorage(str(root)))).held() as claim:
+            content = claim.storage.read("_run/lease.json")
+        if before == "dead" and content:
+            claim.storage.write("_run/lease.json", content)
+    turns = Turns(order)
+    claims: list[Claim] = []
+
+    def start(name: str) -> None:
+        with suppress(FileExistsError):
+            claims.append(Lease(RunDirectory("out", kind(str(root), name, turns)), beat_s=60)._take())
+        turns.end(name)
+
+    threads = [threading.Thread(target=start, args=(name,)) for name in "AB"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(Claim(LocalStorage(str(root)), "", claim.epoch).holds for claim in claims)
+
+
+class Unconditional(SteppedStorage):
+    """A disk that writes whatever version is there."""
+
+    def swap(self, name: str, content: bytes, expected: str | None) -> str:
+        self._turns.take(self._name)
+        LocalStorage(self.root).write(name, content)
+        return ""
+
+
+def test_without_conditions_two_starts_would_both_get_the_output(tmp_path: Path) -> None:
+    holders = [holders_after(order, tmp_path / f"{n}", "nobody", Unconditional) for n, order in enumerate(schedules(3))]
+    assert max(holders) == 2
+
+
+def ones(files: Sequence[Any]) -> list[Any]:
+    return [np.ones(len(file.ids), bool) for file in files]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "module", "name", "instead"),
+    [
+        pytest.param("first", compaction_module, "rows_once", ones, id="every row counts in every file"),
+        pytest.param("lost files", run_module, "lost_files", lambda *_: [], id="nobody looks at files"),
+        pytest.param("only problems", run_module, "settle", lambda *_: None, id="replaced files stay"),
+    ],
+)
+def test_without_one_of_the_mends_rows_would_be_lost_or_doubled(
+    scenario: str,
+    module: Any,
+    name: str,
+    instead: Any,
+    tmp_path: Path,
+    use: Callable[[World], World],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (found,) = (each for each in SCENARIOS if each.name == scenario)
+    world = use(World(tmp_path))
+    found.prepare(world)
+    monkeypatch.setattr(module, name, instead)
+    with pytest.raises((AssertionError, RunError, FileNotFoundError)):
+        crash_everywhere(replace(found, prepare=lambda _: None), world)
