@@ -503,7 +503,7 @@ def _read_mapping(file: Any) -> dict[str, Any]:
 def _parse_override(override: str) -> dict[str, Any]:
     path, equals, value = override.partition("=")
     keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
+    if not equals or not all(keys) or "://" in path:
         raise ConfigError(f"--set takes key.path=value, not {redacted(override)!r}")
     nested = parse_value(override, value)
     for key in reversed(keys):
@@ -521,7 +521,7 @@ def parse_value(override: str, value: str) -> Any:
         return load_yaml(value)
     except yaml.YAMLError:
         raise ConfigError(
-            redacted(f"--set {override}: {value!r} is not a YAML value; quote it if it is meant as text")
+            f"--set {redacted(override)}: what follows the = is not a YAML value; quote it if it is meant as text"
         ) from None
 
 
