@@ -95,7 +95,7 @@ def test_failing_post_keeps_its_state_and_its_neighbours_are_as_without_it(posit
     ("stage", "status"),
     [
         (StageName.PREPARE, Status.REJECTED),
-        (StageName.KNOWLEDGE, Status.OK),
+        (StageName.KNOWLEDGE, Status.DEGRADED),
         (StageName.TAG, Status.REJECTED),
         (StageName.LOAD_IMAGE, Status.DEGRADED),
         (StageName.RERANK, Status.DEGRADED),
