@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 from segment_anything import SamPredictor, modeling
+from torch import Tensor
 
 from gem_ray.annotator import GuardedStage, active_stages, build_stage
 from gem_ray.config import Config
@@ -24,14 +25,17 @@ class PlainMatcher(Matcher):
 
     def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
         """As `Matcher.match`, with the same answers."""
-        self.model.requires_grad_(True)
-        answers = [self._match_one(images[query.image], query) for query in queries]
-        self.model.requires_grad_(False)
-        return answers
+        return [
+            answer
+            for query in queries
+            for answer in self.match_squares(self.images.squares([images[query.image]]), [query])
+        ]
 
-    def _match_one(self, image: np.ndarray, query: Query) -> Match:
-        batch = self.texts([query], self.model.device)
-        pixels = self.images([image]).to(self.model.device, self.model.dtype)
+    def match_squares(self, squares: Tensor, queries: Sequence[Query]) -> list[Match]:
+        """Answer queries in one batch; `squares`, `(B, side, side, 3)` uint8, has an image for each of them."""
+        batch = self.texts(queries, self.model.device)
+        pixels = self.images.normalize(squares.to(self.model.device)).to(self.model.dtype)
+        self.model.requires_grad_(True)
         states = self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
         encoded = self.model.text_encoder(
             input_ids=batch.input_ids,
@@ -39,15 +43,16 @@ class PlainMatcher(Matcher):
             encoder_hidden_states=states,
             output_attentions=True,
         )
-        attention = encoded.cross_attentions[self.layer]  # (1, H, T, 1 + P)
+        attention = encoded.cross_attentions[self.layer]  # (B, H, T, 1 + P)
         attention.retain_grad()
-        probability = self.model.itm_head(encoded.last_hidden_state[:, 0]).softmax(-1)[0, MATCH]  # P_T
-        probability.backward()
-        probability = probability.detach()
+        probability = self.model.itm_head(encoded.last_hidden_state[:, 0]).softmax(-1)[:, MATCH]  # P_T
+        probability.sum().backward()
         scores = patch_scores(attention.detach().float(), attention.grad.float(), batch.counted(self.tokens))  # (11)
         self.model.zero_grad()
+        self.model.requires_grad_(False)
         side = self.images.side // self.model.config.vision_config.patch_size
-        return Match(float(probability), scores.view(side, side).cpu().numpy())
+        maps = scores.view(-1, side, side).cpu().numpy()
+        return [Match(p, m) for p, m in zip(probability.tolist(), maps, strict=True)]
 
 
 class PlainSam(SamSegmenter):

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gem_ray.benchmarks.gpu import describe, matmul_peak
 from gem_ray.benchmarks.plain_reranker import PlainReranker
 from gem_ray.data.generated import generate
 from gem_ray.device import torch_device
@@ -67,14 +68,13 @@ def measure_reranker_gpu(batch_sizes: Sequence[int] = BATCH_SIZES, tiny: bool = 
     model = _model(tokenizer, tiny, device)
     processor = _processor(model.config, tokenizer)
     built = time.perf_counter() - started
-    peak = _peak(1024 if tiny else 8192, device)
+    peak = matmul_peak(device, 256 if tiny else 8192)
     curve = [_at_batch_size(model, processor, requests, size, peak) for size in batch_sizes]
     plain = PlainReranker(model, processor)
     plain.choose(requests[0])
     seconds = _seconds(lambda: [plain.choose(request) for request in requests[:_PLAIN_ENTITIES]], device)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        **describe(device),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "seconds_to_build": built,
         "peak_bf16_flops": peak,
@@ -154,16 +154,6 @@ def _processor(config: LlavaConfig, tokenizer: PreTrainedTokenizerFast) -> Llava
 def _mean_tokens(config: LlavaConfig, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request]) -> float:
     lengths = [len(tokenizer.encode(request.prompt)) - 1 for request in requests]
     return count_image_tokens(config) + sum(lengths) / len(lengths)
-
-
-def _peak(side: int, device: torch.device) -> float:
-    """Operations a second of a product of two square bf16 matrices of random numbers."""
-    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
-    rounds = 20
-    for _ in range(3):
-        left @ right
-    seconds = _seconds(lambda: [left @ right for _ in range(rounds)], device)
-    return rounds * 2 * side**3 / seconds
 
 
 def _seconds(action: Callable[[], Any], device: torch.device) -> float:

@@ -183,7 +183,10 @@ class SamSegmenter:
 
     def encode(self, inputs: torch.Tensor) -> torch.Tensor:
         """Image embeddings (B, D, G, G), float32, of normalised and padded images (B, 3, S, S)."""
-        return self.model.image_encoder(inputs.to(self._dtype)).float()
+        # The encoder's layers want channels last. Its first convolution answers in the layout of its input, and the
+        # residual keeps that through all layers, each of which would turn it round.
+        inputs = inputs.to(self._dtype, memory_format=torch.channels_last)
+        return self.model.image_encoder(inputs).float().contiguous()
 
     def _to_input(self, image: np.ndarray) -> torch.Tensor:
         """(3, h', w'), the longer side of the size that the model takes."""

@@ -14,6 +14,7 @@ from transformers import SamImageProcessorPil, SamModel, SamProcessor
 
 from gem_ray.config import parse_config
 from gem_ray.grounding import sam as sam_module
+from gem_ray.grounding import sam_attention
 from gem_ray.grounding.sam import SamSegmenter, load_sam, save_sam
 from gem_ray.grounding.sam_attention import FusedAttention
 from gem_ray.grounding.sam_build import SamSizes, build_sam
@@ -67,6 +68,35 @@ def test_masks_of_a_batch_equal_the_predictor_of_the_package_point_by_point(mode
             np.testing.assert_allclose(answer.iou, iou, atol=1e-5)
             assert (answer.masks != masks).mean() < 1e-3
             assert answer.best == iou.argmax()
+
+
+@pytest.mark.parametrize("masked", [0, 10**6], ids=["positions as channels", "positions as a mask"])
+@pytest.mark.parametrize("size", [(5, 5), (3, 7), (8, 6), (1, 4)])
+def test_fused_attention_and_its_gradients_are_those_of_the_package(size, masked, monkeypatch):
+    monkeypatch.setattr(sam_attention, "_MASKED", masked)
+    torch.manual_seed(0)
+    attention = Attention(12, 3, use_rel_pos=True, input_size=size).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    inputs = torch.randn(2, *size, 12, dtype=torch.double)
+    answers = []
+    for kind in (Attention, FusedAttention):
+        attention.__class__ = kind
+        attention.zero_grad()
+        output = attention(inputs)
+        output.square().sum().backward()
+        answers.append([output.detach(), *(parameter.grad for parameter in attention.parameters())])
+    for expected, found in zip(*answers, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_of_the_encoder_keep_channels_last_in_memory(model):
+    layouts = []
+    for block in model.image_encoder.blocks:
+        block.register_forward_hook(lambda block, inputs, output: layouts.append(output.is_contiguous()))
+    embeddings = SamSegmenter(model).encode(torch.randn(2, 3, 64, 64))
+    assert layouts == [True] * len(model.image_encoder.blocks)
+    assert embeddings.is_contiguous()
 
 
 def test_the_best_mask_alone_is_the_best_of_all(model):
