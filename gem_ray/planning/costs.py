@@ -19,6 +19,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_OVERHEAD = int(0.6 * GIB)
 # Assumed: what a model reaches of a card's peak FLOP/s, and of its memory's bandwidth.
 UTILISATION, BANDWIDTH_UTILISATION = 0.35, 0.6
+# Measured instead, in bfloat16 on an H200, of the peak in its data sheet, at the best batch size (docs/benchmarks/
+# grounder-gpu.json and reranker-gpu.json): matcher and trace of BLIP's large size, the image encoder of SAM ViT-H, and
+# LLaVA-1.5-7B by the transformers engine. Images are resized on CPUs, which is not in it.
+MATCHER_UTILISATION, SAM_UTILISATION, LLAVA_UTILISATION = 0.34, 0.39, 0.42
 
 _CAPTION_LIMIT = 30  # new tokens, as the captioner asks for; from there it would bring torch
 # vLLM's defaults of `max_num_batched_tokens` for its LLM class, on cards of 70 GiB and more and on others. An A100
@@ -83,6 +87,7 @@ class ModelNeed:
         weights, activations, kv_cache: bytes on the card.
         flops: operations for a post.
         traffic: bytes that decoding reads for a post, over and over, beside the operations.
+        measured: the share of a card's peak FLOP/s in half precision that it was seen to reach; none: nobody measured.
     """
 
     role: str
@@ -96,12 +101,17 @@ class ModelNeed:
     kv_cache: int = 0
     flops: float = 0
     traffic: float = 0
+    measured: float | None = None
+
+    @property
+    def utilisation(self) -> float:
+        """The share of a card's peak FLOP/s that it is planned with."""
+        return UTILISATION if self.measured is None or self.dtype == "float32" else self.measured
 
     def seconds(self, card: Card) -> float:
         """Estimated time of a whole card for a post."""
-        return self.flops / (card.flops(self.dtype) * UTILISATION) + self.traffic / (
-            card.bandwidth * BANDWIDTH_UTILISATION
-        )
+        computing = self.flops / (card.flops(self.dtype) * self.utilisation)
+        return computing + self.traffic / (card.bandwidth * BANDWIDTH_UTILISATION)
 
 
 @dataclass(frozen=True)
@@ -302,22 +312,24 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
     positions = settings.positions(image_tokens)
     whole, shared = language(image_tokens + work.prompt_tokens), language(work.prompt_tokens)
     model = partial(_model, facts, "reranker", settings.dtype)
+    # A post's questions share the image's prefix.
+    flops = work.with_hard * (images.flops + whole.flops) + (work.hard - work.with_hard) * shared.flops
     if settings.engine == "transformers":
         per_request = language(positions).activations + images.activations + _logits(text)
         reranker = model(
             settings.batch_size,
             activations=settings.batch_size * size * per_request,
-            flops=work.with_hard * images.flops + work.hard * whole.flops,
+            flops=flops,
+            measured=LLAVA_UTILISATION,
         )
         return StageNeed(StageName.RERANK, (reranker,))
     # vLLM runs as many tokens at once as it allows, and fills what is left of its share with cached keys and values.
-    # A post's questions share the image's prefix.
     tokens = _vllm_tokens(card_memory)
     reranker = model(
         tokens // positions,
         activations=size * (language(tokens).activations + tokens / image_tokens * images.activations),
         kv_cache=size * positions * whole.kv_per_token,
-        flops=work.with_hard * (images.flops + whole.flops) + (work.hard - work.with_hard) * shared.flops,
+        flops=flops,
     )
     adapter = _adapter(config, language(1), size)
     reserved = int(settings.gpu_memory_utilization * card_memory)
@@ -368,14 +380,15 @@ def _matcher(config: Config, work: Workload) -> ModelNeed:
     # Each layer from the traced one up keeps the image's keys and values for the gradient, beside the image itself.
     traced = (2 * (depth - layer) + 4) * images.tokens * text.width
     kept = config.pipeline.ground.batch_size * images.tokens * images.width
-    cross_attention = 4 * images.tokens * images.width * text.width * depth
+    cross_attention = 4 * images.tokens * images.width * text.width * depth  # keys and values, once an image
     return _model(
         facts,
         "matcher",
         settings.dtype,
         settings.image_batch_size,
         activations=size * (kept + max(settings.image_batch_size * images.activations, settings.batch_size * traced)),
-        flops=work.with_entities * images.flops + work.entities * (text.flops + cross_attention),
+        flops=work.with_entities * (images.flops + cross_attention) + work.entities * text.flops,
+        measured=MATCHER_UTILISATION,
     )
 
 
@@ -393,6 +406,7 @@ def _sam(config: Config, work: Workload) -> ModelNeed:
         activations=settings.batch_size * size * max(stack.activations for stack in layers),
         flops=(work.with_other_boxes if _persons_first(config) else work.with_boxes)
         * sum(stack.flops for stack in layers),
+        measured=SAM_UTILISATION,
     )
 
 
@@ -445,6 +459,7 @@ def _model(
     kv_cache: float = 0,
     flops: float = 0,
     traffic: float = 0,
+    measured: float | None = None,
 ) -> ModelNeed:
     weights = facts.parameters * BYTES[dtype]
     return ModelNeed(
@@ -459,6 +474,7 @@ def _model(
         int(kv_cache),
         flops,
         traffic,
+        measured,
     )
 
 

@@ -171,8 +171,8 @@ def make_plan(
     """Plan a run without starting anything.
 
     Speeds are seconds of one actor for a post: those of an earlier run where they are given; else, on a card whose data
-    sheet is known, the operations of an average post (`costs.Workload`) at `costs.UTILISATION` of its peak FLOP/s, with
-    a share of a card taken as that share of its speed; else unknown.
+    sheet is known, the operations of an average post (`costs.Workload`) at each model's `utilisation` of its peak
+    FLOP/s, with a share of a card taken as that share of its speed; else unknown.
 
     Args:
         config: models, batches, placement and passes.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Attention probabilities that exist at once where attention is not fused: scores and softmax; SAM's keeps a third, with
-# its relative positions.
-EAGER, SAM_ATTENTION = 2, 3
+# Attention matrices that exist at once: scores and softmax where attention is not fused; a mask with what relative
+# positions add, in SAM's windows.
+EAGER, MASK = 2, 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Stack:
         kv_width: of keys and values; 0: as the hidden states.
         gated: the MLP has three matrices.
         score_copies: attention matrices in memory at once; 0 where attention is fused.
+        widened: channels that each head's queries, keys, values and outputs get for relative positions.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class Stack:
     kv_width: int = 0
     gated: bool = False
     score_copies: int = 0
+    widened: int = 0
 
     @property
     def flops(self) -> float:
@@ -51,10 +53,13 @@ class Stack:
     def activations(self) -> float:
         """Values in memory at once while one sequence runs: of a layer's attention or of its MLP, whatever is more.
 
-        The attention holds its input, the residual, queries, keys, values, its output and the projection of that; the
-        MLP its input, the residual, its output, and its inner states before and after the nonlinearity.
+        The attention holds its input, the residual, queries, keys, values, its output and the projection of that, and
+        where four of these are widened, both sizes of them; the MLP its input, the residual, its output, and its inner
+        states before and after the nonlinearity.
         """
         attention = 7 * self.width + self.score_copies * self.heads * self._span
+        if self.widened:
+            attention += 3 * self.width + 4 * self.heads * self.widened
         mlp = 3 * self.width + self._mlp_matrices * self.mlp
         return self.tokens * max(attention, mlp)
 
@@ -121,7 +126,7 @@ def sam_encoder(shape: dict[str, Any]) -> list[Stack]:
     padded = -(-side // window) * window
     whole = len(shape["global_layers"])
     return [
-        Stack(whole, width, 4 * width, shape["heads"], side**2, score_copies=SAM_ATTENTION),
+        Stack(whole, width, 4 * width, shape["heads"], side**2, widened=2 * side),
         Stack(
             shape["depth"] - whole,
             width,
@@ -129,7 +134,7 @@ def sam_encoder(shape: dict[str, Any]) -> list[Stack]:
             shape["heads"],
             padded**2,
             span=window**2,
-            score_copies=SAM_ATTENTION,
+            score_copies=MASK,
         ),
     ]
 

@@ -110,13 +110,22 @@ def _slowest(one: PassPlan) -> str:
     return f"; {one.posts_per_second:.3g} posts/s, the slowest is {one.bottleneck.stage}"
 
 
+def _shares(plan: Plan) -> str:
+    """What each model is planned with, and whether that was measured."""
+    models = [model for one in plan.passes for pool in one.pools for model in pool.need.models if model.flops]
+    measured = {f"{model.role} {model.utilisation:.0%}" for model in models if model.utilisation == model.measured}
+    assumed = f"{UTILISATION:.0%} assumed{' for others' if measured else ''}"
+    return f"{', '.join(sorted(measured))} measured on an H200, {assumed}" if measured else assumed
+
+
 def _basis(plan: Plan) -> Iterator[str]:
     sources = {pool.source for one in plan.passes for pool in one.pools}
     if "estimate" in sources and plan.card:
         card, work = CARDS[plan.card], Workload()
         yield (
-            f"estimate, not measured: the models' operations at {UTILISATION:.0%} of the card's peak "
-            f"({card.half / 1e12:g} TFLOP/s in half, {card.single / 1e12:g} in single precision: {card.source}), "
+            "estimate: the models' operations at a share of the card's peak "
+            f"({card.half / 1e12:g} TFLOP/s in half, {card.single / 1e12:g} in single precision: {card.source}): "
+            f"{_shares(plan)}; "
             f"decoding at {BANDWIDTH_UTILISATION:.0%} of its bandwidth, a share of a card as that share of its speed; "
             f"for posts with {work.entities} entities, {work.hard} of them hard. Reading, decoding images and masks on "
             "CPUs are not in it"

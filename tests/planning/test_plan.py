@@ -26,7 +26,7 @@ from gem_ray.grounding.sam import load_sam
 from gem_ray.knowledge import captioner
 from gem_ray.planning import costs, stacks
 from gem_ray.planning.cards import CARDS, GIB
-from gem_ray.planning.costs import stage_need
+from gem_ray.planning.costs import MATCHER_UTILISATION, UTILISATION, ModelNeed, Workload, stage_need
 from gem_ray.planning.model_facts import count_parameters, read_shape
 from gem_ray.planning.plan import Plan, PlanError, make_plan, measured_seconds, passes_of
 from gem_ray.planning.pools import Pool
@@ -36,6 +36,7 @@ from gem_ray.tagger.checkpoint import load_tagger
 
 PASSES = "pipeline.passes=[[prepare, knowledge], [tag, load_image, rerank], [load_image, ground]]"
 USABLE = 0.95
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 Shape = dict[str, Any]
 
 
@@ -266,11 +267,64 @@ def observed(model: torch.nn.Module, run) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("reference", ["sam_vit_b_01ec64.pth", "sam_vit_l_0b3195.pth"])
-def test_sams_memory_and_operations_are_those_of_its_encoder(reference: str) -> None:
-    flops, peak = observed(on_meta(reference), lambda model: model.image_encoder(torch.empty(2, 3, 1024, 1024)))
+def test_sams_operations_are_those_of_its_encoder(reference: str) -> None:
+    flops, _ = observed(on_meta(reference), lambda model: model.image_encoder(torch.empty(2, 3, 1024, 1024)))
     layers = stacks.sam_encoder(PUBLISHED[reference].shape)
     assert 2 * sum(layer.flops for layer in layers) == pytest.approx(flops, rel=0.12)
-    assert 2 * 4 * max(layer.activations for layer in layers) == pytest.approx(peak, rel=0.1)
+
+
+def figures_of_the_h200(name: str) -> dict[str, Any]:
+    """What a benchmark measured there."""
+    return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def needs_of_the_benchmark(stage: StageName, *overrides: str) -> dict[str, ModelNeed]:
+    """Models of a stage for posts like those: each with an image and three entities, hard and seen."""
+    posts = Workload(
+        entities=3, with_entities=1, hard=3, with_hard=1, with_boxes=1, with_other_boxes=1, prompt_tokens=87
+    )
+    models = stage_need(stage, load_config("cluster", overrides=overrides), 0, posts).models
+    return {model.role: model for model in models}
+
+
+@pytest.mark.parametrize(
+    ("role", "part", "batches"),
+    [
+        (
+            "matcher",
+            "match_trace",
+            (
+                "grounder.matcher.image_batch_size={0}",
+                "grounder.matcher.batch_size={1}",
+                "pipeline.ground.batch_size={0}",
+            ),
+        ),
+        ("sam", "sam_encoder", ("grounder.boxes.sam.batch_size={0}", "grounder.boxes.text_first=[]")),
+    ],
+)
+def test_speed_and_memory_of_the_grounder_are_those_that_an_h200_had(
+    role: str, part: str, batches: tuple[str, ...]
+) -> None:
+    rows = figures_of_the_h200("grounder-gpu")[part]
+    for row in rows[-3:]:
+        settings = [each.format(row["batch"], 3 * row["batch"]) for each in batches]
+        large = "grounder.matcher.model=Salesforce/blip-itm-large-coco"
+        model = needs_of_the_benchmark(StageName.GROUND, large, *settings)[role]
+        assert (model.weights + model.activations) / 1e9 == pytest.approx(row["memory_gb"], rel=0.1)
+    fastest = max(row["images_per_second"] for row in rows)
+    assert 1 / model.seconds(CARDS["h200"]) == pytest.approx(fastest, rel=0.05)
+
+
+def test_speed_of_the_transformers_reranker_is_that_which_an_h200_had() -> None:
+    fastest = max(point["entities_per_second"] for point in figures_of_the_h200("reranker-gpu")["curve"])
+    model = needs_of_the_benchmark(StageName.RERANK, "reranker.engine=transformers")["reranker"]
+    assert 3 / model.seconds(CARDS["h200"]) == pytest.approx(fastest, rel=0.05)
+
+
+def test_what_nobody_measured_is_planned_with_what_is_assumed() -> None:
+    models = needs_of_the_benchmark(StageName.GROUND, "grounder.boxes.sam.dtype=float32")
+    assert models["text_segmenter"].utilisation == models["sam"].utilisation == UTILISATION
+    assert models["matcher"].utilisation == MATCHER_UTILISATION != UTILISATION
 
 
 def test_operations_of_a_language_model_are_those_of_its_layers() -> None:
@@ -297,8 +351,8 @@ def test_memory_and_operations_of_the_embedded_matchers_image_encoder() -> None:
 def test_a_larger_batch_or_a_wider_dtype_needs_more() -> None:
     config = full("one-gpu")
     base = stage_need(StageName.GROUND, config).memory
-    for change in ("grounder.boxes.sam.batch_size=8", "grounder.boxes.sam.dtype=float32"):
-        assert stage_need(StageName.GROUND, full("one-gpu", change)).memory > 1.5 * base
+    for change in ("grounder.boxes.sam.batch_size=16", "grounder.boxes.sam.dtype=float32"):
+        assert stage_need(StageName.GROUND, full("one-gpu", change)).memory > 1.3 * base
 
 
 # Fitting
@@ -351,7 +405,7 @@ def test_a_card_of_12_gb_is_refused_with_numbers_and_what_would_fit() -> None:
 
 
 def test_the_smaller_settings_of_a_refusal_do_fit() -> None:
-    wide = ["reranker.enabled=false", "grounder.boxes.sam.dtype=float32", "grounder.boxes.sam.batch_size=8"]
+    wide = ["reranker.enabled=false", "grounder.boxes.sam.dtype=float32", "grounder.boxes.sam.batch_size=64"]
     message = refusal(full("one-gpu", *wide), gpus=1, gpu_memory_gb=12)
     changes = [word for before, word in zip(message.split(), message.split()[1:], strict=False) if before == "--set"]
     sam = [change.rstrip(",") for change in changes if "sam" in change]
@@ -370,7 +424,7 @@ def test_stages_that_do_not_fit_at_once_are_refused_with_passes_that_do() -> Non
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("pipeline.ground.num_gpus=0.1", "set pipeline.ground.num_gpus to 0.41 or more"),
+        ("pipeline.ground.num_gpus=0.1", "set pipeline.ground.num_gpus to 0.17 or more"),
         ("pipeline.rerank.num_gpus=0.7", "pipeline.rerank.num_gpus to 0.85 or more"),
         ("reranker.gpu_memory_utilization=1", "set reranker.gpu_memory_utilization to 0.80 or less"),
         ("reranker.gpu_memory_utilization=0.5", "set reranker.gpu_memory_utilization to 0.65 or more"),
@@ -560,8 +614,15 @@ def test_the_command_prints_a_table_that_a_terminal_of_100_columns_holds() -> No
     done = gem_ray(*arguments, *FULL_ARGUMENTS)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 100
-    for words in ("pass 3", "llava-1.5-7b-hf", "estimate, not measured", "verdict: it fits", "bottleneck: rerank"):
-        assert words in done.stdout
+    for words in (
+        "pass 3",
+        "llava-1.5-7b-hf",
+        "estimate: ",
+        "measured on an H200",
+        "verdict: it fits",
+        "bottleneck: rerank",
+    ):
+        assert words in " ".join(done.stdout.split())  # lines are wrapped
 
 
 def test_the_command_gives_json() -> None:
