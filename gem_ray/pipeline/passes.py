@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -14,6 +18,8 @@ from gem_ray.records import Post, StageName
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.source import InputFile
+
+_ROWS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class PassResults:
 
     Args:
         filesystem: what the files are on.
-        files: the files.
+        files: the files, in the order of their first rows.
         again: stages that the next pass runs again; what went wrong in them is forgotten.
     """
 
@@ -44,28 +50,49 @@ class PassResults:
         """The files of a folder; reads only their footers."""
         entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
         paths = [entry.path for entry in entries if entry.is_file and is_rows(entry.path)]
-        return cls(filesystem, [_result_file(filesystem, path) for path in paths], again)
+        files = sorted((_result_file(filesystem, path) for path in paths), key=lambda file: file.first)
+        return cls(filesystem, files, again)
 
     def merged(self, file: InputFile, posts: Iterator[Post]) -> Iterator[Post]:
-        """Posts of an input file as the earlier pass left them, with their images as the input has them."""
-        rows = self._rows_of(file)
-        for post in posts:
-            assert post.row_id is not None  # the source numbers its rows
-            result = Post.from_annotation(rows[post.row_id])
-            result.image_bytes, result.image_uri = post.image_bytes, post.image_uri
-            result.problems = [problem for problem in result.problems if problem.stage not in self._again]
-            yield result
+        """Posts of an input file as the earlier pass left them, with their images as the input has them.
 
-    def _rows_of(self, file: InputFile) -> dict[int, dict[str, Any]]:
-        ids = file.row_ids
-        first, last = int(ids[0]), int(ids[-1])
-        rows: dict[int, dict[str, Any]] = {}
-        for each in self._files:
-            if each.first <= last and each.last >= first:
-                inside = [("row_id", ">=", first), ("row_id", "<=", last)]
-                table = pq.read_table(each.path, filesystem=self._filesystem, filters=inside, partitioning=None)
-                rows |= {row["row_id"]: row for row in table.to_pylist()}
-        return rows
+        Results are held in memory from the first row that a result file has of this input file to the last. As blocks
+        are consecutive rows, that is a few result files at a time, however long the input file is.
+
+        Args:
+            file: the input file.
+            posts: of it, in the order of their ids.
+        """
+        first, last = int(file.row_ids[0]), int(file.row_ids[-1])
+        waiting = deque(each for each in self._files if each.first <= last and each.last >= first)
+        tables: list[pa.Table] = []
+        while chunk := list(islice(posts, _ROWS_AT_A_TIME)):
+            ids = [post.row_id or 0 for post in chunk]  # the source numbers its rows
+            while waiting and waiting[0].first <= ids[-1]:
+                tables.append(self._read(waiting.popleft(), first, last))
+            rows = _rows_of(tables, ids)
+            tables = [table for table in tables if table.num_rows and table["row_id"][-1].as_py() > ids[-1]]
+            for post in chunk:
+                yield self._as_left(post, rows[post.row_id or 0])
+
+    def _as_left(self, post: Post, row: dict[str, Any]) -> Post:
+        result = Post.from_annotation(row)
+        result.image_bytes, result.image_uri = post.image_bytes, post.image_uri
+        result.problems = [problem for problem in result.problems if problem.stage not in self._again]
+        return result
+
+    def _read(self, file: ResultFile, first: int, last: int) -> pa.Table:
+        """The rows of a result file with ids in a range, sorted by them."""
+        inside = [("row_id", ">=", first), ("row_id", "<=", last)]
+        table = pq.read_table(file.path, filesystem=self._filesystem, filters=inside, partitioning=None)
+        return table.sort_by("row_id")
+
+
+def _rows_of(tables: Sequence[pa.Table], ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Rows by id."""
+    wanted = pa.array(ids, pa.int64())
+    found = (table.filter(pc.is_in(table["row_id"], value_set=wanted)) for table in tables)
+    return {row["row_id"]: row for table in found for row in table.to_pylist()}
 
 
 def _result_file(filesystem: fs.FileSystem, path: str) -> ResultFile:
