@@ -184,14 +184,13 @@ class S3Storage(Storage):
 
     def version(self, name: str) -> str | None:
         """The ETag."""
-        from botocore.exceptions import ClientError
-
-        try:
-            return self._client.head_object(**self._object(name))["ETag"]
-        except ClientError as error:
-            if _status(error) == 404:
-                return None
-            raise _as_os_error(error, self.path(name)) from None
+        with _as_os_errors(self.path(name)):
+            try:
+                return self._client.head_object(**self._object(name))["ETag"]
+            except self._client.exceptions.ClientError as error:
+                if _status(error) == 404:
+                    return None
+                raise
 
     def swap(self, name: str, content: bytes, expected: str | None) -> str:
         """As `Storage.swap`, by a conditional request."""
@@ -229,16 +228,15 @@ class S3Storage(Storage):
             raise
 
     def _put(self, name: str, content: bytes, **conditions: str) -> str:
-        from botocore.exceptions import ClientError
-
-        try:
-            return self._client.put_object(**self._object(name), Body=content, **conditions)["ETag"]
-        except ClientError as error:
-            if _status(error) in (404, 409, 412):  # 404: what `If-Match` names is gone
-                raise ConflictError(name) from None
-            if _status(error) == 501:
-                raise NotImplementedError(name) from None
-            raise _as_os_error(error, self.path(name)) from None
+        with _as_os_errors(self.path(name)):
+            try:
+                return self._client.put_object(**self._object(name), Body=content, **conditions)["ETag"]
+            except self._client.exceptions.ClientError as error:
+                if _status(error) in (404, 409, 412):  # 404: what `If-Match` names is gone
+                    raise ConflictError(name) from None
+                if _status(error) == 501:
+                    raise NotImplementedError(name) from None
+                raise
 
     def _object(self, name: str) -> dict[str, str]:
         bucket, _, key = self.path(name).partition("/")
@@ -278,6 +276,15 @@ def _status(error: Any) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
-def _as_os_error(error: Any, path: str) -> OSError:
-    kind = PermissionError if _status(error) in (401, 403) else ConnectionError
-    return kind(f"s3://{path}: {error}")
+@contextmanager
+def _as_os_errors(path: str) -> Iterator[None]:
+    """Raise what boto3 raises as what a file system would."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        kind = PermissionError if _status(error) in (401, 403) else ConnectionError
+        raise kind(f"s3://{path}: {error}") from None
+    except BotoCoreError as error:  # no connection, or no answer
+        raise ConnectionError(f"s3://{path}: {error}") from None

@@ -145,6 +145,35 @@ def test_start_that_both_looked_and_wrote_late_is_refused(output: str) -> None:
         assert claim.holds
 
 
+def test_lease_is_kept_while_some_requests_fail_or_their_answers_are_lost(s3: Any, faulty_s3: Any) -> None:
+    directory = RunDirectory(s3.bucket("leases") + "/out")
+    with Lease(directory, BEAT_S).held() as claim:
+        faulty_s3.kinds, faulty_s3.share = ("slow_down", "reset", "cut"), 0.3
+        until = time.monotonic() + 60
+        while facts_of(directory.storage)["beats"] < 8 and time.monotonic() < until:
+            time.sleep(BEAT_S)
+        faulty_s3.share = 0
+        assert faulty_s3.faults
+        assert facts_of(directory.storage)["beats"] >= 8
+        assert claim.holds
+    assert facts_of(directory.storage)["released"]
+
+
+def test_server_that_is_gone_is_an_error_of_the_file_system(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the holder's next beat survives."""
+    from gem_ray.data import storage as storage_module
+    from gem_ray.s3 import S3Uri, open_bucket
+
+    uri = S3Uri.parse(s3.bucket("leases") + "/out")
+    storage = storage_module.S3Storage(uri, open_bucket(uri))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr("gem_ray.s3._OBJECT_ATTEMPTS", 1)
+    with pytest.raises(OSError, match="127.0.0.1:1"):
+        storage.version("x")
+    with pytest.raises(OSError, match="127.0.0.1:1"):
+        storage.swap("x", b"", None)
+
+
 @pytest.mark.parametrize("how", ["ignored", "not implemented"])
 def test_store_without_conditional_writes_still_gives_the_output_to_one(
     s3: Any, how: str, monkeypatch: pytest.MonkeyPatch
