@@ -27,9 +27,9 @@ def annotated(said: list[str], entropies: list[float], reranked: bool = False) -
     candidates = [Candidate("musician", 0.5), Candidate("actor", 0.4)]
     posts = []
     for number, (fine, nats) in enumerate(zip(said, entropies, strict=True)):
-        ann = Entity("ann", 0, 3, 0, 1, "person", fine, 0.5, nats, reranked, candidates)
+        ann = Entity("ann", 0, 3, 0, 1, "person", fine, 0.5, entropy=nats, reranked=reranked, candidates=candidates)
         posts.append(Post(f"p{number}", TEXT, TEXT.split(), entities=[ann]))
-    posts[0].entities.append(Entity("rome", 7, 11, 2, 3, "location", "city", 0.9, 0.1))
+    posts[0].entities.append(Entity("rome", 7, 11, 2, 3, "location", "city", 0.9, entropy=0.1))
     return posts
 
 
@@ -67,8 +67,9 @@ def test_figure_5_follows_from_the_stored_predictions_of_two_runs(experiment: Ex
     everything = calibration.all
     assert (everything.share.total, everything.accuracy.total) == (5, 4)  # `rome` is no gold mention
     assert (everything.accuracy.right, everything.reranked.right, everything.top_recall.right) == (2, 3, 4)
-    # Above 0.3 the reranker is right twice where the tagger is wrong; below it loses one and wins none.
-    assert calibration.thresholds["crossing"].gamma == pytest.approx(0.3, abs=2e-4)
+    # Above 0.3 the reranker is right twice where the tagger is wrong; up to it, it loses one and wins none. γ lies
+    # half-way to the next entropy, 0.5.
+    assert calibration.thresholds["crossing"].gamma == pytest.approx(0.4, abs=2e-4)
     assert calibration.thresholds["configured"].gamma == 0.3
     results = write_results(tmp_path, experiment, {}, dev)
     assert results["calibration"]["all"]["reranked"]["right"] == 3

@@ -168,9 +168,9 @@ def test_server_that_is_gone_is_an_error_of_the_file_system(s3: Any, monkeypatch
     storage = storage_module.S3Storage(uri, open_bucket(uri))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr("gem_ray.s3._OBJECT_ATTEMPTS", 1)
-    with pytest.raises(OSError, match="127.0.0.1:1"):
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
         storage.version("x")
-    with pytest.raises(OSError, match="127.0.0.1:1"):
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
         storage.swap("x", b"", None)
 
 

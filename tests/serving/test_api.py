@@ -56,8 +56,9 @@ def test_an_answer_holds_the_fields_of_a_row_and_how_it_came_about(service, show
         "ground": {"matcher", "sam", "text_segmenter"},
     }
     needed = roles.keys() & answer["seconds"].keys()
-    assert answer["models"].keys() == set().union(*(roles[stage] for stage in needed))
-    assert answer["models"]["tagger"].startswith("nano:tagger@")
+    models = {model["role"]: model["reference"] for model in answer["models"]}
+    assert models.keys() == set().union(*(roles[stage] for stage in needed))
+    assert models["tagger"].startswith("nano:tagger@")
     assert {"prepare", "tag", "load_image", "ground"} <= answer["seconds"].keys()
     assert answer["gamma"] == 0.2
 
