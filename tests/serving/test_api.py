@@ -51,7 +51,7 @@ def test_an_answer_holds_the_fields_of_a_row_and_how_it_came_about(service, show
     assert any(entity["box"] for entity in answer["entities"])
     assert all(answer["text"][e["start"] : e["end"]] == e["text"] for e in answer["entities"])
     roles = {
-        "tag": {"tagger"},
+        "tag": {"tagger", "tagger_encoder"},
         "rerank": {"reranker", "reranker_adapter"},
         "ground": {"matcher", "sam", "text_segmenter"},
     }
