@@ -104,12 +104,10 @@ def look_up(reference: str) -> HubModel:
             in the hub's cache on this machine.
         PermissionError: its owner wants terms accepted first.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import constants
 
     with _explained(reference):
-        place = HubReference.parse(reference)
-        commit = HfApi().resolve_revision(place.repo, revision=place.revision, cache_dir=_cache()).resolved
-        place = replace(place, revision=commit)
+        place = _pinned(HubReference.parse(reference), offline=constants.HF_HUB_OFFLINE)
         sizes = _tree(place)
         names = {place.file} if place.file else loaded_files(sizes, lambda name: _download(place, name).read_text())
         if missing := sorted(names - sizes.keys()):
@@ -168,15 +166,13 @@ def is_pinned(reference: str) -> bool:
 
 def on_disk(reference: str) -> Path | None:
     """Where a model is in the hub's cache; None: it is not there, or not whole. Asks nobody."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionResolutionError
 
     try:
-        place = HubReference.parse(reference)
-        found = HfApi().resolve_revision(place.repo, revision=place.revision, cache_dir=_cache(), local_files_only=True)
+        place = _pinned(HubReference.parse(reference), offline=True)
     except (ValueError, RevisionResolutionError):
         return None
-    folder = _snapshot(replace(place, revision=found.resolved))
+    folder = _snapshot(place)
     if folder is None:
         return None
     if place.file:
@@ -186,6 +182,14 @@ def on_disk(reference: str) -> Path | None:
     except FileNotFoundError:
         return None
     return folder if all((folder / name).is_file() for name in names) else None
+
+
+def _pinned(place: HubReference, offline: bool) -> HubReference:
+    """The commit that a revision stands for; offline, as the cache knows it."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().resolve_revision(place.repo, revision=place.revision, cache_dir=_cache(), local_files_only=offline)
+    return replace(place, revision=found.resolved)
 
 
 def loaded_files(names: Collection[str], read: Callable[[str], str]) -> set[str]:

@@ -170,17 +170,21 @@ def _attached(model: nn.Module, adapters: Mapping[str, Path]) -> Iterator[tuple[
         yield adapted, name, weights
 
 
-def weight_shapes(folder: Path) -> dict[str, Tensor]:
+def weight_shapes(source: Path) -> dict[str, Tensor]:
     """A checkpoint's tensors by name, without their values: on the device `meta`.
+
+    Args:
+        source: a folder as the hub has it, or one file of weights.
 
     Raises:
         FileNotFoundError: the folder holds no weights.
     """
-    if files := sorted(folder.glob("model*.safetensors")):
-        return {name: tensor for file in files for name, tensor in _safetensors_shapes(file)}
-    if files := sorted(folder.glob("pytorch_model*.bin")):
-        return {name: tensor for file in files for name, tensor in _pickled_shapes(file).items()}
-    raise FileNotFoundError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin")
+    if source.is_file():
+        return dict(_safetensors_shapes(source)) if source.suffix == ".safetensors" else _pickled_shapes(source)
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(source.glob(pattern)):
+            return {name: tensor for file in files for name, tensor in weight_shapes(file).items()}
+    raise FileNotFoundError(f"{source} holds no weights: neither model*.safetensors nor pytorch_model*.bin")
 
 
 def _safetensors_shapes(file: Path) -> Iterable[tuple[str, Tensor]]:

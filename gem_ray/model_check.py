@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from gem_ray.annotator import active_stages
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
-from gem_ray.model_references import model_keys, reference_at
+from gem_ray.model_references import Key, model_keys, reference_at
 from gem_ray.records import StageName
+
+
+def stages_to_check(config: Config) -> list[StageName]:
+    """The active stages that may refuse their models: those that do not come with gem-ray, or a reranker's length."""
+    return [
+        stage
+        for stage in active_stages(config)
+        if not all(_is_embedded(config, key) for key in model_keys(stage, config).values())
+        or (stage is StageName.RERANK and config.reranker.max_model_len is not None)
+    ]
+
+
+def _is_embedded(config: Config, key: Key) -> bool:
+    return str(reference_at(config, key)).startswith("nano:")
 
 
 def check_models(stage: StageName, config: Config) -> None:
@@ -16,14 +31,15 @@ def check_models(stage: StageName, config: Config) -> None:
 
     Raises:
         FileNotFoundError: a model is not there.
-        ConfigError: `reranker.max_model_len` leaves no room beside an image.
+        ConfigError: the reranker's engine cannot load such a model, or `reranker.max_model_len` leaves no room beside
+            an image.
         ValueError: weights are missing, unexpected or of another shape; the message names them.
     """
     for role, key in model_keys(stage, config).items():
-        if role in _CHECKS:
+        if role in CHECKS:
             reference = reference_at(config, key)
             assert reference is not None  # `model_keys` leaves out what is not named
-            _CHECKS[role](resolve(reference), config)
+            CHECKS[role](resolve(reference), config)
 
 
 def _tagger(folder: Path, config: Config) -> None:
@@ -48,11 +64,9 @@ def _language_model(folder: Path, config: Config) -> None:
 
 def _reranker(folder: Path, config: Config) -> None:
     from gem_ray.loading import check_declared
+    from gem_ray.rerank.model_positions import model_positions
 
-    if config.reranker.engine == "vllm":
-        from gem_ray.rerank.model_positions import model_positions
-
-        model_positions(folder, config)
+    model_positions(folder, config)
     check_declared(folder, {name: resolve(where) for name, where in config.reranker.adapter_references.items()})
 
 
@@ -63,9 +77,9 @@ def _matcher(folder: Path, config: Config) -> None:
 
 
 def _sam(folder: Path, config: Config) -> None:
-    from gem_ray.grounding.sam import load_sam
+    from gem_ray.grounding.sam import check_sam
 
-    load_sam(folder)
+    check_sam(folder)
 
 
 def _text_segmenter(folder: Path, config: Config) -> None:
@@ -75,7 +89,7 @@ def _text_segmenter(folder: Path, config: Config) -> None:
     check_text_segmenter(config.grounder.boxes.text.kind, folder)
 
 
-_CHECKS: dict[str, Callable[[Path, Config], None]] = {
+CHECKS: dict[str, Callable[[Path, Config], None]] = {
     "captioner": _captioner,
     "explainer": _language_model,
     "tagger": _tagger,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gem_ray.commands.options import EXIT_REJECTED, ConfigOption, PresetOption, SeedOption, SetOption
+from gem_ray.commands.options import EXIT_REJECTED, ConfigOption, PresetOption, SeedOption, SetOption, UnseenNamesOption
 from gem_ray.pipeline.submit import LOCAL_ADDRESS, Job
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out/demo"),
     posts: Annotated[int, typer.Option(help="How many posts.", min=1)] = 200,
     seed: SeedOption = 7,
+    unseen_names: UnseenNamesOption = 0.4,
 ) -> None:
     """Generated posts through the whole system: annotations, scores, ablations and a gallery."""
     from gem_ray.nano.demo import run_demo
 
-    run_demo(out, posts, seed)
+    run_demo(out, posts, seed, unseen_names)
 
 
 @app.command(epilog="Example: `gem-ray annotate posts/ out/ --set filter.gamma=0.3`")

@@ -32,6 +32,9 @@ PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Start from th
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file over the preset.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="One key: `filter.gamma=0.3`. Repeatable.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+UnseenNamesOption = Annotated[
+    float, typer.Option(help="Share of entities with names that training never saw.", min=0, max=1)
+]
 MapOption = Annotated[
     list[str] | None, typer.Option("--map", help="Other names of columns: `text=tweet,post_id=id`. Repeatable.")
 ]

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gem_ray.commands.options import EXIT_REJECTED, Labels, MapOption, PerShardOption, SeedOption, parse_columns
+from gem_ray.commands.options import (
+    EXIT_REJECTED,
+    Labels,
+    MapOption,
+    PerShardOption,
+    SeedOption,
+    UnseenNamesOption,
+    parse_columns,
+)
 
 if TYPE_CHECKING:
     from gem_ray.records import Post
@@ -47,9 +55,7 @@ def shards_generated(
     posts: Annotated[int, typer.Option(help="How many posts.", min=1)] = 200,
     seed: SeedOption = 7,
     per_shard: PerShardOption = 1000,
-    unseen_names: Annotated[
-        float, typer.Option(help="Share of entities with names that training never saw.", min=0, max=1)
-    ] = 0.0,
+    unseen_names: UnseenNamesOption = 0.0,
 ) -> None:
     """Posts about invented entities, with images and gold."""
     from gem_ray.data.generated import generate

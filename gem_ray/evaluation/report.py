@@ -73,9 +73,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(category_table(report))
 
 
-def print_comparison(reports: Mapping[str, Report], console: Console | None = None) -> None:
+def print_comparison(reports: Mapping[str, Report], title: str = "F1", console: Console | None = None) -> None:
     """Print the comparison table."""
-    (console or Console()).print(comparison_table(reports))
+    (console or Console()).print(comparison_table(reports, title))
 
 
 def print_differences(differences: Mapping[str, Difference], other: str, console: Console | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from segment_anything import modeling, sam_model_registry
 from segment_anything.utils.transforms import ResizeLongestSide
+from transformers import SamModel
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, SamConfig
@@ -20,8 +21,8 @@ from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
 from gem_ray.grounding.sam_attention import fuse_attention
 from gem_ray.grounding.sam_build import SamSizes, build_sam
-from gem_ray.grounding.sam_hub import load_hub_sam
-from gem_ray.loading import load_strictly
+from gem_ray.grounding.sam_hub import is_hub_sam, load_hub_sam
+from gem_ray.loading import check_pretrained, compare, load_strictly, weight_shapes
 from gem_ray.noise import first_highest
 from gem_ray.records import Box
 
@@ -67,29 +68,54 @@ def load_sam(path: Path) -> modeling.Sam:
         ValueError: weights are missing, unexpected or of another shape; or a `.pth` whose image encoder has none of the
             published widths.
     """
-    if (path / "config.json").is_file():
-        return _load_directory(path).eval()
-    checkpoint = path if path.is_file() else next(path.glob("sam_vit_*.pth"), None)
-    if checkpoint is None:
-        raise FileNotFoundError(f"no SAM in {path}: expected config.json with weights, or sam_vit_*.pth")
+    if is_hub_sam(path):
+        return load_hub_sam(path).eval()
+    file = _weights_file(path)
     # The registry's own loading unpickles anything: load the weights ourselves.
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    width = state["image_encoder.pos_embed"].shape[-1]
-    if width not in _PUBLISHED:
-        raise ValueError(f"{checkpoint}: an image encoder {width} wide is none of SAM's published {_PUBLISHED}")
-    model = sam_model_registry[_PUBLISHED[width]]()
-    load_strictly(model, state, checkpoint)
+    weights = load_file(file) if _is_own(file) else torch.load(file, map_location="cpu", weights_only=True)
+    model = _untrained(file, weights)
+    load_strictly(model, weights, file)
     return model.eval()
 
 
-def _load_directory(folder: Path) -> modeling.Sam:
-    values = json.loads((folder / "config.json").read_text())
-    if "vision_config" in values:
-        return load_hub_sam(folder)
-    values.pop("model_type", None)
-    model = build_sam(SamSizes(**{**values, "global_layers": tuple(values["global_layers"])}))
-    load_strictly(model, load_file(folder / "model.safetensors"), folder)
-    return model
+def check_sam(path: Path) -> None:
+    """Check SAM's weights without reading them; arguments and errors are those of `load_sam`."""
+    if is_hub_sam(path):
+        check_pretrained(SamModel, path)
+        return
+    file = _weights_file(path)
+    weights = weight_shapes(file)
+    with torch.device("meta"):
+        model = _untrained(file, weights)
+    compare(model.state_dict(), weights, file)
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = [path / "model.safetensors"] if (path / "config.json").is_file() else [*path.glob("sam_vit_*.pth")]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"no SAM in {path}: expected config.json with weights, or sam_vit_*.pth")
+    return files[0]
+
+
+def _is_own(file: Path) -> bool:
+    """Whether `save_sam` wrote it."""
+    return file.suffix == ".safetensors"
+
+
+def _untrained(file: Path, weights: Mapping[str, torch.Tensor]) -> modeling.Sam:
+    """The architecture whose weights a file holds."""
+    if _is_own(file):
+        values = json.loads((file.parent / "config.json").read_text())
+        values.pop("model_type", None)
+        return build_sam(SamSizes(**{**values, "global_layers": tuple(values["global_layers"])}))
+    positions = weights.get("image_encoder.pos_embed")
+    if positions is None:
+        raise ValueError(f"{file}: the weights are not those of SAM (missing: image_encoder.pos_embed)")
+    if (width := positions.shape[-1]) not in _PUBLISHED:
+        raise ValueError(f"{file}: an image encoder {width} wide is none of SAM's published {_PUBLISHED}")
+    return sam_model_registry[_PUBLISHED[width]]()
 
 
 class _Resize(ResizeLongestSide):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -38,6 +39,12 @@ _RENAMED = [
 ]
 # The same tensor as `shared_image_embedding`.
 _SECOND_NAME = "prompt_encoder.shared_embedding.positional_embedding"
+
+
+def is_hub_sam(path: Path) -> bool:
+    """Whether it is a folder as the hub's, and not one that gem-ray wrote."""
+    config = path / "config.json"
+    return config.is_file() and "vision_config" in json.loads(config.read_text())
 
 
 def load_hub_sam(folder: Path) -> modeling.Sam:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,60 +23,87 @@ from gem_ray.records import Post
 from gem_ray.taxonomy import FMNERG
 
 UNSEEN_NAMES = 0.4  # of the entities that the posts mention
-KNOWN, UNSEEN = "known names", "unseen names"
+_WHOLE = "gem-ray (nano)"
+_ALL = "all mentions"
+_PARTS = ("reranker", "grounder")
+_MENTIONS: dict[str, Callable[[str], bool]] = {
+    _ALL: lambda name: True,
+    "known names": lambda name: not is_unseen(name),
+    "unseen names": is_unseen,
+}
+
+Comparison = dict[str, dict[str, Report]]  # mentions -> system -> scores
 
 
-def run_demo(out: Path, count: int, seed: int, console: Console | None = None) -> dict[str, Report]:
+def run_demo(
+    out: Path, count: int, seed: int, unseen_names: float = UNSEEN_NAMES, console: Console | None = None
+) -> Comparison:
     """Generate, annotate on Ray Data, score, compare with parts left out, and write the gallery.
 
     Args:
-        out: gets `posts/`, `annotations/`, `run.json`, `metrics.json` with those of known and of unseen names beside
-            it, and `gallery.html`.
+        out: gets `posts/`, `annotations/`, `run.json`, `metrics.json`, `comparison.json` and `gallery.html`.
         count: how many posts.
         seed: of the posts; the embedded models were trained on others than the default.
+        unseen_names: share of the mentioned entities with names that training never saw.
         console: where to print.
 
     Returns:
-        The scores of the whole system, on all mentions and on names that training posts have and have not, and of the
-        system without its reranker and without its grounder.
+        The scores of the whole system and of it without its reranker and without its grounder: of all mentions, and
+        apart of those whose names training posts have and of those whose names they have not.
     """
     console = console or Console()
     shards = out / "posts"
     config = load_config(overrides=["grounder.matcher.save_heatmaps=true"])
     console.print(f"[bold]1/4[/] generating {count} posts (seed {seed}) → {shards}")
-    write_posts(generate(count, seed, UNSEEN_NAMES), shards)
+    write_posts(generate(count, seed, unseen_names), shards)
     console.print(f"[bold]2/4[/] annotating them on Ray → {out / 'annotations'}")
     summary = annotate_dataset(str(shards), str(out), config, fresh=True)
     console.print(f"    {summary.rows} posts in {summary.seconds:.0f} s, {summary.rows_per_second:.1f} a second")
     console.print("[bold]3/4[/] scoring, and annotating again without the reranker and without the grounder")
-    gold, predicted = read_gold(shards), read_predictions(out)
-    reports = {"gem-ray (nano)": evaluate(gold, predicted, labels=FMNERG)} | by_name(gold, predicted)
-    reports["without reranker"] = _score_without("reranker", config, shards)
-    reports["without grounder"] = _score_without("grounder", config, shards)
-    for name, file in (("gem-ray (nano)", "metrics"), (KNOWN, "metrics-known"), (UNSEEN, "metrics-unseen")):
-        write_report(reports[name], out / f"{file}.json")
-    print_comparison(reports, console)
+    gold = list(read_gold(shards))
+    systems = {_WHOLE: list(read_predictions(out))}
+    systems |= {f"without {part}": _annotate_without(part, config, shards) for part in _PARTS}
+    comparison = compare(gold, systems)
+    write_report(comparison[_ALL][_WHOLE], out / "metrics.json")
+    _write_comparison(comparison, out / "comparison.json")
+    for mentions, reports in comparison.items():
+        print_comparison(reports, f"F1, {mentions}", console)
     console.print("[bold]4/4[/] gallery")
     write_gallery_of_run(out, shards, out / "gallery.html")
     console.print(
-        f"\nOpen [bold]{out / 'gallery.html'}[/] in a browser. Scores: {out / 'metrics.json'}; facts of the run: "
+        f"\nOpen [bold]{out / 'gallery.html'}[/] in a browser. Scores: {out / 'comparison.json'}; facts of the run: "
         f"{out / 'run.json'}.\nYour own posts: [bold]gem-ray shards jsonl posts.jsonl posts/[/], then "
         "[bold]gem-ray annotate posts/ out/[/]."
     )
-    return reports
+    return comparison
 
 
-def by_name(gold: Sequence[Post], predicted: Sequence[Post]) -> dict[str, Report]:
-    """Scores apart: of mentions whose names training posts have, and of those whose names it never saw."""
-    known = keep_mentions(gold, predicted, lambda name: not is_unseen(name))
-    return {
-        KNOWN: evaluate(*known, labels=FMNERG),
-        UNSEEN: evaluate(*keep_mentions(gold, predicted, is_unseen), labels=FMNERG),
+def compare(gold: Sequence[Post], systems: Mapping[str, Sequence[Post]]) -> Comparison:
+    """Scores of several systems: of all mentions, and of known and unseen names apart where there are both."""
+    comparison = {
+        mentions: {
+            system: evaluate(*keep_mentions(gold, predicted, is_wanted), labels=FMNERG)
+            for system, predicted in systems.items()
+        }
+        for mentions, is_wanted in _MENTIONS.items()
     }
+    are_apart = all(report.mner.gold for reports in comparison.values() for report in reports.values())
+    return comparison if are_apart else {_ALL: comparison[_ALL]}
 
 
-def _score_without(part: str, config: Config, shards: Path) -> Report:
+def _annotate_without(part: str, config: Config, shards: Path) -> list[Post]:
     section = getattr(config, part).model_copy(update={"enabled": False})
     annotator = Annotator.from_config(config.model_copy(update={part: section}))
-    posts = list(read_posts(str(shards)))
-    return evaluate(list(read_gold(shards)), annotator.annotate(posts), labels=FMNERG)
+    return annotator.annotate(list(read_posts(str(shards))))
+
+
+def _write_comparison(comparison: Comparison, path: Path) -> None:
+    """Ratios from 0 to 1, and counts."""
+    values = {
+        mentions: {
+            system: {task: scores.to_dict() for task, scores in report.tasks.items()}
+            for system, report in reports.items()
+        }
+        for mentions, reports in comparison.items()
+    }
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

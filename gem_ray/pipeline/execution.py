@@ -12,14 +12,13 @@ import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from gem_ray.annotator import active_stages
-from gem_ray.model_check import check_models
+from gem_ray.config import ConfigError
+from gem_ray.model_check import check_models, stages_to_check
 from gem_ray.model_references import load_unchanged
 from gem_ray.pipeline.compaction import Merge, MergedFile, merge
 from gem_ray.pipeline.graph import WRITING_CPUS, as_annotations, as_pass_results, build_graph, entropies_of
 from gem_ray.pipeline.ledger import Ledger, Progress
 from gem_ray.pipeline.session import ray_session
-from gem_ray.planning.plan import MODEL_STAGES, passes_of
 from gem_ray.records import StageName
 
 if TYPE_CHECKING:
@@ -70,20 +69,22 @@ class RayExecutor:
             self._done, self._ledger = self._ledger.read(), None
 
     def check_models(self, config: Config, models: dict[str, str]) -> None:
-        """Check what would fail late, on some node: models of later passes, and vLLM's.
+        """Check the models of all stages, on a node that has what they need, before a row is touched.
 
         Raises:
+            ConfigError: the reranker cannot be what the configuration says.
             RunError: a model is not there, or its weights are missing, unexpected or of another shape.
         """
-        later = {stage for stages in passes_of(config)[1:] for stage in stages} & MODEL_STAGES
-        if config.reranker.engine == "vllm":  # which takes minutes to start
-            later |= {StageName.RERANK} & {*active_stages(config)}
-        if not later:
+        stages = stages_to_check(config)
+        if not stages:
             return
-        check = ray.remote(num_cpus=WRITING_CPUS, max_retries=0)(_check_models)
+        gpus = max(getattr(config.pipeline, stage).num_gpus for stage in stages)
+        check = ray.remote(num_cpus=WRITING_CPUS, num_gpus=gpus, max_retries=0)(_check_models)
         try:
-            ray.get(check.remote(sorted(later), config, models))
+            ray.get(check.remote(stages, config, models))
         except RayTaskError as error:
+            if isinstance(error.cause, ConfigError):
+                raise error.cause from None
             raise RunError(f"a model cannot be loaded: {error.cause}") from None
 
     def run_pass(

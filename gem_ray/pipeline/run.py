@@ -282,9 +282,9 @@ class _Work:
             return measured["gamma"], 0
         run, folder = self._run, self._folder
         with run.executor.session():
+            run.executor.check_models(run.config, run.models)
             files = [file for file in self._manifest.files[: self._manifest.parts[0]] if file.rows]
             config = with_gamma(run.config, folder, run.listing.filesystem, files, run.models, run.executor)
-            run.executor.check_models(config, run.models)
             runner = GroupRunner(folder, run.listing.filesystem, config, run.models, run.executor, run.claim)
             while first:
                 with reporting(progress, runner.done, sum(group.rows for group in first)):

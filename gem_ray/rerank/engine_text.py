@@ -16,6 +16,7 @@ from gem_ray.loading import load_adapters, load_pretrained
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.in_context import BARE, question
+from gem_ray.rerank.model_positions import model_positions
 from gem_ray.rerank.packing import PackedRow, pad_rows
 from gem_ray.rerank.prompts import PromptFormat
 
@@ -61,7 +62,7 @@ class TextEngine:
         return cls(
             model.to(torch_device(config.device)).eval(),
             AutoTokenizer.from_pretrained(folder),
-            settings.positions(0),
+            model_positions(folder, config),
             settings.batch_size,
             settings.template,
         )

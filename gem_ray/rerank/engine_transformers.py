@@ -11,21 +11,16 @@ from itertools import groupby
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import Config, ConfigError, ImageFit
+from gem_ray.config import Config, ImageFit
 from gem_ray.device import torch_device
 from gem_ray.loading import load_adapters
-from gem_ray.rerank.encoding import (
-    EncodedRequest,
-    RequestEncoder,
-    count_image_tokens,
-    expand_image_token,
-    positions,
-)
+from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
+from gem_ray.rerank.model_positions import model_positions
 from gem_ray.rerank.packing import PackedRow, pad_rows, split_rows
 from gem_ray.rerank.prompts import LLAVA, PromptFormat
 
@@ -81,8 +76,7 @@ class TransformersEngine:
         """
         settings = config.reranker
         folder = resolve(settings.model)
-        if (kind := AutoConfig.from_pretrained(folder).model_type) != "llava":
-            raise ConfigError(f"reranker.model: {settings.model} is a {kind} model; set reranker.engine=vllm for it")
+        length = model_positions(folder, config)
         model = load_llava(folder, getattr(torch, settings.dtype))
         adapters = {name: resolve(where) for name, where in settings.adapter_references.items()}
         adapted = load_adapters(model, adapters) if adapters else None
@@ -91,7 +85,7 @@ class TransformersEngine:
         return cls(
             model.to(torch_device(config.device)).eval(),
             LlavaProcessor.from_pretrained(folder),
-            positions(settings, count_image_tokens(model.config), config.image.max_side),
+            length,
             settings.batch_size,
             PromptFormat.of_model(folder, settings.template),
             adapted,

@@ -1,4 +1,4 @@
-"""How many positions a vision–language model gets for prompt, image and answer, before its weights are loaded."""
+"""How many positions a reranker gets for prompt, image and answer, before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoProcessor
 
-from gem_ray.config import Config
+from gem_ray.config import Config, ConfigError
 from gem_ray.rerank.encoding import count_image_tokens, largest_image, positions
 
 
@@ -18,14 +18,22 @@ def model_positions(folder: Path, config: Config) -> int:
         config: the section `reranker`, and `image.max_side`.
 
     Raises:
-        ConfigError: the configured length leaves no room for a question beside an image.
+        ConfigError: the engine cannot load such a model, or the configured length leaves no room for a question beside
+            an image.
     """
-    model, side = AutoConfig.from_pretrained(folder), config.image.max_side
+    settings, side = config.reranker, config.image.max_side
+    if settings.engine == "text":  # which sees no image
+        return settings.positions(0)
+    model = AutoConfig.from_pretrained(folder)
+    if settings.engine == "transformers" and model.model_type != "llava":
+        raise ConfigError(
+            f"reranker.model: {settings.model} is a {model.model_type} model; set reranker.engine=vllm for it"
+        )
     if model.model_type == "llava":
         tokens = count_image_tokens(model)
     else:
         tokens = largest_image(AutoProcessor.from_pretrained(folder), _image_token(model), side)
-    return positions(config.reranker, tokens, side)
+    return positions(settings, tokens, side)
 
 
 def _image_token(model: object) -> int:

@@ -38,8 +38,9 @@ def test_categories_are_shown_with_both_scores():
 
 def test_the_comparison_has_a_column_for_each_system_and_marks_the_best():
     console = Console(width=100, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
-    print_comparison({"whole": report(3), "without reranker": report(1)}, console)
+    print_comparison({"whole": report(3), "without reranker": report(1)}, "F1, known names", console)
     text = console.export_text(styles=True)
+    assert "known names" in text
     assert "whole" in text
     assert "without reranker" in text
     assert text.count("\x1b[1m75.00") == 7

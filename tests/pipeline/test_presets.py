@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,13 +15,16 @@ import pytest
 import replicas
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
-from gem_ray.annotator import build_stage
-from gem_ray.config import load_config
+from gem_ray.checkpoints import resolve
+from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
-from gem_ray.model_check import check_models
-from gem_ray.planning.plan import passes_of
+from gem_ray.model_check import CHECKS, check_models, stages_to_check
+from gem_ray.model_references import model_keys, reference_at
+from gem_ray.pipeline.run import RunError, annotate_dataset
+from gem_ray.records import StageName
 from gem_ray.rerank.llava import load_llava
 
 CPU = {
@@ -34,6 +39,8 @@ ONE_GPU = {
     "Salesforce/blip2-opt-2.7b": replicas.blip2_opt,
     "llava-hf/llava-1.5-7b-hf": replicas.llava,
     "me/reranker-lora": None,  # on the one before
+    "me/tagger": lambda folder: shutil.copytree(resolve("nano:tagger"), folder, dirs_exist_ok=True),
+    "me/explainer": replicas.gpt2,
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # A replica says yes and no at random: tilted, so that there is something to box.
@@ -90,10 +97,15 @@ def annotate(hub: Path, posts: Path, tmp_path: Path) -> Run:
     return run
 
 
-def entities(out: Path) -> list[dict]:
-    rows = pq.read_table(out / "annotations", partitioning=None).to_pylist()
+def annotations(out: Path) -> list[dict]:
+    rows = pq.read_table(out / "annotations", partitioning="hive").to_pylist()
     assert len(rows) == 6
-    return [entity for row in rows for entity in row["entities"]]
+    assert {row["status"] for row in rows} == {"ok"}
+    return rows
+
+
+def entities(out: Path) -> list[dict]:
+    return [entity for row in annotations(out) for entity in row["entities"]]
 
 
 def test_cpu_runs_from_the_download_to_boxes_with_no_other_setting(annotate: Run, tmp_path: Path) -> None:
@@ -117,35 +129,81 @@ ALL_PASSES = (
 )
 
 
-def test_one_gpu_runs_all_passes_on_a_cpu(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pass by pass, in this process: what Ray adds is the same for all presets."""
+def test_one_gpu_runs_all_passes_on_a_cpu(annotate: Run, tmp_path: Path) -> None:
+    done = annotate(*ALL_PASSES)
+    assert done.returncode == 0, done.stderr
+    assert all(row["caption"] for row in annotations(tmp_path / "out"))
+    found = entities(tmp_path / "out")
+    assert any(entity["reranked"] for entity in found)
+    assert any(entity["box"] for entity in found)
+
+
+# Every model that a configuration can name; they never run together.
+EVERYTHING = (
+    *ALL_PASSES[1:],
+    "--set=tagger.model=me/tagger",
+    "--set=knowledge.explainer={engine: vllm, model: me/explainer}",
+)
+
+
+def _everything(preset: str) -> Config:
+    return load_config(preset, overrides=[change.removeprefix("--set=") for change in EVERYTHING])
+
+
+def _roles() -> list[tuple[str, StageName, str]]:
+    named = {preset: load_config(preset) for preset in ("cpu", "one-gpu", "cluster")}
+    named["everything"] = _everything("one-gpu")
+    return [
+        (preset, stage, role)
+        for preset, config in named.items()
+        for stage in stages_to_check(config)
+        for role, key in model_keys(stage, config).items()
+        if not str(reference_at(config, key)).startswith("nano:")
+    ]
+
+
+@pytest.mark.parametrize(("preset", "stage", "role"), _roles())
+def test_a_missing_tensor_of_any_model_is_named_by_the_check(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, preset: str, stage: StageName, role: str
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    config = load_config("one-gpu", overrides=[change.removeprefix("--set=") for change in ALL_PASSES[1:]])
-    posts = list(generate(6, seed=5))
-    passes = passes_of(config)
-    assert len(passes) == 3
-    for stages in passes:
-        for name in stages:
-            check_models(name, config)
-            build_stage(name, config)(posts)
-    assert not [problem for post in posts for problem in post.problems]
-    found = [entity for post in posts for entity in post.entities]
-    assert any(post.caption for post in posts)
-    assert any(entity.reranked for entity in found)
-    assert any(entity.box for entity in found)
+    config = _everything("one-gpu") if preset == "everything" else load_config(preset)
+    check_models(stage, config)
+    reference = reference_at(config, model_keys(stage, config)[role])
+    with without_a_tensor(snapshot(hub, str(reference))) as name, pytest.raises(ValueError, match="missing") as caught:
+        check_models(stage, config)
+    assert ".".join(name.split(".")[-2:]) in str(caught.value)  # a model's names may begin otherwise than its file's
 
 
-def test_a_missing_tensor_of_the_last_pass_ends_the_run_before_the_first_post(
-    annotate: Run, hub: Path, tmp_path: Path
-) -> None:
-    folder = snapshot(hub, "Salesforce/blip-itm-large-coco")
-    kept = (folder / "model.safetensors").read_bytes()
-    replicas.rewrite(folder, lambda weights: weights.pop("itm_head.weight"))
+def test_every_kind_of_model_is_checked() -> None:
+    roles = {role for _, _, role in _roles()}
+    assert roles == {*CHECKS, "reranker_adapter"}
+
+
+@contextmanager
+def without_a_tensor(folder: Path) -> Iterator[str]:
+    """Leave out the last one, and put it back."""
+    file = next(folder.glob("*.safetensors"))
+    whole = file.read_bytes()
+    weights = load_file(file)
+    name = max(weights)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
     try:
-        done = annotate(*ALL_PASSES)
+        yield name
     finally:
-        (folder / "model.safetensors").write_bytes(kept)
-    assert done.returncode == 1
-    assert "missing: itm_head.weight" in done.stderr
-    assert not list((tmp_path / "out").rglob("*.parquet"))
+        file.write_bytes(whole)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_checks_its_models_before_the_first_post(hub: Path, posts: Path, tmp_path: Path) -> None:
+    """Also a run of one pass, and before the sample that a budget is measured on."""
+    matcher = snapshot(hub, "Salesforce/blip-itm-base-coco")
+    config = load_config(overrides=[f"grounder.matcher.model={matcher}", "filter.max_share=0.5"])
+    with without_a_tensor(matcher) as name, pytest.raises(RunError, match=f"missing: {name}"):
+        annotate_dataset(posts, tmp_path, config)
+    too_short = load_config(overrides=["reranker.max_model_len=100", "filter.max_share=0.5"])
+    with pytest.raises(ConfigError, match=r"max_model_len is 100, .* set it to \d+ or more"):
+        annotate_dataset(posts, tmp_path, too_short, fresh=True)
+    assert not [*tmp_path.rglob("*.parquet"), *tmp_path.rglob("gamma*")]
