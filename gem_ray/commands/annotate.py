@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gem_ray.commands.options import EXIT_REJECTED, ConfigOption, PresetOption, SeedOption, SetOption, UnseenNamesOption
+from gem_ray.commands.options import (
+    EXIT_REJECTED,
+    ConfigOption,
+    MapOption,
+    PresetOption,
+    SeedOption,
+    SetOption,
+    SkipOption,
+    UnseenNamesOption,
+    parse_columns,
+)
 from gem_ray.pipeline.submit import LOCAL_ADDRESS, Job
 
 if TYPE_CHECKING:
@@ -37,16 +47,18 @@ def annotate(
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
+    map_: MapOption = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N posts.", min=1)] = None,
     fresh: Annotated[bool, typer.Option(help="Begin anew; what is at OUTPUT is replaced when that is done.")] = False,
     update: Annotated[bool, typer.Option(help="Take in files that were added to INPUT since.")] = False,
     only_problems: Annotated[
         bool, typer.Option(help="Do again the rows of a finished run that were degraded or rejected.")
     ] = False,
+    skip_bad_files: SkipOption = False,
 ) -> None:
     """Annotate every post of a data set, or continue where this command stopped.
 
-    Exit code 3: done, but some rows were rejected.
+    Exit code 3: done, but some rows were rejected, or some files not read.
     """
     from gem_ray.config import load_config
     from gem_ray.pipeline.progress import json_lines
@@ -61,14 +73,16 @@ def annotate(
         input,
         output,
         settings,
+        columns=parse_columns(map_),
         limit=limit,
         fresh=fresh,
         update=update,
         only_problems=only_problems,
+        skip_bad_files=skip_bad_files,
         progress=progress,
     )
     _print_summary(summary, output, as_json)
-    if summary.rejected:
+    if summary.rejected or summary.unread:
         raise typer.Exit(EXIT_REJECTED)
 
 
@@ -158,6 +172,10 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
     )
     if sentence := _about_abstaining(summary):
         typer.echo(sentence)
+    if summary.unread:
+        unknown = sum(file["rows"] is None for file in summary.unread)
+        more = f" and those of {unknown}, which nobody can count" if unknown else ""
+        typer.echo(f"not read: {summary.unread_rows} rows{more}, in {len(summary.unread)} files; see {output}/run.json")
     for kind, count in sorted(tally.problems.items()):
         typer.echo(f"  {kind}: {count}")
     if tally.problems:

@@ -15,6 +15,7 @@ from gem_ray.commands.options import (
     MapOption,
     PresetOption,
     SetOption,
+    SkipOption,
     parse_columns,
 )
 
@@ -30,6 +31,7 @@ app = typer.Typer()
 def check(
     input: Annotated[str, typer.Argument(help="Parquet or WebDataset shards: a file or a folder.")],
     map_: MapOption = None,
+    skip_bad_files: SkipOption = False,
     sample: Annotated[int, typer.Option(help="Posts to look at.", min=1)] = 200,
     json: Annotated[Path | None, typer.Option(help="Write what was found here.")] = None,
     preset: PresetOption = "nano",
@@ -46,7 +48,7 @@ def check(
     from gem_ray.data.check import check_input
 
     image = load_config(preset, config, set_ or ()).image
-    found = check_input(input, image, parse_columns(map_), sample)
+    found = check_input(input, image, parse_columns(map_), sample, skip_bad_files)
     if json is not None:
         json.write_text(json_library.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _print(found)

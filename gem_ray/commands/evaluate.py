@@ -37,15 +37,17 @@ def evaluate(
 ) -> None:
     """Score annotations against gold: MNER, EEG, MNERG and their company."""
     from gem_ray.evaluation.metrics import evaluate as score
-    from gem_ray.evaluation.predictions import read_gold, read_predictions_of
+    from gem_ray.evaluation.predictions import check_same_rows, read_gold, read_predictions_of
     from gem_ray.evaluation.report import print_differences, print_report, write_report
     from gem_ray.evaluation.significance import compare
     from gem_ray.taxonomy import LABEL_SETS
 
     label_set = LABEL_SETS[labels.value]
     how: Any = {"labels": label_set, "protocol": protocol.value, "iou": iou}
-    posts = read_gold(gold, split, label_set)
+    posts = read_gold(gold, split, label_set, predictions)
     annotated = read_predictions_of(posts, predictions)
+    if against:
+        check_same_rows(posts, predictions, against)
     others = read_predictions_of(posts, against) if against else []
     report = score(posts, annotated, **how)
     differences = compare(posts, annotated, others, **how) if against else {}
@@ -78,7 +80,7 @@ def errors(
     from gem_ray.taxonomy import LABEL_SETS
 
     label_set = LABEL_SETS[labels.value]
-    posts = read_gold(gold, split, label_set)
+    posts = read_gold(gold, split, label_set, predictions)
     found = find_errors(
         posts,
         read_predictions_of(posts, predictions),
@@ -90,7 +92,7 @@ def errors(
     )
     shown = {case.post.post_id for case in found.worst}
     source = images or (None if split else gold)
-    pictures = dict(read_images(source, ImageConfig(), shown)) if source else {}
+    pictures = dict(read_images(source, ImageConfig(), shown, predictions)) if source else {}
     write_error_report(found, out, images=pictures, labels=label_set)
     typer.echo(f"error report: {out}")
 

@@ -38,6 +38,9 @@ UnseenNamesOption = Annotated[
 MapOption = Annotated[
     list[str] | None, typer.Option("--map", help="Other names of columns: `text=tweet,post_id=id`. Repeatable.")
 ]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-bad-files", help="Go on without files that cannot be read, and count their rows.")
+]
 PerShardOption = Annotated[int, typer.Option(help="Posts in a shard.", min=1)]
 
 DataOption = Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")]

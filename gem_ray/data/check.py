@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import regex
-from pyarrow import fs
 
 from gem_ray.config import ImageConfig
+from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.formats import Format
 from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.listing import Listing, find_shards, format_of
 from gem_ray.data.parquet import Columns, unread_columns
 from gem_ray.data.prepare import post_from_row
-from gem_ray.data.shards import count_rows, shard_rows
+from gem_ray.data.shards import shard_rows
 from gem_ray.records import Post
 
-_FILES_AT_ONCE = 16
 _SAMPLED_FILES = 10
 _SCRIPTS = ("Latin", "Cyrillic", "Arabic", "Han", "Hiragana", "Katakana", "Hangul", "Devanagari", "Greek", "Hebrew",
             "Thai", "Bengali", "Tamil")  # fmt: skip
@@ -59,7 +56,7 @@ class InputCheck:
 
     Attributes:
         input: as the user named it.
-        files: how many are read.
+        files: how many can be read.
         rows: in these.
         refused: why `annotate` refuses the input; empty if it does not.
         remarks: sentences on files and columns that are not read.
@@ -78,7 +75,13 @@ class InputCheck:
         return asdict(self)
 
 
-def check_input(path: str | Path, image: ImageConfig, columns: Columns | None = None, sample: int = 200) -> InputCheck:
+def check_input(
+    path: str | Path,
+    image: ImageConfig,
+    columns: Columns | None = None,
+    sample: int = 200,
+    skip_bad_files: bool = False,
+) -> InputCheck:
     """Look at an input as `annotate` will; no model is loaded and no image is fetched.
 
     Every file is opened: a Parquet file for its footer, a tar to its end.
@@ -88,33 +91,32 @@ def check_input(path: str | Path, image: ImageConfig, columns: Columns | None = 
         image: limits of the images.
         columns: field of an input row -> the name that it has in the files.
         sample: how many posts to look at, from files that are spread over the input.
+        skip_bad_files: as for `annotate_dataset`.
     """
     try:
         listing = find_shards(path)
     except (OSError, ValueError) as error:
         return InputCheck(str(path), 0, 0, [str(error)], [], None)
     columns = columns or {}
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        counts = list(threads.map(partial(_count, listing.filesystem, columns), listing.paths))
-    refused = [count for count in counts if isinstance(count, str)]
+    counts = list(count_shards(listing.filesystem, listing.paths, columns))
+    bad = [count for count in counts if isinstance(count, Unreadable)]
+    refused = [each.reason for each in bad if not (skip_bad_files and each.is_damaged)]
+    skipped = [f"not read: {each.reason}" for each in bad if skip_bad_files and each.is_damaged]
     rows = sum(count for count in counts if isinstance(count, int))
     if not refused and not rows:
         refused = [f"the input holds no posts: {path}"]
-    remarks = [*listing.remarks(), *_column_remarks(listing, columns)]
-    found = None if refused else _sample(listing, columns, image, sample)
-    return InputCheck(str(path), len(listing.shards), rows, refused, remarks, found)
+    good = [shard for shard, count in zip(listing.shards, counts, strict=True) if isinstance(count, int)]
+    readable = replace(listing, shards=good)
+    remarks = [*listing.remarks(), *skipped, *column_remarks(readable, columns)]
+    found = None if refused else _sample(readable, columns, image, sample)
+    return InputCheck(str(path), len(good), rows, refused, remarks, found)
 
 
-def _count(filesystem: fs.FileSystem, columns: Columns, path: str) -> int | str:
-    """The rows of a file, or why it is refused."""
-    try:
-        return count_rows(filesystem, path, columns)
-    except ValueError as error:
-        return str(error)
+def column_remarks(listing: Listing, columns: Columns) -> list[str]:
+    """Columns that are not read, though they are nearly called so; of the first Parquet file.
 
-
-def _column_remarks(listing: Listing, columns: Columns) -> list[str]:
-    """Of the first Parquet file: others have the same columns, or are refused."""
+    Others have the same columns, or are refused.
+    """
     for path in listing.paths:
         if format_of(listing.filesystem, path) is Format.PARQUET:
             try:

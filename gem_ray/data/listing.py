@@ -48,6 +48,27 @@ _UNKNOWN = "neither Parquet nor tar, by its first bytes"
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Files that are not read for one reason.
+
+    Attributes:
+        reason: why.
+        files: how many.
+        examples: names of the first ones, from the input's folder.
+    """
+
+    reason: str
+    files: int
+    examples: list[str]
+
+    def __str__(self) -> str:
+        """A sentence."""
+        left = self.files - len(self.examples)
+        names = ", ".join(self.examples) + (f" and {left:,} more" if left else "")
+        return f"{self.files:,} {'file is' if self.files == 1 else 'files are'} not read ({self.reason}): {names}"
+
+
+@dataclass(frozen=True)
 class Listing:
     """What lies at an input.
 
@@ -68,16 +89,17 @@ class Listing:
         """The shards' paths."""
         return [shard.path for shard in self.shards]
 
-    def remarks(self) -> list[str]:
-        """A sentence for each reason for which files are left out, with their number and some of their names."""
-        reasons = Counter(self.left_out.values())
-        return [self._remark(reason, number) for reason, number in reasons.most_common()]
+    def left_out_by_reason(self) -> list[LeftOut]:
+        """For each reason for which files are left out, how many there are, the most first."""
+        names: dict[str, list[str]] = {}
+        for path, reason in self.left_out.items():
+            names.setdefault(reason, []).append(path.removeprefix(f"{self.root}/"))
+        found = [LeftOut(reason, len(each), each[:_SHOWN_NAMES]) for reason, each in names.items()]
+        return sorted(found, key=lambda each: -each.files)
 
-    def _remark(self, reason: str, number: int) -> str:
-        paths = [path for path, why in self.left_out.items() if why == reason]
-        names = ", ".join(path.removeprefix(f"{self.root}/") for path in paths[:_SHOWN_NAMES])
-        more = f" and {number - _SHOWN_NAMES:,} more" if number > _SHOWN_NAMES else ""
-        return f"{number:,} {'file is' if number == 1 else 'files are'} not read ({reason}): {names}{more}"
+    def remarks(self) -> list[str]:
+        """A sentence for each reason for which files are left out."""
+        return [str(each) for each in self.left_out_by_reason()]
 
 
 def list_shards(path: str | Path) -> Listing:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gem_ray.data.files import open_filesystem
 from gem_ray.data.storage import Storage, as_json
 
 ANNOTATIONS = "annotations"
@@ -125,3 +126,37 @@ def annotation_paths(storage: Storage) -> list[str] | None:
         path = f"{ANNOTATIONS}/{name}"
         paths.append(storage.path(path if path in there else merged_name(run_id, group, name)))
     return paths
+
+
+@dataclass(frozen=True)
+class InputOfRun:
+    """What a run knows of its input, so that others read the same rows under the same ids.
+
+    Attributes:
+        root: the input as it was named.
+        numbers: of its files, by path; None for files that it could not read.
+        columns: field of an input row -> the column that holds it, where that has another name.
+    """
+
+    root: str
+    numbers: dict[str, int | None]
+    columns: dict[str, str]
+
+    @property
+    def names(self) -> dict[str, int | None]:
+        """The numbers by path below the root, which a copy of the folder has too."""
+        root = open_filesystem(self.root)[1]
+        return {path.removeprefix(root): number for path, number in self.numbers.items()}
+
+
+def input_of_run(storage: Storage) -> InputOfRun | None:
+    """The input of the run whose rows are an output's; None where no run says."""
+    run_id = live_run(storage)
+    if run_id is None:
+        return None
+    folder = f"{RUNS}/{run_id}"
+    added = sorted(name for name in storage.files(f"{folder}/files") if name.endswith(".json"))
+    facts = [each for name in (f"{folder}/manifest.json", *added) if (each := storage.read_json(name)) is not None]
+    files = [file for each in facts for file in each["files"]]  # a file that was mended is there twice; the last counts
+    numbers = {file["path"]: None if file.get("unread") else file["number"] for file in files}
+    return InputOfRun(facts[0]["input"], numbers, facts[0].get("columns", {}))

@@ -72,6 +72,15 @@ def count_parquet_rows(stream: NativeFile, columns: Columns) -> int:
     return int(parquet.metadata.num_rows)
 
 
+def rows_in_footer(stream: NativeFile) -> int:
+    """How many rows a file has, of posts or of anything else.
+
+    Raises:
+        pa.ArrowException, OSError: it has no footer that can be read.
+    """
+    return int(_open(stream).metadata.num_rows)
+
+
 def has_posts(stream: NativeFile) -> bool:
     """Whether the file has the columns of posts, as metadata beside a tar do not."""
     names = _open(stream).schema_arrow.names
@@ -96,7 +105,7 @@ def unread_columns(schema: pa.Schema, columns: Columns) -> list[str]:
     read = {columns.get(name, name) for name in INPUT_SCHEMA.names}
     names = {name.lower(): name for name in INPUT_SCHEMA.names if columns.get(name, name) not in schema.names}
     return [
-        f"column {name} is not read; `gem-ray shards parquet IN OUT --map {names[name.lower()]}={name}` would"
+        f"column {name} is not read; `--map {names[name.lower()]}={name}` reads it"
         for name in schema.names
         if name not in read and name.lower() in names
     ]
@@ -132,7 +141,7 @@ def _hint(absent: list[str], names: list[str]) -> str:
         if near:
             found[field] = folded[near[0]]
     mapping = ",".join(f"{field}={name}" for field, name in found.items())
-    return f" (perhaps `gem-ray shards parquet IN OUT --map {mapping}`)" if found else ""
+    return f" (perhaps `--map {mapping}`)" if found else ""
 
 
 def _twice(schema: pa.Schema, columns: Columns) -> Iterator[str]:
@@ -156,7 +165,7 @@ def _mistyped(schema: pa.Schema, columns: Columns) -> Iterator[str]:
 
 def _expected(field: str) -> str:
     if field == "image":
-        return "binary (paths and addresses are in `image_uri`: `gem-ray shards parquet IN OUT --map image_uri=image`)"
+        return "binary (paths and addresses are in `image_uri`: `--map image_uri=image`)"
     return "a list of strings" if field == "tokens" else "a string"
 
 

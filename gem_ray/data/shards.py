@@ -18,7 +18,8 @@ from pyarrow import fs
 
 from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.data.formats import Format, format_of_name
-from gem_ray.data.listing import MARKER, format_of, list_shards
+from gem_ray.data.listing import MARKER, Listing, format_of, list_shards
+from gem_ray.data.output import InputOfRun
 from gem_ray.data.parquet import Columns, SchemaError, count_parquet_rows, parquet_rows
 from gem_ray.data.prepare import post_from_row, row_from_post
 from gem_ray.data.webdataset import count_rows_in_tar, rows_from_tar
@@ -43,23 +44,46 @@ def read_posts(path: str | Path, limit: int | None = None, columns: Columns | No
         FileNotFoundError: there is nothing at `path`, or no shard in it.
         ValueError: a shard cannot be read; the message names it.
     """
-    return islice((post_from_row(row) for _, row in _numbered_rows(path, columns or {})), limit)
+    listing = list_shards(path)
+    rows = chain.from_iterable(shard_rows(listing.filesystem, file, columns=columns) for file in listing.paths)
+    return islice((post_from_row(row) for _, row in rows), limit)
 
 
-def read_numbered_posts(path: str | Path) -> Iterator[Post]:
+def read_numbered_posts(path: str | Path, run: InputOfRun | None = None) -> Iterator[Post]:
     """As `read_posts`, with the `row_id` that `annotate` gives a row of the same files.
+
+    Args:
+        path: as for `read_posts`.
+        run: which of the files it has read under which numbers, wherever they lie now; posts have no row if it has read
+            none of them. Without it, files are numbered as a first run numbers them.
 
     Raises:
         FileNotFoundError, ValueError: as `read_posts`.
     """
-    return (replace(post_from_row(row), row_id=row_id) for row_id, row in _numbered_rows(path, {}))
-
-
-def _numbered_rows(path: str | Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     listing = list_shards(path)
-    for number, file in enumerate(listing.paths):
+    numbers: list[int | None] = list(range(len(listing.paths)))
+    paths, columns = listing.paths, {}
+    if run is not None and (of_run := _numbers_of(run, listing)):
+        left = count(max((number for number in of_run.values() if number is not None), default=-1) + 1)
+        paths = [file for file in paths if of_run.get(file, 0) is not None]
+        numbers = [of_run[file] if file in of_run else next(left) for file in paths]
+        columns = run.columns
+    elif run is not None:
+        numbers = [None] * len(paths)
+    for number, file in zip(numbers, paths, strict=True):
         for position, row in shard_rows(listing.filesystem, file, columns=columns):
-            yield (number << ROWS_BITS) + position, row
+            yield replace(post_from_row(row), row_id=None if number is None else (number << ROWS_BITS) + position)
+
+
+def _numbers_of(run: InputOfRun, listing: Listing) -> dict[str, int | None]:
+    """Numbers of the listed files that a run knows, by path; the folder may have been copied."""
+    names = run.names
+    known = {path: path.removeprefix(listing.root) for path in listing.paths}
+    return {
+        path: run.numbers.get(path, names.get(name))
+        for path, name in known.items()
+        if path in run.numbers or name in names
+    }
 
 
 def read_labelled(path: str | Path, labels: LabelSet) -> list[Post]:

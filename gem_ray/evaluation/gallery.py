@@ -101,7 +101,7 @@ def write_gallery_of_run(annotations: Path | str, images: Path | str, out: Path,
     run = read_run(annotations)
     config = parse_config(run.get("config", {}))
     labels = LABEL_SETS[config.labels]
-    inputs = with_distinct_ids(read_inputs(images))
+    inputs = with_distinct_ids(read_inputs(images, annotations))
     order = {post.post_id: position for position, post in enumerate(inputs[:limit])}
     annotated = iterate_predictions(annotations)
     posts = [post for post in matched(annotated, inputs) if post.post_id in order] if inputs else list(annotated)
@@ -113,7 +113,7 @@ def write_gallery_of_run(annotations: Path | str, images: Path | str, out: Path,
     write_gallery(
         posts,
         out,
-        images=read_images(images, config.image, {post.post_id for post in posts}),
+        images=read_images(images, config.image, {post.post_id for post in posts}, annotations),
         gold={post_id: post.gold or [] for post_id, post in gold.items()},
         title="Annotated posts",
         labels=labels,

@@ -35,7 +35,7 @@ def matched(annotated: Iterable[Post], inputs: Sequence[Post]) -> Iterator[Post]
         EvaluationError: several annotations could be of one post.
     """
     rows = {post.row_id: post for post in inputs}
-    repeated = {_plain_id(post) for post in inputs if _is_named_by_row(post)}
+    repeated = {_plain_id(post) for post in inputs if is_named_by_row(post)}
     single = {post.post_id for post in inputs} - repeated
     seen: set[str] = set()
     for post in annotated:
@@ -72,7 +72,8 @@ def _named_by_row(post: Post) -> Post:
     return replace(post, post_id=id_by_row(post.post_id, post.row_id))
 
 
-def _is_named_by_row(post: Post) -> bool:
+def is_named_by_row(post: Post) -> bool:
+    """Whether its id alone would not tell it apart."""
     return post.post_id.endswith(id_by_row("", post.row_id))
 
 

@@ -20,9 +20,9 @@ from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.formats import IMAGE_SUFFIXES
 from gem_ray.data.listing import list_shards
-from gem_ray.data.output import ANNOTATIONS, RUN_FACTS, annotation_paths
-from gem_ray.data.storage import open_storage
-from gem_ray.evaluation.joins import id_by_row, matched, with_distinct_ids
+from gem_ray.data.output import ANNOTATIONS, RUN_FACTS, InputOfRun, annotation_paths, input_of_run
+from gem_ray.data.storage import Storage, open_storage
+from gem_ray.evaluation.joins import id_by_row, is_named_by_row, matched, with_distinct_ids
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import ANNOTATION_SCHEMA, SCHEMA_VERSION, SCHEMA_VERSION_KEY, Post, model_rows
 from gem_ray.taxonomy import FMNERG, LabelSet
@@ -76,13 +76,16 @@ def count_rows(path: Path | str) -> int:
     return _open_annotations(path).count_rows()
 
 
-def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMNERG) -> list[Post]:
+def read_gold(
+    path: Path | str, split: str | None = None, labels: LabelSet = FMNERG, annotations: Path | str | None = None
+) -> list[Post]:
     """A gold split, without its images but with their sizes where they are known.
 
     Args:
         path: a Twitter10000 root (see `twitter10000.is_root`), or shards with a `gold` column.
         split: which split of a Twitter10000 root.
         labels: which of Twitter10000's two annotations.
+        annotations: as for `read_inputs`.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -92,7 +95,7 @@ def read_gold(path: Path | str, split: str | None = None, labels: LabelSet = FMN
         if split is None:
             raise EvaluationError(f"{path} is a Twitter10000 root: say which split, as --split dev")
         return with_distinct_ids(twitter10000.read_split(Path(path), split, labels=labels))
-    posts = with_distinct_ids(read_inputs(path))
+    posts = with_distinct_ids(read_inputs(path, annotations))
     if split is not None:
         raise EvaluationError(
             f"{path} is no Twitter10000 root: --split means nothing there; give the folder of the split"
@@ -119,25 +122,50 @@ def read_predictions_of(gold: Sequence[Post], path: Path | str) -> list[Post]:
     return annotated
 
 
-def read_inputs(path: Path | str) -> Iterator[Post]:
-    """The posts of shards, without their images but with their sizes; none for a folder of images."""
+def check_same_rows(gold: Sequence[Post], annotations: Path | str, others: Path | str) -> None:
+    """Refuse two outputs whose rows cannot be told to be the same, where ids alone do not tell either.
+
+    Raises:
+        EvaluationError: ids stand twice in `gold`, and the two runs have numbered the files differently.
+    """
+    first, second = _input_of(annotations), _input_of(others)
+    if first and second and first.names != second.names and any(map(is_named_by_row, gold)):
+        raise EvaluationError(
+            f"ids stand twice, and the files of {annotations} and {others} are numbered differently, as --update "
+            "does: evaluate them one by one"
+        )
+
+
+def read_inputs(path: Path | str, annotations: Path | str | None = None) -> Iterator[Post]:
+    """The posts of shards, without their images but with their sizes; none for a folder of images.
+
+    Args:
+        path: the shards.
+        annotations: of them, as for `read_predictions`; posts have the rows and columns that their run has read.
+
+    Raises:
+        FileNotFoundError, ValueError: the shards cannot be read.
+    """
     if not _image_files(Path(path)):
-        yield from map(_without_image, shards.read_numbered_posts(path))
+        yield from map(_without_image, shards.read_numbered_posts(path, _input_of(annotations)))
 
 
-def read_images(path: Path | str, config: ImageConfig, ids: Collection[str]) -> Iterator[tuple[str, bytes]]:
+def read_images(
+    path: Path | str, config: ImageConfig, ids: Collection[str], annotations: Path | str | None = None
+) -> Iterator[tuple[str, bytes]]:
     """Post id and encoded image, one at a time; images that may not or cannot be fetched are left out.
 
     Args:
         path: the shards that were annotated, or a local folder of images named by post id.
         config: where the shards' `image_uri` may lead.
         ids: of the posts whose images are read; see `joins` for those that stand twice.
+        annotations: as for `read_inputs`.
 
     Raises:
         FileNotFoundError: neither shards nor images are at `path`.
     """
     fetcher = Fetcher(config)
-    for post_id, row_id, image in iterate_images(path):
+    for post_id, row_id, image in iterate_images(path, annotations):
         by_row = id_by_row(post_id, row_id)
         if by_row in ids or post_id in ids:
             with suppress(ImageError):
@@ -145,13 +173,16 @@ def read_images(path: Path | str, config: ImageConfig, ids: Collection[str]) -> 
                 yield by_row if by_row in ids else post_id, data
 
 
-def iterate_images(path: Path | str) -> Iterator[tuple[str, int | None, bytes | str]]:
+def iterate_images(
+    path: Path | str, annotations: Path | str | None = None
+) -> Iterator[tuple[str, int | None, bytes | str]]:
     """Post id, row id and image of the posts that have one; images of a folder have no row.
 
     The image is as it is there: encoded, or the `image_uri`, which is not followed.
 
     Args:
         path: as for `read_images`.
+        annotations: as for `read_inputs`.
 
     Raises:
         FileNotFoundError: neither shards nor images are at `path`.
@@ -160,7 +191,7 @@ def iterate_images(path: Path | str) -> Iterator[tuple[str, int | None, bytes | 
     if files:
         yield from ((file.stem, None, file.read_bytes()) for file in files)
         return
-    for post in shards.read_numbered_posts(path):
+    for post in shards.read_numbered_posts(path, _input_of(annotations)):
         image = post.image_bytes or post.image_uri
         if image:
             yield post.post_id, post.row_id, image
@@ -223,15 +254,26 @@ def _open(path: str) -> ds.Dataset:
 
 
 def _published(path: str) -> tuple[fs.FileSystem, list[str]] | None:
-    """The files that a run has published, given its output or the `annotations` folder there; None if no run says."""
+    """The files that a run has published; None if no run says."""
+    for storage in _outputs(path):
+        if paths := annotation_paths(storage):
+            return storage.filesystem, paths
+    return None
+
+
+def _input_of(annotations: Path | str | None) -> InputOfRun | None:
+    found = map(input_of_run, _outputs(str(annotations)) if annotations is not None else ())
+    return next((run for run in found if run is not None), None)
+
+
+def _outputs(path: str) -> Iterator[Storage]:
+    """Where a run may have written: a folder itself, or the one whose `annotations` it is."""
     folder = path.rstrip("/")
     for output in (folder, folder.removesuffix(f"/{ANNOTATIONS}")):
         storage = open_storage(output)
         if storage.filesystem.get_file_info(storage.root).is_file:
-            return None
-        if paths := annotation_paths(storage):
-            return storage.filesystem, paths
-    return None
+            return
+        yield storage
 
 
 def _found(path: str) -> tuple[fs.FileSystem, list[str]]:

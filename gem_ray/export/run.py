@@ -59,7 +59,7 @@ def export_annotations(
     labels = labels or LABEL_SETS[read_run(annotations).get("config", {}).get("labels", FMNERG.name)]
     tally = Tally()
     total, rows = count_rows(annotations), iterate_rows(annotations)
-    references = ImageReferences(iterate_images(images), out.parent) if images else None
+    references = ImageReferences(iterate_images(images, annotations), out.parent) if images else None
     with reporting(report, lambda: tally.posts, total, title="exporting"), _whole_text(out) as file:
         match form:
             case "coco":

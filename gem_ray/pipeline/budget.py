@@ -14,13 +14,11 @@ import numpy as np
 
 from gem_ray.annotator import active_stages
 from gem_ray.config import Config
-from gem_ray.pipeline.source import InputFile, PostSource
+from gem_ray.pipeline.source import InputFile, InputReader, PostSource
 from gem_ray.records import StageName
 from gem_ray.rerank.uncertainty import gamma_for_share
 
 if TYPE_CHECKING:
-    from pyarrow import fs
-
     from gem_ray.pipeline.execution import RayExecutor
     from gem_ray.pipeline.run_directory import RunFolder
 
@@ -31,7 +29,7 @@ _TAGGING = (StageName.PREPARE, StageName.KNOWLEDGE, StageName.TAG)
 def with_gamma(
     config: Config,
     folder: RunFolder,
-    filesystem: fs.FileSystem,
+    reader: InputReader,
     files: Sequence[InputFile],
     models: dict[str, str],
     executor: RayExecutor,
@@ -41,7 +39,7 @@ def with_gamma(
     Args:
         config: of the run.
         folder: of the run; keeps γ for the next start.
-        filesystem: what the input is on.
+        reader: of the input.
         files: the input.
         models: what the run began with.
         executor: tags the sample.
@@ -55,7 +53,7 @@ def with_gamma(
     facts = folder.read("gamma")
     if facts is None:
         stages = [name for name in active_stages(config) if name in _TAGGING]
-        entropies = executor.entropies(PostSource(filesystem, files, sample_ids(files)), config, models, stages)
+        entropies = executor.entropies(PostSource(reader, files, sample_ids(files)), config, models, stages)
         facts = {"gamma": gamma_for_share(entropies, budget), "entities": len(entropies)}
         if not folder.create("gamma", facts):
             facts = folder.read("gamma") or facts  # what was measured first counts

@@ -59,7 +59,7 @@ def build_graph(
         ledger: of the run.
         actor: takes the place of `StageActor`, with its signature.
     """
-    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.files), num_cpus=_READING_CPUS)
+    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks), num_cpus=_READING_CPUS)
     rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, stages)
     dataset = dataset.repartition(target_num_rows_per_block=rows)
     for name in stages:

@@ -16,15 +16,13 @@ from gem_ray.data.output import Publication
 from gem_ray.pipeline.compaction import MergedFile, cut_merges
 from gem_ray.pipeline.execution import Origin, RayExecutor, RunError
 from gem_ray.pipeline.passes import PassResults
-from gem_ray.pipeline.source import InputFile, PostSource
+from gem_ray.pipeline.source import InputFile, InputReader, PostSource
 from gem_ray.pipeline.staging import StagingSink, staged_files, staged_ids
 from gem_ray.pipeline.tables import PASS_SCHEMA
 from gem_ray.planning.plan import passes_of
 from gem_ray.records import ANNOTATION_SCHEMA
 
 if TYPE_CHECKING:
-    from pyarrow import fs
-
     from gem_ray.config import Config
     from gem_ray.pipeline.lease import Claim
     from gem_ray.pipeline.run_directory import Manifest, RunFolder
@@ -97,7 +95,7 @@ class GroupRunner:
     def __init__(
         self,
         folder: RunFolder,
-        input_filesystem: fs.FileSystem,
+        reader: InputReader,
         config: Config,
         models: dict[str, str],
         executor: RayExecutor,
@@ -105,7 +103,7 @@ class GroupRunner:
     ) -> None:
         self.annotated = 0
         self._folder = folder
-        self._input = input_filesystem
+        self._reader = reader
         self._config = config
         self._origin = Origin(folder.run_id, models)
         self._executor = executor
@@ -144,7 +142,7 @@ class GroupRunner:
         self._done_before += (group.rows - left) * is_last
         if not left:
             return
-        source = PostSource(self._input, group.files, wanted, self._earlier(group, number))
+        source = PostSource(self._reader, group.files, wanted, self._earlier(group, number))
         sink = StagingSink(folder, ANNOTATION_SCHEMA if is_last else PASS_SCHEMA, self._claim)
         self._executor.run_pass(source, self._config, self._origin, self._passes[number], sink, is_last)
         self.annotated += left * is_last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from posixpath import normpath
 from typing import TYPE_CHECKING, Any
@@ -45,16 +45,22 @@ _NAMED = 5  # files in a message
 
 
 def check_same(
-    manifest: Manifest, config: Config, models: dict[str, str], limit: int | None, may_have_other_limits: bool
+    manifest: Manifest,
+    config: Config,
+    models: dict[str, str],
+    limit: int | None,
+    columns: Mapping[str, str],
+    may_have_other_limits: bool,
 ) -> None:
-    """Refuse to mix rows of two configurations or sets of models.
+    """Refuse to mix rows of two configurations, sets of models or meanings of columns.
 
     Raises:
         ValueError: they differ; the message shows how.
     """
     settings, earlier = config.public(), manifest.config
-    before = {"models": manifest.models, "limit": manifest.limit}
-    now: dict[str, Any] = {"models": models, "limit": limit}
+    mapped = manifest.columns.keys() | columns.keys()
+    before = {"models": manifest.models, "limit": manifest.limit, "--map": _columns_of(mapped, manifest.columns)}
+    now: dict[str, Any] = {"models": models, "limit": limit, "--map": _columns_of(mapped, columns)}
     before["pipeline.passes"], now["pipeline.passes"] = earlier["pipeline"]["passes"], settings["pipeline"]["passes"]
     left_out = (*_ONLY_PLACE, *(_ONLY_LIMITS if may_have_other_limits else ()))
     different = [
@@ -66,6 +72,10 @@ def check_same(
             "the output belongs to a run that differs; choose another output, or pass --fresh to begin a new run:\n  "
             + "\n  ".join(different)
         )
+
+
+def _columns_of(fields: Iterable[str], columns: Mapping[str, str]) -> dict[str, str]:
+    return {field: columns.get(field, field) for field in fields}
 
 
 def limits_of(config: Config) -> dict[str, Any]:
@@ -91,15 +101,20 @@ def new_files(manifest: Manifest, listing: Listing, update: bool) -> list[Stored
         listing: the input as it is now.
         update: whether files may have been added.
 
+    Returns:
+        Files that were added, and those that could not be read before and have changed since.
+
     Raises:
-        ValueError: a file is gone, or is not the file that the run began with; or files were added without `update`.
+        ValueError: a file is gone, or is not the file that the run began with; or files were added or mended without
+            `update`.
     """
-    known = {file.path: file for file in manifest.files}
+    known = {file.path: file for file in manifest.files}  # of a file that was mended, as it was taken in last
     found = {shard.path: shard for shard in listing.shards}
-    if gone := sorted(known.keys() - found.keys()):
+    unread = {file.path for file in manifest.unread}
+    if gone := sorted(known.keys() - found.keys() - unread):
         raise ValueError(f"files of the input are gone: {_named(gone)}; put them back, or choose another output")
-    replaced = [path for path, file in known.items() if not is_same(file, found[path])]
-    if replaced:
+    changed = [path for path, file in known.items() if path in found and not is_same(file, found[path])]
+    if replaced := [path for path in changed if path not in unread]:
         raise ValueError(
             f"{_named(replaced)}: not the file that this run began with (another size, modification time or ETag); "
             "put it back, give new posts a file name of their own, or choose another output"
@@ -107,7 +122,12 @@ def new_files(manifest: Manifest, listing: Listing, update: bool) -> list[Stored
     if manifest.limit is not None:
         _check_limit(manifest, listing, update)
         return []
-    added = [shard for shard in listing.shards if shard.path not in known]
+    if changed and not update:
+        raise ValueError(
+            f"{_named(changed)}: could not be read when this run began, and has changed since; pass --update to take "
+            "it in"
+        )
+    added = [shard for shard in listing.shards if shard.path not in known or shard.path in changed]
     if added and not update:
         raise ValueError(
             f"the input has files that this run does not know: {_named([file.path for file in added])}; "
@@ -120,9 +140,11 @@ def _check_limit(manifest: Manifest, listing: Listing, update: bool) -> None:
     """With a limit, the run has read the first files only; others may follow them, and none may come before."""
     if update:
         raise ValueError(f"--update needs a run over all files, and this one has --limit {manifest.limit}")
-    first = listing.paths[: len(manifest.files)]
-    if first != [file.path for file in manifest.files]:
-        before = sorted(set(first) - {file.path for file in manifest.files})
+    unread = {file.path for file in manifest.unread}
+    expected = [file.path for file in manifest.files if file.path not in unread]
+    first = [path for path in listing.paths if path not in unread][: len(expected)]
+    if first != expected:
+        before = sorted(set(first) - set(expected))
         raise ValueError(f"the input has new files before those of this run: {_named(before)}; choose another output")
 
 

@@ -13,7 +13,7 @@ from gem_ray.data.storage import as_json
 if TYPE_CHECKING:
     from gem_ray.pipeline.run_directory import RunDirectory
 
-_FACTS = ("run_id", "rows", "statuses", "problems", "examples")
+_FACTS = ("run_id", "rows", "statuses", "problems", "examples", "left_out", "unread", "unread_rows")
 
 
 def write_report(directory: RunDirectory, summary: Mapping[str, Any]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
+from gem_ray.data.check import column_remarks
 from gem_ray.data.listing import Listing, list_shards
 from gem_ray.data.output import RUN_FACTS, live_files, run_ids
 from gem_ray.data.storage import ConflictError, as_json
@@ -32,15 +34,19 @@ from gem_ray.pipeline.publishing import (
 )
 from gem_ray.pipeline.report import write_report
 from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory, RunFolder
-from gem_ray.pipeline.source import count_input
+from gem_ray.pipeline.source import InputFile, InputReader, count_input
 from gem_ray.pipeline.summary import RunSummary
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from gem_ray.config import Config
+    from gem_ray.data.files import StoredFile
+    from gem_ray.data.parquet import Columns
 
 __all__ = ["RunError", "annotate_dataset"]
+
+logger = logging.getLogger(__name__)
 
 _RUN_ID_TIME = "%Y%m%dT%H%M%S"
 
@@ -50,10 +56,12 @@ def annotate_dataset(
     output: str | Path,
     config: Config,
     *,
+    columns: Columns | None = None,
     limit: int | None = None,
     fresh: bool = False,
     update: bool = False,
     only_problems: bool = False,
+    skip_bad_files: bool = False,
     progress: Report | None = None,
     actor: type | None = None,
 ) -> RunSummary:
@@ -63,11 +71,13 @@ def annotate_dataset(
         input: a Parquet or WebDataset file, or a folder of them; a path or an `s3://` URI.
         output: the run's folder, a path or an `s3://` URI; gets `annotations/status=…/*.parquet` and `run.json`.
         config: models, thresholds and placement.
+        columns: field of an input row -> the column that holds it, where that has another name.
         limit: annotate only the first posts, in the order of the files' names.
         fresh: begin a new run; the annotations that the output holds are replaced once the new ones are complete.
         update: take files into the run that were added to the input since.
         only_problems: do again the degraded and rejected rows of a finished run, whose limits on texts and images may
             be other ones now.
+        skip_bad_files: go on without files that cannot be read; the summary names them and counts their rows.
         progress: called now and then with posts done and posts in all; none: a bar, if standard error is a terminal.
         actor: stands in for `StageActor`; benchmarks of everything but the models use it.
 
@@ -77,15 +87,27 @@ def annotate_dataset(
     Raises:
         FileNotFoundError: no input, a model that is not there, or no finished run to do problems of again.
         FileExistsError: the output holds annotations that no run there made; or another process is writing to it.
-        ValueError: the output belongs to a run with another input, configuration or models (the message shows the
-            difference); an input that is damaged or empty, an output inside the input, or actors that do not fit.
+        ValueError: the output belongs to a run with another input, configuration, models or `columns` (the message
+            shows the difference); an input that is damaged or empty, an output inside the input, or actors that do not
+            fit.
         RunError: the run failed underway; the message says where. What is done stays done.
     """
     directory = RunDirectory(str(output))
     listing = list_shards(input)
     check_apart(str(input), listing, directory)
     with Lease(directory).held() as claim:
-        run = _Run(directory, listing, str(input), config, models_of(config), limit, claim, RayExecutor(config, actor))
+        run = _Run(
+            directory=directory,
+            listing=listing,
+            reader=InputReader(listing.filesystem, columns or {}),
+            input=str(input),
+            config=config,
+            models=models_of(config),
+            limit=limit,
+            skip_bad_files=skip_bad_files,
+            claim=claim,
+            executor=RayExecutor(config, actor),
+        )
         return run.annotate(fresh=fresh, update=update, only_problems=only_problems, progress=progress)
 
 
@@ -95,10 +117,12 @@ class _Run:
 
     directory: RunDirectory
     listing: Listing
+    reader: InputReader
     input: str
     config: Config
     models: dict[str, str]
     limit: int | None
+    skip_bad_files: bool
     claim: Claim
     executor: RayExecutor
 
@@ -123,12 +147,21 @@ class _Run:
         if folder is None:
             return None
         manifest = folder.manifest()
-        check_same(manifest, self.config, self.models, self.limit, may_have_other_limits=only_problems)
+        check_same(manifest, self.config, self.models, self.limit, self.reader.columns, only_problems)
         added = new_files(manifest, self.listing, update)
         if added:
-            first = max((file.number for file in manifest.files), default=-1) + 1
-            folder.add(count_input(self.listing.filesystem, added, first_number=first))
+            folder.add(self._count(added, first_number=max((file.number for file in manifest.files), default=-1) + 1))
         return folder
+
+    def _count(self, shards: Sequence[StoredFile], first_number: int = 0) -> list[InputFile]:
+        """The input as `check` would find it, with a warning for what is not read of it."""
+        for remark in column_remarks(self.listing, self.reader.columns):
+            logger.warning(remark)
+        files = count_input(self.reader, shards, self.limit, first_number, self.skip_bad_files)
+        for file in files:
+            if file.unread is not None:
+                logger.warning("not read: %s", file.unread)
+        return files
 
     def _begin(self, fresh: bool) -> RunFolder:
         storage = self.directory.storage
@@ -138,7 +171,7 @@ class _Run:
                 f"{self.directory.output} already holds annotations; choose another output, or pass --fresh to replace "
                 "them"
             )
-        files = count_input(self.listing.filesystem, self.listing.shards, self.limit)
+        files = self._count(self.listing.shards)
         if not any(file.rows for file in files):
             raise ValueError(f"the input holds no posts: none in {len(files)} files, the first is {files[0].path}")
         started_at = datetime.now(UTC)
@@ -153,6 +186,7 @@ class _Run:
             models=self.models,
             config=self.config.public(),
             parts=[len(files)],
+            columns=dict(self.reader.columns),
         )
         with self.claim.checked():
             folder.begin(manifest)
@@ -174,8 +208,13 @@ class _Run:
         manifest, published = folder.manifest(), folder.publications()
         tally = tally_of(published)
         earlier = RunSummary.from_dict(facts) if (facts := self.directory.summary()) else None
+        left_out = [asdict(each) for each in self.listing.left_out_by_reason()]
+        unread = [{"file": file.path, "reason": file.unread, "rows": file.unread_rows} for file in manifest.unread]
         if earlier is not None and not annotated and (earlier.run_id, earlier.tally) == (folder.run_id, tally):
-            summary = earlier.looked_up()
+            now = replace(earlier, left_out=left_out, unread=unread)
+            if now != earlier:
+                self._write_facts(now)
+            summary = now.looked_up()
         else:
             work = self.executor.work()
             summary = RunSummary(
@@ -191,6 +230,8 @@ class _Run:
                 tally=tally,
                 models=self.models,
                 config=self.config.public(),
+                left_out=left_out,
+                unread=unread,
             )
             self._write_facts(summary)
         with self.claim.checked():
@@ -284,15 +325,20 @@ class _Work:
         with run.executor.session():
             run.executor.check_models(run.config, run.models)
             files = [file for file in self._manifest.files[: self._manifest.parts[0]] if file.rows]
-            config = with_gamma(run.config, folder, run.listing.filesystem, files, run.models, run.executor)
-            runner = GroupRunner(folder, run.listing.filesystem, config, run.models, run.executor, run.claim)
+            config = with_gamma(run.config, folder, run.reader, files, run.models, run.executor)
+            runner = GroupRunner(folder, run.reader, config, run.models, run.executor, run.claim)
             while first:
-                with reporting(progress, runner.done, sum(group.rows for group in first)):
+                with reporting(progress, runner.done, sum(group.rows for group in first), title=self._title()):
                     for group in first:
                         runner.run(group)
                         settle(run.directory, run.claim)
                 first = next(steps, None)
         return config.filter.gamma, runner.annotated
+
+    def _title(self) -> str:
+        """What the progress bar says: rows that are not read are not among its posts."""
+        unread = len(self._manifest.unread)
+        return f"annotating, {unread} of {len(self._manifest.files)} files unread" if unread else "annotating"
 
     def _steps(self, rounds: list[Callable[[], Group | None]]) -> Iterator[list[Group]]:
         """Groups to do together: those of the input, then each round as the ones before it have left things."""

@@ -15,7 +15,7 @@ Files of facts are created once and never changed, so that a process that was ta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pyarrow import fs
@@ -85,6 +85,7 @@ class Manifest:
         files: of the input, in the order of their numbers: those that the run began with, then those that came later.
         rows_per_group: about how many rows a group has.
         parts: how many of the files came together, at the beginning and with each `--update`.
+        columns: field of an input row -> the column that holds it, where that has another name.
     """
 
     run_id: str
@@ -96,12 +97,19 @@ class Manifest:
     models: dict[str, str]
     config: dict[str, Any]
     parts: list[int]
+    columns: dict[str, str] = field(default_factory=dict)
     edition: int = EDITION
 
     @property
     def rows(self) -> int:
         """How many rows the run reads."""
         return sum(file.rows for file in self.files)
+
+    @property
+    def unread(self) -> list[InputFile]:
+        """Files that were left out because they cannot be read; those that were mended and taken in later are not."""
+        last = {file.path: file for file in self.files}
+        return [file for file in last.values() if file.unread is not None]
 
 
 @dataclass(frozen=True)

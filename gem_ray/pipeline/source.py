@@ -1,4 +1,4 @@
-"""The posts of Parquet and WebDataset files, as a Ray datasource with one read task a file.
+"""The posts of Parquet and WebDataset files, as a Ray datasource; small files share read tasks.
 
 Ray's own Parquet reader takes one schema for all files, so that a file whose `post_id` is a number stops a run; and its
 errors do not name the file. Here each row is read with the types that its file has, and judged by itself. Rows that a
@@ -7,11 +7,10 @@ run has finished are left out while reading: Ray's own filter would fetch their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from pyarrow import fs
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.files import StoredFile
 from gem_ray.data.prepare import post_from_row
-from gem_ray.data.shards import ROWS_BITS, count_rows, shard_rows
+from gem_ray.data.shards import ROWS_BITS, shard_rows
 from gem_ray.pipeline.tables import TRANSIT_SCHEMA, posts_to_table
 from gem_ray.records import Post
 
@@ -30,7 +30,25 @@ if TYPE_CHECKING:
     from gem_ray.pipeline.passes import PassResults
 
 _ROWS_AT_A_TIME = 64
-_COUNTING_THREADS = 16
+_NAMED = 5  # files in a message
+
+# What a read task takes on. Starting one costs about as much as reading a hundred small rows; more files than this in
+# one, and those of an input of tiny ones would no longer be read side by side.
+_ROWS_PER_TASK = 256
+_FILES_PER_TASK = 32
+
+
+@dataclass(frozen=True)
+class InputReader:
+    """How the files of an input are read.
+
+    Attributes:
+        filesystem: what they are on.
+        columns: field of an input row -> the column that holds it, where that has another name.
+    """
+
+    filesystem: fs.FileSystem
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,8 @@ class InputFile:
         size: in bytes.
         mtime_ns: when it was last changed, in nanoseconds since 1970.
         etag: S3's fingerprint of the content; None on a disk.
+        unread: why none of its rows are read; None: they are.
+        unread_rows: how many these are, where its footer says so.
     """
 
     path: str
@@ -52,6 +72,8 @@ class InputFile:
     size: int
     mtime_ns: int
     etag: str | None = None
+    unread: str | None = None
+    unread_rows: int | None = None
 
     @property
     def row_ids(self) -> np.ndarray:
@@ -60,50 +82,69 @@ class InputFile:
 
 
 def count_input(
-    filesystem: fs.FileSystem, shards: Sequence[StoredFile], limit: int | None = None, first_number: int = 0
+    reader: InputReader,
+    shards: Sequence[StoredFile],
+    limit: int | None = None,
+    first_number: int = 0,
+    skip_bad_files: bool = False,
 ) -> list[InputFile]:
     """Count the rows of input files: a Parquet file's from its footer, a tar's by walking through its headers.
 
     Args:
-        filesystem: what the files are on.
+        reader: of the files.
         shards: the files, as `list_shards` gives them.
         limit: read only the first rows, in the order of the files' names.
         first_number: of the first file.
+        skip_bad_files: go on without files whose bytes are damaged or no posts. A file that the storage does not hand
+            out is never skipped: the failure may be the storage's, and over soon.
 
     Returns:
-        The files, up to the one in which the limit is reached; those without rows too.
+        The files, up to the one in which the limit is reached; those without rows, and those not read, too.
 
     Raises:
-        ValueError: a file is damaged; the message names it.
+        ValueError: files cannot be read; the message names each of the first ones.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"the limit must be at least 1, not {limit}")
-    with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
-        count = partial(count_rows, filesystem, most=limit)
-        counts = _counts(threads, count, [shard.path for shard in shards], limit)
-        return list(_within(limit, shards, counts, first_number))
-
-
-def _counts(threads: Executor, count: Callable[[str], int], paths: Sequence[str], limit: int | None) -> Iterator[int]:
-    """Rows of files, many counted at once; with a limit one file first, then twice as many, as long as it takes."""
-    at_once, begin = len(paths) if limit is None else 1, 0
-    while begin < len(paths):
-        yield from threads.map(count, paths[begin : begin + at_once])
-        begin += at_once
-        at_once = min(2 * at_once, _COUNTING_THREADS)
+    counts = count_shards(reader.filesystem, [shard.path for shard in shards], reader.columns, limit)
+    files = list(_within(limit, shards, counts, first_number, skip_bad_files))
+    _refuse([file.unread for file in files if file.unread is not None and not skip_bad_files])
+    return files
 
 
 def _within(
-    limit: int | None, shards: Sequence[StoredFile], counts: Iterator[int], first_number: int
+    limit: int | None,
+    shards: Sequence[StoredFile],
+    counts: Iterator[int | Unreadable],
+    first_number: int,
+    skip_bad_files: bool,
 ) -> Iterator[InputFile]:
     left = limit
     for number, (shard, count) in enumerate(zip(shards, counts, strict=False), start=first_number):
+        facts = (shard.size, shard.mtime_ns, shard.etag)
+        if isinstance(count, Unreadable):
+            if skip_bad_files and not count.is_damaged:
+                raise ValueError(count.reason)
+            yield InputFile(shard.path, number, 0, *facts, unread=count.reason, unread_rows=count.rows)
+            continue
         rows = count if left is None else min(count, left)
-        yield InputFile(shard.path, number, rows, shard.size, shard.mtime_ns, shard.etag)
+        yield InputFile(shard.path, number, rows, *facts)
         if left is not None:
             left -= rows
             if not left:
                 return
+
+
+def _refuse(reasons: Sequence[str]) -> None:
+    if not reasons:
+        return
+    more = f"\n  and {len(reasons) - _NAMED} more files" if len(reasons) > _NAMED else ""
+    raise ValueError(
+        "\n  ".join(reasons[:_NAMED])
+        + more
+        + "\nMend or remove what is named; --skip-bad-files goes on without damaged "
+        "files and says how many rows were not read"
+    )
 
 
 def is_same(file: InputFile, now: StoredFile) -> bool:
@@ -122,7 +163,7 @@ class PostSource(Datasource):
     """Reads rows of input files as blocks of `TRANSIT_SCHEMA`.
 
     Args:
-        filesystem: what the files are on.
+        reader: of the files.
         files: the files.
         wanted: ids of the rows to read, `(N,)` int64, sorted; all if None.
         earlier: what earlier passes made of the rows.
@@ -130,42 +171,68 @@ class PostSource(Datasource):
 
     def __init__(
         self,
-        filesystem: fs.FileSystem,
+        reader: InputReader,
         files: Sequence[InputFile],
         wanted: np.ndarray | None = None,
         earlier: PassResults | None = None,
     ) -> None:
         super().__init__()
-        self._filesystem = filesystem
+        self._reader = reader
         self._earlier = earlier
-        reads = [(file, _positions(file, wanted)) for file in files]
-        self._reads = [(file, positions) for file, positions in reads if _count(file, positions)]
+        reads = [_Read(file, _positions(file, wanted)) for file in files]
+        self._tasks = list(_chunks(read for read in reads if read.rows))
 
     @property
-    def files(self) -> int:
-        """How many files there is something to read in."""
-        return len(self._reads)
+    def tasks(self) -> int:
+        """How many read tasks there are."""
+        return len(self._tasks)
 
     @property
     def rows(self) -> int:
         """How many rows are read."""
-        return sum(_count(file, positions) for file, positions in self._reads)
+        return sum(read.rows for reads in self._tasks for read in reads)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """One task a file, whatever parallelism is asked: blocks are cut by rows after reading."""
-        return [self._read_task(file, positions, per_task_row_limit) for file, positions in self._reads]
+        """One task for a file or for some small ones, whatever parallelism is asked: blocks are cut after reading."""
+        return [self._read_task(reads, per_task_row_limit) for reads in self._tasks]
 
-    def _read_task(self, file: InputFile, positions: np.ndarray | None, limit: int | None) -> ReadTask:
-        rows = _count(file, positions)
-        facts = BlockMetadata(num_rows=rows, size_bytes=None, input_files=[file.path], exec_stats=None)
-        read = partial(_read_blocks, self._filesystem, file, positions, self._earlier)
+    def _read_task(self, reads: Sequence[_Read], limit: int | None) -> ReadTask:
+        rows, paths = sum(read.rows for read in reads), [read.file.path for read in reads]
+        facts = BlockMetadata(num_rows=rows, size_bytes=None, input_files=paths, exec_stats=None)
+        read = partial(_read_blocks, self._reader, reads, self._earlier)
         return ReadTask(read, facts, schema=TRANSIT_SCHEMA, per_task_row_limit=limit)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known: images are most of it."""
         return None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is read of a file: all rows, or those at `positions`, counted from 0."""
+
+    file: InputFile
+    positions: np.ndarray | None
+
+    @property
+    def rows(self) -> int:
+        return self.file.rows if self.positions is None else len(self.positions)
+
+
+def _chunks(reads: Iterable[_Read]) -> Iterator[list[_Read]]:
+    """Reads that share a task, in order."""
+    chunk: list[_Read] = []
+    rows = 0
+    for read in reads:
+        if chunk and (rows + read.rows > _ROWS_PER_TASK or len(chunk) == _FILES_PER_TASK):
+            yield chunk
+            chunk, rows = [], 0
+        chunk.append(read)
+        rows += read.rows
+    if chunk:
+        yield chunk
 
 
 def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray | None:
@@ -177,21 +244,19 @@ def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray | None:
     return None if len(inside) == file.rows else inside - first
 
 
-def _count(file: InputFile, positions: np.ndarray | None) -> int:
-    return file.rows if positions is None else len(positions)
-
-
-def _read_blocks(
-    filesystem: fs.FileSystem, file: InputFile, positions: np.ndarray | None, earlier: PassResults | None
-) -> Iterator[pa.Table]:
-    _check_unchanged(filesystem, file)
-    rows = islice(shard_rows(filesystem, file.path, positions), _count(file, positions))
-    posts: Iterator[Post] = (_post(file, position, row) for position, row in rows)
-    if earlier is not None:
-        posts = earlier.merged(file, posts)
+def _read_blocks(reader: InputReader, reads: Sequence[_Read], earlier: PassResults | None) -> Iterator[pa.Table]:
+    posts = chain.from_iterable(_read_posts(reader, read, earlier) for read in reads)
     while block := list(islice(posts, _ROWS_AT_A_TIME)):
         yield posts_to_table(block)
-    _check_unchanged(filesystem, file)
+
+
+def _read_posts(reader: InputReader, read: _Read, earlier: PassResults | None) -> Iterator[Post]:
+    file = read.file
+    _check_unchanged(reader.filesystem, file)
+    rows = islice(shard_rows(reader.filesystem, file.path, read.positions, reader.columns), read.rows)
+    posts: Iterator[Post] = (_post(file, position, row) for position, row in rows)
+    yield from posts if earlier is None else earlier.merged(file, posts)
+    _check_unchanged(reader.filesystem, file)
 
 
 def _check_unchanged(filesystem: fs.FileSystem, file: InputFile) -> None:

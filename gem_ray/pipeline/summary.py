@@ -116,6 +116,8 @@ class RunSummary:
             their prompts, and those among them that the engine had read before.
         gamma: entropy in nats above which entities went to the reranker; of a budget, what was measured for it.
         models: what made the output, as in its `models` column.
+        left_out: files of the input that are not read, by reason.
+        unread: files that cannot be read and were skipped: `file`, `reason`, and `rows` where its footer says how many.
     """
 
     run_id: str
@@ -130,6 +132,8 @@ class RunSummary:
     tally: Tally
     models: dict[str, str]
     config: dict[str, Any]
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    unread: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -145,6 +149,11 @@ class RunSummary:
     def rejected(self) -> int:
         """Posts for which nothing could be done."""
         return self.tally.statuses[Status.REJECTED]
+
+    @property
+    def unread_rows(self) -> int:
+        """Rows of the unread files, of those whose footers say how many there are."""
+        return sum(file["rows"] or 0 for file in self.unread)
 
     def looked_up(self) -> RunSummary:
         """The summary as a start finds it that has nothing to do."""
@@ -165,6 +174,9 @@ class RunSummary:
             "stage_seconds": {stage: round(seconds, 3) for stage, seconds in self.stage_seconds.items()},
             "stage_counts": self.stage_counts,
             "gamma": self.gamma,
+            "left_out": self.left_out,
+            "unread": self.unread,
+            "unread_rows": self.unread_rows,
             "models": self.models,
             "versions": _versions(),
             "config": self.config,
@@ -173,7 +185,7 @@ class RunSummary:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSummary:
         """The inverse of `to_dict`."""
-        own = {name: values[name] for name in cls.__dataclass_fields__ if name != "tally"}
+        own = {name: values[name] for name in cls.__dataclass_fields__.keys() & values.keys()}
         counted = Tally.__dataclass_fields__.keys() & values.keys()
         return cls(**own, tally=Tally.from_dict({name: values[name] for name in counted}))
 

@@ -62,7 +62,7 @@ def test_exit_codes_say_what_annotate_would_do(tmp_path):
     assert "text is" in output
     code, output = run_check(wrong, "--json", tmp_path / "check.json")
     assert code == 2
-    assert "perhaps `gem-ray shards parquet IN OUT --map post_id=id,text=tweet`" in output
+    assert "perhaps `--map post_id=id,text=tweet`" in output
     assert json.loads((tmp_path / "check.json").read_text())["refused"]
     assert run_check(wrong, "--map", "text=tweet,post_id=id")[0] == 0
     assert run_check(tmp_path / "nowhere")[0] == 2

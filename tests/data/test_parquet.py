@@ -104,7 +104,7 @@ REFUSED = {
     r"has no column post_id, text \(perhaps .*--map post_id=id,text=tweet`\)\. Its columns: id, tweet": {
         "id": ["1"], "tweet": ["a"]
     },
-    r"has no column text \(perhaps `gem-ray shards parquet .*--map text=Text`\)": {"post_id": ["1"], "Text": ["a"]},
+    r"has no column text \(perhaps `--map text=Text`\)": {"post_id": ["1"], "Text": ["a"]},
     r"has no column post_id\. Its columns: text": {"text": ["a"]},
     r"column post_id is double, not a string": {"post_id": [1.5], "text": ["a"]},
     r"column text is list<.*>, not a string": {"post_id": ["1"], "text": [["a"]]},

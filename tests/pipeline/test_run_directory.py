@@ -13,7 +13,7 @@ from gem_ray.data.output import Publication, PublishedFile, annotation_paths, li
 from gem_ray.data.shards import write_posts
 from gem_ray.data.storage import ConflictError, Storage, open_storage
 from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory
-from gem_ray.pipeline.source import InputFile, PostSource, count_input
+from gem_ray.pipeline.source import InputFile, InputReader, PostSource, count_input
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -164,7 +164,8 @@ def test_file_is_no_output(tmp_path: Path) -> None:
 def test_posts_are_read_from_where_they_were_written(output: str) -> None:
     write_posts(generate(5, seed=2), output, per_shard=2)
     listing = list_shards(output)
-    files = count_input(listing.filesystem, listing.shards, limit=3)
+    reader = InputReader(listing.filesystem)
+    files = count_input(reader, listing.shards, limit=3)
     assert [file.rows for file in files] == [2, 1]
-    source = PostSource(listing.filesystem, files)
+    source = PostSource(reader, files)
     assert sum(table.num_rows for task in source.get_read_tasks(1) for table in task()) == 3

@@ -13,14 +13,15 @@ import pytest
 from gem_ray.data.generated import generate
 from gem_ray.data.listing import list_shards
 from gem_ray.data.shards import count_rows, read_posts, write_posts
-from gem_ray.pipeline.source import PostSource, count_input
+from gem_ray.pipeline.source import InputReader, PostSource, count_input
 from gem_ray.pipeline.tables import table_to_posts
 from gem_ray.records import Post
 
 
 def open_source(folder: Path, limit: int | None = None, wanted: np.ndarray | None = None) -> PostSource:
     listing = list_shards(folder)
-    return PostSource(listing.filesystem, count_input(listing.filesystem, listing.shards, limit), wanted)
+    reader = InputReader(listing.filesystem)
+    return PostSource(reader, count_input(reader, listing.shards, limit), wanted)
 
 
 def posts_of(source: PostSource) -> list[Post]:
@@ -53,11 +54,11 @@ def test_a_limit_stops_the_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_posts(generate(60, seed=4), tmp_path, per_shard=1)
     counted: list[str] = []
 
-    def count(filesystem: object, path: str, most: int | None) -> int:
+    def count(filesystem: object, path: str, columns: object, most: int | None) -> int:
         counted.append(path)
-        return count_rows(filesystem, path, most=most)
+        return count_rows(filesystem, path, columns, most)
 
-    monkeypatch.setattr("gem_ray.pipeline.source.count_rows", count)
+    monkeypatch.setattr("gem_ray.data.counting.count_rows", count)
     for limit, most in ((1, 1), (3, 3), (20, 31), (None, 60)):
         counted.clear()
         assert open_source(tmp_path, limit).rows == (limit or 60)

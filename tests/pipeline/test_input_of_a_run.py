@@ -1,0 +1,237 @@
+"""Files that cannot be read, and columns with other names: what a run says of them, and later starts make of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gem_ray.pipeline.run as run_module
+from gem_ray.config import ImageConfig, load_config
+from gem_ray.data.check import check_input
+from gem_ray.data.counting import count_shards
+from gem_ray.evaluation.joins import matched, with_distinct_ids
+from gem_ray.evaluation.predictions import check_same_rows, iterate_predictions, read_inputs, read_predictions
+from gem_ray.evaluation.rules import EvaluationError
+from gem_ray.pipeline.compaction import merge
+from gem_ray.pipeline.ledger import Progress
+from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.pipeline.summary import RunSummary
+from gem_ray.pipeline.tables import annotations_table, table_to_posts
+
+CONFIG = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false"])
+
+
+class InlineExecutor:
+    """Does what `RayExecutor` has Ray do, in this process; no stage changes a post."""
+
+    def __init__(self, config: Any, actor: Any = None) -> None:
+        pass
+
+    def session(self) -> Any:
+        return nullcontext()
+
+    def check_models(self, config: Any, models: Any) -> None:
+        pass
+
+    def run_pass(self, source: Any, config: Any, origin: Any, stages: Any, sink: Any, is_last: bool) -> None:
+        for task in source.get_read_tasks(1):
+            for table in task():
+                sink.write([annotations_table(table_to_posts(table), origin.run_id, origin.models)])
+
+    def merge(self, storage: Any, merges: Any) -> list[Any]:
+        return [file for each in merges for file in merge(storage, each)]
+
+    def work(self) -> Progress:
+        return Progress()
+
+
+@pytest.fixture(autouse=True)
+def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "RayExecutor", InlineExecutor)
+
+
+def put(
+    file: Path, texts: list[str], ids: list[str] | None = None, names: tuple[str, str] = ("post_id", "text")
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({names[0]: ids or [f"{file.stem}{n}" for n in range(len(texts))], names[1]: texts}), file)
+
+
+def annotate(folder: Path, **options: Any) -> RunSummary:
+    return annotate_dataset(folder / "in", folder / "out", CONFIG, **options)
+
+
+def texts_by_row(folder: Path) -> dict[int, str]:
+    return {post.row_id or 0: post.text for post in read_predictions(folder / "out")}
+
+
+def write_some_bad(folder: Path) -> None:
+    put(folder / "in" / "b.parquet", ["one", "two"])
+    put(folder / "in" / "d.parquet", ["three"])
+    put(folder / "in" / "c.parquet", ["x"] * 7, names=("id", "tweet"))
+    (folder / "in" / "a.parquet").write_bytes((folder / "in" / "b.parquet").read_bytes()[:-9])
+    (folder / "in" / "e.tar").write_bytes(b"\1" * 2000)
+
+
+def test_bad_files_are_refused_by_name_before_anything_is_written(tmp_path: Path) -> None:
+    write_some_bad(tmp_path)
+    with pytest.raises(ValueError, match="--skip-bad-files") as refusal:
+        annotate(tmp_path)
+    lines = str(refusal.value).splitlines()
+    assert [name in line for name, line in zip(("a.parquet", "c.parquet", "e.tar"), lines, strict=False)] == [True] * 3
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+
+
+def test_skipped_files_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_some_bad(tmp_path)
+    (tmp_path / "in" / "notes.txt").write_text("of another kind")
+    summary = annotate(tmp_path, skip_bad_files=True)
+    assert texts_by_row(tmp_path) == {1 << 32: "one", (1 << 32) + 1: "two", 3 << 32: "three"}
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [(Path(file["file"]).name, file["rows"]) for file in facts["unread"]] == [
+        ("a.parquet", None), ("c.parquet", 7), ("e.tar", None)
+    ]  # fmt: skip
+    assert "no column post_id, text" in facts["unread"][1]["reason"]
+    assert (facts["rows"], facts["unread_rows"], summary.unread_rows) == (3, 7, 7)
+    assert facts["left_out"] == [{"reason": "of another kind, by its suffix", "files": 1, "examples": ["notes.txt"]}]
+    page = (tmp_path / "out" / "_run" / "report.html").read_text()
+    warnings = caplog.text
+    for name in ("a.parquet", "c.parquet", "e.tar", "notes.txt"):
+        assert name in page
+        assert name in warnings
+    # Nothing is asked for again, and nothing is forgotten.
+    assert annotate(tmp_path).unread == summary.unread
+    assert annotate(tmp_path, update=True).annotated == 0
+
+
+def test_a_mended_file_is_taken_in_by_update_under_a_new_number(tmp_path: Path) -> None:
+    write_some_bad(tmp_path)
+    annotate(tmp_path, skip_bad_files=True)
+    before = texts_by_row(tmp_path)
+    put(tmp_path / "in" / "c.parquet", ["mended"])
+    (tmp_path / "in" / "e.tar").unlink()  # what was never read may go
+    for options in ({}, {"skip_bad_files": True}):
+        with pytest.raises(ValueError, match=r"c\.parquet: could not be read .* pass --update"):
+            annotate(tmp_path, **options)
+    summary = annotate(tmp_path, update=True)
+    assert texts_by_row(tmp_path) == before | {5 << 32: "mended"}
+    assert [Path(file["file"]).name for file in summary.unread] == ["a.parquet", "e.tar"]
+    put(tmp_path / "in" / "c.parquet", ["changed again"])
+    with pytest.raises(ValueError, match=r"c\.parquet: not the file that this run began with"):
+        annotate(tmp_path, update=True)
+
+
+def test_a_file_that_is_still_bad_needs_the_flag_again(tmp_path: Path) -> None:
+    write_some_bad(tmp_path)
+    annotate(tmp_path, skip_bad_files=True)
+    put(tmp_path / "in" / "c.parquet", ["x"] * 9, names=("key", "words"))
+    with pytest.raises(ValueError, match=r"c\.parquet holds no posts: .* key, words"):
+        annotate(tmp_path, update=True)
+    summary = annotate(tmp_path, update=True, skip_bad_files=True)
+    assert summary.unread_rows == 9
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["unread_rows"] == 9
+    assert len(texts_by_row(tmp_path)) == summary.rows == 3
+
+
+def test_nothing_but_bad_files_is_no_input(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "c.parquet", ["x"], names=("id", "tweet"))
+    with pytest.raises(ValueError, match="no posts"):
+        annotate(tmp_path, skip_bad_files=True)
+
+
+def test_check_says_what_would_be_skipped(tmp_path: Path) -> None:
+    write_some_bad(tmp_path)
+    refused = check_input(tmp_path / "in", ImageConfig())
+    skipped = check_input(tmp_path / "in", ImageConfig(), skip_bad_files=True)
+    assert (len(refused.refused), len(skipped.refused), skipped.files, skipped.rows) == (3, 0, 2, 3)
+    assert [remark.removeprefix("not read: ") for remark in skipped.remarks] == refused.refused
+
+
+def test_a_storage_that_does_not_answer_damages_no_file() -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("connection lost")
+
+    storage = SimpleNamespace(open_input_file=fail, open_input_stream=fail)
+    [found] = count_shards(storage, ["a.parquet"], {})
+    assert not found.is_damaged  # type: ignore[union-attr]
+    assert "a.parquet cannot be read: connection lost" in found.reason  # type: ignore[union-attr]
+
+
+def test_columns_are_part_of_what_a_run_is(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.parquet", ["Lyon"], ["7"], names=("id", "tweet"))
+    columns = {"post_id": "id", "text": "tweet"}
+    annotate(tmp_path, columns=columns)
+    put(tmp_path / "in" / "b.parquet", ["Rome"], ["8"], names=("id", "tweet"))
+    with pytest.raises(ValueError, match=r"--map\.text: tweet → text"):
+        annotate(tmp_path, columns={"post_id": "id"})
+    annotate(tmp_path, columns=columns, update=True)
+    posts = read_predictions(tmp_path / "out")
+    assert sorted((post.post_id, post.text) for post in posts) == [("7", "Lyon"), ("8", "Rome")]
+    # Whoever joins posts and annotations reads the same columns.
+    assert [(post.post_id, post.text) for post in read_inputs(tmp_path / "in", tmp_path / "out")] == [
+        ("7", "Lyon"), ("8", "Rome")
+    ]  # fmt: skip
+
+
+def test_fields_of_tars_are_renamed_too(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "a.tar", "w") as tar:
+        entry, data = tarfile.TarInfo("1.json"), json.dumps({"id": "7", "tweet": "Lyon"}).encode()
+        entry.size = len(data)
+        tar.addfile(entry, io.BytesIO(data))
+    annotate(tmp_path, columns={"post_id": "id", "text": "tweet"})
+    [post] = read_predictions(tmp_path / "out")
+    assert (post.post_id, post.text) == ("7", "Lyon")
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sampled_from(["first", "later", "bad"]), min_size=2, max_size=5), st.booleans())
+def test_rows_are_joined_as_the_run_has_numbered_them(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[str], is_copied: bool
+) -> None:
+    """Every post has the same id, in files that came at once, later, or cannot be read, under names in any order."""
+    folder = tmp_path_factory.mktemp("joins")
+    put(folder / "in" / "m.parquet", ["m"], ["same"])
+    for number, kind in enumerate(kinds):
+        if kind == "first":
+            put(folder / "in" / f"{'az'[number % 2]}{number}.parquet", [f"text {number}"], ["same"])
+        elif kind == "bad":
+            (folder / "in" / f"b{number}.parquet").write_bytes(b"damaged")
+    annotate(folder, skip_bad_files=True)
+    for number, kind in enumerate(kinds):
+        if kind == "later":
+            put(folder / "in" / f"{'az'[number % 2]}{number}.parquet", [f"text {number}"], ["same"])
+            annotate(folder, update=True)
+    posts = folder / "in"
+    if is_copied:
+        posts = folder / "copy" / "of"
+        shutil.copytree(folder / "in", posts)
+    inputs = with_distinct_ids(read_inputs(posts, folder / "out"))
+    texts = {post.post_id: post.text for post in inputs}
+    joined = list(matched(iterate_predictions(folder / "out"), inputs))
+    assert len(joined) == 1 + sum(kind != "bad" for kind in kinds)
+    assert all(post.text == texts[post.post_id] for post in joined)
+
+
+def test_two_runs_that_number_files_differently_are_not_compared_by_row(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "b.parquet", ["b"], ["same"])
+    annotate(tmp_path)
+    put(tmp_path / "in" / "a.parquet", ["a"], ["same"])
+    annotate(tmp_path, update=True)
+    annotate_dataset(tmp_path / "in", tmp_path / "other", CONFIG)
+    gold = with_distinct_ids(read_inputs(tmp_path / "in", tmp_path / "out"))
+    check_same_rows(gold, tmp_path / "out", tmp_path / "out")
+    with pytest.raises(EvaluationError, match="numbered differently"):
+        check_same_rows(gold, tmp_path / "out", tmp_path / "other")
