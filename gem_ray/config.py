@@ -367,6 +367,10 @@ class ServingConfig(_Section):
     api_keys_file: Path | None = Field(None, description="SHA-256 of the API keys in hex, a line each")
     api_keys_env: str = Field("GEM_RAY_API_KEYS", description="environment variable with such hashes, besides the file")
     max_body_bytes: PositiveInt = Field(24 * 2**20, description="body of a request")
+    max_image_pixels: PositiveInt = Field(
+        25_000_000,
+        description="width × height over which a request's image is refused; `image.max_pixels` holds besides",
+    )
     max_batch_posts: PositiveInt = Field(32, description="posts of a batch request")
     max_in_flight: PositiveInt = Field(64, description="posts in each ingress replica, above which it answers 429")
     retry_after_s: PositiveInt = Field(1, description="what an answer of 429 or 503 asks its client to wait")
@@ -415,6 +419,12 @@ class Config(_Section):
     grounder: GrounderConfig = Field(default_factory=GrounderConfig)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
+
+    @property
+    def online_image(self) -> ImageConfig:
+        """Limits of images that come with requests: a person waits for the answer, and strangers send them."""
+        pixels = min(self.image.max_pixels, self.serving.max_image_pixels)
+        return self.image.model_copy(update={"max_pixels": pixels})
 
     def public(self) -> dict[str, Any]:
         """The tree as it may be stored and shown: credentials are cut out."""

@@ -50,6 +50,14 @@ def tagger(
     write_result(out, "tagger", measure_tagger(load_config(preset, overrides=set_ or ()), texts, rounds))
 
 
+@app.command()
+def decoding(out: OutOption = Path("out/benchmark")) -> None:
+    """Peak memory of the largest images that the limits admit, one at a time and 32 at once."""
+    from gem_ray.benchmarks.decoding import measure_decoding
+
+    write_result(out, "decoding", measure_decoding(out / "decoding"))
+
+
 @app.command("real-photos")
 def real_photos(
     tweets: Annotated[Path, typer.Option(help="A Twitter10000 root: its dev split.")],

@@ -46,11 +46,13 @@ def check(
 
     from gem_ray.config import load_config
     from gem_ray.data.check import check_input
+    from gem_ray.data.files import whole_text
 
     image = load_config(preset, config, set_ or ()).image
     found = check_input(input, image, parse_columns(map_), sample, skip_bad_files)
     if json is not None:
-        json.write_text(json_library.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with whole_text(json) as file:
+            file.write(json_library.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n")
     _print(found)
     if found.refused:
         raise typer.Exit(EXIT_USAGE)

@@ -30,12 +30,13 @@ def reranker_tables(
     from rich.console import Console
 
     from gem_ray.config import load_config
+    from gem_ray.data.files import whole_text
     from gem_ray.evaluation.rerank_tables import measure_reranker
 
     settings = load_config(preset, config, set_ or ())
     result = measure_reranker(labelled_posts(data, split, images, settings.labels), settings)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "reranker.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with whole_text(out / "reranker.json") as file:
+        file.write(json.dumps(result, indent=2) + "\n")
     console = Console()
     console.print(f"{result['entities']} entities, {result['hard_entities']} with H > {result['gamma']:g}")
     console.print(_by_entropy(result["by_entropy"]))

@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
 _SHOWN_REASONS = 5
 
+OutArgument = Annotated[str, typer.Argument(help="Folder for the shards.")]
+EmbedOption = Annotated[bool, typer.Option(help="Put images beside the file into the shards.")]
+
 app = typer.Typer(help="Make Parquet shards out of other formats.", no_args_is_help=True)
 
 
 @app.command("twitter10000", epilog="Example: `gem-ray shards twitter10000 data/twitter10000 posts/ --split dev`")
 def shards_twitter10000(
     root: Annotated[Path, typer.Argument(help="The folder with `txt`, `txt_fine`, `xml` and `knowledge`.")],
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    out: OutArgument,
     split: Annotated[str, typer.Option(help="`train` or `dev`.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the images, named by image id.")] = None,
     labels: Annotated[Labels, typer.Option(help="Which annotations become the gold column.")] = Labels.FMNERG,
@@ -51,7 +54,7 @@ def shards_twitter10000(
 
 @app.command("generated", epilog="Example: `gem-ray shards generated posts/ --posts 1000 --seed 7`")
 def shards_generated(
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    out: OutArgument,
     posts: Annotated[int, typer.Option(help="How many posts.", min=1)] = 200,
     seed: SeedOption = 7,
     per_shard: PerShardOption = 1000,
@@ -66,8 +69,8 @@ def shards_generated(
 @app.command("jsonl", epilog="Example: `gem-ray shards jsonl posts.jsonl posts/`")
 def shards_jsonl(
     file: Annotated[Path, typer.Argument(help="One object a line: post_id, text, image or image_uri, …", exists=True)],
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
-    embed_images: Annotated[bool, typer.Option(help="Put images beside the file into the shards.")] = True,
+    out: OutArgument,
+    embed_images: EmbedOption = True,
     map_: MapOption = None,
     per_shard: PerShardOption = 1000,
 ) -> None:
@@ -80,8 +83,8 @@ def shards_jsonl(
 @app.command("csv", epilog="Example: `gem-ray shards csv posts.csv posts/`")
 def shards_csv(
     file: Annotated[Path, typer.Argument(help="With a header: post_id, text, image_uri, …", exists=True)],
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
-    embed_images: Annotated[bool, typer.Option(help="Put images beside the file into the shards.")] = True,
+    out: OutArgument,
+    embed_images: EmbedOption = True,
     map_: MapOption = None,
     quotes: Annotated[bool, typer.Option(help='`"` encloses cells; without, it is a character as any other.')] = True,
     per_shard: PerShardOption = 1000,
@@ -95,7 +98,7 @@ def shards_csv(
 @app.command("folder", epilog="Example: `gem-ray shards folder pictures/ posts/`")
 def shards_folder(
     folder: Annotated[Path, typer.Argument(help="Images, and a text file of the same name beside each.", exists=True)],
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    out: OutArgument,
     per_shard: PerShardOption = 1000,
 ) -> None:
     """A folder of images with their texts."""
@@ -105,27 +108,15 @@ def shards_folder(
     _write_shards(from_folder(folder, left_out), out, per_shard, left_out)
 
 
-@app.command("webdataset", epilog="Example: `gem-ray shards webdataset tars/ posts/`")
-def shards_webdataset(
-    path: Annotated[str, typer.Argument(help="A tar, or a folder of tars.")],
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
-    map_: MapOption = None,
-    per_shard: PerShardOption = 1000,
-) -> None:
-    """WebDataset tars (`annotate` also reads them as they are)."""
-    from gem_ray.data.convert import from_webdataset
-
-    _write_shards(from_webdataset(path, parse_columns(map_)), out, per_shard)
-
-
 @app.command("parquet", epilog="Example: `gem-ray shards parquet tweets/ posts/ --map post_id=id,text=tweet`")
-def shards_parquet(
-    path: Annotated[str, typer.Argument(help="A Parquet file, or a folder of them.")],
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+@app.command("webdataset", epilog="Example: `gem-ray shards webdataset tars/ posts/`")
+def shards_again(
+    path: Annotated[str, typer.Argument(help="A Parquet file or a tar, or a folder of them.")],
+    out: OutArgument,
     map_: MapOption = None,
     per_shard: PerShardOption = 1000,
 ) -> None:
-    """Parquet files whose columns have other names (`annotate` reads those with the right ones as they are)."""
+    """What `annotate` reads as it is, in shards of another size, with columns of the right names, and with footers."""
     from gem_ray.data.shards import read_posts
 
     _write_shards(read_posts(path, columns=parse_columns(map_)), out, per_shard)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ class Sample:
     repeated: Counter[str] = field(default_factory=Counter)
     scripts: Counter[str] = field(default_factory=Counter)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `asdict` of Python 3.11 would count the pairs of a Counter."""
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
 
 @dataclass(frozen=True)
 class InputCheck:
@@ -71,8 +75,8 @@ class InputCheck:
     sample: Sample | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values, ready for JSON."""
+        return vars(self) | {"sample": self.sample and self.sample.to_dict()}
 
 
 def check_input(

@@ -20,7 +20,6 @@ from gem_ray.data.fetch import ImageError, read_local
 from gem_ray.data.formats import IMAGE_SUFFIXES, compression_of, is_hidden, looks_like_image
 from gem_ray.data.parquet import Columns
 from gem_ray.data.prepare import ERROR_FIELD, decoded_text, post_from_row, renamed
-from gem_ray.data.shards import read_posts
 from gem_ray.records import INPUT_SCHEMA, Post
 from gem_ray.strict import load_json
 
@@ -107,11 +106,6 @@ def from_folder(folder: Path, left_out: list[str] | None = None) -> Iterator[Pos
         for number, uri in enumerate(images.get(name, [None]))
     )
     return embedded(posts, folder)
-
-
-def from_webdataset(path: str | Path, columns: Columns | None = None) -> Iterator[Post]:
-    """One post for each key of a tar, or of every tar in a folder; see `webdataset.rows_from_tar`."""
-    return read_posts(path, columns=columns)
 
 
 def embedded(posts: Iterable[Post], folder: Path, config: ImageConfig | None = None) -> Iterator[Post]:

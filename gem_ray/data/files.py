@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from pyarrow import fs
 
 from gem_ray.s3 import S3Uri, list_objects, open_bucket
+
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,54 @@ def whole_file(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
     """A path to write to, in a folder that is there; what is written is at `path` once the block ends well.
 
     Readers never see half a file: an object in S3 appears when it is whole, a local file is renamed into place.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
     """
     folder, _, name = path.rpartition("/")
-    filesystem.create_dir(folder, recursive=True)
     is_local = isinstance(filesystem, fs.LocalFileSystem)
     target = f"{folder}/.{name}.partial" if is_local else path
-    yield target
-    if is_local:
-        filesystem.move(target, path)
+    with naming_what_is_written(filesystem, path):
+        filesystem.create_dir(folder, recursive=True)
+        try:
+            yield target
+            if is_local:
+                filesystem.move(target, path)
+        except BaseException:
+            if is_local:
+                Path(target).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def whole_text(file: Path) -> Iterator[TextIO]:
+    """A text file of this machine to write, as by `whole_file`.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    with (
+        whole_file(fs.LocalFileSystem(), str(file.absolute())) as partial,
+        Path(partial).open("w", encoding="utf-8", newline="\n") as text,
+    ):
+        yield text
+
+
+@contextmanager
+def naming_what_is_written(filesystem: fs.FileSystem, path: str) -> Iterator[None]:
+    """Name a file in errors of a full disk and of missing rights: neither the system nor Arrow does.
+
+    Raises:
+        PermissionError, OSError: the block failed so, with the path.
+    """
+    place = path if isinstance(filesystem, fs.LocalFileSystem) else f"s3://{path}"
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or place in str(error):
+            raise
+        if "ACCESS_DENIED" in str(error):
+            raise PermissionError(f"{place} may not be written: check the credentials and their policy") from error
+        if error.errno in _NO_PLACE:
+            raise OSError(f"{place} cannot be written: {os.strerror(error.errno)}") from error
+        raise

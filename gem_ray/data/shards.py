@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -154,7 +154,8 @@ def count_rows(filesystem: fs.FileSystem, file: str, columns: Columns | None = N
 def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 1000) -> int:
     """Write posts to `part-00000.parquet`, `part-00001.parquet` …; the same posts give the same files.
 
-    A marker beside them says whether all are there: who is stopped leaves shards that `list_shards` refuses.
+    A marker beside them says whether all are there: who is killed leaves shards that `list_shards` refuses. Whatever
+    fails otherwise leaves nothing, so that it can be repeated.
 
     Args:
         posts: encoded images are written as they are; whatever cannot be read back is left out, so that rejected posts
@@ -169,12 +170,18 @@ def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 100
         FileExistsError: the folder holds shards already, which would mix with the new ones.
     """
     filesystem, root = open_filesystem(out_dir)
-    filesystem.create_dir(root, recursive=True)
-    entries = filesystem.get_file_info(fs.FileSelector(root))
-    if any(format_of_name(entry.path) or entry.base_name == MARKER for entry in entries):
+    before = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    if any(format_of_name(entry.path) or entry.base_name == MARKER for entry in before):
         raise FileExistsError(f"{out_dir} already holds shards; write to another folder or remove them first")
+    try:
+        return _write_shards(iter(posts), filesystem, root, per_shard)
+    except BaseException:
+        _take_back(filesystem, root, {entry.path for entry in before})
+        raise
+
+
+def _write_shards(remaining: Iterator[Post], filesystem: fs.FileSystem, root: str, per_shard: int) -> int:
     _write_marker(filesystem, root, complete=False)
-    remaining = iter(posts)
     written = 0
     for shard in count():
         first = list(islice(remaining, 1))
@@ -184,6 +191,16 @@ def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 100
         written += _write_shard(shard_posts, filesystem, f"{root}/part-{shard:05d}.parquet")
     _write_marker(filesystem, root, complete=True, shards=max(1, -(-written // per_shard)), posts=written)
     return written
+
+
+def _take_back(filesystem: fs.FileSystem, root: str, before: set[str]) -> None:
+    """Delete what was written to a folder, and the folder itself if nothing was in it."""
+    with suppress(OSError):
+        for entry in filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True)):
+            if entry.path not in before and entry.is_file:
+                filesystem.delete_file(entry.path)
+        if not before:
+            filesystem.delete_dir(root)
 
 
 def _write_marker(filesystem: fs.FileSystem, root: str, **facts: Any) -> None:

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from pyarrow import fs
 
-from gem_ray.data.files import open_filesystem
+from gem_ray.data.files import naming_what_is_written, open_filesystem
 from gem_ray.redaction import redacted
 from gem_ray.s3 import S3Uri, client
 
@@ -74,7 +74,9 @@ class Storage:
     @contextmanager
     def writing(self, name: str) -> Iterator[str]:
         """A path for whatever writes to `filesystem`; the file is there once the block ends well."""
-        yield self.path(name)  # an object appears when it is whole
+        path = self.path(name)
+        with naming_what_is_written(self.filesystem, path):
+            yield path  # an object appears when it is whole
 
     def version(self, name: str) -> str | None:
         """What `swap` expects of a file as it is now; None if it is not there."""
@@ -125,16 +127,17 @@ class LocalStorage(Storage):
     def writing(self, name: str) -> Iterator[str]:
         """A temporary file beside the target, renamed to it at the end."""
         target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: a writer that was taken for dead may still be writing the same file.
         partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}{PARTIAL}")
-        try:
-            yield str(partial)
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with naming_what_is_written(self.filesystem, str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield str(partial)
+                with partial.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def version(self, name: str) -> str | None:
         """The content's SHA-256."""
@@ -284,7 +287,11 @@ def _as_os_errors(path: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        kind = PermissionError if _status(error) in (401, 403) else ConnectionError
-        raise kind(f"s3://{path}: {error}") from None
+        if _status(error) in (401, 403):
+            code, action = error.response["Error"]["Code"], error.operation_name
+            raise PermissionError(
+                f"s3://{path} may not be read or written ({code} for {action}): check the credentials and their policy"
+            ) from None
+        raise ConnectionError(f"s3://{path}: {error}") from None
     except BotoCoreError as error:  # no connection, or no answer
         raise ConnectionError(f"s3://{path}: {error}") from None

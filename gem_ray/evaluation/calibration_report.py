@@ -8,9 +8,11 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pyarrow import fs
 from rich.console import Console
 from rich.table import Table
 
+from gem_ray.data.files import whole_file, whole_text
 from gem_ray.evaluation.calibration import Bin, Calibration, Share, Threshold
 from gem_ray.evaluation.report import percent
 
@@ -63,10 +65,10 @@ def threshold_table(calibration: Calibration) -> Table:
 
 def write_calibration(calibration: Calibration, folder: Path) -> None:
     """Write `calibration.json` and `calibration.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(calibration.to_dict(), indent=2)
-    (folder / "calibration.json").write_text(text + "\n", encoding="utf-8")
-    plot(calibration).savefig(folder / "calibration.png", dpi=150)
+    with whole_text(folder / "calibration.json") as file:
+        file.write(json.dumps(calibration.to_dict(), indent=2) + "\n")
+    with whole_file(fs.LocalFileSystem(), str((folder / "calibration.png").absolute())) as partial:
+        plot(calibration).savefig(partial, dpi=150, format="png")
 
 
 def plot(calibration: Calibration) -> Figure:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from gem_ray.config import ImageConfig
+from gem_ray.data.files import whole_text
 from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.tokenize import word_spans
 from gem_ray.evaluation.errors import Errors, PostErrors
@@ -56,8 +57,8 @@ def write_error_report(
             cases=[_case(case, (images or {}).get(case.post.post_id), Rules(labels)) for case in errors.worst],
         )
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    with whole_text(out) as file:
+        file.write(page)
 
 
 def _matrix(errors: Errors, labels: LabelSet) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from gem_ray.config import ImageConfig, parse_config
+from gem_ray.data.files import whole_text
 from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.tokenize import word_spans
 from gem_ray.evaluation.joins import matched, with_distinct_ids
@@ -80,8 +81,7 @@ def write_gallery(
             facts=facts or {},
         )
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as file:
+    with whole_text(out) as file:
         file.writelines(stream)
 
 

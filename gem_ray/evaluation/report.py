@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gem_ray.data.files import whole_text
 from gem_ray.evaluation.metrics import Report, Scores
 from gem_ray.evaluation.significance import Difference
 
@@ -93,11 +94,11 @@ def print_differences(differences: Mapping[str, Difference], other: str, console
 
 def write_report(report: Report, path: Path, differences: Mapping[str, Difference] | None = None) -> None:
     """Write the report as JSON, ratios from 0 to 1; differences from another system stand under `against`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = report.to_dict()
     if differences:
         values["against"] = {name: found.to_dict() for name, found in differences.items()}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with whole_text(path) as file:
+        file.write(json.dumps(values, indent=2) + "\n")
 
 
 def _table(title: str, first: str) -> Table:

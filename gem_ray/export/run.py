@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
-
-from pyarrow import fs
 
 from gem_ray.config import ConfigError
-from gem_ray.data.files import whole_file
+from gem_ray.data.files import whole_text
 from gem_ray.evaluation.predictions import count_rows, iterate_images, iterate_rows, read_run
 from gem_ray.export.coco import write_coco
 from gem_ray.export.conll import write_conll
@@ -60,7 +55,7 @@ def export_annotations(
     tally = Tally()
     total, rows = count_rows(annotations), iterate_rows(annotations)
     references = ImageReferences(iterate_images(images, annotations), out.parent) if images else None
-    with reporting(report, lambda: tally.posts, total, title="exporting"), _whole_text(out) as file:
+    with reporting(report, lambda: tally.posts, total, title="exporting"), whole_text(out) as file:
         match form:
             case "coco":
                 write_coco(rows, file, tally, labels, references)
@@ -71,15 +66,6 @@ def export_annotations(
             case "label-studio":
                 write_label_studio(rows, file, tally, references)
     if setup:
-        with _whole_text(setup) as file:
+        with whole_text(setup) as file:
             file.write(labelling_setup(labels))
     return tally
-
-
-@contextmanager
-def _whole_text(out: Path) -> Iterator[TextIO]:
-    with (
-        whole_file(fs.LocalFileSystem(), str(out.absolute())) as partial,
-        Path(partial).open("w", encoding="utf-8", newline="\n") as file,
-    ):
-        yield file

@@ -71,7 +71,7 @@ class Flow:
         hosts = [host.lower() for host in config.serving.image_hosts]
         limits = {"allow_http": bool(hosts), "http_hosts": hosts, "root": None}
         self._fetcher = Fetcher(config.image.model_copy(update=limits))
-        self._load = GuardedStage(StageName.LOAD_IMAGE, partial(_load_alone, ImageLoader.from_config(config)))
+        self._load = GuardedStage(StageName.LOAD_IMAGE, partial(_load_alone, ImageLoader(config.online_image)))
         self._decoders = ThreadPoolExecutor(config.serving.decode_threads, "decode")
         self._fetchers = ThreadPoolExecutor(config.image.fetch_concurrency, "fetch")
         self.in_flight = 0

@@ -189,7 +189,7 @@ class Limits(BaseModel):
         return cls(
             max_body_bytes=serving.max_body_bytes,
             max_image_bytes=config.image.max_bytes,
-            max_image_pixels=config.image.max_pixels,
+            max_image_pixels=config.online_image.max_pixels,
             max_text_chars=config.text.max_chars,
             max_batch_posts=serving.max_batch_posts,
             timeout_s=serving.timeout_s,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gem_ray.data.convert import from_csv, from_folder, from_jsonl, from_webdataset
+from gem_ray.data.convert import from_csv, from_folder, from_jsonl
 from gem_ray.data.shards import read_posts, write_posts
 
 
@@ -119,7 +119,7 @@ def test_a_folder_of_images_and_texts(folder):
 def test_a_folder_of_shards_can_be_written_again(folder, tmp_path):
     (folder / "posts.jsonl").write_text('{"post_id": "1", "text": "a", "image": "images/a.png"}')
     written = after_shards(from_jsonl(folder / "posts.jsonl"), tmp_path)
-    assert list(from_webdataset(tmp_path / "shards")) == written
+    assert list(read_posts(tmp_path / "shards")) == written
 
 
 CELLS = st.text(st.sampled_from('ab",;\n\t|é '), max_size=6).map(lambda text: f"x{text}x")

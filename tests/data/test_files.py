@@ -1,15 +1,22 @@
+import errno
 import hashlib
 import os
 import pickle
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
 import gem_ray.s3
-from gem_ray.data.files import list_files, open_filesystem
+from gem_ray.config import load_config
+from gem_ray.data.files import list_files, open_filesystem, whole_text
+from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.data.storage import open_storage
+from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.records import Post
 
 CONTENT = bytes(range(256)) * 8000
 
@@ -193,3 +200,50 @@ def test_a_listing_of_many_objects_survives_faults(s3, faulty_s3):
     files = list_files(f"{bucket}/files")[2]
     assert [file.path[-4:] for file in files] == [f"{number:04}" for number in range(1203)]
     assert faulty_s3.faults == 3
+
+
+FULL = OSError(errno.ENOSPC, "Error writing bytes to file")  # as Arrow says it: without the path
+
+
+def write_text(folder):
+    with whole_text(folder / "x.parquet") as file:
+        file.write("half")
+        raise OSError(*FULL.args)
+
+
+def write_in_storage(folder):
+    with open_storage(str(folder)).writing("x.parquet") as path:
+        Path(path).write_text("half")
+        raise OSError(*FULL.args)
+
+
+def write_shards(folder):
+    def posts():
+        yield Post("1", "Lyon")
+        raise OSError(*FULL.args)
+
+    write_posts(posts(), folder)
+
+
+@pytest.mark.parametrize("write", [write_text, write_in_storage, write_shards])
+def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, write):
+    with pytest.raises(OSError, match=rf"^{tmp_path}/out/.*\.parquet cannot be written: No space left on device"):
+        write(tmp_path / "out")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_errors_of_what_is_read_keep_their_own_file(tmp_path):
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '/other'"), whole_text(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/other")
+
+
+def test_credentials_that_may_only_read_are_said_to(s3):
+    bucket = s3.bucket("read-only")
+    write_posts([Post("1", "Lyon")], f"{bucket}/posts")
+    s3.forbid(f"{bucket}/*", "s3:PutObject")
+    with pytest.raises(PermissionError, match=rf"^{bucket}/out.* may not be written: check the credentials"):
+        write_posts([Post("1", "Lyon")], f"{bucket}/out")
+    # Before a model is loaded, and before the rows are counted.
+    with pytest.raises(PermissionError, match=rf"{bucket}/out/_run/lease.json may not be .*PutObject.*credentials"):
+        annotate_dataset(f"{bucket}/posts", f"{bucket}/out", load_config())
+    assert [post.text for post in read_posts(f"{bucket}/posts")] == ["Lyon"]

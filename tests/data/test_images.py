@@ -363,7 +363,7 @@ def test_a_cut_png_with_texts_is_still_damaged():
             decode_image(data[:end], CONFIG)
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("PNG", 14), ("WEBP", 22), ("GIF", 8), ("JPEG", 8)])
+@pytest.mark.parametrize(("kind", "factor"), [("PNG", 14), ("WEBP", 22), ("GIF", 11), ("JPEG", 8)])
 def test_an_image_whose_decoding_takes_too_much_is_refused_by_its_header(kind, factor):
     data = encoded(Image.new("RGB", (100, 50)), kind)
     decode_image(data, ImageConfig(max_decoding_bytes=5000 * factor))
@@ -388,3 +388,8 @@ def test_what_is_decoded_at_once_fits_the_memory():
         list(threads.map(hold, [7, 30, 50, 100, 60, 1, 14, 99] * 8))
     assert len(most) == 64
     assert max(most) <= 100
+
+
+def test_pillow_takes_blocks_that_the_system_gets_back():
+    """glibc keeps freed blocks of up to 32 MiB for the thread that had them; `jobs/benchmark.py decoding` shows it."""
+    assert Image.core.get_block_size() > 32 * 2**20

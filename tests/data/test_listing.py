@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import fs
 
+from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.data.listing import MARKER, list_shards
 from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.records import Post
@@ -127,11 +129,12 @@ def posts_of(count: int) -> list[Post]:
 
 
 @pytest.mark.parametrize("written", range(7))
-def test_shards_that_were_interrupted_are_refused_wherever_it_was(tmp_path, written):
+def test_shards_whose_writer_was_killed_are_refused_wherever_it_was(tmp_path, written, monkeypatch):
     def stopping():
         yield from posts_of(written)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("gem_ray.data.shards._take_back", lambda *_: None)  # who is killed cleans nothing up
     with pytest.raises(KeyboardInterrupt):
         write_posts(stopping(), tmp_path / "s", per_shard=2)
     for place in (tmp_path, tmp_path / "s"):
@@ -141,11 +144,34 @@ def test_shards_that_were_interrupted_are_refused_wherever_it_was(tmp_path, writ
         write_posts(posts_of(1), tmp_path / "s")
 
 
-def test_interrupted_shards_in_s3_are_refused_too(s3):
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_what_fails_leaves_nothing_and_can_be_repeated(tmp_path, request, is_there, where):
+    folder = str(tmp_path / "s") if where == "disk" else f"{request.getfixturevalue('s3').bucket('repeat')}/s"
+    filesystem, root = open_filesystem(folder)
+    if is_there:
+        with whole_file(filesystem, f"{root}/notes.txt") as target, filesystem.open_output_stream(target) as stream:
+            stream.write(b"mine")
+
+    def failing(written):
+        yield from posts_of(written)
+        raise ValueError("the record that begins in line 7 is not valid CSV")
+
+    for written in (0, 1, 5):
+        with pytest.raises(ValueError, match="line 7"):
+            write_posts(failing(written), folder, per_shard=2)
+        left = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        assert [entry.base_name for entry in left] == ["notes.txt"] * is_there
+    assert write_posts(posts_of(5), folder, per_shard=2) == 5
+    assert len(list(read_posts(folder))) == 5
+
+
+def test_interrupted_shards_in_s3_are_refused_too(s3, monkeypatch):
     def stopping():
         yield from posts_of(3)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("gem_ray.data.shards._take_back", lambda *_: None)
     bucket = s3.bucket("posts")
     with pytest.raises(KeyboardInterrupt):
         write_posts(stopping(), f"{bucket}/s", per_shard=2)
