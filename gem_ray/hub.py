@@ -202,13 +202,22 @@ def loaded_files(names: Collection[str], read: Callable[[str], str]) -> set[str]
     Raises:
         FileNotFoundError: there are no weights that a loader knows.
     """
-    found = {name for name in names if any(fnmatchcase(name, pattern) for pattern in _SETTINGS) and _is_flat(name)}
-    weights = {name for row in _WEIGHTS for name in _first(row, names)}
+    weights = {name for row in _WEIGHTS for name in _with_shards(_first(row, names), read)}
     if not weights:
         raise FileNotFoundError("it has no model.safetensors, pytorch_model.bin, adapter_model.* or sam_vit_*.pth")
-    for index in [name for name in weights if name.endswith(_INDEX)]:
-        weights |= set(json.loads(read(index))["weight_map"].values())
-    return found | weights
+    return {name for name in names if any(fnmatchcase(name, each) for each in _SETTINGS) and _is_flat(name)} | weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Of a local model's files, those whose weights are loaded, without an adapter's; empty: it has none."""
+    files = _with_shards(_first(_WEIGHTS[0], _files(folder)), lambda name: (folder / name).read_text())
+    return [folder / name for name in sorted(files) if not name.endswith(_INDEX)]
+
+
+def _with_shards(names: Collection[str], read: Callable[[str], str]) -> set[str]:
+    """Files of weights, and those that an index among them names."""
+    shards = (json.loads(read(name))["weight_map"].values() for name in names if name.endswith(_INDEX))
+    return {*names}.union(*shards)
 
 
 def _first(patterns: tuple[str, ...], names: Collection[str]) -> list[str]:

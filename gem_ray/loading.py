@@ -14,6 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from gem_ray.hub import weight_files
+
 _NAMED = 5  # names in a message; the others are counted
 
 
@@ -181,10 +183,9 @@ def weight_shapes(source: Path) -> dict[str, Tensor]:
     """
     if source.is_file():
         return dict(_safetensors_shapes(source)) if source.suffix == ".safetensors" else _pickled_shapes(source)
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(source.glob(pattern)):
-            return {name: tensor for file in files for name, tensor in weight_shapes(file).items()}
-    raise FileNotFoundError(f"{source} holds no weights: neither model*.safetensors nor pytorch_model*.bin")
+    if files := weight_files(source):
+        return {name: tensor for file in files for name, tensor in weight_shapes(file).items()}
+    raise FileNotFoundError(f"{source} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards")
 
 
 def _safetensors_shapes(file: Path) -> Iterable[tuple[str, Tensor]]:

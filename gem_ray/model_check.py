@@ -10,6 +10,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.model_references import Key, model_keys, reference_at
 from gem_ray.records import StageName
+from gem_ray.scope import load_scopes
 
 
 def stages_to_check(config: Config) -> list[StageName]:
@@ -33,13 +34,15 @@ def check_models(stage: StageName, config: Config) -> None:
         FileNotFoundError: a model is not there.
         ConfigError: the reranker's engine cannot load such a model, or `reranker.max_model_len` leaves no room beside
             an image.
-        ValueError: weights are missing, unexpected or of another shape; the message names them.
+        ValueError: weights are missing, unexpected or of another shape, or a `scope.json` is none; the message names
+            them.
     """
     for role, key in model_keys(stage, config).items():
         if role in CHECKS:
             reference = reference_at(config, key)
             assert reference is not None  # `model_keys` leaves out what is not named
             CHECKS[role](resolve(reference), config)
+    load_scopes(stage, config)
 
 
 def _tagger(folder: Path, config: Config) -> None:

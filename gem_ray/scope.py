@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gem_ray.checkpoints import resolve
-from gem_ray.config import Config
+from gem_ray.config import Config, nearest
 from gem_ray.model_references import model_keys, reference_at
 from gem_ray.records import Entity, Post, StageName
+from gem_ray.taxonomy import LABEL_SETS
 
 _FILE = "scope.json"
 _OTHER_ADAPTERS = "reranker_adapter_"  # loaded beside the one in use
@@ -30,15 +31,30 @@ class Scope(BaseModel):
         None, description="width and height in pixels of the upright originals"
     )
 
+    @field_validator("categories")
+    @classmethod
+    def _are_known(cls, categories: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        known = sorted({fine for labels in LABEL_SETS.values() for fine in labels.fine})
+        for category in categories or ():
+            if category not in known:
+                raise ValueError(f"there is no category {category!r}; {nearest(category, known)}")
+        return categories
+
     @classmethod
     def load(cls, path: Path) -> Scope | None:
         """A model directory's; None where it says nothing, or where the model is a single file.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds something else; the message names it.
         """
         file = path / _FILE
-        return cls.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            faults = (": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in error.errors())
+            raise ValueError(f"{file} does not say what a model knows: {'; '.join(faults)}") from None
 
     def save(self, folder: Path) -> None:
         """Write it into a model directory."""

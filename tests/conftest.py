@@ -251,6 +251,7 @@ class Hub:
         sent: bytes of each file that were sent, by `repo/path`.
         requests: answered so far.
         gated: repositories whose terms nobody has accepted.
+        refused: files that it does not give out now, as `repo/path`.
         licences: as their cards name them.
     """
 
@@ -258,6 +259,7 @@ class Hub:
     sent: Counter[str] = field(default_factory=Counter)
     requests: int = 0
     gated: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
     licences: dict[str, str] = field(default_factory=dict)
     _commits: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     _refs: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -346,6 +348,8 @@ class _HubHandler(BaseHTTPRequestHandler):
             return
         if name not in files:
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        if f"{repo}/{name}" in self.server.hub.refused and self.command == "GET":
+            return self._answer(403, b"")
         commit, etag = self.server.hub.commit(repo, revision), hashlib.sha1(files[name]).hexdigest()
         if self.command == "GET":
             self.server.hub.sent[f"{repo}/{name}"] += len(files[name])

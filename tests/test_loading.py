@@ -17,7 +17,7 @@ from transformers import AutoModel, BlipConfig, BlipForImageTextRetrieval
 
 from gem_ray.config import load_config
 from gem_ray.grounding import sam as sam_module
-from gem_ray.grounding.blip import load_blip
+from gem_ray.grounding.blip import check_blip, load_blip
 from gem_ray.grounding.grounder import load_matcher
 from gem_ray.grounding.sam import SamSegmenter, load_sam
 from gem_ray.grounding.text_segmenter import load_text_segmenter
@@ -175,8 +175,23 @@ def test_a_file_of_an_index_that_is_not_there_is_named(copy: Callable[[str], Pat
     folder = copy("blip-itm")
     replicas.as_shards(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(OSError, match="model-00002-of-00002"):
-        LOADERS["blip-itm"][1](folder)
+    for look in (LOADERS["blip-itm"][1], check_blip):
+        with pytest.raises(OSError, match="model-00002-of-00002"):
+            look(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stale_files_beside_the_weights_are_not_looked_at(copy: Callable[[str], Path], layout: str) -> None:
+    """As `from_pretrained`, the check reads one format, and of shards those that the index names."""
+    folder = copy("blip-itm")
+    LAYOUTS[layout](folder)
+    stranger = {"stranger": torch.zeros(1)}
+    save_file(stranger, folder / "model-00001-of-00009.safetensors")
+    save_file(stranger, folder / "adapter_model.safetensors")
+    if layout != "bin":
+        torch.save(stranger, folder / "pytorch_model.bin")
+    load_blip(folder)
+    check_blip(folder)
 
 
 def test_a_text_encoder_with_the_default_number_of_heads_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What a model says that it knows, and what that covers."""
 
-import json
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gem_ray.config import parse_config
+from gem_ray.grounding.sam import save_sam
+from gem_ray.grounding.sam_build import SamSizes, build_sam
+from gem_ray.model_check import check_models
 from gem_ray.records import Entity, Post, StageName
 from gem_ray.scope import Scope, is_known, load_scopes
 
@@ -81,9 +84,21 @@ def test_only_the_adapter_in_use_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", json.dumps({"names": ["Paris"]}), json.dumps({"knows": "x", "name": []})]
+    ("content", "said"),
+    [
+        (b"", "Invalid JSON"),
+        (b"\xff\xfe{}", "Invalid JSON"),
+        (b"[]", "should be an object"),
+        (b'{"names": ["Paris"]}', "knows: Field required"),
+        (b'{"knows": "x", "name": []}', "name: Extra inputs"),
+        (b'{"knows": "x", "image_sizes": [[1, 2, 3]]}', "image_sizes: 0: "),
+        (b'{"knows": "x", "categories": ["citty"]}', "no category 'citty'; did you mean 'city'"),
+    ],
 )
-def test_a_file_that_says_something_else_is_an_error(tmp_path, content):
-    (tmp_path / "scope.json").write_text(content)
-    with pytest.raises(ValueError, match="Scope"):
-        load_scopes(StageName.GROUND, configured(tmp_path))
+def test_a_file_that_says_something_else_is_named_before_a_post_is_touched(tmp_path, content, said):
+    (tmp_path / "scope.json").write_bytes(content)
+    save_sam(build_sam(SamSizes()), SamSizes(), tmp_path)
+    for look in (load_scopes, check_models):
+        with pytest.raises(ValueError, match=re.escape(said)) as caught:
+            look(StageName.GROUND, configured(tmp_path))
+        assert str(tmp_path / "scope.json") in str(caught.value)

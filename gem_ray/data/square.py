@@ -8,6 +8,7 @@ import numpy as np
 
 from gem_ray.config import ImageFit
 
+_CROPPED_FROM = 3  # longer to shorter side: more than the square itself, whose edges are scaled with their neighbours
 _TOUCH = 1e-6  # of a patch: less is rounding
 
 
@@ -20,8 +21,10 @@ def fitted(image: np.ndarray, processor: Any, fit: ImageFit) -> np.ndarray:
         fit: `pad` pads what the processor would crop to a square in the mean colour, as LLaVA-1.5 was trained; `crop`
             leaves it to the processor. A processor that squeezes images into its square gets them as they are.
     """
-    if fit == "crop" or not crops(processor):
+    if not crops(processor):
         return image
+    if fit == "crop":
+        return _middle(image)
     height, width, _ = image.shape
     side = max(height, width)
     square = np.empty((side, side, 3), np.uint8)
@@ -52,6 +55,16 @@ def in_image(scores: np.ndarray, size: tuple[int, int], processor: Any, fit: Ima
         ]
         scores = np.stack([cell.max(axis, initial=0) for cell in cells], axis)
     return scores
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    """Of a strip, the part around its centre, which has all that a crop shows.
+
+    Processors scale the whole image before they crop: the shorter side of a strip to 336 pixels makes gigabytes.
+    """
+    spare = [max(0, (length - _CROPPED_FROM * min(image.shape[:2])) // 2) for length in image.shape[:2]]
+    top, left = spare
+    return image[top : image.shape[0] - top, left : image.shape[1] - left]
 
 
 def crops(processor: Any) -> bool:

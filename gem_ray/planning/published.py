@@ -2,8 +2,12 @@
 
 `shape` holds the keys of the model's `config.json` that a plan reads. `parameters` are counted on the architecture
 that transformers, or the segment-anything package, builds from the published configuration, which is what its weight
-files hold; a test counts them again. Keys that a published file leaves to its class are written out. Licences are those
-of the model cards on the hub (of SAM's `.pth`, of its repository); read them before a use that they may not allow.
+files hold; a test counts them again. Keys that a published file leaves to its class are written out.
+
+Licences were read in stored copies of these pages: the repositories' own on huggingface.co; for OPT, `LICENSE.md` of
+facebook/opt-66b; for LLaVA-1.5, the card of liuhaotian/llava-v1.5-7b and the licence notices in its code's README; for
+SAM's `.pth`, facebook/sam-vit-*, which are the same weights; for SAM 3, which is gated, copies of its card. Where none
+was found, the entry says so. Read the card itself before a use that it may not allow.
 """
 
 from __future__ import annotations
@@ -57,13 +61,13 @@ def _sam(parameters: int, width: int, depth: int, heads: int, global_layers: tup
     )
 
 
-def _grounding_dino(parameters: int, width: int, depths: tuple[int, ...], window: int) -> Published:
+def _grounding_dino(parameters: int, width: int, depths: tuple[int, ...], window: int, licence: str) -> Published:
     backbone = {"embed_dim": width, "depths": depths, "num_heads": [width // 32 * 2**n for n in range(4)]}
     return Published(
         parameters,
         "config.json on the hub; Liu et al. 2023, Grounding DINO",
         {"backbone_config": {**backbone, "window_size": window}, "d_model": 256, "encoder_layers": 6},
-        "apache-2.0",
+        licence,
     )
 
 
@@ -115,7 +119,7 @@ PUBLISHED = {
                 "vocab_size": 32064,
             },
         },
-        "llama2; trained on answers of GPT-4, whose terms forbid competing models",
+        "llama2; trained on answers of GPT-4: OpenAI's terms of use, too",
         weight_bytes=2,
     ),
     "llava-hf/llava-1.5-13b-hf": Published(
@@ -132,7 +136,7 @@ PUBLISHED = {
                 "vocab_size": 32064,
             },
         },
-        "llama2; trained on answers of GPT-4, whose terms forbid competing models",
+        "see its card; that of 7b: llama2; trained on answers of GPT-4: OpenAI's terms of use, too",
         weight_bytes=2,
     ),
     "Salesforce/blip-itm-base-coco": Published(
@@ -156,8 +160,10 @@ PUBLISHED = {
         {"vision_config": {**_ENCODER_BASE, "image_size": 352, "patch_size": 16}},
         "apache-2.0",
     ),
-    "IDEA-Research/grounding-dino-tiny": _grounding_dino(172_250_626, 96, (2, 2, 6, 2), 7),
-    "IDEA-Research/grounding-dino-base": _grounding_dino(232_315_264, 128, (2, 2, 18, 2), 12),
+    "IDEA-Research/grounding-dino-tiny": _grounding_dino(172_250_626, 96, (2, 2, 6, 2), 7, "apache-2.0"),
+    "IDEA-Research/grounding-dino-base": _grounding_dino(
+        232_315_264, 128, (2, 2, 18, 2), 12, "see its card; that of -tiny: apache-2.0"
+    ),
     "google/owlv2-base-patch16-ensemble": Published(
         154_966_792,
         "config.json on the hub; Minderer et al. 2023, OWLv2",
@@ -181,7 +187,7 @@ PUBLISHED = {
                 }
             }
         },
-        "SAM License of Meta; gated",
+        "sam-license, of Meta; gated",
     ),
     "meta-llama/Meta-Llama-3-8B-Instruct": Published(
         8_030_261_248,

@@ -83,3 +83,28 @@ def test_padding_is_in_no_map():
     found = in_image(scores, (50, 200), PUBLISHED, "pad")
     assert found.shape == (3, GRID)
     assert found.max() == 1
+
+
+@pytest.mark.parametrize("size", [(1, 900), (900, 1), (4, 400), (301, 7)])
+def test_a_strip_is_cropped_to_what_a_crop_of_all_of_it_shows(size):
+    """Scaled as a whole, its shorter side to 336 pixels, it would take gigabytes."""
+    height, width = size
+    image = np.zeros((*size, 3), np.uint8)
+    image[..., 0] = np.linspace(0, 255, height)[:, None].astype(np.uint8)
+    image[..., 1] = (np.linspace(0, 20 * np.pi, width)[None] // 1).astype(np.uint8) * 4
+    strip = fitted(image, PUBLISHED, "crop")
+    assert max(strip.shape[:2]) <= 3 * min(size) + 1
+    whole, part = (
+        PUBLISHED(each, input_data_format="channels_last", return_tensors="np")["pixel_values"]
+        for each in (image, strip)
+    )
+    np.testing.assert_allclose(part, whole, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [(1, 900), (900, 1), (1, 1)])
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_maps_of_strips_cover_their_images(size, fit):
+    found = in_image(np.ones((GRID, GRID), np.float32), size, PUBLISHED, fit)
+    rows, columns = found.shape
+    assert found[rows // 2, columns // 2] == 1  # the middle is always shown
+    assert fit == "crop" or found.min() == 1

@@ -98,6 +98,20 @@ def test_fetch_takes_no_byte_more_than_what_is_loaded(stocked, tmp_path):
     assert not stocked.sent
 
 
+def test_a_fetch_that_broke_off_is_done_again_from_where_it_was(stocked, tmp_path):
+    config, lines = load_config(overrides=OVERRIDES), []
+    weights = f"{OWL}/{next(iter(WEIGHTS))}"
+    stocked.refused.add(weights)
+    with pytest.raises(FileNotFoundError, match=OWL):
+        fetch_models(config, str(tmp_path / "models"), lines.append)
+    assert {need.role: need.place for need in models_needed(config)}["text_segmenter"] == "missing"
+    stocked.refused.clear()
+    settings = fetch_models(config, str(tmp_path / "models"), lines.append)
+    copy = Path(settings["grounder"]["boxes"]["text"]["model"])
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == CONFIG | WEIGHTS
+    assert stocked.sent == WANTED  # each file once
+
+
 def test_fetch_to_s3_is_done_once_and_takes_own_models_along(stocked, s3, tmp_path, monkeypatch):
     monkeypatch.setenv("GEM_RAY_CACHE", str(tmp_path / "cache"))
     own = tmp_path / "matcher"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
     BertForPreTraining,
@@ -34,6 +35,8 @@ from transformers import (
     GroundingDinoProcessor,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     OPTConfig,
     Owlv2Config,
     Owlv2ForObjectDetection,
@@ -45,6 +48,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
     RobertaConfig,
     RobertaForMaskedLM,
     Sam3Config,
@@ -60,6 +66,7 @@ from transformers import (
 from gem_ray.grounding.text_segmenter import category_prompt
 from gem_ray.nano.llava_model import build_llava
 from gem_ray.nano.segmenters import build_clipseg
+from gem_ray.rerank.prompts import IMAGE_TOKEN, build_prompt
 from gem_ray.rerank.tokenizer import train_tokenizer
 from gem_ray.taxonomy import FMNERG
 
@@ -184,30 +191,99 @@ def llava(folder: Path) -> None:
 
 
 def llava_next(folder: Path) -> None:
-    """llava-hf/llava-v1.6-mistral-7b-hf: weights only."""
-    text = {**SMALL, "model_type": "llama", "vocab_size": 64, "num_key_value_heads": 2}
+    """llava-hf/llava-v1.6-mistral-7b-hf: larger images take more tiles."""
+    tokenizer = train_tokenizer(_QUESTIONS, 400)
+    tokenizer.chat_template = (
+        "{% for message in messages %}[INST] {% for part in message.content %}"
+        "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %} [/INST]{% endfor %}"
+    )
+    text = _decoder(tokenizer) | {"model_type": "llama"}
     vision = {**SMALL, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, "projection_dim": 32}
-    config = LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=63)
-    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    tiles = [[32, 64], [64, 32], [64, 64], [32, 96]]
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_grid_pinpoints=tiles,
+    )
+    _answering_apart(LlavaNextForConditionalGeneration(config)).save_pretrained(folder)
     rewrite(folder, lambda weights: _rename(weights, "vision_tower.", "vision_tower.vision_model."))
+    LlavaNextProcessor(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=tiles
+        ),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(folder)
 
 
 def qwen2_5_vl(folder: Path) -> None:
-    """Qwen/Qwen2.5-VL-7B-Instruct: weights only."""
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **SMALL,
-            "vocab_size": 64,
-            "num_key_value_heads": 1,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        },
-        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32},
-        image_token_id=60,
-        video_token_id=61,
-        vision_start_token_id=62,
-        vision_end_token_id=63,
+    """Qwen/Qwen2.5-VL-7B-Instruct: an image takes as many tokens as it is large."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    words.train_from_iterator(_QUESTIONS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    )
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    config = Qwen2_5_VLConfig(
+        text_config=_decoder(tokenizer)
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
+        vision_config={"depth": 1, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 64},
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()},
+    )
+    _answering_apart(Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
+    Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 16),
+        tokenizer,
+        Qwen2VLVideoProcessor(),
+        chat_template=_CHAT_ML,
+    ).save_pretrained(folder)
+
+
+_QUESTIONS = [build_prompt(["so", "this", "is", "Ardenza"], 3, 4, ("music", "musician", "city", "sports_team"))] * 2
+_CHAT_ML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The language half of a model that vLLM serves, whose CPU kernels know no attention head smaller than 32."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _answering_apart(model: PreTrainedModel) -> PreTrainedModel:
+    """With a fresh head all words are about as likely whatever the image."""
+    model.lm_head.weight.data *= 30
+    return model
 
 
 def clip_tokenizer() -> CLIPTokenizer:
