@@ -7,11 +7,11 @@ import json
 import time
 from importlib import resources
 from pathlib import Path
-from uuid import uuid4
 
 from pyarrow import fs
 
 from gem_ray import hub
+from gem_ray.atomic import atomic_file
 from gem_ray.cache import cache_folder, staged, staged_path
 from gem_ray.s3 import S3Uri, list_objects, open_bucket
 
@@ -106,10 +106,8 @@ def content_hash(path: Path) -> str:
     value = _hash(path, files)
     settled = time.time() - max(file.stat().st_ctime for file in files) > _SETTLED_S
     if settled and _state(path, files) == before:
-        kept.parent.mkdir(exist_ok=True)
-        partial = kept.with_name(f".{kept.name}.{uuid4().hex}")
-        partial.write_text(value)
-        partial.rename(kept)
+        with atomic_file(kept) as partial:
+            partial.write_text(value)
     return value
 
 

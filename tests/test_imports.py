@@ -18,6 +18,7 @@ LAYERS = [
         "config",
         "recipes",
         "redaction",
+        "atomic",
         "cache",
         "checkpoints",
         "hub",

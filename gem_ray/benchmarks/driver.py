@@ -15,7 +15,7 @@ from gem_ray.config import load_config
 from gem_ray.pipeline.publishing import tally_of
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
-from gem_ray.pipeline.staging import staged_ids
+from gem_ray.pipeline.staging import StagedRows
 
 _DONE = b"done: "
 _ACTORS = {"models": None, "pass-through": PassThrough}
@@ -61,7 +61,7 @@ def committed_rows(output: str) -> int:
     if folder is None:
         return 0
     published = folder.publications()
-    staged = staged_ids(folder.storage, folder.staged("g00000", 0)) if "g00000" not in published else ()
+    staged = StagedRows(folder.storage, folder.staged("g00000", 0)).ids() if "g00000" not in published else ()
     return tally_of(published).rows + len(staged)
 
 

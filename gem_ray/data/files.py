@@ -12,6 +12,7 @@ from typing import TextIO
 
 from pyarrow import fs
 
+from gem_ray.atomic import atomic_file
 from gem_ray.s3 import S3Uri, list_objects, open_bucket
 
 _NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
@@ -90,27 +91,25 @@ def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFil
 
 
 @contextmanager
-def whole_file(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
-    """A path to write to, in a folder that is there; what is written is at `path` once the block ends well.
+def whole_file(filesystem: fs.FileSystem, path: str, *, synced: bool = False) -> Iterator[str]:
+    """A path for whatever writes to the file system; the file is at `path` once the block ends well.
 
     Readers never see half a file: an object in S3 appears when it is whole, a local file is renamed into place.
+
+    Args:
+        filesystem: where to write.
+        path: of the file.
+        synced: a local file survives a power failure once it is there.
 
     Raises:
         OSError: it cannot be written; the message names it.
     """
-    folder, _, name = path.rpartition("/")
-    is_local = isinstance(filesystem, fs.LocalFileSystem)
-    target = f"{folder}/.{name}.partial" if is_local else path
     with naming_what_is_written(filesystem, path):
-        filesystem.create_dir(folder, recursive=True)
-        try:
-            yield target
-            if is_local:
-                filesystem.move(target, path)
-        except BaseException:
-            if is_local:
-                Path(target).unlink(missing_ok=True)
-            raise
+        if isinstance(filesystem, fs.LocalFileSystem):
+            with atomic_file(Path(path), synced=synced) as partial:
+                yield str(partial)
+        else:
+            yield path
 
 
 @contextmanager

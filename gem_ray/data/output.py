@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from gem_ray.data.files import open_filesystem
-from gem_ray.data.storage import Storage, as_json
+from gem_ray.data.storage import Storage, as_json, side_by_side
 
 ANNOTATIONS = "annotations"
 RUN_FACTS = "run.json"
@@ -71,28 +72,43 @@ class Publication:
 
 def run_ids(storage: Storage) -> list[str]:
     """Runs that have begun in an output, in the order of their beginning."""
-    return [name for name in storage.folders(RUNS) if storage.read(f"{RUNS}/{name}/manifest.json") is not None]
+    return [name for name in storage.folders(RUNS) if storage.exists(f"{RUNS}/{name}/manifest.json")]
 
 
 def live_run(storage: Storage) -> str | None:
     """The run whose rows are the output's; None if no run has got so far."""
     for run_id in reversed(run_ids(storage)):
-        if storage.read(f"{RUNS}/{run_id}/live.json") is not None:
+        if storage.exists(f"{RUNS}/{run_id}/live.json"):
             return run_id
     return None
 
 
-def publications(storage: Storage, run_id: str) -> dict[str, Publication]:
-    """The published groups of a run, by name."""
-    found: dict[str, Publication] = {}
-    for path in storage.files(f"{RUNS}/{run_id}/published"):
-        name = path.rpartition("/")[2]
-        if name.startswith(".") or not name.endswith(".json"):
-            continue
-        values = storage.read_json(path)
-        if values is not None:
-            found[name.removesuffix(".json")] = Publication.from_dict(values)
-    return found
+def publications(
+    storage: Storage, run_id: str, known: Mapping[str, Publication] = MappingProxyType({})
+) -> dict[str, Publication]:
+    """The published groups of a run, by name.
+
+    Args:
+        storage: of the output.
+        run_id: of the run.
+        known: groups that need not be read again; what is published never changes.
+    """
+    paths = {name_of_facts(path): path for path in storage.files(f"{RUNS}/{run_id}/published") if is_facts(path)}
+    new = [name for name in paths if name not in known]
+    facts = zip(new, side_by_side(storage.read_json, [paths[name] for name in new]), strict=True)
+    read = {name: Publication.from_dict(values) for name, values in facts if values is not None}
+    return {name: each for name in paths if (each := known.get(name) or read.get(name))}
+
+
+def is_facts(path: str) -> bool:
+    """True for a file of facts, and not one that is still being written."""
+    name = path.rpartition("/")[2]
+    return name.endswith(".json") and not name.startswith(".")
+
+
+def name_of_facts(path: str) -> str:
+    """What a file of facts is about."""
+    return path.rpartition("/")[2].removesuffix(".json")
 
 
 def live_files(published: Mapping[str, Publication]) -> dict[str, str]:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
-from gem_ray.data.files import naming_what_is_written, open_filesystem
+from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.redaction import redacted
 from gem_ray.s3 import S3Uri, client
 
-PARTIAL = ".partial"  # how names of local files end while they are written
+_THREADS = 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ConflictError(Exception):
@@ -44,6 +46,10 @@ class Storage:
     def path(self, name: str) -> str:
         """The path of a name on `filesystem`."""
         return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+        return self.filesystem.get_file_info(self.path(name)).is_file
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None if it is not there."""
@@ -74,9 +80,8 @@ class Storage:
     @contextmanager
     def writing(self, name: str) -> Iterator[str]:
         """A path for whatever writes to `filesystem`; the file is there once the block ends well."""
-        path = self.path(name)
-        with naming_what_is_written(self.filesystem, path):
-            yield path  # an object appears when it is whole
+        with whole_file(self.filesystem, self.path(name), synced=True) as path:
+            yield path
 
     def version(self, name: str) -> str | None:
         """What `swap` expects of a file as it is now; None if it is not there."""
@@ -122,22 +127,6 @@ class LocalStorage(Storage):
 
     def __init__(self, root: str) -> None:
         super().__init__(fs.LocalFileSystem(), root)
-
-    @contextmanager
-    def writing(self, name: str) -> Iterator[str]:
-        """A temporary file beside the target, renamed to it at the end."""
-        target = Path(self.path(name))
-        # A name of its own: a writer that was taken for dead may still be writing the same file.
-        partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}{PARTIAL}")
-        with naming_what_is_written(self.filesystem, str(target)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                yield str(partial)
-                with partial.open("rb") as stream:
-                    os.fsync(stream.fileno())
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
 
     def version(self, name: str) -> str | None:
         """The content's SHA-256."""
@@ -264,6 +253,14 @@ def open_storage(location: str) -> Storage:
     if location.startswith("s3://"):
         return S3Storage(S3Uri.parse(location), filesystem)
     return LocalStorage(root)
+
+
+def side_by_side(function: Callable[[Item], Result], items: Collection[Item]) -> list[Result]:
+    """Apply a function that waits for a storage to each item, several at a time; results are in the items' order."""
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(function, items))
 
 
 def as_json(facts: Mapping[str, Any]) -> bytes:

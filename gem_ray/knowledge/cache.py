@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
+
+from gem_ray.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +39,12 @@ class AnswerCache:
     def put(self, value: str, *key: str | None) -> None:
         """Keep `value` under `key`. A disk that refuses costs the next run a question, not this one its answer."""
         path = self._path(key)
-        partial = path.with_name(f".{path.name}.{uuid4().hex}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # The key is kept for people who look inside.
-            partial.write_text(json.dumps({"key": key, "value": value}), encoding="utf-8")
-            os.replace(partial, path)
+            with atomic_file(path) as partial:
+                # The key is kept for people who look inside.
+                partial.write_text(json.dumps({"key": key, "value": value}), encoding="utf-8")
         except OSError as error:
             logger.warning("an answer could not be kept: %s", error)
-            with suppress(OSError):
-                partial.unlink()
 
     def _path(self, key: tuple[str | None, ...]) -> Path:
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()

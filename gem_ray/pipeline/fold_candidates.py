@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gem_ray.atomic import atomic_file
 from gem_ray.data.shards import fingerprint
 from gem_ray.records import Post
 from gem_ray.rerank.uncertainty import category_probabilities, most_probable
@@ -110,6 +111,5 @@ def _fold(post_id: str, folds: int) -> int:
 
 def _write(table: pa.Table, file: Path) -> None:
     """All of it or nothing: what is there is complete."""
-    partial = file.with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.rename(file)
+    with atomic_file(file) as partial:
+        pq.write_table(table, partial)

@@ -17,7 +17,7 @@ from gem_ray.pipeline.compaction import MergedFile, cut_merges
 from gem_ray.pipeline.execution import Origin, RayExecutor, RunError
 from gem_ray.pipeline.passes import PassResults
 from gem_ray.pipeline.source import InputFile, InputReader, PostSource
-from gem_ray.pipeline.staging import StagingSink, staged_files, staged_ids
+from gem_ray.pipeline.staging import StagedRows, StagingSink
 from gem_ray.pipeline.tables import PASS_SCHEMA
 from gem_ray.planning.plan import passes_of
 from gem_ray.records import ANNOTATION_SCHEMA
@@ -122,10 +122,12 @@ class GroupRunner:
             RunError: a stage or a file gave up.
             FileExistsError: another process has taken the output.
         """
+        storage = self._folder.storage
+        staged = [StagedRows(storage, self._folder.staged(group.name, number)) for number in range(len(self._passes))]
         for number in range(len(self._passes)):
-            self._run_pass(group, number)
+            self._run_pass(group, number, staged)
         try:
-            merged = self._merge(group)
+            merged = self._merge(group, staged[-1])
         except RunError:
             self._claim.check()  # whoever has taken the output may have published the group, and cleared it
             raise
@@ -133,33 +135,30 @@ class GroupRunner:
             self._folder.publish(group.name, Publication([each.file for each in merged], list(group.replaces)))
             self._folder.clear_staged(group.name, len(self._passes))
 
-    def _run_pass(self, group: Group, number: int) -> None:
+    def _run_pass(self, group: Group, number: int, staged: Sequence[StagedRows]) -> None:
         is_last = number == len(self._passes) - 1
-        folder = self._folder.staged(group.name, number)
-        done = staged_ids(self._folder.storage, folder)
+        done = staged[number].ids()
         wanted = np.setdiff1d(group.ids, done, assume_unique=True) if len(done) else group.wanted
         left = group.rows if wanted is None else len(wanted)
         self._done_before += (group.rows - left) * is_last
         if not left:
             return
-        source = PostSource(self._reader, group.files, wanted, self._earlier(group, number))
-        sink = StagingSink(folder, ANNOTATION_SCHEMA if is_last else PASS_SCHEMA, self._claim)
+        earlier = self._left_by(number - 1, staged) if number else None
+        source = PostSource(self._reader, group.files, wanted, earlier)
+        sink = StagingSink(staged[number].folder, ANNOTATION_SCHEMA if is_last else PASS_SCHEMA, self._claim)
         self._executor.run_pass(source, self._config, self._origin, self._passes[number], sink, is_last)
         self.annotated += left * is_last
 
-    def _earlier(self, group: Group, number: int) -> PassResults | None:
-        """What the pass before this one made of the group."""
-        if not number:
-            return None
-        done = {stage for stages in self._passes[:number] for stage in stages}
-        storage, staged = self._folder.storage, self._folder.staged(group.name, number - 1)
-        return PassResults.open(storage.filesystem, storage.path(staged), again=done & set(self._passes[number]))
+    def _left_by(self, number: int, staged: Sequence[StagedRows]) -> PassResults:
+        """What a pass made of the group, for the one after it."""
+        done = {stage for stages in self._passes[: number + 1] for stage in stages}
+        again = done & set(self._passes[number + 1])
+        return PassResults.of(self._folder.storage, staged[number].files(), again)
 
-    def _merge(self, group: Group) -> list[MergedFile]:
+    def _merge(self, group: Group, staged: StagedRows) -> list[MergedFile]:
         """Merge what is staged, and see that every row of the group is there once in what was read back."""
-        storage = self._folder.storage
-        staged = staged_files(storage, self._folder.staged(group.name, len(self._passes) - 1))
-        merged = self._executor.merge(storage, cut_merges(staged, self._folder.run_id, group.name))
+        merges = cut_merges(staged.files(), self._folder.run_id, group.name)
+        merged = self._executor.merge(self._folder.storage, merges)
         ids = np.sort(np.concatenate([np.array([], np.int64), *(each.ids for each in merged)]))
         if not np.array_equal(ids, group.ids):
             raise RunError(f"{group.rows} posts went in and {len(ids)} came out. This is a bug.")

@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from gem_ray.pipeline.staging import is_rows
 from gem_ray.records import Post, StageName
 
 if TYPE_CHECKING:
+    from gem_ray.data.storage import Storage
     from gem_ray.pipeline.source import InputFile
+    from gem_ray.pipeline.staging import StagedFile
 
 _ROWS_AT_A_TIME = 64
 
@@ -46,12 +47,10 @@ class PassResults:
         self._again = again
 
     @classmethod
-    def open(cls, filesystem: fs.FileSystem, folder: str, again: Collection[StageName]) -> PassResults:
-        """The files of a folder; reads only their footers."""
-        entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-        paths = [entry.path for entry in entries if entry.is_file and is_rows(entry.path)]
-        files = sorted((_result_file(filesystem, path) for path in paths), key=lambda file: file.first)
-        return cls(filesystem, files, again)
+    def of(cls, storage: Storage, files: Sequence[StagedFile], again: Collection[StageName]) -> PassResults:
+        """What is staged; the ids stay here, as the results travel with every task that reads posts."""
+        results = [ResultFile(storage.path(file.name), int(file.ids.min()), int(file.ids.max())) for file in files]
+        return cls(storage.filesystem, sorted(results, key=lambda file: file.first), again)
 
     def merged(self, file: InputFile, posts: Iterator[Post]) -> Iterator[Post]:
         """Posts of an input file as the earlier pass left them, with their images as the input has them.
@@ -93,12 +92,3 @@ def _rows_of(tables: Sequence[pa.Table], ids: Sequence[int]) -> dict[int, dict[s
     wanted = pa.array(ids, pa.int64())
     found = (table.filter(pc.is_in(table["row_id"], value_set=wanted)) for table in tables)
     return {row["row_id"]: row for table in found for row in table.to_pylist()}
-
-
-def _result_file(filesystem: fs.FileSystem, path: str) -> ResultFile:
-    with filesystem.open_input_file(path) as stream:
-        metadata = pq.ParquetFile(stream).metadata
-    leaves = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
-    column = leaves.index("row_id")
-    statistics = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]
-    return ResultFile(path, min(each.min for each in statistics), max(each.max for each in statistics))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gem_ray.data.output import ANNOTATIONS, SUCCESS, Publication, PublishedFile, live_files, merged_name
-from gem_ray.data.storage import as_json
+from gem_ray.data.storage import as_json, side_by_side
 from gem_ray.pipeline.staging import is_rows, read_ids
 from gem_ray.pipeline.summary import Tally
 from gem_ray.records import Status
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 # Files that some run has written here, of this version or an earlier one.
 _OWN = re.compile(r"status=\w+/part-\d{8}T\d{6}-[0-9a-f]{8}-[gpr]\d+-[^/]+\.parquet")
-_THREADS = 16
 _NAMED = 5  # files in a message
 
 
@@ -98,8 +96,7 @@ def lost_files(storage: Storage, published: Mapping[str, Publication]) -> list[s
     facts = {file.name: file for each in published.values() for file in each.files}
     there = _names(storage)
     suspects = [facts[name] for name in live if there.get(name) == facts[name].size]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        whole = threads.map(partial(_is_whole, storage), suspects)
+    whole = side_by_side(partial(_is_whole, storage), suspects)
     return sorted(live.keys() - {file.name for file, good in zip(suspects, whole, strict=True) if good})
 
 
@@ -113,9 +110,8 @@ def _is_whole(storage: Storage, file: PublishedFile) -> bool:
 
 def ids_of_files(storage: Storage, names: list[str]) -> np.ndarray:
     """The ids of the rows in files of `annotations/`, `(N,)` int64, sorted."""
-    with ThreadPoolExecutor(_THREADS) as threads:
-        ids = threads.map(partial(read_ids, storage), [f"{ANNOTATIONS}/{name}" for name in names])
-        return np.sort(np.concatenate([np.array([], np.int64), *ids]))
+    ids = side_by_side(partial(read_ids, storage), [f"{ANNOTATIONS}/{name}" for name in names])
+    return np.sort(np.concatenate([np.array([], np.int64), *ids]))
 
 
 def lost_ids(

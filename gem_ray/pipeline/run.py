@@ -138,8 +138,10 @@ class _Run:
                 f"{self.directory.output} holds no finished run; finish it, then do its problems again"
             )
         rounds = [work.round_of_lost_rows, *([work.round_of_problems] if only_problems else [])]
-        gamma, annotated = work.run(rounds, progress)
-        return self._finish(folder, clock, gamma, annotated)
+        done = work.run(rounds, progress)
+        if done.anything or not folder.is_live:  # else the files have just been looked at
+            self._settle_and_check(folder)
+        return self._finish(folder, clock, done)
 
     def _continue(self, update: bool, only_problems: bool) -> RunFolder | None:
         """The run that was begun last, if it is the same run; with new files of the input taken into it."""
@@ -202,15 +204,20 @@ class _Run:
             now = max(now, last + timedelta(seconds=1))
         return f"{now:{_RUN_ID_TIME}}-{uuid.uuid4().hex[:8]}"
 
-    def _finish(self, folder: RunFolder, clock: float, gamma: float, annotated: int) -> RunSummary:
-        """See that every row is there, and say so."""
-        self._settle_and_check(folder)
+    def _finish(self, folder: RunFolder, clock: float, done: _Done) -> RunSummary:
+        """Say that every row is there.
+
+        Raises:
+            RunError: what is published has another number of rows than the input.
+        """
         manifest, published = folder.manifest(), folder.publications()
         tally = tally_of(published)
+        if manifest.rows != tally.rows:
+            raise RunError(f"{manifest.rows} posts went in and {tally.rows} rows came out. This is a bug.")
         earlier = RunSummary.from_dict(facts) if (facts := self.directory.summary()) else None
         left_out = [asdict(each) for each in self.listing.left_out_by_reason()]
         unread = [{"file": file.path, "reason": file.unread, "rows": file.unread_rows} for file in manifest.unread]
-        if earlier is not None and not annotated and (earlier.run_id, earlier.tally) == (folder.run_id, tally):
+        if earlier is not None and not done.annotated and (earlier.run_id, earlier.tally) == (folder.run_id, tally):
             now = replace(earlier, left_out=left_out, unread=unread)
             if now != earlier:
                 self._write_facts(now)
@@ -223,10 +230,10 @@ class _Run:
                 output=self.directory.output,
                 started_at=manifest.started_at,
                 seconds=time.perf_counter() - clock,
-                annotated=annotated,
+                annotated=done.annotated,
                 stage_seconds=work.stage_seconds,
                 stage_counts={stage: dict(sorted(counts.items())) for stage, counts in work.stage_counts.items()},
-                gamma=gamma,
+                gamma=done.gamma,
                 tally=tally,
                 models=self.models,
                 config=self.config.public(),
@@ -241,7 +248,7 @@ class _Run:
         return summary
 
     def _settle_and_check(self, folder: RunFolder) -> None:
-        """Make the run's rows the ones to read, and read back that they are all there, each once.
+        """Make the run's rows the ones to read, and read back that their files are there and whole.
 
         Raises:
             RunError: they are not.
@@ -250,13 +257,9 @@ class _Run:
             folder.make_live()
         settle(self.directory, self.claim)
         check_no_strangers(self.directory)
-        published = folder.publications()
-        lost = lost_files(self.directory.storage, published)
+        lost = lost_files(self.directory.storage, folder.publications())
         if lost:
             raise RunError(f"{len(lost)} files of annotations have gone, {lost[0]} is the first; start again")
-        rows_in, rows_out = folder.manifest().rows, tally_of(published).rows
-        if rows_in != rows_out:
-            raise RunError(f"{rows_in} posts went in and {rows_out} rows came out. This is a bug.")
 
     def _write_facts(self, summary: RunSummary) -> None:
         storage = self.directory.storage
@@ -268,6 +271,21 @@ class _Run:
         except ConflictError:
             self.claim.check()
             raise
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a start did.
+
+    Attributes:
+        gamma: γ, as it was given or measured.
+        annotated: rows that were brought through all stages.
+        anything: groups were published; there were such that had not been.
+    """
+
+    gamma: float
+    annotated: int
+    anything: bool
 
 
 class _Work:
@@ -310,17 +328,13 @@ class _Work:
             self._folder.begin_round(name, wanted)
         return Group(name, self._manifest.files, ids(), tuple(replaces))
 
-    def run(self, rounds: list[Callable[[], Group | None]], progress: Report | None) -> tuple[float, int]:
-        """Do everything that is left.
-
-        Returns:
-            γ, and how many rows were annotated.
-        """
+    def run(self, rounds: list[Callable[[], Group | None]], progress: Report | None) -> _Done:
+        """Do everything that is left."""
         steps = self._steps(rounds)
         first = next(steps, None)
         if first is None:
             measured = self._folder.read("gamma") or {"gamma": self._run.config.filter.gamma}
-            return measured["gamma"], 0
+            return _Done(measured["gamma"], 0, anything=False)
         run, folder = self._run, self._folder
         with run.executor.session():
             run.executor.check_models(run.config, run.models)
@@ -333,7 +347,7 @@ class _Work:
                         runner.run(group)
                         settle(run.directory, run.claim)
                 first = next(steps, None)
-        return config.filter.gamma, runner.annotated
+        return _Done(config.filter.gamma, runner.annotated, anything=True)
 
     def _title(self) -> str:
         """What the progress bar says: rows that are not read are not among its posts."""

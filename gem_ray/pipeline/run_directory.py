@@ -20,8 +20,19 @@ from typing import Any
 
 from pyarrow import fs
 
-from gem_ray.data.output import RUN_FACTS, RUNS, Publication, live_run, merged_folder, publications, run_ids
-from gem_ray.data.storage import PARTIAL, Storage, as_json, open_storage
+from gem_ray.atomic import is_partial
+from gem_ray.data.output import (
+    RUN_FACTS,
+    RUNS,
+    Publication,
+    is_facts,
+    live_run,
+    merged_folder,
+    name_of_facts,
+    publications,
+    run_ids,
+)
+from gem_ray.data.storage import Storage, as_json, open_storage
 from gem_ray.pipeline.source import InputFile
 
 EDITION = 2  # of this layout
@@ -38,12 +49,13 @@ class RunDirectory:
     def __init__(self, output: str, storage: Storage | None = None) -> None:
         self.output = output
         self.storage = storage or open_storage(output)
+        self._folders: dict[str, RunFolder] = {}
         if self.storage.filesystem.get_file_info(self.storage.root).type is fs.FileType.File:
             raise NotADirectoryError(f"{output} is a file; the output must be a folder")
 
     def run(self, run_id: str) -> RunFolder:
-        """The folder of one run."""
-        return RunFolder(self.storage, run_id)
+        """The folder of one run: the same object each time, which reads what never changes once."""
+        return self._folders.setdefault(run_id, RunFolder(self.storage, run_id))
 
     def last_run(self) -> RunFolder | None:
         """The run that was begun last: the one that goes on."""
@@ -73,7 +85,7 @@ class RunDirectory:
                 fs.FileSelector(self.storage.path(folder).rstrip("/"), allow_not_found=True)
             )
             for entry in entries:
-                if entry.base_name.startswith(".") and entry.base_name.endswith(PARTIAL):
+                if is_partial(entry.base_name):
                     self.storage.delete(f"{folder}/{entry.base_name}".lstrip("/"))
 
 
@@ -132,6 +144,8 @@ class RunFolder:
         self.storage = storage
         self.run_id = run_id
         self._root = f"{RUNS}/{run_id}"
+        self._manifest: Manifest | None = None
+        self._publications: dict[str, Publication] = {}
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The facts in a file; None if it is not there."""
@@ -147,6 +161,10 @@ class RunFolder:
         Raises:
             ValueError: another version of gem-ray has begun the run.
         """
+        self._manifest = self._manifest or self._read_manifest()
+        return self._manifest
+
+    def _read_manifest(self) -> Manifest:
         values = self.read("manifest")
         assert values is not None  # a run without manifest is none
         if values.get("edition") != EDITION:
@@ -171,6 +189,7 @@ class RunFolder:
         number = len(self._added()) + 1
         if not self.create(f"files/{number:04d}", {"files": [asdict(file) for file in files]}):
             raise FileExistsError("another process has added files to this run; try again")
+        self._manifest = None
 
     def _added(self) -> list[dict[str, Any]]:
         names = self._names("files")
@@ -179,7 +198,7 @@ class RunFolder:
     @property
     def is_live(self) -> bool:
         """True if readers may see its rows."""
-        return self.read("live") is not None
+        return self.storage.exists(f"{self._root}/live.json")
 
     def make_live(self) -> None:
         """From now on readers see this run's rows, and not those of an earlier one."""
@@ -187,7 +206,8 @@ class RunFolder:
 
     def publications(self) -> dict[str, Publication]:
         """The published groups, by name."""
-        return publications(self.storage, self.run_id)
+        self._publications = publications(self.storage, self.run_id, known=self._publications)
+        return self._publications
 
     def publish(self, group: str, publication: Publication) -> None:
         """Decide what the rows of a group are; what has been decided before stays."""
@@ -222,5 +242,4 @@ class RunFolder:
             self.storage.delete_folder(f"{self._root}/{name}")
 
     def _names(self, folder: str) -> list[str]:
-        names = (path.rpartition("/")[2] for path in self.storage.files(f"{self._root}/{folder}"))
-        return sorted(name.removesuffix(".json") for name in names if name.endswith(".json") and name[0] != ".")
+        return sorted(name_of_facts(path) for path in self.storage.files(f"{self._root}/{folder}") if is_facts(path))

@@ -11,7 +11,6 @@ and the block comes out with another status, both attempts' rows stay.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Datasink
 
-from gem_ray.data.storage import Storage
+from gem_ray.data.storage import Storage, side_by_side
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.lease import Claim
 
 ID_COLUMN = "row_id"
-_READING_THREADS = 16  # files are small, and S3 is far
 
 
 class StagingSink(Datasink[None]):
@@ -71,18 +69,32 @@ class StagedFile:
     ids: np.ndarray
 
 
-def staged_files(storage: Storage, folder: str) -> list[StagedFile]:
-    """The staged files of a folder, in the order of their first rows."""
-    sizes = {name: size for name, size in storage.files(folder).items() if is_rows(name)}
-    with ThreadPoolExecutor(_READING_THREADS) as threads:
-        ids = list(threads.map(partial(_ids_or_none, storage), sizes))
-    files = [StagedFile(name, sizes[name], each) for name, each in zip(sizes, ids, strict=True) if len(each)]
-    return sorted(files, key=lambda file: (int(file.ids[0]), file.name))
+class StagedRows:
+    """What is staged in a folder, as of each call; as no file ever changes, each is read once.
 
+    Args:
+        storage: of the output.
+        folder: its name there.
+    """
 
-def staged_ids(storage: Storage, folder: str) -> np.ndarray:
-    """The ids of the rows that are done, `(N,)` int64, sorted, each once."""
-    return np.unique(np.concatenate([np.array([], np.int64), *(file.ids for file in staged_files(storage, folder))]))
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self.folder = folder
+        self._storage = storage
+        self._known: dict[str, StagedFile] = {}
+
+    def files(self) -> list[StagedFile]:
+        """The files, in the order of their first rows."""
+        sizes = {name: size for name, size in self._storage.files(self.folder).items() if is_rows(name)}
+        new = [name for name in sizes if name not in self._known]
+        ids = side_by_side(partial(_ids_or_none, self._storage), new)
+        read = {name: StagedFile(name, sizes[name], each) for name, each in zip(new, ids, strict=True)}
+        self._known = {name: self._known.get(name) or read[name] for name in sizes}
+        files = (file for file in self._known.values() if len(file.ids))
+        return sorted(files, key=lambda file: (int(file.ids[0]), file.name))
+
+    def ids(self) -> np.ndarray:
+        """The ids of the rows that are done, `(N,)` int64, sorted, each once."""
+        return np.unique(np.concatenate([np.array([], np.int64), *(file.ids for file in self.files())]))
 
 
 def rows_once(files: Sequence[StagedFile]) -> list[np.ndarray]:

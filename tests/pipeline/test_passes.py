@@ -8,11 +8,12 @@ from tempfile import TemporaryDirectory
 import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import fs
 
 from gem_ray.data.shards import ROWS_BITS
+from gem_ray.data.storage import LocalStorage
 from gem_ray.pipeline.passes import PassResults
 from gem_ray.pipeline.source import InputFile
+from gem_ray.pipeline.staging import StagedRows
 from gem_ray.pipeline.tables import PASS_SCHEMA, pass_table, posts_to_table
 from gem_ray.records import Post, ProblemKind, StageName
 
@@ -51,7 +52,8 @@ def test_every_row_is_found_in_whatever_files_and_order_the_rows_lie(
     asked = [row_id for row_id in file.row_ids.tolist() if chance.random() < wanted]
     with TemporaryDirectory() as folder:
         write(Path(folder), [block for block in cut if block])
-        results = PassResults.open(fs.LocalFileSystem(), folder, again={StageName.LOAD_IMAGE})
+        storage = LocalStorage(folder)
+        results = PassResults.of(storage, StagedRows(storage, "").files(), again={StageName.LOAD_IMAGE})
         posts = (Post(f"{row_id}", "text", row_id=row_id, image_bytes=b"%d" % row_id) for row_id in asked)
         merged = list(results.merged(file, posts))
     assert [post.row_id for post in merged] == asked

@@ -1,0 +1,38 @@
+"""Files on a disk that appear whole: written under a private name, then renamed into place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+_SUFFIX = ".partial"
+
+
+@contextmanager
+def atomic_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
+    """A path to write to, beside `path` and renamed to it when the block ends well.
+
+    The name is the writer's own: another process, also one that was taken for dead, may write the same file meanwhile.
+
+    Args:
+        path: of the file; its folder is made.
+        synced: the content is on the disk before the name is, so that it survives a power failure.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}{_SUFFIX}")
+    try:
+        yield partial
+        if synced:
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """True for the name of a file that a killed writer has left."""
+    return name.startswith(".") and name.endswith(_SUFFIX)

@@ -1,0 +1,44 @@
+"""Files that appear whole: readers find the old content or the new one, whoever else writes, and nothing is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gem_ray.atomic import atomic_file, is_partial
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_file_appears_when_the_block_ends_well(tmp_path: Path, synced: bool) -> None:
+    file = tmp_path / "folder" / "a.json"
+    for content in ("old", "new"):
+        with atomic_file(file, synced=synced) as partial:
+            partial.write_text(content)
+            assert is_partial(partial.name)
+            assert (file.read_text() if file.exists() else None) == (None if content == "old" else "old")
+        assert file.read_text() == content
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("old")
+    writing = atomic_file(file)
+    writing.__enter__().write_text("half")
+    with pytest.raises(RuntimeError):
+        writing.__exit__(RuntimeError, RuntimeError(), None)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """The one that ends last wins, whole; neither takes the other's half for its own."""
+    file = tmp_path / "a"
+    with atomic_file(file) as first:
+        first.write_text("fir")
+        with atomic_file(file) as second:
+            second.write_text("second")
+        assert file.read_text() == "second"
+        first.write_text("first")
+    assert file.read_text() == "first"
