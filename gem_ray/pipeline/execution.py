@@ -107,8 +107,7 @@ class RayExecutor:
             is_last: whether the pass makes annotations, and not results for another pass.
 
         Raises:
-            RunError: a stage or a file gave up.
-            FileExistsError: another process has taken the output.
+            RunError: a stage or a file gave up, or another process has taken the output.
         """
         dataset = build_graph(source, config, origin.models, stages, self._started, self._actor)
         if is_last:
@@ -118,7 +117,6 @@ class RayExecutor:
         try:
             dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
         except RayError as error:
-            sink.claim.check()  # that it is lost is why nothing could be written
             raise self._run_error(error) from error
 
     def merge(self, storage: Storage, merges: Sequence[Merge]) -> list[MergedFile]:

@@ -108,7 +108,11 @@ def annotate_dataset(
             claim=claim,
             executor=RayExecutor(config, actor),
         )
-        return run.annotate(fresh=fresh, update=update, only_problems=only_problems, progress=progress)
+        try:
+            return run.annotate(fresh=fresh, update=update, only_problems=only_problems, progress=progress)
+        except (OSError, RunError, ConflictError):
+            claim.check()  # whoever has taken the output may have changed or cleared what this start works with
+            raise
 
 
 @dataclass
@@ -266,11 +270,7 @@ class _Run:
         version = storage.version(RUN_FACTS)
         self.claim.check()
         write_report(self.directory, summary.to_dict())
-        try:
-            storage.swap(RUN_FACTS, as_json(summary.to_dict()), version)
-        except ConflictError:
-            self.claim.check()
-            raise
+        storage.swap(RUN_FACTS, as_json(summary.to_dict()), version)
 
 
 @dataclass(frozen=True)

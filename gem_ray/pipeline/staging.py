@@ -41,7 +41,7 @@ class StagingSink(Datasink[None]):
     def __init__(self, folder: str, schema: pa.Schema, claim: Claim) -> None:
         self._folder = folder
         self._schema = schema
-        self.claim = claim
+        self._claim = claim
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any = None) -> None:
         """Write the blocks of one task as one file.
@@ -52,8 +52,8 @@ class StagingSink(Datasink[None]):
         tables = [block for block in blocks if block.num_rows]
         if not tables:
             return
-        self.claim.check()
-        storage = self.claim.storage
+        self._claim.check()
+        storage = self._claim.storage
         name = f"{self._folder}/{uuid4().hex}.parquet"
         with storage.writing(name) as path:
             table = pa.concat_tables(tables).select(self._schema.names).cast(self._schema)
