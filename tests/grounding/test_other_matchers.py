@@ -16,8 +16,6 @@ from transformers import (
 from gem_ray.config import load_config
 from gem_ray.grounding.grounder import load_matcher
 from gem_ray.grounding.matcher import Query
-from gem_ray.nano.llava_model import build_llava
-from gem_ray.rerank.tokenizer import train_tokenizer
 
 QUERIES = [
     Query(0, "Cleveland", "city"),
@@ -35,18 +33,7 @@ def images() -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llava")
-    tokenizer = train_tokenizer(["USER: ASSISTANT: yes no Is it in the image? Answer yes or no."] * 4, 320)
-    build_llava(
-        folder,
-        tokenizer,
-        image_size=32,
-        patch_size=8,
-        vision_layers=1,
-        vision_width=32,
-        language_layers=2,
-        language_width=32,
-        head_width=16,
-    )
+    replicas.llava(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     return _sharpened(model, folder)
 

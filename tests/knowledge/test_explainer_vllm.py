@@ -9,15 +9,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import replicas
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gem_ray.config import ConfigError, parse_config
 from gem_ray.knowledge.explainer import ExplainerError, ParsedAnswer
 from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
 from gem_ray.knowledge.provider import KnowledgeProvider
 from gem_ray.records import Post, ProblemKind
+from gem_ray.rerank.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.vllm
 
@@ -29,32 +29,10 @@ QUERIES = [Query("Adele at the O2"), Query("i gotta feeling", "a screenshot"), Q
 
 
 def save_model(folder: Path, template: str | None) -> Path:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([message["content"] for message in chat_messages(QUERIES[0])], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
-    )
-    fast.save_pretrained(folder)
+    tokenizer = train_tokenizer([message["content"] for message in chat_messages(QUERIES[0])], 600)
+    tokenizer.chat_template = template
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=fast.bos_token_id,
-        eos_token_id=fast.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    replicas.llama(folder, tokenizer)
     return folder
 
 

@@ -33,6 +33,8 @@ from transformers import (
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
     GroundingDinoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
@@ -175,12 +177,12 @@ def blip2_opt(folder: Path) -> None:
     )
 
 
-def llava(folder: Path) -> None:
+def llava(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
     """llava-hf/llava-1.5-7b-hf."""
-    tokenizer = train_tokenizer(["USER: ASSISTANT: yes no Is it in the image? Answer yes or no.", *WORDS] * 2, 400)
+    words = ["USER: ASSISTANT: yes no Is it in the image? Answer yes or no.", *WORDS]
     build_llava(
         folder,
-        tokenizer,
+        tokenizer or train_tokenizer(words * 2, 400),
         image_size=32,
         patch_size=8,
         vision_layers=1,
@@ -188,6 +190,12 @@ def llava(folder: Path) -> None:
         language_layers=2,
         language_width=64,
     )
+
+
+def llama(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """meta-llama/Meta-Llama-3-8B-Instruct."""
+    LlamaForCausalLM(LlamaConfig(**_decoder(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def llava_next(folder: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import replicas
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
@@ -12,7 +13,6 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from gem_ray.config import Config, load_config
-from gem_ray.nano.llava_model import build_llava
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.engine import Request
 from gem_ray.rerank.llava import load_llava, save_llava
@@ -70,16 +70,7 @@ def sentencepiece_base(sentencepiece, tmp_path_factory) -> Path:
 
 
 def _tiny_llava(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    build_llava(
-        folder,
-        tokenizer,
-        image_size=32,
-        patch_size=8,
-        vision_layers=1,
-        vision_width=32,
-        language_layers=2,
-        language_width=64,
-    )
+    replicas.llava(folder, tokenizer)
     model = load_llava(folder)
     # With a fresh head all words are about as likely whatever the adapter, which does not reach it, makes of them.
     model.lm_head.weight.data *= 30

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import replicas
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_ray.config import load_config
 from gem_ray.rerank.engine import Request, RequestError
@@ -24,17 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaMA with random weights."""
     out = tmp_path_factory.mktemp("llama")
     tokenizer = train_tokenizer([build_prompt(WORDS, 7, 8, FMNERG.fine[:5], BARE), "Image: a red dog."] * 3, 500)
-    tokenizer.save_pretrained(out)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-    )
-    model = LlamaForCausalLM(config)
+    replicas.llama(out, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(1 if "lm_head" in name or "norm" in name else 8)
