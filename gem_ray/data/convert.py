@@ -8,7 +8,9 @@ import csv
 import gzip
 import io
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TextIO
@@ -49,7 +51,7 @@ def from_jsonl(file: Path, embed_images: bool = True, columns: Columns | None = 
     Raises:
         ValueError: the file is no text, or begins as an array and is none.
     """
-    with _open_text(file) as lines:
+    with _reading(file), _open_text(file) as lines:
         posts = (_post(renamed(row, columns or {}), file, number) for number, row in _json_rows(lines, file))
         yield from embedded(posts, file.parent) if embed_images else posts
 
@@ -70,7 +72,7 @@ def from_csv(
         ValueError: the header has no `post_id`, or neither `text` nor `tokens`, or a name twice; or a quote is out of
             its place, so that nobody can tell where records end.
     """
-    with _open_text(file, newline="") as text:
+    with _reading(file), _open_text(file, newline="") as text:
         posts = (_post(row, file, line) for line, row in _csv_rows(text, file, columns or {}, has_quotes))
         yield from embedded(posts, file.parent) if embed_images else posts
 
@@ -129,6 +131,15 @@ def embedded(posts: Iterable[Post], folder: Path, config: ImageConfig | None = N
             yield post
 
 
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Name a file that is damaged further on than where `_open_text` looks."""
+    try:
+        yield
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
 def _open_text(file: Path, newline: str | None = None) -> TextIO:
     """A file's text, unpacked if it is compressed, without a byte order mark.
 
@@ -153,12 +164,14 @@ def _open_text(file: Path, newline: str | None = None) -> TextIO:
 
 def _json_rows(lines: TextIO, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows with the numbers of their lines, or of their places in the array."""
+    is_first = True
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        if number == 1 and _begins_array(line):
+        if is_first and _begins_array(line):
             yield from _array_rows(line + lines.read(), file)
             return
+        is_first = False
         yield number, _json_row(line)
 
 

@@ -200,7 +200,9 @@ def _is_list(kind: pa.DataType) -> bool:
 def _is_image_struct(kind: pa.DataType) -> bool:
     """What the Hugging Face hub calls an image."""
     names = [kind.field(number).name for number in range(kind.num_fields)] if types.is_struct(kind) else []
-    return "bytes" in names and _is_bytes(kind.field("bytes").type)
+    if not {"bytes", "path"} & {*names}:
+        return False
+    return "bytes" not in names or types.is_null(kind.field("bytes").type) or _is_bytes(kind.field("bytes").type)
 
 
 def _is_uuid(kind: pa.DataType) -> bool:
@@ -282,7 +284,8 @@ def _converter(field: str, kind: pa.DataType) -> _Convert | None:
 
 
 def _bytes_or_path(image: Mapping[str, Any]) -> bytes | str | None:
-    return image["bytes"] if image["bytes"] is not None else image.get("path")
+    data = image.get("bytes")
+    return image.get("path") if data is None else data
 
 
 def _check_readable(stream: NativeFile, group: pq.RowGroupMetaData) -> None:

@@ -201,7 +201,8 @@ def _row(tar: tarfile.TarFile, key: str, members: Iterable[_Member], columns: Ma
         row[IMAGE_ERROR_FIELD] = f"{image.name}: {image.error}" if image.error else None
     post = post_from_row(described | row | {name: described[name] for name in ("post_id", "text") if name in described})
     errors += [problem.message for problem in post.problems if problem.status is Status.REJECTED]
-    errors_of_image = {IMAGE_ERROR_FIELD: row.get(IMAGE_ERROR_FIELD)}
+    wrong_image = next((problem.message for problem in post.problems if problem.kind.startswith("image_")), None)
+    errors_of_image = {IMAGE_ERROR_FIELD: wrong_image}
     return row_from_post(post) | errors_of_image | {ERROR_FIELD: "; ".join(errors) or None}
 
 

@@ -271,3 +271,26 @@ def test_an_image_in_a_folder_is_one_by_its_bytes(tmp_path, suffix):
     (tmp_path / "a.psd").write_bytes(b"8BPS")
     [post] = from_folder(tmp_path)
     assert (post.text, post.image_bytes) == ("Lyon", data)
+
+
+PACKERS = [gzip.compress, bz2.compress, lzma.compress, lambda data: pa.compress(data, "zstd", asbytes=True)]
+PACKED = {
+    from_jsonl: "".join(f'{{"post_id": "{n}", "text": "{n * 7919 % 9973}"}}\n' for n in range(9000)),
+    from_csv: "post_id,text\n" + "".join(f"{n},{n * 7919 % 9973}\n" for n in range(9000)),
+}
+
+
+@pytest.mark.parametrize("read", PACKED)
+@pytest.mark.parametrize("pack", PACKERS)
+def test_a_packed_file_that_is_cut_is_refused_by_name(tmp_path, read, pack):
+    packed = pack(PACKED[read].encode())
+    (tmp_path / "posts").write_bytes(packed)
+    assert len(list(read(tmp_path / "posts"))) == 9000
+    (tmp_path / "posts").write_bytes(packed[: len(packed) - 20])
+    with pytest.raises(ValueError, match=r"/posts is damaged: "):
+        list(read(tmp_path / "posts"))
+
+
+def test_an_array_may_follow_empty_lines(tmp_path):
+    (tmp_path / "posts.json").write_text('\n\n[{"post_id": "1", "text": "a"}]')
+    assert [post.text for post in from_jsonl(tmp_path / "posts.json")] == ["a"]

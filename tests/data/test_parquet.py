@@ -139,3 +139,20 @@ def test_columns_are_renamed(tmp_path):
     assert (post.post_id, post.text, post.image_bytes) == ("7", "a", b"x")
     with pytest.raises(ValueError, match="it has no column tweets, which --map names"):
         list(read_posts(tmp_path, columns={"post_id": "id", "text": "tweets"}))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (pa.array([{"path": "a.jpg"}]), (None, "a.jpg")),
+        (
+            pa.array([{"bytes": None, "path": "a.jpg"}], pa.struct([("bytes", pa.null()), ("path", pa.string())])),
+            (None, "a.jpg"),
+        ),
+        (pa.array([{"bytes": b"x"}], pa.struct([("bytes", pa.large_binary())])), (b"x", None)),
+    ],
+)
+def test_what_is_there_of_the_hubs_image_is_read(tmp_path, image, expected):
+    pq.write_table(pa.table({"post_id": ["1"], "text": ["Lyon"], "image": image}), tmp_path / "a.parquet")
+    [post] = read_posts(tmp_path)
+    assert (post.image_bytes, post.image_uri) == expected

@@ -253,3 +253,10 @@ def test_a_header_that_claims_a_long_name_is_not_believed(mode):
     for read in (lambda file: list(rows_from_tar(file)), count_rows_in_tar):
         with pytest.raises(ValueError, match="a header claims 16,777,216 bytes; at most 1,048,576 are read"):
             read(io.BytesIO(buffer.getvalue()))
+
+
+def test_an_image_inside_the_json_is_named():
+    [row] = rows_of([("1.json", b'{"text": "Lyon", "image": "aGVsbG8="}')])
+    post = post_from_row(row)
+    assert (post.text, post.is_rejected) == ("Lyon", False)
+    assert [problem.message for problem in post.problems] == ["image is str, not bytes"]
