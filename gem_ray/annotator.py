@@ -1,19 +1,24 @@
-"""The components composed in one process, and the table of stages that the pipeline shares."""
+"""The stages of the table composed in one process."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gem_ray.model_references import describe_models, load_unchanged
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.records import Post, ProblemKind
+from gem_ray.rerank.uncertainty import UncertaintyFilter
+from gem_ray.stages import LOAD_IMAGE, StageSpec, active_stages
 
 if TYPE_CHECKING:
     from gem_ray.config import Config
+    from gem_ray.pools import Pool
+    from gem_ray.tagger.tagger import Tagger
 
 Stage = Callable[[list[Post]], list[Post]]
 
@@ -21,6 +26,23 @@ Stage = Callable[[list[Post]], list[Post]]
 # than mark every later post as failed. Named, not imported: they belong to vLLM and to torch.
 _FATAL = ("EngineDeadError", "EngineDiedError", "AcceleratorError")
 _MESSAGE_CHARS = 300
+
+
+@contextmanager
+def without_scikit_learn() -> Iterator[None]:
+    """Let what is imported inside believe that scikit-learn is not there.
+
+    transformers imports it wherever it is installed, for one metric that nothing here uses: a second of CPU time in
+    every process.
+    """
+    if "sklearn" in sys.modules:
+        yield
+        return
+    sys.modules["sklearn"] = None  # type: ignore[assignment]  # the import system's way to say so
+    try:
+        yield
+    finally:
+        del sys.modules["sklearn"]
 
 
 class GuardedStage:
@@ -35,13 +57,17 @@ class GuardedStage:
         seconds: wall time so far in which posts were inside the stage; overlapping calls count once.
     """
 
-    def __init__(self, name: StageName, stage: Stage) -> None:
+    def __init__(self, name: str, stage: Stage) -> None:
         self.name = name
         self.seconds = 0.0
         self._stage = stage
         self._lock = threading.Lock()
         self._inside = 0
         self._since = 0.0
+
+    def reconfigure(self, config: Config) -> None:
+        """Tell the stage settings that may change while it runs."""
+        self._stage.reconfigure(config)  # type: ignore[attr-defined]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -103,35 +129,60 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"[:_MESSAGE_CHARS]
 
 
-def active_stages(config: Config) -> tuple[StageName, ...]:
-    """The stages that a configuration runs, in order."""
-    is_active = {
-        StageName.KNOWLEDGE: config.knowledge.captioner is not None or config.knowledge.explainer is not None,
-        StageName.RERANK: config.reranker.enabled,
-        StageName.GROUND: config.grounder.enabled,
-    }
-    return tuple(name for name in StageName if is_active.get(name, True))
-
-
-def build_stage(name: StageName, config: Config, models: Mapping[str, str] | None = None) -> GuardedStage:
-    """Load one stage; as `build_component`."""
-    return GuardedStage(name, build_component(name, config, models))
-
-
-def build_component(name: StageName, config: Config, models: Mapping[str, str] | None = None) -> Stage:
-    """Load one stage without its guard.
+def build_stage(
+    spec: StageSpec, config: Config, models: Mapping[str, str] | None = None, pool: Pool[Any] | None = None
+) -> GuardedStage:
+    """Load a stage.
 
     Args:
-        name: which.
+        spec: which.
         config: names its models.
         models: what they must be, as `models_of` gives it; none: whatever is there.
+        pool: in which it runs, whose images alone are loaded; none: all stages are there.
 
     Raises:
         FileNotFoundError: one of its models is not there.
         ModelChangedError: one of its models is not what it must be.
     """
-    build = _BUILDERS[name]
-    return build(config) if models is None else load_unchanged(name, config, models, build)
+    with without_scikit_learn():
+        stage = spec.build(config) if models is None else load_unchanged([spec], config, models, spec.build)
+    if pool is not None and spec.reads == "encoded":
+        stage.keeps_encoded = bool(pool.later_readers)  # type: ignore[attr-defined]
+    if pool is not None and spec.name == LOAD_IMAGE:
+        return GuardedStage(spec.name, lambda posts: stage([post for post in posts if pool.loads(post, config)]))
+    return GuardedStage(spec.name, stage)
+
+
+class TagStage:
+    """Stage TAG: fills `entities` (§3.2), each with its score, its candidates, and whether it is hard (§3.3.1).
+
+    Args:
+        tagger: finds the entities.
+        uncertainty: judges them.
+    """
+
+    def __init__(self, tagger: Tagger, uncertainty: UncertaintyFilter) -> None:
+        self._tagger = tagger
+        self._uncertainty = uncertainty
+
+    @classmethod
+    def from_config(cls, config: Config) -> TagStage:
+        """Load the tagger.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+        """
+        from gem_ray.tagger.tagger import Tagger  # with torch
+
+        return cls(Tagger.from_config(config), UncertaintyFilter.from_config(config))
+
+    def reconfigure(self, config: Config) -> None:
+        """Take over γ and K."""
+        self._uncertainty = UncertaintyFilter.from_config(config)
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        """Annotate posts in place."""
+        return self._uncertainty(self._tagger(posts))
 
 
 class Annotator:
@@ -147,7 +198,7 @@ class Annotator:
         Raises:
             FileNotFoundError: a model is not there.
         """
-        return cls([build_stage(name, config) for name in active_stages(config)])
+        return cls([build_stage(spec, config) for spec in active_stages(config)])
 
     def annotate(self, posts: list[Post]) -> list[Post]:
         """Annotate posts in place.
@@ -163,7 +214,7 @@ class Annotator:
         return posts
 
 
-def models_of(config: Config, stages: Sequence[StageName] | None = None) -> dict[str, str]:
+def models_of(config: Config, stages: Sequence[StageSpec] | None = None) -> dict[str, str]:
     """What makes the output: role -> `checkpoints.describe` of every model that a configuration uses.
 
     No weights are fetched. A model behind an endpoint has no files: its name stands alone.
@@ -175,68 +226,8 @@ def models_of(config: Config, stages: Sequence[StageName] | None = None) -> dict
     Raises:
         FileNotFoundError: a model is not there.
     """
-    names: dict[str, str] = {}
-    for stage in stages or active_stages(config):
-        names |= describe_models(stage, config)
-        names |= _hosted_elsewhere(stage, config)
+    stages = active_stages(config) if stages is None else stages
+    names = describe_models(stages, config)
+    for spec in stages:
+        names |= spec.hosted(config)
     return names
-
-
-def _hosted_elsewhere(stage: StageName, config: Config) -> dict[str, str]:
-    explainer, reranker = config.knowledge.explainer, config.reranker
-    if stage is StageName.KNOWLEDGE and explainer is not None and explainer.engine == "endpoint":
-        return {"explainer": explainer.model}
-    if stage is StageName.RERANK and reranker.engine == "endpoint" and reranker.endpoint is not None:
-        return {"reranker": reranker.endpoint.model}
-    return {}
-
-
-# The builders import what they build, so that a process loads only the libraries of its own stages.
-
-
-def _prepare(config: Config) -> Stage:
-    from gem_ray.data.prepare import Preparer
-
-    return Preparer.from_config(config)
-
-
-def _knowledge(config: Config) -> Stage:
-    from gem_ray.knowledge.provider import KnowledgeProvider
-
-    return KnowledgeProvider.from_config(config)
-
-
-def _tag(config: Config) -> Stage:
-    from gem_ray.rerank.uncertainty import UncertaintyFilter
-    from gem_ray.tagger.tagger import Tagger
-
-    tagger, uncertainty = Tagger.from_config(config), UncertaintyFilter.from_config(config)
-    return lambda posts: uncertainty(tagger(posts))
-
-
-def _load_image(config: Config) -> Stage:
-    from gem_ray.data.images import ImageLoader
-
-    return ImageLoader.from_config(config)
-
-
-def _rerank(config: Config) -> Stage:
-    from gem_ray.rerank.reranker import Reranker
-
-    return Reranker.from_config(config)
-
-
-def _ground(config: Config) -> Stage:
-    from gem_ray.grounding.grounder import Grounder
-
-    return Grounder.from_config(config)
-
-
-_BUILDERS: dict[StageName, Callable[[Config], Stage]] = {
-    StageName.PREPARE: _prepare,
-    StageName.KNOWLEDGE: _knowledge,
-    StageName.TAG: _tag,
-    StageName.LOAD_IMAGE: _load_image,
-    StageName.RERANK: _rerank,
-    StageName.GROUND: _ground,
-}

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gem_ray.pools import serving_pools
 from gem_ray.redaction import redacted
+from gem_ray.stages import LOAD_IMAGE, find_stage, in_order, stage_names
 from gem_ray.strict import load_yaml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -21,10 +23,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 M = TypeVar("M", bound=BaseModel)
 CandidateOrder = Literal["probability", "name", "shuffled"]
 ImageFit = Literal["pad", "crop"]
-# `records.StageName`, in its order, without importing Arrow for `--help`.
-Stage = Literal["prepare", "knowledge", "tag", "load_image", "rerank", "ground"]
-
 DEFAULT_PRESET = "nano"
+_AFFECTS = "affects_output"  # the mark of a field; unmarked ones do
 
 
 class ConfigError(ValueError):
@@ -33,6 +33,11 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def _speed(default: Any, description: str, **limits: Any) -> Any:
+    """A key, or a whole section, that decides where and how fast posts are annotated, not how."""
+    return Field(default, description=description, json_schema_extra={_AFFECTS: False}, **limits)
 
 
 class TextConfig(_Section):
@@ -56,12 +61,10 @@ class ImageConfig(_Section):
         None,
         description="the only hosts (`host`, or `host:port`) to fetch from, redirects included; none: any public one",
     )
-    timeout_s: float = Field(
-        10,
-        gt=0,
-        description="time for one try to fetch an image; S3 is tried six times, a web server three times",
+    timeout_s: float = _speed(
+        10, "time for one try to fetch an image; S3 is tried six times, a web server three times", gt=0
     )
-    fetch_concurrency: PositiveInt = Field(16, description="images of a batch that are fetched at once")
+    fetch_concurrency: PositiveInt = _speed(16, "images of a batch that are fetched at once")
 
 
 class EndpointConfig(_Section):
@@ -73,12 +76,12 @@ class EndpointConfig(_Section):
     )
     model: str = Field("gpt-3.5-turbo", description="model name sent to the endpoint; for vLLM, a checkpoint")
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
-    concurrency: PositiveInt = Field(8, description="questions asked at once, by each actor")
-    requests_per_minute: float | None = Field(None, gt=0, description="tries of each actor, evenly spaced; none: any")
+    concurrency: PositiveInt = _speed(8, "questions asked at once, by each actor")
+    requests_per_minute: float | None = _speed(None, "tries of each actor, evenly spaced; none: any", gt=0)
     max_tokens: PositiveInt = Field(256, description="length of an answer")
-    timeout_s: float = Field(60, gt=0, description="time for one try")
-    retries: int = Field(4, ge=0, description="further tries when the endpoint is busy, broken, slow or gone")
-    max_pause_s: float = Field(30, ge=0, description="longest pause before a retry, whatever the endpoint asks for")
+    timeout_s: float = _speed(60, "time for one try", gt=0)
+    retries: int = _speed(4, "further tries when the endpoint is busy, broken, slow or gone", ge=0)
+    max_pause_s: float = _speed(30, "longest pause before a retry, whatever the endpoint asks for", ge=0)
 
 
 class ExplainerConfig(EndpointConfig):
@@ -87,7 +90,7 @@ class ExplainerConfig(EndpointConfig):
     engine: Literal["endpoint", "vllm"] = Field("endpoint", description="`vllm`: a model in this process, no address")
     dtype: DType = Field("float32", description="vLLM: of the model")
     max_model_len: PositiveInt = Field(4096, description="vLLM: tokens of question and answer; the examples take 800")
-    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")
+    gpu_memory_utilization: float = _speed(0.5, "vLLM: share of the card's memory", gt=0, le=1)
 
     @model_validator(mode="after")
     def _knows_whom_to_ask(self) -> ExplainerConfig:
@@ -102,7 +105,7 @@ class KnowledgeConfig(_Section):
     """Captions and auxiliary knowledge (§3.2.1). Columns that the data brings are always used first."""
 
     captioner: str | None = Field(None, description="BLIP-2 checkpoint; none: posts without caption stay without")
-    captioner_batch_size: PositiveInt = Field(8, description="images in one forward pass")
+    captioner_batch_size: PositiveInt = _speed(8, "images in one forward pass")
     captioner_dtype: DType = "float32"
     explainer: ExplainerConfig | None = Field(None, description="none: posts without knowledge stay without")
     cache: Path | None = Field(None, description="folder that keeps answers, so that a second run asks nothing twice")
@@ -112,10 +115,10 @@ class TaggerConfig(_Section):
     """The dual-path CRF tagger (§3.2)."""
 
     model: str = "nano:tagger"
-    batch_tokens: PositiveInt = Field(8192, description="subwords in one forward pass, padding included")
+    batch_tokens: PositiveInt = _speed(8192, "subwords in one forward pass, padding included")
     max_length: PositiveInt = Field(256, description="subwords of text and knowledge together")
     dtype: DType = "float32"
-    compile: bool = Field(False, description="compile the encoder: takes a minute and a C++ compiler at the start")
+    compile: bool = _speed(False, "compile the encoder: takes a minute and a C++ compiler at the start")
 
 
 class FilterConfig(_Section):
@@ -148,7 +151,8 @@ class RerankerConfig(_Section):
     adapter: str | None = Field(
         "nano:reranker-lora", description="LoRA adapter, or a name out of `adapters`; none: the model as it is"
     )
-    adapters: dict[str, str] = Field(default_factory=dict, description="adapters loaded side by side, by name")
+    # Which of them is in use is part of a run's models.
+    adapters: dict[str, str] = _speed({}, "adapters loaded side by side, by name")
     template: str | None = Field(
         None,
         pattern=r"\{question\}",
@@ -156,7 +160,7 @@ class RerankerConfig(_Section):
     )
     mode: Literal["generate", "score"] = "score"
     candidate_order: CandidateOrder = Field("probability", description="of the candidates in the prompt")
-    batch_size: PositiveInt = Field(16, description="entities in one forward pass (transformers engine)")
+    batch_size: PositiveInt = _speed(16, "entities in one forward pass (transformers engine)")
     dtype: DType = "float32"
     image_fit: ImageFit = Field(
         "pad",
@@ -167,13 +171,13 @@ class RerankerConfig(_Section):
         description="tokens of prompt, image and answer; longer ones are not reranked; none: 1,024, or 448 beside what "
         "the model makes of an image of `image.max_side`",
     )
-    merge_adapter: bool | None = Field(
-        None, description="vLLM: serve a copy of the model with its only adapter merged; none: where there is no GPU"
+    merge_adapter: bool | None = _speed(
+        None, "vLLM: serve a copy of the model with its only adapter merged; none: where there is no GPU"
     )
     max_lora_rank: PositiveInt = Field(64, description="vLLM: the largest adapter rank")
-    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="vLLM: share of the card's memory")
-    concurrency: PositiveInt = Field(
-        3, description="vLLM: batches of posts that overlap in an actor, so that none waits for the slowest row"
+    gpu_memory_utilization: float = _speed(0.5, "vLLM: share of the card's memory", gt=0, le=1)
+    concurrency: PositiveInt = _speed(
+        3, "vLLM: batches of posts that overlap in an actor, so that none waits for the slowest row"
     )
 
     @model_validator(mode="after")
@@ -192,19 +196,14 @@ class RerankerConfig(_Section):
         alone = {self.adapter: self.adapter} if self.adapter is not None else {}
         return alone | self.adapters
 
-    @property
-    def overlapping_batches(self) -> int:
-        """Batches that an actor works on at once: only vLLM's engine gains from more than one."""
-        return self.concurrency if self.engine == "vllm" else 1
-
 
 class MatcherConfig(_Section):
     """BLIP matching and its Grad-CAM trace (§3.4.1, §3.4.2), or another model's in its place (§5.2)."""
 
     kind: Literal["blip", "blip2", "llava"] = Field("blip", description="architecture of the model")
     model: str = "nano:matcher"
-    batch_size: PositiveInt = Field(32, description="entities in one pass through the text encoder, at most")
-    image_batch_size: PositiveInt = Field(16, description="images in one pass through the image encoder, at most")
+    batch_size: PositiveInt = _speed(32, "entities in one pass through the text encoder, at most")
+    image_batch_size: PositiveInt = _speed(16, "images in one pass through the image encoder, at most")
     threshold: Probability | None = Field(
         None, description="P_T above which an entity is grounded; none: as stored with the model, or ½"
     )
@@ -227,7 +226,7 @@ class TextSegmenterConfig(_Section):
     kind: Literal["clipseg", "sam3", "grounding-dino", "owlv2"] = "clipseg"
     model: str = "nano:text-segmenter"
     threshold: Probability = Field(0.5, description="score above which a pixel (CLIPSeg) or an instance is kept")
-    batch_size: PositiveInt = Field(16, description="images, or pairs of image and prompt, in one forward pass")
+    batch_size: PositiveInt = _speed(16, "images, or pairs of image and prompt, in one forward pass")
     dtype: DType = "float32"
 
 
@@ -235,7 +234,7 @@ class SamConfig(_Section):
     """SAM with the peak as a point prompt (§3.4.3)."""
 
     model: str = Field("nano:sam", description="a model directory, or a published `sam_vit_*.pth`")
-    batch_size: PositiveInt = Field(8, description="images in one pass through the image encoder")
+    batch_size: PositiveInt = _speed(8, "images in one pass through the image encoder")
     dtype: DType = Field("float32", description="of the image encoder")
 
 
@@ -266,28 +265,64 @@ class GrounderConfig(_Section):
     boxes: BoxConfig = Field(default_factory=BoxConfig)
 
 
-class TaskPlacement(_Section):
-    """Where a stage without a model runs: in tasks, wherever a CPU is free."""
+class _Pool(_Section):
+    """Consecutive stages that share processes."""
 
-    num_cpus: float = Field(0.5, gt=0, description="CPUs each task takes while it runs")
-    batch_size: PositiveInt = Field(64, description="posts handed to a task at a time")
+    stages: list[str] = Field(
+        min_length=1,
+        description="in order; a stage that no pool lists shares the pool of the next one that is listed, or the last, "
+        f"and `{LOAD_IMAGE}` runs in every pool that looks at images",
+    )
+    batch_size: PositiveInt = Field(64, description="posts that a process works on at a time")
+    threads: PositiveInt = Field(1, description="CPU threads of torch in each process")
+
+    @field_validator("stages")
+    @classmethod
+    def _are_stages(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in stage_names():
+                raise ValueError(f"there is no stage {name!r}; {nearest(name, list(stage_names()))}")
+        if names != in_order(names):
+            raise ValueError(f"stages come once and in order: {', '.join(in_order(names))}")
+        return names
 
 
-class StagePlacement(_Section):
-    """Where a stage with a model runs: in actors that keep it loaded."""
+class StagePool(_Pool):
+    """Stages that share actors, which keep their models loaded."""
 
     num_cpus: float = Field(1, gt=0, description="CPUs each actor reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs each actor reserves; fractions share a card")
     min_actors: PositiveInt = 1
-    max_actors: PositiveInt = 1
-    batch_size: PositiveInt = Field(64, description="posts handed to an actor at a time")
-    threads: PositiveInt = Field(1, description="CPU threads of torch in each actor")
+    max_actors: PositiveInt | None = Field(1, description="none: as many as the CPUs allow")
+    pass_number: PositiveInt = Field(
+        1, description="pools of one number run at once; those of the next begin when the posts of a group are through"
+    )
 
     @model_validator(mode="after")
-    def _is_a_range(self) -> StagePlacement:
-        if self.max_actors < self.min_actors:
+    def _is_a_range(self) -> StagePool:
+        if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ValueError(f"max_actors ({self.max_actors}) is below min_actors ({self.min_actors})")
         return self
+
+
+P = TypeVar("P", bound=_Pool)
+
+
+def _of_one_pool(given: Any) -> Any:
+    """A mapping that changes some pools, where there is no list that it could change: of the one that is there then."""
+    return _merge_pools([{"stages": _all_stages()}], given) if isinstance(given, Mapping) else given
+
+
+def _consecutive(pools: list[P]) -> list[P]:
+    """Every stage in one pool, and the pools in the order of the stages; `load_image` may be in several."""
+    listed = [name for pool in pools for name in pool.stages if name != LOAD_IMAGE]
+    if listed != in_order(listed):
+        raise ValueError(f"together the pools must list stages once and in order: {', '.join(in_order(listed))}")
+    return pools
+
+
+def _all_stages() -> list[str]:
+    return [name for name in stage_names() if find_stage(name).has_model]
 
 
 class PipelineConfig(_Section):
@@ -298,37 +333,26 @@ class PipelineConfig(_Section):
         description="posts in a block, the grain of streaming and of resume; none: 64 where a stage looks at images or "
         "asks a language model, else 64 to 512, more for longer inputs",
     )
-    rows_per_group: PositiveInt = Field(1_000_000, description="posts of an execution, after which they are published")
-    prepare: TaskPlacement = Field(default_factory=TaskPlacement)
-    knowledge: StagePlacement = Field(default_factory=StagePlacement)
-    tag: StagePlacement = Field(default_factory=StagePlacement)
-    load_image: TaskPlacement = Field(default_factory=TaskPlacement)
-    rerank: StagePlacement = Field(default_factory=StagePlacement)
-    ground: StagePlacement = Field(default_factory=StagePlacement)
-    passes: list[list[Stage]] | None = Field(
-        None, description="stages that run at once, one list after the other; none: all at once"
+    rows_per_group: PositiveInt = Field(1_000_000, description="posts that are published together")
+    pools: Annotated[list[StagePool], Field(min_length=1)] = Field(
+        default_factory=lambda: [StagePool(stages=_all_stages())],
+        description="which stages share processes, and what those reserve; `--set pipeline.pools.ground.num_gpus=1` "
+        "sets a key of the pool with that stage",
     )
     built_like: dict[str, str] = Field(
         default_factory=dict,
         description="for `plan`, of models that are not there yet: reference -> published model of the same shape",
     )
 
-    @field_validator("passes")
+    _are_listed = field_validator("pools", mode="before")(_of_one_pool)
+
+    @field_validator("pools")
     @classmethod
-    def _hold_every_stage(cls, passes: list[list[Stage]] | None) -> list[list[Stage]] | None:
-        """Each stage once and in order; only `load_image` may come again, because pixels do not outlive a pass."""
-        if passes is None:
-            return None
-        order = get_args(Stage)
-        for number, stages in enumerate(passes, start=1):
-            if not stages or stages != sorted(set(stages), key=order.index):
-                raise ValueError(f"pass {number} must hold stages in the order {', '.join(order)}")
-            if "load_image" not in stages and {"rerank", "ground"} & set(stages):
-                raise ValueError(f"pass {number} looks at images, so it must hold load_image too")
-        listed = [stage for stages in passes for stage in stages if stage != "load_image"]
-        if listed != [stage for stage in order if stage != "load_image"]:
-            raise ValueError(f"together the passes must hold {', '.join(order)}, each once and in this order")
-        return passes
+    def _are_consecutive(cls, pools: list[StagePool]) -> list[StagePool]:
+        numbers = [pool.pass_number for pool in pools]
+        if numbers != sorted(numbers):
+            raise ValueError("pass_number must not fall from one pool to the next")
+        return _consecutive(pools)
 
 
 class ReplicaPlacement(_Section):
@@ -354,11 +378,10 @@ class IngressReplicas(ReplicaPlacement):
     target_ongoing: float = Field(32, gt=0, description="requests a replica has at once, which autoscaling aims at")
 
 
-class StageReplicas(ReplicaPlacement):
-    """The deployment of a stage with a model."""
+class ReplicaPool(_Pool, ReplicaPlacement):
+    """The deployment of stages that share replicas."""
 
     batch_size: PositiveInt = Field(16, description="posts in a batch; those that wait at the same time share one")
-    threads: PositiveInt = Field(1, description="CPU threads of torch in each replica")
 
 
 class ServingConfig(_Section):
@@ -389,14 +412,20 @@ class ServingConfig(_Section):
         description="longest that a call of a stage which is not half full waits for more posts, while an ingress "
         "replica has more posts than the stage's batch; with fewer none waits",
     )
-    decode_threads: PositiveInt = Field(2, description="images that an ingress replica decodes at once")
     drain_s: float = Field(30, ge=0, description="time that a replica which is stopped has for what it has begun")
     health_check_s: float = Field(5, gt=0, description="time between two health checks of a replica")
     ingress: IngressReplicas = Field(default_factory=IngressReplicas)
-    knowledge: StageReplicas = Field(default_factory=StageReplicas)
-    tag: StageReplicas = Field(default_factory=StageReplicas)
-    rerank: StageReplicas = Field(default_factory=StageReplicas)
-    ground: StageReplicas = Field(default_factory=StageReplicas)
+    pools: Annotated[list[ReplicaPool], Field(min_length=1)] = Field(
+        default_factory=lambda: [ReplicaPool(stages=_all_stages())],
+        description="which stages share a deployment; stages before the first model run in the ingress",
+    )
+
+    _are_listed = field_validator("pools", mode="before")(_of_one_pool)
+
+    @field_validator("pools")
+    @classmethod
+    def _are_consecutive(cls, pools: list[ReplicaPool]) -> list[ReplicaPool]:
+        return _consecutive(pools)
 
     @model_validator(mode="after")
     def _admits_a_batch(self) -> ServingConfig:
@@ -409,7 +438,7 @@ class Config(_Section):
     """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one leaf."""
 
     labels: Literal["fmnerg", "gmner"] = "fmnerg"
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`")
+    device: str = _speed("auto", "`auto`, `cpu`, `cuda`, `cuda:1`")
     text: TextConfig = Field(default_factory=TextConfig)
     image: ImageConfig = Field(default_factory=ImageConfig)
     knowledge: KnowledgeConfig = Field(default_factory=KnowledgeConfig)
@@ -417,8 +446,8 @@ class Config(_Section):
     filter: FilterConfig = Field(default_factory=FilterConfig)
     reranker: RerankerConfig = Field(default_factory=RerankerConfig)
     grounder: GrounderConfig = Field(default_factory=GrounderConfig)
-    pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
-    serving: ServingConfig = Field(default_factory=ServingConfig)
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig, json_schema_extra={_AFFECTS: False})
+    serving: ServingConfig = Field(default_factory=ServingConfig, json_schema_extra={_AFFECTS: False})
 
     @property
     def online_image(self) -> ImageConfig:
@@ -432,23 +461,41 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _can_scale(self) -> Config:
-        """Autoscaling goes by the calls that a stage has at once, of which an ingress makes only so many."""
+        """Autoscaling goes by the calls that a pool has at once, of which an ingress makes only so many."""
         serving = self.serving
-        for name in ("knowledge", "tag", "rerank", "ground"):
-            if name == "rerank" and self.reranker.engine == "vllm":
+        for each in serving_pools(self)[1]:
+            pool = each.placement
+            if each.overlapping(self) > 1:
                 continue  # its engine is asked without a limit
-            stage: StageReplicas = getattr(serving, name)
-            if serving.stage_calls is None or stage.max_replicas == stage.min_replicas:
+            if serving.stage_calls is None or pool.max_replicas == pool.min_replicas:
                 continue
-            calls = serving.stage_calls * stage.max_replicas * serving.ingress.max_replicas
-            aim = stage.target_ongoing * stage.min_replicas
+            calls = serving.stage_calls * pool.max_replicas * serving.ingress.max_replicas
+            aim = pool.target_ongoing * pool.min_replicas
             if calls <= aim:
                 raise ValueError(
-                    f"serving.{name} would never have more than min_replicas: the ingress makes {calls} calls at once, "
-                    f"and target_ongoing (target_ongoing_requests in a Serve config) allows {aim:g}; lower it, or set "
-                    "serving.stage_calls to null"
+                    f"the pool of {', '.join(pool.stages)} in serving.pools would never have more than min_replicas: "
+                    f"the ingress makes {calls} calls at once, and target_ongoing (target_ongoing_requests in a Serve "
+                    f"config) allows {aim:g}; lower it, or set serving.stage_calls to null"
                 )
         return self
+
+
+def affecting(values: Mapping[str, Any], kind: type[BaseModel] = Config) -> dict[str, Any]:
+    """What of a configuration decides on the annotations: the tree without the keys that are marked otherwise.
+
+    Args:
+        values: as `Config.public` gives them, or as an earlier version did.
+        kind: whose fields they are.
+    """
+    kept = {}
+    for name, value in values.items():
+        field = kind.model_fields.get(name)
+        if field is None:  # of an earlier version
+            kept[name] = value
+        elif (field.json_schema_extra or {}).get(_AFFECTS, True):  # type: ignore[union-attr]
+            section = _section_type(field.annotation)
+            kept[name] = affecting(value, section) if section and isinstance(value, Mapping) else value
+    return kept
 
 
 def preset_names() -> list[str]:
@@ -461,6 +508,8 @@ def load_config(
     preset: str = DEFAULT_PRESET, file: Path | None = None, overrides: Iterable[str] = (), **sections: Any
 ) -> Config:
     """A preset, then a YAML file over it, then `key.path=value` overrides, then keyword sections.
+
+    A list of pools may be given whole, or as a mapping that changes some: `pools: {ground: {num_gpus: 1}}`.
 
     Raises:
         ConfigError: an unknown preset, a file that is no mapping, an unknown key or a value of the wrong kind.
@@ -539,9 +588,39 @@ def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, A
     """A tree with the leaves of another put over it."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge_trees(merged[key], value) if both else value
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = merge_trees(below, value)
+        elif isinstance(value, Mapping) and isinstance(below, list) and key == "pools":
+            merged[key] = _merge_pools(below, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _merge_pools(pools: list[Any], over: Mapping[Any, Any]) -> list[Any]:
+    """Pools with keys of some of them put over: each is named by one of its stages, or by its place from 0.
+
+    Raises:
+        ConfigError: there is no such pool.
+    """
+    merged = list(pools)
+    for name, values in over.items():
+        places = [place for place, pool in enumerate(pools) if str(name) in (str(place), *_stages(pool))]
+        if not places:
+            listed = "; ".join(", ".join(_stages(pool)) for pool in pools)
+            raise ConfigError(f"no pool lists the stage {name!r}; the pools are {listed}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"pools.{name} is a pool, of which keys can be set, as pools.{name}.batch_size")
+        for place in places:
+            merged[place] = merge_trees(merged[place], values) if isinstance(merged[place], Mapping) else merged[place]
+    return merged
+
+
+def _stages(pool: Any) -> list[str]:
+    """What a pool lists, as it was given; nothing where that is wrong, and will be refused."""
+    names = pool.get("stages") if isinstance(pool, Mapping) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
@@ -571,6 +650,8 @@ def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is list:
+        (annotation,) = get_args(annotation)
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ray.util.metrics import Counter, Histogram
 
-from gem_ray.records import Post, StageName
+from gem_ray.records import Post
 
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 _POSTS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -21,7 +21,7 @@ class StageMetrics:
     For a stage that holds a GPU, the time of waiting is time in which the card is idle.
     """
 
-    def __init__(self, stage: StageName) -> None:
+    def __init__(self, stage: str) -> None:
         tags = {"stage": str(stage)}
         self._seconds = Histogram("gem_ray_batch_seconds", "Time of a batch in a stage.", _SECONDS, ("stage",))
         self._posts = Histogram("gem_ray_batch_posts", "Posts of a batch in a stage.", _POSTS, ("stage",))

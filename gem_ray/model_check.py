@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gem_ray.annotator import active_stages
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.model_references import Key, model_keys, reference_at
-from gem_ray.records import StageName
 from gem_ray.scope import load_scopes
+from gem_ray.stages import StageSpec, active_stages
 
 
-def stages_to_check(config: Config) -> list[StageName]:
+def stages_to_check(config: Config) -> list[StageSpec]:
     """The active stages that may refuse their models: those that do not come with gem-ray, or a reranker's length."""
     return [
-        stage
-        for stage in active_stages(config)
-        if not all(_is_embedded(config, key) for key in model_keys(stage, config).values())
-        or (stage is StageName.RERANK and config.reranker.max_model_len is not None)
+        spec
+        for spec in active_stages(config)
+        if not all(_is_embedded(config, key) for key in model_keys([spec], config).values())
+        or (spec.name == "rerank" and config.reranker.max_model_len is not None)
     ]
 
 
@@ -27,8 +26,8 @@ def _is_embedded(config: Config, key: Key) -> bool:
     return str(reference_at(config, key)).startswith("nano:")
 
 
-def check_models(stage: StageName, config: Config) -> None:
-    """Check every model that a stage loads; fetches what is not on this machine.
+def check_models(stages: Sequence[StageSpec], config: Config) -> None:
+    """Check every model that stages load; fetches what is not on this machine.
 
     Raises:
         FileNotFoundError: a model is not there.
@@ -37,12 +36,13 @@ def check_models(stage: StageName, config: Config) -> None:
         ValueError: weights are missing, unexpected or of another shape, or a `scope.json` is none; the message names
             them.
     """
-    for role, key in model_keys(stage, config).items():
+    for role, key in model_keys(stages, config).items():
         if role in CHECKS:
             reference = reference_at(config, key)
             assert reference is not None  # `model_keys` leaves out what is not named
             CHECKS[role](resolve(reference), config)
-    load_scopes(stage, config)
+    for spec in stages:
+        load_scopes(spec.name, config)
 
 
 def _tagger(folder: Path, config: Config) -> None:

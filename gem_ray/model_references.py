@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, TypeVar
 
 from gem_ray import checkpoints, hub
 from gem_ray.config import Config
-from gem_ray.records import StageName
+from gem_ray.stages import Key, StageSpec
 
 T = TypeVar("T")
-Key = tuple[str, ...]  # the path of a leaf of the configuration
 
 
 class ModelChangedError(RuntimeError):
     """A model is not the one that a run began with."""
 
 
-def model_keys(stage: StageName, config: Config) -> dict[str, Key]:
-    """Where a configuration names the models with files that a stage loads: role -> key."""
-    keys: dict[StageName, dict[str, Key]] = {
-        StageName.KNOWLEDGE: {"captioner": ("knowledge", "captioner"), **_explainer(config)},
-        StageName.TAG: {"tagger": ("tagger", "model")},
-        StageName.RERANK: _reranker(config),
-        StageName.GROUND: {
-            "matcher": ("grounder", "matcher", "model"),
-            "sam": ("grounder", "boxes", "sam", "model"),
-            "text_segmenter": ("grounder", "boxes", "text", "model"),
-        },
-    }
-    return {role: key for role, key in keys.get(stage, {}).items() if reference_at(config, key) is not None}
+def model_keys(stages: Iterable[StageSpec], config: Config) -> dict[str, Key]:
+    """Where a configuration names the models with files that stages load: role -> key."""
+    keys = {role: key for spec in stages for role, key in spec.models(config).items()}
+    return {role: key for role, key in keys.items() if reference_at(config, key) is not None}
 
 
 def reference_at(config: Config, key: Key) -> str | None:
@@ -40,35 +30,37 @@ def reference_at(config: Config, key: Key) -> str | None:
     return reduce(lambda value, name: value and _child(value, name), key, config)  # type: ignore[return-value]
 
 
-def describe_models(stage: StageName, config: Config) -> dict[str, str]:
-    """What the models with files of a stage are now: role -> `checkpoints.describe`; no weights are fetched.
+def describe_models(stages: Iterable[StageSpec], config: Config) -> dict[str, str]:
+    """What the models with files of stages are now: role -> `checkpoints.describe`; no weights are fetched.
 
     Raises:
         FileNotFoundError: a model is not there.
     """
-    references = {role: reference_at(config, key) for role, key in model_keys(stage, config).items()}
-    if stage is StageName.TAG:
-        references["tagger_encoder"] = _base_encoder(config.tagger.model)
+    references = {role: reference_at(config, key) for role, key in model_keys(stages, config).items()}
+    if tagger := references.get("tagger"):
+        references["tagger_encoder"] = _base_encoder(tagger)
     return {role: checkpoints.describe(reference) for role, reference in references.items() if reference}
 
 
-def load_unchanged(stage: StageName, config: Config, models: Mapping[str, str], load: Callable[[Config], T]) -> T:
-    """Load a stage with the models that a run began with.
+def load_unchanged(
+    stages: Sequence[StageSpec], config: Config, models: Mapping[str, str], load: Callable[[Config], T]
+) -> T:
+    """Load stages with the models that a run began with.
 
     A model of the hub is loaded at the commit that the run began with, whatever its branch stands for now.
 
     Args:
-        stage: which.
+        stages: which.
         config: names the models.
-        models: what they were: role -> description, of this stage at least.
-        load: loads the stage of a configuration.
+        models: what they were: role -> description, of these stages at least.
+        load: loads the stages of a configuration.
 
     Raises:
         ModelChangedError: what was loaded is something else; the message names the model and both descriptions.
     """
-    config = _pinned(stage, config, models)
+    config = _pinned(stages, config, models)
     loaded = load(config)
-    for role, found in describe_models(stage, config).items():
+    for role, found in describe_models(stages, config).items():
         if found != models.get(role):
             raise ModelChangedError(
                 f"the {role} has changed since the run began: expected {models.get(role)}, found {found} on "
@@ -77,32 +69,13 @@ def load_unchanged(stage: StageName, config: Config, models: Mapping[str, str], 
     return loaded
 
 
-def _pinned(stage: StageName, config: Config, models: Mapping[str, str]) -> Config:
+def _pinned(stages: Sequence[StageSpec], config: Config, models: Mapping[str, str]) -> Config:
     """The configuration with the hub's models at the commits of their descriptions."""
     config = config.model_copy(deep=True)
-    for role, key in model_keys(stage, config).items():
+    for role, key in model_keys(stages, config).items():
         if hub.is_pinned(models.get(role, "")):
             _set(config, key, models[role])
     return config
-
-
-def _explainer(config: Config) -> dict[str, Key]:
-    explainer = config.knowledge.explainer
-    in_process = explainer is not None and explainer.engine == "vllm"
-    return {"explainer": ("knowledge", "explainer", "model")} if in_process else {}
-
-
-def _reranker(config: Config) -> dict[str, Key]:
-    """The adapters that are loaded beside the one in use are asked for by name, if at all."""
-    reranker = config.reranker
-    if reranker.engine == "endpoint":
-        return {}
-    keys: dict[str, Key] = {"reranker": ("reranker", "model")}
-    if reranker.adapter is not None:
-        named = reranker.adapter in reranker.adapters
-        keys["reranker_adapter"] = ("reranker", "adapters", reranker.adapter) if named else ("reranker", "adapter")
-    others = {name for name in reranker.adapters if name != reranker.adapter}
-    return keys | {f"reranker_adapter_{name}": ("reranker", "adapters", name) for name in sorted(others)}
 
 
 def _base_encoder(tagger: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gem_ray.redaction import redacted
+from gem_ray.stages import LOAD_IMAGE, STAGES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,28 +36,17 @@ class ProblemKind(StrEnum):
     IMAGE_TOO_LARGE = "image_too_large"
     KNOWLEDGE_FAILED = "knowledge_failed"
     STAGE_FAILED = "stage_failed"
+    FILTERED = "filtered"  # a stage of the user's own has left the post out
 
 
-class StageName(StrEnum):
-    """The stages of `system.md`, in order."""
-
-    PREPARE = "prepare"
-    KNOWLEDGE = "knowledge"
-    TAG = "tag"
-    LOAD_IMAGE = "load_image"
-    RERANK = "rerank"
-    GROUND = "ground"
-
-
-# A failure in one of these leaves nothing to annotate.
-_TEXT_STAGES = (StageName.PREPARE, StageName.TAG)
+_REJECTING = (ProblemKind.BAD_RECORD, ProblemKind.TEXT_TOO_LONG, ProblemKind.FILTERED)
 
 
 @dataclass(frozen=True)
 class Problem:
     """Why a row is degraded or rejected: which stage said so, what kind, and a sentence for a person."""
 
-    stage: StageName
+    stage: str
     kind: ProblemKind
     message: str
 
@@ -65,7 +55,10 @@ class Problem:
         """The best status that a post with this problem can have."""
         if self.kind is ProblemKind.BAD_GOLD:
             return Status.OK
-        return Status.REJECTED if self.stage in _TEXT_STAGES and not self.kind.startswith("image_") else Status.DEGRADED
+        if self.kind in _REJECTING:
+            return Status.REJECTED
+        is_text = any(spec.is_text for spec in STAGES if spec.name == self.stage)
+        return Status.REJECTED if self.kind is ProblemKind.STAGE_FAILED and is_text else Status.DEGRADED
 
 
 @dataclass(frozen=True)
@@ -121,7 +114,8 @@ class Entity:
     """One mention: where it is in the text, what it is, and where it is seen.
 
     `text[start:end]` of the post is `text`; words are half-open intervals of the post's tokens.
-    `score` is the probability of `fine` that made the last decision about it; `entropy` is in nats (eq. 10).
+    `score` is the probability of `fine` that made the last decision about it; `entropy` is in nats (eq. 10), and `hard`
+    is the filter's verdict that it is above γ.
     `seen` is the grounder's verdict: true with a box, false without; None where it did not judge: there is no usable
     image, no grounder, or the grounder failed. `confidence` is None: nothing calibrates it yet.
     """
@@ -135,6 +129,7 @@ class Entity:
     fine: str
     score: float
     entropy: float = 0.0
+    hard: bool = False
     reranked: bool = False
     confidence: float | None = None  # that span and category are both right
     candidates: list[Candidate] = field(default_factory=list)
@@ -214,7 +209,12 @@ class Post:
         """True when later stages have nothing to do."""
         return self.status is Status.REJECTED
 
-    def fail(self, stage: StageName, kind: ProblemKind, message: str) -> None:
+    @property
+    def lacks_image(self) -> bool:
+        """True when its image has been asked for, and could not be used."""
+        return any(problem.kind.startswith("image_") or problem.stage == LOAD_IMAGE for problem in self.problems)
+
+    def fail(self, stage: str, kind: ProblemKind, message: str) -> None:
         """Record a problem; credentials in the message, as of an image's address, are cut out."""
         self.problems.append(Problem(stage, kind, redacted(message)))
 
@@ -246,9 +246,7 @@ class Post:
             image_width=row.get("image_width"),
             image_height=row.get("image_height"),
             entities=[Entity.from_dict(entity) for entity in row["entities"] or ()],
-            problems=[
-                Problem(StageName(p["stage"]), ProblemKind(p["kind"]), p["message"]) for p in row.get("problems") or ()
-            ],
+            problems=[Problem(p["stage"], ProblemKind(p["kind"]), p["message"]) for p in row.get("problems") or ()],
             row_id=row.get("row_id"),
         )
 
@@ -283,6 +281,7 @@ ENTITY_TYPE = pa.struct(
         ("fine", pa.string()),
         ("score", pa.float32()),
         ("entropy", pa.float32()),
+        ("hard", pa.bool_()),
         ("reranked", pa.bool_()),
         ("confidence", pa.float32()),
         ("candidates", pa.list_(CANDIDATE_TYPE)),

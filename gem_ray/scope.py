@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, nearest
 from gem_ray.model_references import model_keys, reference_at
-from gem_ray.records import Entity, Post, StageName
+from gem_ray.records import Entity, Post
+from gem_ray.stages import find_stage
 from gem_ray.taxonomy import LABEL_SETS
 
 _FILE = "scope.json"
@@ -74,14 +75,14 @@ class Scope(BaseModel):
         return frozenset(map(_letters, self.names or ()))
 
 
-def load_scopes(stage: StageName, config: Config) -> tuple[Scope, ...]:
+def load_scopes(stage: str, config: Config) -> tuple[Scope, ...]:
     """What the models of a stage say of themselves; of adapters, the one in use.
 
     Raises:
         FileNotFoundError: a model is not there.
         ValueError: a `scope.json` is none.
     """
-    keys = model_keys(stage, config)
+    keys = model_keys([find_stage(stage)], config)
     references = [reference_at(config, key) for role, key in keys.items() if not role.startswith(_OTHER_ADAPTERS)]
     loaded = (Scope.load(resolve(reference)) for reference in references if reference)
     return tuple(scope for scope in loaded if scope is not None)

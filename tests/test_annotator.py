@@ -10,12 +10,13 @@ import time
 import numpy as np
 import pytest
 
-from gem_ray.annotator import Annotator, GuardedStage, active_stages, models_of
+from gem_ray.annotator import Annotator, GuardedStage, models_of
 from gem_ray.checkpoints import content_hash
 from gem_ray.config import ConfigError, load_config
 from gem_ray.data.generated import generate
 from gem_ray.noise import GRAIN
-from gem_ray.records import Candidate, Entity, Post, ProblemKind, StageName, Status
+from gem_ray.records import Candidate, Entity, Post, ProblemKind, Status
+from gem_ray.stages import active_stages
 
 
 def test_batches_of_1_7_and_64_give_the_same_rows() -> None:
@@ -76,7 +77,7 @@ def test_failing_post_keeps_its_state_and_its_neighbours_are_as_without_it(posit
     texts.insert(position, "poison")
     posts = posts_of(*texts)
     untouched = copy.deepcopy(posts[position])
-    returned = GuardedStage(StageName.GROUND, HalfDone())(posts)
+    returned = GuardedStage("ground", HalfDone())(posts)
 
     assert returned is posts
     expected = HalfDone()(posts_of(*texts[:position], "elsewhere", *texts[position + 1 :]))
@@ -84,7 +85,7 @@ def test_failing_post_keeps_its_state_and_its_neighbours_are_as_without_it(posit
         assert as_values(posts[index]) == as_values(expected[index])
     (problem,) = posts[position].problems
     assert problem.kind is ProblemKind.STAGE_FAILED
-    assert problem.stage is StageName.GROUND
+    assert problem.stage == "ground"
     assert problem.message.startswith("KeyError:")
     assert "\n" not in problem.message
     posts[position].problems.clear()
@@ -94,26 +95,26 @@ def test_failing_post_keeps_its_state_and_its_neighbours_are_as_without_it(posit
 @pytest.mark.parametrize(
     ("stage", "status"),
     [
-        (StageName.PREPARE, Status.REJECTED),
-        (StageName.KNOWLEDGE, Status.DEGRADED),
-        (StageName.TAG, Status.REJECTED),
-        (StageName.LOAD_IMAGE, Status.DEGRADED),
-        (StageName.RERANK, Status.DEGRADED),
-        (StageName.GROUND, Status.DEGRADED),
+        ("prepare", Status.REJECTED),
+        ("knowledge", Status.DEGRADED),
+        ("tag", Status.REJECTED),
+        ("load_image", Status.DEGRADED),
+        ("rerank", Status.DEGRADED),
+        ("ground", Status.DEGRADED),
     ],
 )
-def test_status_after_a_failure_depends_on_the_stage(stage: StageName, status: Status) -> None:
+def test_status_after_a_failure_depends_on_the_stage(stage: str, status: Status) -> None:
     (post,) = GuardedStage(stage, HalfDone())(posts_of("poison"))
     assert post.status is status
 
 
 def test_every_post_may_fail() -> None:
-    posts = GuardedStage(StageName.TAG, HalfDone())(posts_of("poison", "poison", "poison"))
+    posts = GuardedStage("tag", HalfDone())(posts_of("poison", "poison", "poison"))
     assert [post.status for post in posts] == [Status.REJECTED] * 3
 
 
 def test_empty_batch_stays_empty() -> None:
-    assert GuardedStage(StageName.TAG, HalfDone())([]) == []
+    assert GuardedStage("tag", HalfDone())([]) == []
 
 
 def test_dead_engine_stops_the_run_instead_of_marking_posts() -> None:
@@ -125,7 +126,7 @@ def test_dead_engine_stops_the_run_instead_of_marking_posts() -> None:
 
     posts = posts_of("a", "b")
     with pytest.raises(EngineDeadError):
-        GuardedStage(StageName.RERANK, stage)(posts)
+        GuardedStage("rerank", stage)(posts)
     assert not any(post.problems for post in posts)
 
 
@@ -136,7 +137,7 @@ def test_time_inside_the_stage_adds_up() -> None:
         time.sleep(0.02)
         return posts
 
-    guarded = GuardedStage(StageName.TAG, stage)
+    guarded = GuardedStage("tag", stage)
     guarded(posts_of("a"))
     guarded(posts_of("b"))
     assert 0.04 <= guarded.seconds < 0.5
@@ -152,23 +153,20 @@ def test_annotator_runs_its_stages_in_order_on_the_same_posts() -> None:
         return stage
 
     posts = [Post("1", "a"), Post("2", "b")]
-    names = (StageName.PREPARE, StageName.TAG, StageName.GROUND)
+    names = ("prepare", "tag", "ground")
     assert Annotator([GuardedStage(name, says(name)) for name in names]).annotate(posts) is posts
     assert [post.tokens for post in posts] == [["prepare", "tag", "ground"]] * 2
 
 
 def test_stages_follow_the_configuration() -> None:
-    assert active_stages(load_config()) == (
-        StageName.PREPARE,
-        StageName.TAG,
-        StageName.LOAD_IMAGE,
-        StageName.RERANK,
-        StageName.GROUND,
-    )
+    def stages_of(config):
+        return [spec.name for spec in active_stages(config)]
+
+    assert stages_of(load_config()) == ["prepare", "tag", "load_image", "rerank", "ground"]
     text_only = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false"])
-    assert active_stages(text_only) == (StageName.PREPARE, StageName.TAG, StageName.LOAD_IMAGE)
+    assert stages_of(text_only) == ["prepare", "tag", "load_image"]
     explained = load_config(overrides=["knowledge.explainer.base_url=http://127.0.0.1:1/v1"])
-    assert active_stages(explained)[:3] == (StageName.PREPARE, StageName.KNOWLEDGE, StageName.TAG)
+    assert stages_of(explained)[:3] == ["prepare", "knowledge", "tag"]
 
 
 def test_models_name_only_what_is_used_with_the_hash_of_its_content(tmp_path) -> None:
@@ -201,8 +199,8 @@ def test_missing_model_is_named() -> None:
 
 
 def test_pool_bounds_must_be_a_range() -> None:
-    with pytest.raises(ConfigError, match=r"pipeline\.tag.*max_actors"):
-        load_config(overrides=["pipeline.tag.min_actors=3"])
+    with pytest.raises(ConfigError, match=r"pipeline\.pools\.0.*max_actors"):
+        load_config(overrides=["pipeline.pools.tag.min_actors=3", "pipeline.pools.tag.max_actors=2"])
 
 
 def test_time_of_calls_that_overlap_counts_once():
@@ -213,7 +211,7 @@ def test_time_of_calls_that_overlap_counts_once():
         time.sleep(0.1)
         return posts
 
-    guarded = GuardedStage(StageName.RERANK, stage)
+    guarded = GuardedStage("rerank", stage)
     threads = [threading.Thread(target=guarded, args=([Post(str(n), "x")],)) for n in range(2)]
     started = time.perf_counter()
     for thread in threads:

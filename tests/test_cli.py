@@ -20,7 +20,7 @@ from gem_ray.cli import app
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.pipeline.tables import annotations_table
-from gem_ray.records import ANNOTATION_SCHEMA, Entity, Post, ProblemKind, StageName
+from gem_ray.records import ANNOTATION_SCHEMA, Entity, Post, ProblemKind
 
 
 def gem_ray(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -133,7 +133,7 @@ def test_an_experiment_without_data_or_with_a_misspelt_key_is_refused(tmp_path: 
 def test_an_export_says_what_it_wrote_and_left_out_and_which_formats_there_are(tmp_path: Path) -> None:
     posts = [Post("a", "in Paris", ["in", "Paris"]), Post("b", "")]
     posts[0].entities = [Entity("Paris", 3, 8, 1, 2, "location", "city", 0.5)]
-    posts[1].fail(StageName.PREPARE, ProblemKind.BAD_RECORD, "text is empty")
+    posts[1].fail("prepare", ProblemKind.BAD_RECORD, "text is empty")
     pq.write_table(pa.Table.from_pylist([post.annotation() for post in posts]), tmp_path / "rows.parquet")
     out = tmp_path / "words.conllup"
     done = gem_ray("export", tmp_path / "rows.parquet", out, "--format", "conll")

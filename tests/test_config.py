@@ -143,7 +143,10 @@ def test_an_unknown_preset_is_named_with_the_nearest():
         ({"labels": "fmner"}, ["labels", "'fmnerg' or 'gmner'", "'fmner'"]),
         ({"filter": 3}, ["filter", "dictionary", "3"]),
         ({"knowledge": {"explainer": {"model": "x"}}}, ["knowledge.explainer", "base_url must be set"]),
-        ({"pipeline": {"tag": {"min_actors": 3, "max_actors": 2}}}, ["pipeline.tag", "max_actors (2) is below"]),
+        (
+            {"pipeline": {"pools": [{"stages": ["tag"], "min_actors": 3, "max_actors": 2}]}},
+            ["pipeline.pools.0", "max_actors (2) is below"],
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(values, says):

@@ -26,6 +26,8 @@ LAYERS = [
         "device",
         "loading",
         "scope",
+        "stages",
+        "pools",
         "s3",
         "training",
         "chat",

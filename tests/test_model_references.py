@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from gem_ray.annotator import active_stages, build_stage, models_of
+from gem_ray.annotator import build_stage, models_of
 from gem_ray.checkpoints import content_hash, describe, resolve
 from gem_ray.config import load_config, preset_names
 from gem_ray.model_references import ModelChangedError, load_unchanged, model_keys
-from gem_ray.records import Post, StageName
+from gem_ray.pools import passes_of
+from gem_ray.records import Post
+from gem_ray.stages import active_stages, find_stage
 
-TAG = StageName.TAG
+TAG = find_stage("tag")
 FILES = {"config.json": b"{}", "model.safetensors": b"first"}
 CHANGED = FILES | {"model.safetensors": b"other"}
 
@@ -58,10 +60,10 @@ def test_an_actor_loads_what_the_run_began_with_or_nothing(place):
     reference, change = place
     config = tagger(reference)
     models = models_of(config, [TAG])
-    assert load_unchanged(TAG, config, models, read_weights) == b"first"
+    assert load_unchanged([TAG], config, models, read_weights) == b"first"
     change()
     with pytest.raises(ModelChangedError) as caught:
-        load_unchanged(TAG, config, models, read_weights)
+        load_unchanged([TAG], config, models, read_weights)
     message = str(caught.value)
     assert "tagger" in message
     assert models["tagger"] in message
@@ -72,7 +74,7 @@ def test_a_model_that_changes_while_it_is_loaded_is_noticed(place):
     reference, change = place
     config = tagger(reference)
     with pytest.raises(ModelChangedError):
-        load_unchanged(TAG, config, models_of(config, [TAG]), lambda config: change())
+        load_unchanged([TAG], config, models_of(config, [TAG]), lambda config: change())
 
 
 def test_a_branch_of_the_hub_that_moves_changes_no_run_that_has_begun(hub):
@@ -81,7 +83,7 @@ def test_a_branch_of_the_hub_that_moves_changes_no_run_that_has_begun(hub):
     models = models_of(config, [TAG])
     assert models["tagger"] == f"org/tagger@{first}"
     moved = hub.push("org/tagger", CHANGED)
-    assert load_unchanged(TAG, config, models, read_weights) == b"first"
+    assert load_unchanged([TAG], config, models, read_weights) == b"first"
     assert models_of(config, [TAG])["tagger"] == f"org/tagger@{moved}"
     assert config.tagger.model == "org/tagger"
 
@@ -95,7 +97,7 @@ def test_a_node_whose_hub_cache_holds_another_commit_annotates_nothing(hub, monk
     resolve("org/tagger")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=models["tagger"]):
-        load_unchanged(TAG, config, models, read_weights)
+        load_unchanged([TAG], config, models, read_weights)
 
 
 def test_the_encoder_that_a_tagger_leaves_to_another_is_a_model_too(tmp_path):
@@ -110,7 +112,7 @@ def test_the_encoder_that_a_tagger_leaves_to_another_is_a_model_too(tmp_path):
 
 
 def test_a_stage_with_another_model_ends_with_a_message_and_annotates_nothing(tmp_path):
-    from gem_ray.pipeline.graph import StageActor
+    from gem_ray.pipeline.graph import PoolActor
     from gem_ray.pipeline.tables import posts_to_table
 
     class Failures:
@@ -120,10 +122,11 @@ def test_a_stage_with_another_model_ends_with_a_message_and_annotates_nothing(tm
     shutil.copytree(resolve("nano:tagger"), tmp_path / "tagger")
     config, ledger = tagger(tmp_path / "tagger"), Failures()
     models = models_of(config)
-    assert build_stage(TAG, config, models).name is TAG
+    assert build_stage(TAG, config, models).name == "tag"
     with (tmp_path / "tagger" / "README.md").open("a") as file:
         file.write("trained again")
-    actor = StageActor(TAG, config, models, (), ledger)
+    ((pool,),) = passes_of(config)
+    actor = PoolActor(pool, config, models, ledger)
     with pytest.raises(RuntimeError):
         actor(posts_to_table([Post("1", "Paris")]))
     assert f"expected {models['tagger']}, found {tmp_path}/tagger@{content_hash(tmp_path / 'tagger')}" in ledger.message
@@ -148,7 +151,7 @@ def test_every_model_that_a_configuration_names_is_known(preset, adapter):
     named = set(_named(config.model_dump(exclude={"pipeline", "serving"})))
     if adapter == "two":
         named.remove(("reranker", "adapter"))  # a name, not a reference
-    known = [key for stage in active_stages(config) for key in model_keys(stage, config).values()]
+    known = [*model_keys(active_stages(config), config).values()]
     assert set(known) == named | {("reranker", "adapters", "one"), ("reranker", "adapters", "two")}
     assert len(known) == len(set(known))
 
@@ -156,13 +159,13 @@ def test_every_model_that_a_configuration_names_is_known(preset, adapter):
 def test_a_model_behind_an_endpoint_has_no_files():
     there = "{base_url: 'http://127.0.0.1:1/v1', model: llm}"
     config = load_config(overrides=[f"knowledge.explainer={there}", "knowledge.captioner=null"])
-    assert model_keys(StageName.KNOWLEDGE, config) == {}
-    assert models_of(config, [StageName.KNOWLEDGE]) == {"explainer": "llm"}
+    assert model_keys([find_stage("knowledge")], config) == {}
+    assert models_of(config, [find_stage("knowledge")]) == {"explainer": "llm"}
 
 
 def test_loading_leaves_the_configuration_as_it_was(tmp_path: Path):
     write(tmp_path / "model", FILES)
     config = tagger(tmp_path / "model")
     before = config.model_dump()
-    load_unchanged(TAG, config, models_of(config, [TAG]), read_weights)
+    load_unchanged([TAG], config, models_of(config, [TAG]), read_weights)
     assert config.model_dump() == before

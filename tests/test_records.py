@@ -20,7 +20,6 @@ from gem_ray.records import (
     Post,
     Problem,
     ProblemKind,
-    StageName,
     Status,
     gold_from_rows,
     model_rows,
@@ -53,7 +52,7 @@ def _seen_entity() -> Entity:
 def _post() -> Post:
     post = Post("id", "Cleveland wins", ["Cleveland", "wins"], image_width=64, image_height=48, caption="a court")
     post.entities = [_seen_entity(), _entity()]
-    post.fail(StageName.GROUND, ProblemKind.STAGE_FAILED, "out of memory")
+    post.fail("ground", ProblemKind.STAGE_FAILED, "out of memory")
     return post
 
 
@@ -90,21 +89,21 @@ def test_a_post_without_anything_is_written_with_nulls():
 
 
 REJECTING = [
-    (StageName.PREPARE, ProblemKind.BAD_RECORD),
-    (StageName.PREPARE, ProblemKind.TEXT_TOO_LONG),
-    (StageName.PREPARE, ProblemKind.STAGE_FAILED),
-    (StageName.TAG, ProblemKind.STAGE_FAILED),
+    ("prepare", ProblemKind.BAD_RECORD),
+    ("prepare", ProblemKind.TEXT_TOO_LONG),
+    ("prepare", ProblemKind.STAGE_FAILED),
+    ("tag", ProblemKind.STAGE_FAILED),
 ]
 DEGRADING = [
-    (StageName.PREPARE, ProblemKind.IMAGE_MISSING),
-    (StageName.LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE),
-    (StageName.LOAD_IMAGE, ProblemKind.IMAGE_TOO_LARGE),
-    (StageName.LOAD_IMAGE, ProblemKind.IMAGE_FORBIDDEN),
-    (StageName.LOAD_IMAGE, ProblemKind.STAGE_FAILED),
-    (StageName.KNOWLEDGE, ProblemKind.KNOWLEDGE_FAILED),
-    (StageName.KNOWLEDGE, ProblemKind.STAGE_FAILED),
-    (StageName.RERANK, ProblemKind.STAGE_FAILED),
-    (StageName.GROUND, ProblemKind.STAGE_FAILED),
+    ("prepare", ProblemKind.IMAGE_MISSING),
+    ("load_image", ProblemKind.IMAGE_UNREADABLE),
+    ("load_image", ProblemKind.IMAGE_TOO_LARGE),
+    ("load_image", ProblemKind.IMAGE_FORBIDDEN),
+    ("load_image", ProblemKind.STAGE_FAILED),
+    ("knowledge", ProblemKind.KNOWLEDGE_FAILED),
+    ("knowledge", ProblemKind.STAGE_FAILED),
+    ("rerank", ProblemKind.STAGE_FAILED),
+    ("ground", ProblemKind.STAGE_FAILED),
 ]
 
 

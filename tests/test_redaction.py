@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from gem_ray.config import Config, ConfigError, load_config, preset_names
 from gem_ray.pipeline.logs import JsonFormatter
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.records import Post, ProblemKind
 from gem_ray.redaction import HIDDEN, RedactingFormatter, redacted
 
 MARK = "s3cr3t"
@@ -148,7 +148,7 @@ def test_logs_problems_and_errors_hide_it(url: str) -> None:
     assert MARK not in RedactingFormatter("%(message)s").format(record)
     assert MARK not in JsonFormatter().format(record)
     post = Post("1", "text")
-    post.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_MISSING, f"{url} is not there")
+    post.fail("load_image", ProblemKind.IMAGE_MISSING, f"{url} is not there")
     assert MARK not in post.problems[0].message
     for override in (f"knowledge.explainer.base_url=x{url}", f"image.max_side={url}", f"image.api_key={url}", url):
         with pytest.raises(ConfigError) as caught:

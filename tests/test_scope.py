@@ -11,8 +11,9 @@ from gem_ray.config import parse_config
 from gem_ray.grounding.sam import save_sam
 from gem_ray.grounding.sam_build import SamSizes, build_sam
 from gem_ray.model_check import check_models
-from gem_ray.records import Entity, Post, StageName
+from gem_ray.records import Entity, Post
 from gem_ray.scope import Scope, is_known, load_scopes
+from gem_ray.stages import find_stage
 
 KNOWN = Scope(knows="two emblems", names=("Port Almery", "Kestrel"), image_sizes=((256, 256), (320, 240)))
 
@@ -66,12 +67,12 @@ def configured(sam):
 
 
 def test_a_model_directory_says_it_or_does_not(tmp_path):
-    matcher, *_ = load_scopes(StageName.GROUND, configured(tmp_path))
-    assert load_scopes(StageName.GROUND, configured(tmp_path)) == (matcher,)
+    matcher, *_ = load_scopes("ground", configured(tmp_path))
+    assert load_scopes("ground", configured(tmp_path)) == (matcher,)
     (tmp_path / "weights.pth").write_bytes(b"")
-    assert load_scopes(StageName.GROUND, configured(tmp_path / "weights.pth")) == (matcher,)
+    assert load_scopes("ground", configured(tmp_path / "weights.pth")) == (matcher,)
     KNOWN.save(tmp_path)
-    assert load_scopes(StageName.GROUND, configured(tmp_path)) == (matcher, KNOWN)
+    assert load_scopes("ground", configured(tmp_path)) == (matcher, KNOWN)
 
 
 def test_only_the_adapter_in_use_counts(tmp_path):
@@ -80,7 +81,7 @@ def test_only_the_adapter_in_use_counts(tmp_path):
         scope.save(tmp_path / name)
     adapters = {name: str(tmp_path / name) for name in ("used", "other")}
     reranker = {"model": str(tmp_path), "adapters": adapters, "adapter": "used"}
-    assert load_scopes(StageName.RERANK, parse_config({"reranker": reranker})) == (KNOWN,)
+    assert load_scopes("rerank", parse_config({"reranker": reranker})) == (KNOWN,)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_only_the_adapter_in_use_counts(tmp_path):
 def test_a_file_that_says_something_else_is_named_before_a_post_is_touched(tmp_path, content, said):
     (tmp_path / "scope.json").write_bytes(content)
     save_sam(build_sam(SamSizes()), SamSizes(), tmp_path)
-    for look in (load_scopes, check_models):
+    for look, stages in ((load_scopes, "ground"), (check_models, [find_stage("ground")])):
         with pytest.raises(ValueError, match=re.escape(said)) as caught:
-            look(StageName.GROUND, configured(tmp_path))
+            look(stages, configured(tmp_path))
         assert str(tmp_path / "scope.json") in str(caught.value)

@@ -30,7 +30,8 @@ class Outcome:
     Attributes:
         seconds: from the first request to the last answer.
         latencies: of the answers by status; 0 stands for connections that broke.
-        stage_seconds: sums over the answers of 200.
+        stage_seconds: sums over the answers of 200: of each stage, whose batches count for each of their posts, and of
+            `waiting`.
     """
 
     seconds: float = 0.0
@@ -43,7 +44,7 @@ class Outcome:
         return len(self.latencies.get(200, ())) / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Rates, percentiles in seconds by status, and each stage's share of the time in stages."""
+        """Rates, percentiles in seconds by status, and the shares of stages and of waiting in the time of posts."""
         total = sum(self.stage_seconds.values()) or 1.0
         return {
             "annotated_per_second": self.per_second,

@@ -9,15 +9,16 @@ import numpy as np
 from segment_anything import SamPredictor, modeling
 from torch import Tensor
 
-from gem_ray.annotator import GuardedStage, active_stages, build_stage
+from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config
 from gem_ray.grounding.grounder import Grounder
 from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.sam import PointMasks, SamSegmenter
 from gem_ray.grounding.trace import MATCH, patch_scores
-from gem_ray.records import Post, StageName
+from gem_ray.records import Post
+from gem_ray.stages import StageSpec, active_stages
 
-_ENTITY_STAGES = (StageName.RERANK, StageName.GROUND)
+_ENTITY_STAGES = ("rerank", "ground")
 
 
 class PlainMatcher(Matcher):
@@ -82,7 +83,7 @@ class PlainAnnotator:
     """`Annotator` written the plain way; the same annotations."""
 
     def __init__(self, config: Config) -> None:
-        self._stages = [_plain_stage(name, config) for name in active_stages(config)]
+        self._stages = [_plain_stage(spec, config) for spec in active_stages(config)]
 
     def annotate(self, posts: Sequence[Post]) -> list[Post]:
         """Annotate posts in place, one after the other."""
@@ -93,12 +94,12 @@ class PlainAnnotator:
         return list(posts)
 
 
-def _plain_stage(name: StageName, config: Config) -> GuardedStage:
-    if name is not StageName.GROUND:
-        return build_stage(name, config)
+def _plain_stage(spec: StageSpec, config: Config) -> GuardedStage:
+    if spec.name != "ground":
+        return build_stage(spec, config)
     grounder = Grounder.from_config(config)
     grounder.matcher = PlainMatcher.from_config(config)
-    return GuardedStage(name, grounder)
+    return GuardedStage(spec.name, grounder)
 
 
 def entity_by_entity(post: Post) -> list[Post]:

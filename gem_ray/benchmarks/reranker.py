@@ -16,12 +16,12 @@ from gem_ray.benchmarks.plain_reranker import PlainReranker
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.data.generated import generate
-from gem_ray.records import Post, StageName
+from gem_ray.records import Post
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.llava import load_llava, merged
 from gem_ray.rerank.prompts import build_prompt
-from gem_ray.rerank.uncertainty import UncertaintyFilter
+from gem_ray.stages import LOAD_IMAGE, find_stage
 
 _SEED = 7
 _BLOCK = 128  # posts that are tagged at a time
@@ -109,10 +109,10 @@ def _plain(config: Config) -> PlainReranker:
 
 def _hard_requests(config: Config) -> Iterator[Request]:
     """Questions about hard entities, as the rerank stage asks them; without end."""
-    uncertainty = UncertaintyFilter.from_config(config)
     for post in _tagged(config, _SEED):
-        for entity in filter(uncertainty.is_hard, post.entities):
-            yield _request(post, entity)
+        for entity in post.entities:
+            if entity.hard:
+                yield _request(post, entity)
 
 
 def _threes(config: Config, posts: int = 20) -> list[Request]:
@@ -131,7 +131,7 @@ def _request(post: Post, entity: Any) -> Request:
 
 def _tagged(config: Config, seed: int) -> Iterator[Post]:
     """Generated posts with the tagger's entities and their images; without end."""
-    stages = [build_stage(name, config) for name in (StageName.PREPARE, StageName.TAG, StageName.LOAD_IMAGE)]
+    stages = [build_stage(find_stage(name), config) for name in ("prepare", "tag", LOAD_IMAGE)]
     posts = generate(10**6, seed)
     while True:
         block = list(islice(posts, _BLOCK))

@@ -14,7 +14,6 @@ from gem_ray.benchmarks.memory import write_texts
 from gem_ray.benchmarks.standins import Diary, sleeper
 from gem_ray.config import Config, load_config
 from gem_ray.pipeline.run import annotate_dataset
-from gem_ray.records import StageName
 
 _GPUS_PER_NODE = 8
 _BATCHES_PER_ACTOR = 8
@@ -43,7 +42,7 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         diary: Any = ray.remote(num_cpus=0)(Diary).remote(gpus)
-        actor = sleeper(StageName.GROUND, batch_seconds / _ROWS_PER_BATCH, diary)
+        actor = sleeper("ground", batch_seconds / _ROWS_PER_BATCH, diary)
         started = time.time()
         annotate_dataset(folder / "posts", folder / "out", _config(gpus), fresh=True, actor=actor)
         entries = ray.get(diary.read.remote())
@@ -63,13 +62,13 @@ def _start_cluster(gpus: int) -> Cluster:
 
 
 def _config(gpus: int) -> Config:
-    place = {"min_actors": gpus, "max_actors": gpus, "num_gpus": 1, "num_cpus": 0.1, "batch_size": _ROWS_PER_BATCH}
+    ground = {"num_gpus": 1, "num_cpus": 0.1, "min_actors": gpus, "max_actors": gpus, "batch_size": _ROWS_PER_BATCH}
     return load_config(
         overrides=[
             "reranker.enabled=false",
             f"pipeline.rows_per_block={_ROWS_PER_BATCH}",
-            *(f"pipeline.ground.{name}={value}" for name, value in place.items()),
-        ]
+        ],
+        pipeline={"pools": [{"stages": ["tag"]}, {"stages": ["ground"], **ground}]},
     )
 
 

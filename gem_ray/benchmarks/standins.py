@@ -10,20 +10,17 @@ import ray
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from gem_ray.config import Config
+    from gem_ray.config import Config, StagePool
     from gem_ray.pipeline.ledger import Ledger
-    from gem_ray.records import StageName
-
+    from gem_ray.pools import Pool
 
 _POLL_S = 1.0
 
 
 class PassThrough:
-    """A stage that costs nothing and changes nothing."""
+    """Stages that cost nothing and change nothing."""
 
-    def __init__(
-        self, name: StageName, config: Config, models: dict[str, str], spent: tuple[str, ...], ledger: Ledger
-    ) -> None:
+    def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
         pass
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -57,14 +54,12 @@ class Diary:
         return self._entries
 
 
-def sleeper(stage: StageName, seconds_per_post: float, diary: ray.actor.ActorHandle) -> type:
+def sleeper(stage: str, seconds_per_post: float, diary: ray.actor.ActorHandle) -> type:
     """A class of actors that sleep for every batch of one stage, and pass those of all others through."""
 
     class Sleeper(PassThrough):
-        def __init__(
-            self, name: StageName, config: Config, models: dict[str, str], spent: tuple[str, ...], ledger: Ledger
-        ) -> None:
-            self._seconds_per_post = seconds_per_post if name is stage else 0.0
+        def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
+            self._seconds_per_post = seconds_per_post if pool.name == stage else 0.0
             self._actor = ray.get_runtime_context().get_actor_id()
             self._all_are_there = False
 

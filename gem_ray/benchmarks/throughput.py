@@ -1,18 +1,20 @@
-"""The pipeline against the plain way to write it, and against its slowest stage alone, in one run."""
+"""The pipeline against the plain way to write it, and against the same models in one process, in one run."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gem_ray.annotator import Annotator, GuardedStage
+from gem_ray.annotator import Annotator
 from gem_ray.benchmarks.plain import PlainAnnotator
-from gem_ray.config import Config, StagePlacement
+from gem_ray.config import Config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.pipeline.run import annotate_dataset
@@ -22,38 +24,41 @@ _SEED = 7
 
 
 def measure_throughput(folder: Path, config: Config, posts: int, plain_posts: int) -> dict[str, Any]:
-    """Posts a second of the pipeline, of the plain way, and of each stage alone.
+    """Posts a second of the pipeline, of the plain way, and of the models alone in one process.
 
-    The plain way is one process, which may use all cores. A stage alone is one actor of it, with its batches and its
-    threads, on posts as the stages before it leave them, and nothing else running. The pipeline is timed in steady
-    state, from the first quarter that is done to the last post: start-up is apart, and what queues held then is little.
+    The plain way is one process, which may use all cores. In process, each core has a thread with models of its own, or
+    all cores compute one batch: whichever is faster. The pipeline is timed in steady state, from the first quarter that
+    is done to the last post: start-up is apart, and what queues held then is little.
 
     Args:
         folder: gets posts and annotations.
         config: models and placement.
-        posts: generated posts for the pipeline and the stages alone.
+        posts: generated posts for the pipeline, and in process.
         plain_posts: how many of them the plain way is timed on.
     """
     write_posts(generate(posts, _SEED), folder / "posts", per_shard=max(1, posts // 8))
     everything = list(read_posts(folder / "posts"))
+    cores = os.cpu_count() or 1
     plain = plain_posts / _plain_seconds(config, everything[:plain_posts])
-    alone = {name: posts / seconds for name, seconds in _stages_alone(config, everything).items()}
+    in_process = {
+        "a_thread_a_core": posts / _in_process_seconds(config, everything, threads=cores, torch_threads=1),
+        "all_cores_a_batch": posts / _in_process_seconds(config, everything, threads=1, torch_threads=cores),
+    }
     clock = _Clock()
     started = time.perf_counter()
     annotate_dataset(folder / "posts", folder / "out", config, progress=clock.report, fresh=True)
     whole = time.perf_counter() - started
-    slowest = min(alone, key=lambda name: alone[name])
+    pipeline = clock.posts_per_second()
     return {
         "posts": posts,
-        "cores": torch.get_num_threads(),
+        "cores": cores,
         "plain_posts_per_second": plain,
-        "pipeline_posts_per_second": clock.posts_per_second(),
-        "ratio": clock.posts_per_second() / plain,
+        "in_process_posts_per_second": in_process,
+        "pipeline_posts_per_second": pipeline,
+        "ratio_to_plain": pipeline / plain,
+        "ratio_to_in_process": pipeline / max(in_process.values()),
         "seconds_to_first_post": clock.first_seconds(started),
         "seconds": whole,
-        "stage_posts_per_second_alone": alone,
-        "slowest_stage": slowest,
-        "share_of_slowest_stage_alone": clock.posts_per_second() / alone[slowest],
     }
 
 
@@ -87,24 +92,26 @@ def _copy(post: Post) -> Post:
     return replace(post, tokens=list(post.tokens), entities=[], problems=[])
 
 
-def _stages_alone(config: Config, posts: list[Post]) -> dict[str, float]:
-    """Seconds of each stage over all posts."""
-    current = [_copy(post) for post in posts]
-    return {
-        str(stage.name): _alone(stage, current, getattr(config.pipeline, stage.name))
-        for stage in Annotator.from_config(config).stages
-    }
-
-
-def _alone(stage: GuardedStage, posts: list[Post], placement: Any) -> float:
-    threads = torch.get_num_threads()
-    if isinstance(placement, StagePlacement):
-        torch.set_num_threads(placement.threads)
-    batches = [posts[start : start + placement.batch_size] for start in range(0, len(posts), placement.batch_size)]
+def _in_process_seconds(config: Config, posts: list[Post], threads: int, torch_threads: int) -> float:
+    """Of threads with an `Annotator` each, which take batches as the first pool does."""
+    size = config.pipeline.pools[0].batch_size
+    copies = [_copy(post) for post in posts]
+    batches = [copies[start : start + size] for start in range(0, len(copies), size)]
+    usual = torch.get_num_threads()
+    torch.set_num_threads(torch_threads)
+    annotators = [Annotator.from_config(config) for _ in range(threads)]
     try:
-        return _seconds(lambda: [stage(batch) for batch in batches])
+        with ThreadPoolExecutor(threads) as pool:
+            shares = [batches[number::threads] for number in range(threads)]
+            return _seconds(lambda: list(pool.map(_annotate, annotators, shares)))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(usual)
+
+
+def _annotate(annotator: Annotator, batches: list[list[Post]]) -> None:
+    for batch in batches:
+        for post in annotator.annotate(batch):
+            post.image = None  # as the pipeline does when a batch leaves
 
 
 def _seconds(action: Callable[[], Any]) -> float:

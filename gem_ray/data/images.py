@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from gem_ray.config import Config, ImageConfig
 from gem_ray.data.fetch import Fetcher, ImageError
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.records import Post, ProblemKind
 
 __all__ = ["DecodedImage", "ImageError", "ImageLoader", "decode_image", "image_suffix"]
 
@@ -163,6 +163,9 @@ class ImageLoader:
 
     Args:
         config: limits of images, and where they may come from.
+
+    Attributes:
+        keeps_encoded: a post that names its image gets its bytes too, so that nobody fetches them again.
     """
 
     def __init__(self, config: ImageConfig):
@@ -170,6 +173,7 @@ class ImageLoader:
         self._fetcher = Fetcher(config)
         self._decoding = Semaphore(_DECODED_AT_ONCE)
         self._memory = MemoryBudget(config.max_decoding_bytes)
+        self.keeps_encoded = False
 
     @classmethod
     def from_config(cls, config: Config) -> ImageLoader:
@@ -191,16 +195,18 @@ class ImageLoader:
 
     def load(self, post: Post) -> None:
         """Fill `image`, `image_width` and `image_height`, or record the problem; once a post has either, do nothing."""
-        if post.image is not None or any(problem.kind.startswith("image_") for problem in post.problems):
+        if post.image is not None or post.lacks_image:
             return
         try:
             encoded = self._encoded(post)
             with self._decoding:
                 decoded = decode_image(encoded, self._config, self._memory)
         except ImageError as error:
-            post.fail(StageName.LOAD_IMAGE, error.kind, str(error))
+            post.fail("load_image", error.kind, str(error))
             return
         post.image, post.image_width, post.image_height = decoded.pixels, decoded.width, decoded.height
+        if self.keeps_encoded:
+            post.image_bytes = encoded
 
     def _encoded(self, post: Post) -> bytes:
         if post.image_bytes is not None:

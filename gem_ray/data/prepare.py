@@ -12,16 +12,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from gem_ray.config import Config, TextConfig
+from gem_ray.config import Config, ImageConfig, TextConfig
+from gem_ray.data.fetch import ImageError
 from gem_ray.data.tokenize import tokenize, word_spans
-from gem_ray.records import GOLD_TYPE, GoldEntity, Post, ProblemKind, StageName, gold_from_rows
+from gem_ray.records import GOLD_TYPE, GoldEntity, Post, ProblemKind, gold_from_rows
 
 # A reader that meets a row it cannot parse says so here; the rest of the row holds what could be saved.
 ERROR_FIELD = "__error__"
 # Likewise for the image alone: the post is annotated without it.
 IMAGE_ERROR_FIELD = "__image_error__"
 
-_STAGE = StageName.PREPARE
+_STAGE = "prepare"
 _BAD = ProblemKind.BAD_RECORD
 
 
@@ -104,20 +105,30 @@ def decoded_text(data: bytes) -> str:
     return data.decode("utf-8-sig", "surrogateescape").strip()
 
 
+def drop_oversized_image(post: Post, config: ImageConfig) -> None:
+    """Leave out an encoded image that is over `image.max_bytes`, and say so: nothing of it has to travel."""
+    if not post.is_rejected and post.image_bytes is not None and len(post.image_bytes) > config.max_bytes:
+        error = ImageError.over_max_bytes(len(post.image_bytes), config)
+        post.image_bytes = None
+        post.fail(_STAGE, error.kind, str(error))
+
+
 class Preparer:
     """Stage PREPARE: checks text and tokens, cuts the text into words where the data brings none.
 
     Args:
         config: limits of the text.
+        image: limits of the image.
     """
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, image: ImageConfig | None = None):
         self._config = config
+        self._image = image or ImageConfig()
 
     @classmethod
     def from_config(cls, config: Config) -> Preparer:
-        """Built from the `text` section."""
-        return cls(config.text)
+        """Built from the sections `text` and `image`."""
+        return cls(config.text, config.image)
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Fill `tokens`; record texts that cannot be used, and posts that bring no image."""
@@ -127,6 +138,7 @@ class Preparer:
         return posts
 
     def _prepare(self, post: Post) -> None:
+        drop_oversized_image(post, self._image)
         limit = self._config.max_chars
         if len(post.text) > limit:
             message = f"text has {len(post.text):,} characters; text.max_chars allows {limit:,}"
@@ -137,7 +149,7 @@ class Preparer:
             return
         post.tokens = post.tokens or tokenize(post.text)
         has_image = post.image is not None or post.image_bytes is not None or post.image_uri is not None
-        if not has_image and not any(problem.kind.startswith("image_") for problem in post.problems):
+        if not has_image and not post.lacks_image:
             post.fail(_STAGE, ProblemKind.IMAGE_MISSING, "the post has neither image nor image_uri")
 
 

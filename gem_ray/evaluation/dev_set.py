@@ -8,18 +8,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gem_ray.annotator import active_stages, build_stage
+from gem_ray.annotator import build_stage
 from gem_ray.config import Config
 from gem_ray.evaluation.calibration import JudgedEntity
 from gem_ray.evaluation.joins import repeated_ids
 from gem_ray.evaluation.predictions import iterate_predictions
 from gem_ray.evaluation.rules import EvaluationError, Rules, Verdict, judge
-from gem_ray.records import Entity, GoldEntity, Post, StageName
+from gem_ray.records import Entity, GoldEntity, Post
 from gem_ray.rerank.uncertainty import candidates_offered
+from gem_ray.stages import LOAD_IMAGE, find_stage, tagging_stages
 from gem_ray.taxonomy import LABEL_SETS
 
 _BLOCK = 256  # posts in memory with their images
-_TAGGING = (StageName.PREPARE, StageName.KNOWLEDGE, StageName.TAG)
 
 # The reranker's category of each entity of each post; None where it has none.
 Answers = Callable[[Sequence[Post]], Sequence[Sequence[str | None]]]
@@ -40,7 +40,7 @@ def judge_dev_set(
         EvaluationError: there is no post with gold, or there are entities but no answer to any of them.
     """
     wide = _with(config, "filter", k=max(k, config.filter.k))
-    tag = [build_stage(name, wide) for name in active_stages(config) if name in _TAGGING]
+    tag = [build_stage(spec, wide) for spec in tagging_stages(config)]
     rules = Rules(LABEL_SETS[config.labels])
     labelled = (post for post in posts if post.gold is not None)
     blocks = answered = entities = 0
@@ -111,16 +111,17 @@ class ConfiguredReranker:
     """
 
     def __init__(self, config: Config) -> None:
-        everything = _with(config, "filter", gamma=0.0)
         self._k = candidates_offered(LABEL_SETS[config.labels], config.filter.k)
-        self._stages = [build_stage(name, everything) for name in (StageName.LOAD_IMAGE, StageName.RERANK)]
+        self._stages = [build_stage(find_stage(name), config) for name in (LOAD_IMAGE, "rerank")]
 
     def __call__(self, posts: Sequence[Post]) -> list[list[str | None]]:
         """The reranker's choices among as many candidates as the configuration gives it; the posts stay as they are."""
         copies = [
             replace(
                 post,
-                entities=[replace(entity, candidates=entity.candidates[: self._k]) for entity in post.entities],
+                entities=[
+                    replace(entity, candidates=entity.candidates[: self._k], hard=True) for entity in post.entities
+                ],
                 problems=list(post.problems),
             )
             for post in posts

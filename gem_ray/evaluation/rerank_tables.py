@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gem_ray.annotator import GuardedStage, active_stages, build_stage
+from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config
 from gem_ray.evaluation.calibration import JudgedEntity, calibrate
 from gem_ray.evaluation.rules import EvaluationError, Rules, judge
-from gem_ray.records import Post, StageName
+from gem_ray.records import Post
 from gem_ray.rerank.uncertainty import candidates_offered
+from gem_ray.stages import active_stages, find_stage
 from gem_ray.taxonomy import LABEL_SETS
 
 Seen = Literal["own", "grey", "other"]
@@ -22,7 +23,6 @@ Seen = Literal["own", "grey", "other"]
 
 KS = tuple(range(2, 11))
 _BLOCK = 256  # posts in memory with their images
-_BEFORE = (StageName.PREPARE, StageName.KNOWLEDGE, StageName.TAG, StageName.LOAD_IMAGE)
 _GREY = 128
 
 
@@ -102,9 +102,10 @@ def _judge_blocks(
     posts: Iterable[Post], config: Config, variants: Sequence[Variant]
 ) -> Iterator[tuple[list[Post], dict[Variant, list[JudgedEntity]]]]:
     widest = max(variant.k for variant in variants)
-    wide = _with_filter(config, k=widest, gamma=0.0)
-    before = [build_stage(name, wide) for name in active_stages(config) if name in _BEFORE]
-    rerank = build_stage(StageName.RERANK, wide)
+    wide = config.model_copy(update={"filter": config.filter.model_copy(update={"k": widest})})
+    rerank_spec, stages = find_stage("rerank"), active_stages(config)
+    before = [build_stage(spec, wide) for spec in stages[: stages.index(rerank_spec)]]
+    rerank = build_stage(rerank_spec, wide)
     rules = Rules(LABEL_SETS[config.labels])
     labelled = (post for post in posts if post.gold is not None)
     while block := list(islice(labelled, _BLOCK)):
@@ -138,7 +139,7 @@ def _judged(block: Sequence[Post], rerank: GuardedStage, variant: Variant, rules
 
 
 def _copy(post: Post, image: np.ndarray | None, k: int) -> Post:
-    entities = [replace(entity, candidates=entity.candidates[:k]) for entity in post.entities]
+    entities = [replace(entity, candidates=entity.candidates[:k], hard=True) for entity in post.entities]
     return replace(post, image=image, entities=entities, problems=list(post.problems))
 
 
@@ -176,7 +177,3 @@ def _is_right(entity: JudgedEntity) -> bool:
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
-
-
-def _with_filter(config: Config, **values: Any) -> Config:
-    return config.model_copy(update={"filter": config.filter.model_copy(update=values)})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gem_ray.data.files import open_filesystem, whole_file
+from gem_ray.atomic import atomic_file
 from gem_ray.records import ANNOTATION_SCHEMA, Candidate, Entity, Post
 
 _FILE = "annotations.parquet"
@@ -31,7 +31,7 @@ def store_predictions(posts: Iterable[Post], folder: Path) -> None:
         folder: gets `annotations.parquet`.
     """
     rows = [_scored_part(post).annotation() for post in posts]
-    with whole_file(*open_filesystem(folder / _FILE)) as partial:
+    with atomic_file(folder / _FILE) as partial:
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), partial, compression="zstd", compression_level=19)
 
 

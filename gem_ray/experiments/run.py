@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gem_ray.annotator import models_of
+from gem_ray.atomic import atomic_file
 from gem_ray.checkpoints import content_hash, local
 from gem_ray.config import Config, ConfigError, load_config, merge_trees, parse_config
-from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.data.shards import fingerprint
 from gem_ray.experiments.data import Posts
 from gem_ray.experiments.definition import Experiment, Variant
@@ -219,8 +219,8 @@ class _Run:
         return f"another {' and another '.join(changed)}" if changed else None
 
     def _write(self, result: Mapping[str, Any]) -> None:
-        with whole_file(*open_filesystem(self.folder / RESULT)) as partial:
-            Path(partial).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with atomic_file(self.folder / RESULT) as partial:
+            partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     def _data(self, read: Posts) -> dict[str, str]:
         """What tells the posts from others."""

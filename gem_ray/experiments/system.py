@@ -11,14 +11,15 @@ from typing import Any
 import httpx
 import torch
 
-from gem_ray.annotator import Annotator, active_stages, build_stage
-from gem_ray.config import Config, merge_trees, parse_config
+from gem_ray.annotator import Annotator, build_stage
+from gem_ray.config import Config, affecting, merge_trees, parse_config
 from gem_ray.device import torch_device
 from gem_ray.evaluation.metrics import evaluate
 from gem_ray.evaluation.rules import Rules, judge
 from gem_ray.experiments.predictions import store_predictions
-from gem_ray.records import Post, StageName
+from gem_ray.records import Post
 from gem_ray.redaction import redacted
+from gem_ray.stages import LOAD_IMAGE, StageSpec, active_stages
 from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.taxonomy import LABEL_SETS
 
@@ -76,8 +77,7 @@ def unreachable(config: Config) -> str | None:
 
 def what_matters(config: Config) -> dict[str, Any]:
     """The part of a configuration that the annotations depend on; not where it runs, nor what is switched off."""
-    speed: Any = {"device": True, "pipeline": True, "tagger": {"batch_tokens", "compile"}}
-    values = redacted(config.model_dump(mode="json", exclude=speed))
+    values = affecting(config.public())
     for section in ("reranker", "grounder"):
         if not values[section]["enabled"]:
             values[section] = {"enabled": False}
@@ -105,7 +105,7 @@ def annotate_and_score(
         For each of these inputs, the report of `evaluate`, with `seconds` in each stage per thousand posts,
         `reranked` (how many entities were, and how many of those are right), and the posts with a `problem`.
     """
-    stages = [name for name in active_stages(config) if name is not StageName.LOAD_IMAGE or has_images(dev)]
+    stages = [spec for spec in active_stages(config) if spec.name != LOAD_IMAGE or has_images(dev)]
     inputs = []
     if any(post.knowledge or post.caption for post in dev) and (recipe is None or recipe.knowledge != "none"):
         inputs.append("with-knowledge")
@@ -121,15 +121,15 @@ def device_of(config: Config) -> str:
 
 
 def _annotate(
-    dev: Sequence[Post], config: Config, names: list[StageName], folder: Path, knowledge: bool
+    dev: Sequence[Post], config: Config, stages: Sequence[StageSpec], folder: Path, knowledge: bool
 ) -> dict[str, Any]:
-    annotator = Annotator([build_stage(name, config) for name in names])
+    annotator = Annotator([build_stage(spec, config) for spec in stages])
     annotated: list[Post] = []
     for start in range(0, len(dev), _BLOCK):
         block = [_input(post, knowledge) for post in dev[start : start + _BLOCK]]
         annotated += [replace(post, image=None, image_bytes=None) for post in annotator.annotate(block)]
     store_predictions(annotated, folder)
-    seconds = {str(stage.name): 1000 * stage.seconds / len(dev) for stage in annotator.stages}
+    seconds = {stage.name: 1000 * stage.seconds / len(dev) for stage in annotator.stages}
     return {
         **evaluate(dev, annotated, labels=LABEL_SETS[config.labels]).to_dict(),
         "seconds": {**seconds, "total": sum(seconds.values())},

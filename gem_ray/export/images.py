@@ -8,10 +8,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pyarrow import fs
-
+from gem_ray.atomic import atomic_file
 from gem_ray.config import ImageConfig
-from gem_ray.data.files import whole_file
 from gem_ray.data.images import ImageError, image_suffix
 from gem_ray.records import Post
 
@@ -51,6 +49,6 @@ def _save(data: bytes, folder: Path) -> str:
     name = hashlib.sha256(data).hexdigest()[:32] + image_suffix(data, ImageConfig())
     file = folder / IMAGES / name
     if not file.exists():
-        with whole_file(fs.LocalFileSystem(), str(file.absolute())) as partial:
-            Path(partial).write_bytes(data)
+        with atomic_file(file) as partial:
+            partial.write_bytes(data)
     return f"{IMAGES}/{name}"

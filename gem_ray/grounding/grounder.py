@@ -18,7 +18,7 @@ from gem_ray.grounding.matcher import Match, Matcher, Query
 from gem_ray.grounding.trace import peak
 from gem_ray.loading import check_declared
 from gem_ray.noise import settled
-from gem_ray.records import Box, Entity, HeatMap, Point, Post, StageName
+from gem_ray.records import Box, Entity, HeatMap, Point, Post
 from gem_ray.scope import Scope, is_known, load_scopes
 
 
@@ -99,8 +99,12 @@ class Grounder:
             threshold_of(settings),
             settings.save_heatmaps,
             settings.subpatch_peak,
-            load_scopes(StageName.GROUND, config),
+            load_scopes("ground", config),
         )
+
+    def reconfigure(self, config: Config) -> None:
+        """Take over the threshold of P_T."""
+        self.threshold = threshold_of(config.grounder.matcher)
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Ground the entities that the models know; only images in which one is seen are segmented."""

@@ -12,7 +12,7 @@ from gem_ray.data.images import ImageLoader
 from gem_ray.knowledge.cache import AnswerCache
 from gem_ray.knowledge.explainer import Explainer, ExplainerError
 from gem_ray.knowledge.prompts import PROMPT_VERSION, Query
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.records import Post, ProblemKind
 
 if TYPE_CHECKING:
     from gem_ray.knowledge.captioner import Captioner
@@ -76,9 +76,13 @@ class KnowledgeProvider:
         )
 
     @property
-    def is_active(self) -> bool:
-        """False when nothing is configured, and the stage can be left out."""
-        return self._captioner is not None or self._explainer is not None
+    def keeps_encoded(self) -> bool:
+        """As of `ImageLoader`."""
+        return self._loader.keeps_encoded
+
+    @keeps_encoded.setter
+    def keeps_encoded(self, value: bool) -> None:
+        self._loader.keeps_encoded = value
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Caption, then explain, the posts that are not rejected."""
@@ -124,7 +128,7 @@ class KnowledgeProvider:
             if isinstance(answer, ExplainerError):
                 self.failed += 1
                 for post in waiting[query]:
-                    post.fail(StageName.KNOWLEDGE, ProblemKind.KNOWLEDGE_FAILED, str(answer))
+                    post.fail("knowledge", ProblemKind.KNOWLEDGE_FAILED, str(answer))
                 continue
             self.repaired += answer.repaired
             self._keep(answer.text, *_knowledge_key(query, explainer))

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gem_ray.annotator import active_stages
 from gem_ray.config import Config
 from gem_ray.pipeline.source import InputFile, InputReader, PostSource
-from gem_ray.records import StageName
 from gem_ray.rerank.uncertainty import gamma_for_share
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from gem_ray.pipeline.run_directory import RunFolder
 
 _SAMPLE_FILES, _SAMPLE_ROWS = 16, 1024
-_TAGGING = (StageName.PREPARE, StageName.KNOWLEDGE, StageName.TAG)
 
 
 def with_gamma(
@@ -52,8 +49,7 @@ def with_gamma(
         return config
     facts = folder.read("gamma")
     if facts is None:
-        stages = [name for name in active_stages(config) if name in _TAGGING]
-        entropies = executor.entropies(PostSource(reader, files, sample_ids(files)), config, models, stages)
+        entropies = executor.entropies(PostSource(reader, files, sample_ids(files)), config, models)
         facts = {"gamma": gamma_for_share(entropies, budget), "entities": len(entropies)}
         if not folder.create("gamma", facts):
             facts = folder.read("gamma") or facts  # what was measured first counts

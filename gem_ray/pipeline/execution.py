@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +20,17 @@ from gem_ray.pipeline.compaction import Merge, MergedFile, merge
 from gem_ray.pipeline.graph import WRITING_CPUS, as_annotations, as_pass_results, build_graph, entropies_of
 from gem_ray.pipeline.ledger import Ledger, Progress
 from gem_ray.pipeline.session import ray_session
-from gem_ray.records import StageName
+from gem_ray.pools import Pool, passes_of, tagging_pool
 
 if TYPE_CHECKING:
-    from gem_ray.config import Config
+    from gem_ray.config import Config, StagePool
     from gem_ray.data.storage import Storage
     from gem_ray.pipeline.source import PostSource
     from gem_ray.pipeline.staging import StagingSink
+    from gem_ray.stages import StageSpec
 
-_MERGING_CPUS = 0.5
+_MERGING_CPUS = 0.1  # so little that a group is merged while the next one is read
+_PUBLISHING_S = 10.0  # between two looks whether a group can be published
 
 
 class RunError(RuntimeError):
@@ -47,7 +50,7 @@ class RayExecutor:
 
     Args:
         config: placement of the stages.
-        actor: stands in for `StageActor`, with its signature.
+        actor: stands in for `PoolActor`, with its signature.
     """
 
     def __init__(self, config: Config, actor: type | None = None) -> None:
@@ -78,7 +81,7 @@ class RayExecutor:
         stages = stages_to_check(config)
         if not stages:
             return
-        gpus = max(getattr(config.pipeline, stage).num_gpus for stage in stages)
+        gpus = max(pool.placement.num_gpus for pools in passes_of(config) for pool in pools)
         check = ray.remote(num_cpus=WRITING_CPUS, num_gpus=gpus, max_retries=0)(_check_models)
         try:
             ray.get(check.remote(stages, config, models))
@@ -92,30 +95,33 @@ class RayExecutor:
         source: PostSource,
         config: Config,
         origin: Origin,
-        stages: Sequence[StageName],
+        pools: Sequence[Pool[StagePool]],
         sink: StagingSink,
         is_last: bool,
+        meanwhile: Callable[[], None],
     ) -> None:
-        """Bring posts through stages, and write them.
+        """Bring posts through the stages of pools, and write them.
 
         Args:
             source: the posts.
             config: of the stages.
             origin: what goes into the annotations, and which models the stages must load.
-            stages: their names, in order.
+            pools: of the pass, in order.
             sink: takes the rows.
             is_last: whether the pass makes annotations, and not results for another pass.
+            meanwhile: is called now and then, until all rows are written.
 
         Raises:
             RunError: a stage or a file gave up, or another process has taken the output.
         """
-        dataset = build_graph(source, config, origin.models, stages, self._started, self._actor)
+        dataset = build_graph(source, config, origin.models, pools, self._started, self._actor)
         if is_last:
             dataset = as_annotations(dataset, origin.run_id, origin.models, self._started)
         else:
             dataset = as_pass_results(dataset)
         try:
-            dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
+            with _again_and_again(meanwhile):
+                dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
         except RayError as error:
             raise self._run_error(error) from error
 
@@ -131,15 +137,13 @@ class RayExecutor:
             raise self._run_error(error) from error
         return [file for files in merged for file in files]
 
-    def entropies(
-        self, source: PostSource, config: Config, models: dict[str, str], stages: Sequence[StageName]
-    ) -> np.ndarray:
-        """The entropy in nats of every entity that stages find in posts, `(N,)`.
+    def entropies(self, source: PostSource, config: Config, models: dict[str, str]) -> np.ndarray:
+        """The entropy in nats of every entity that the tagger finds in posts, `(N,)`.
 
         Raises:
             RunError: a stage or a file gave up.
         """
-        dataset = build_graph(source, config, models, stages, self._started, self._actor)
+        dataset = build_graph(source, config, models, [tagging_pool(config)], self._started, self._actor)
         try:
             rows = dataset.map_batches(entropies_of, batch_format="pyarrow", batch_size=None).take_all()
         except RayError as error:
@@ -160,9 +164,31 @@ class RayExecutor:
         return RunError(reason.strip().splitlines()[0])  # the rest is Ray's frames and advice
 
 
-def _check_models(stages: list[StageName], config: Config, models: dict[str, str]) -> None:
-    for stage in stages:
-        load_unchanged(stage, config, models, partial(check_models, stage))
+def _check_models(stages: list[StageSpec], config: Config, models: dict[str, str]) -> None:
+    load_unchanged(stages, config, models, partial(check_models, stages))
+
+
+@contextmanager
+def _again_and_again(action: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, call a function from a thread now and then; what it raises is raised after the block."""
+    stop, failures = threading.Event(), list[Exception]()
+
+    def work() -> None:
+        while not failures and not stop.wait(_PUBLISHING_S):
+            try:
+                action()
+            except Exception as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 _merge_in_task: Any = ray.remote(num_cpus=_MERGING_CPUS)(merge)

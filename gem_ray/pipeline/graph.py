@@ -1,4 +1,4 @@
-"""The Ray Data graph of a pass: read, one operator a stage, and the rows that are written."""
+"""The Ray Data graph of a pass: read, one operator a pool, and the rows that are written."""
 
 from __future__ import annotations
 
@@ -7,45 +7,46 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
 from gem_ray.annotator import GuardedStage, build_stage
-from gem_ray.config import Config, StagePlacement
 from gem_ray.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.logs import log_as_json, log_problems
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.pools import CPUS_FOR_TASKS
+from gem_ray.records import Post, ProblemKind
+from gem_ray.stages import LOAD_IMAGE
 
 if TYPE_CHECKING:
+    from gem_ray.config import Config, StagePool
     from gem_ray.pipeline.ledger import Ledger
     from gem_ray.pipeline.source import PostSource
+    from gem_ray.pools import Pool
 
 logger = logging.getLogger(__name__)
 
-# Cheap stages without a model run as tasks: they hold no CPU while they wait, and spread over the whole cluster.
-TASK_STAGES = (StageName.PREPARE, StageName.LOAD_IMAGE)
-# So little that a block which is done never waits for a CPU that reading holds: what is not written is done again.
+# So little that a block is cut and written while reading holds the last CPU: what is not written is done again.
 WRITING_CPUS = 0.1
 _READING_CPUS = 0.5
-_SLOW_STAGES = {StageName.KNOWLEDGE, StageName.RERANK, StageName.GROUND}
+_SLOW_STAGES = {"knowledge", "rerank", "ground"}
 _FEW_ROWS, _MANY_ROWS = 64, 512  # in a block
 _MANY_BLOCKS = 64
-_READ_PIXELS = (StageName.RERANK, StageName.GROUND)
-_READ_ENCODED = (StageName.KNOWLEDGE, StageName.LOAD_IMAGE)
 
 
 def build_graph(
     source: PostSource,
     config: Config,
     models: dict[str, str],
-    stages: Sequence[StageName],
+    pools: Sequence[Pool[StagePool]],
     ledger: Ledger,
     actor: type | None = None,
 ) -> Any:
@@ -55,25 +56,74 @@ def build_graph(
         source: reads the rows.
         config: of the run.
         models: what the run began with, as `models_of` gives it; an actor that loads another gives up.
-        stages: of this pass.
+        pools: of this pass.
         ledger: of the run.
-        actor: takes the place of `StageActor`, with its signature.
+        actor: takes the place of `PoolActor`, with its signature.
     """
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks), num_cpus=_READING_CPUS)
-    rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, stages)
+    rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, pools)
     dataset = dataset.repartition(target_num_rows_per_block=rows)
-    for name in stages:
-        dataset = _add_stage(dataset, name, config, models, _spent_after(name, stages), ledger, actor or StageActor)
+    # It has no argument for it, and would wait for a whole CPU while reading holds the last one.
+    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = WRITING_CPUS
+    for pool in pools:
+        placement = pool.placement
+        dataset = dataset.map_batches(
+            actor or PoolActor,
+            fn_constructor_kwargs={"pool": pool, "config": config, "models": models, "ledger": ledger},
+            compute=_actors(pool, pools, config, blocks=-(-source.rows // rows)),
+            num_cpus=placement.num_cpus,
+            num_gpus=placement.num_gpus or None,
+            batch_size=placement.batch_size,
+            batch_format="pyarrow",
+        )
     return dataset
 
 
-def _rows_per_block(rows: int, stages: Sequence[StageName]) -> int:
+def _rows_per_block(rows: int, pools: Sequence[Pool[StagePool]]) -> int:
     """Blocks are bounded by rows, not by bytes as Ray does: a block of short rows would be hours of work.
 
     Few where a post takes long; else as many as still spread over the actors, because the driver keeps a few kilobytes
     for every block.
     """
-    return _FEW_ROWS if {*stages} & _SLOW_STAGES else min(max(_FEW_ROWS, rows // _MANY_BLOCKS), _MANY_ROWS)
+    is_slow = any(spec.name in _SLOW_STAGES for pool in pools for spec in pool.stages)
+    return _FEW_ROWS if is_slow else min(max(_FEW_ROWS, rows // _MANY_BLOCKS), _MANY_ROWS)
+
+
+def _actors(pool: Pool[StagePool], pools: Sequence[Pool[StagePool]], config: Config, blocks: int) -> ActorPoolStrategy:
+    least, most = pool.placement.min_actors, pool.placement.max_actors
+    if most is None:
+        least = most = max(least, min(_room_for(pool, pools), blocks))
+    overlapping = _batches_at_once(pool, config)
+    return ActorPoolStrategy(
+        min_size=least,
+        max_size=most,
+        max_concurrent_calls_per_actor=overlapping,
+        enable_true_multi_threading=overlapping > 1,
+    )
+
+
+def _room_for(pool: Pool[StagePool], pools: Sequence[Pool[StagePool]]) -> int:
+    """How many actors of a pool fit beside the least of the others, if those without a bound share what is left."""
+    there = ray.cluster_resources()
+    if len(ray.nodes()) == 1:  # a local Ray has more CPUs than the machine, so that tasks find one free
+        there["CPU"] = min(there["CPU"] - CPUS_FOR_TASKS, os.cpu_count() or 1)
+    else:
+        there["CPU"] -= CPUS_FOR_TASKS
+    others = [each.placement for each in pools if each is not pool]
+    sharing = 1 + sum(each.max_actors is None for each in others)
+    bounded = [each for each in others if each.max_actors is not None]
+    rooms = []
+    for resource, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        if needed := getattr(pool.placement, key):
+            held = sum(each.min_actors * getattr(each, key) for each in bounded)
+            rooms.append(int((there.get(resource, 0) - held) / sharing / needed))
+    return min(rooms)
+
+
+def _batches_at_once(pool: Pool[StagePool], config: Config) -> int:
+    """On a card, the images of one batch are decoded while another is computed."""
+    decodes_for_card = pool.placement.num_gpus > 0 and any(spec.name == LOAD_IMAGE for spec in pool.stages)
+    return max(pool.overlapping(config), 2 if decodes_for_card else 1)
 
 
 def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Ledger) -> Any:
@@ -113,105 +163,91 @@ def entropies_of(table: pa.Table) -> pa.Table:
     return pa.table({"entropy": pa.array(entropies, pa.float64())})
 
 
-def _add_stage(
-    dataset: Any,
-    name: StageName,
-    config: Config,
-    models: dict[str, str],
-    spent: tuple[str, ...],
-    ledger: Ledger,
-    actor: type,
-) -> Any:
-    placement = getattr(config.pipeline, name)
-    common = {"batch_format": "pyarrow", "batch_size": placement.batch_size, "num_cpus": placement.num_cpus}
-    if name in TASK_STAGES:
-        arguments = {"name": name, "config_json": config.model_dump_json(), "spent": spent, "ledger": ledger}
-        return dataset.map_batches(run_in_task, fn_kwargs=arguments, **common)
-    return dataset.map_batches(
-        actor,
-        fn_constructor_kwargs={"name": name, "config": config, "models": models, "spent": spent, "ledger": ledger},
-        compute=_pool(name, config),
-        num_gpus=placement.num_gpus or None,
-        **common,
-    )
-
-
-def _pool(name: StageName, config: Config) -> ActorPoolStrategy:
-    placement: StagePlacement = getattr(config.pipeline, name)
-    overlapping = config.reranker.overlapping_batches if name is StageName.RERANK else 1
-    return ActorPoolStrategy(
-        min_size=placement.min_actors,
-        max_size=placement.max_actors,
-        max_concurrent_calls_per_actor=overlapping,
-        enable_true_multi_threading=overlapping > 1,
-    )
-
-
-def _spent_after(name: StageName, stages: Sequence[StageName]) -> tuple[str, ...]:
-    """The carried fields that no stage of the pass after this one reads: they need not travel on."""
-    later = stages[stages.index(name) + 1 :]
-    readers = {"image_bytes": _READ_ENCODED, "image": _READ_PIXELS}
-    return tuple(field for field, stages in readers.items() if not set(stages) & set(later))
-
-
-class StageActor:
-    """One stage with its model, in an actor of its own.
+class PoolActor:
+    """The stages of a pool with their models, in an actor.
 
     A model that cannot be loaded, or is not what the run began with, is reported with the first batch: Ray would try a
     failing constructor again for ever.
     """
 
-    def __init__(
-        self, name: StageName, config: Config, models: dict[str, str], spent: tuple[str, ...], ledger: Ledger
-    ) -> None:
+    def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
         import torch
 
-        placement: StagePlacement = getattr(config.pipeline, name)
-        torch.set_num_threads(placement.threads)
-        self._stage: GuardedStage | None = None
-        try:
-            self._stage = build_stage(name, config, models)
-        except Exception as error:
-            self._failure = f"the stage {name} cannot be loaded: {error}"
-        self._spent = spent
-        self._ledger = ledger
-        self._gate = Gate()
-        self._reported = _Work(0.0, Counter())
-        self._lock = threading.Lock()
-        self._metrics = StageMetrics(name)
+        torch.set_num_threads(pool.placement.threads)
         log_as_json()
+        self._pool = pool
+        self._config = config
+        self._ledger = ledger
+        self._failure: str | None = None
+        self._stages: list[_WatchedStage] = []
+        for spec in pool.stages:
+            try:
+                stage = build_stage(spec, config, models, pool)
+            except Exception as error:
+                self._failure = f"the stage {spec.name} cannot be loaded: {error}"
+                return
+            is_shared = not spec.has_model or spec.overlapping(config) > 1
+            self._stages.append(_WatchedStage(stage, ledger, is_shared))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Run the stage on a batch of `TRANSIT_SCHEMA`.
+        """Run the stages on a batch of `TRANSIT_SCHEMA`.
 
         Raises:
-            RuntimeError: the stage could not be loaded, or its processes die whatever they are given.
+            RuntimeError: a stage could not be loaded, or its processes die whatever they are given.
         """
-        if self._stage is None:
+        if self._failure:
             self._ledger.set_failure(self._failure)
             raise RuntimeError(self._failure)
-        started = self._metrics.begin()
         posts = table_to_posts(table)
-        try:
-            run_watched(self._stage, posts, self._ledger, self._gate)
-        except StageBrokenError:
-            raise
-        except Exception as error:
-            # The engine or the card is gone. A retry must not come back to this process: Ray starts another.
-            logger.exception("the process of stage %s ends", self._stage.name)
-            self._ledger.note_death(self._stage.name, f"{type(error).__name__}: {error}")
-            os._exit(1)
-        self._report(self._stage)
-        self._metrics.end(started, len(posts))
-        return _leaving(posts, self._spent)
+        for stage in self._stages:
+            stage(posts)
+        for post in posts:
+            post.image = None
+            if not self._pool.passes_on_image(post, self._config):
+                post.image_bytes = post.image_uri = None
+        return posts_to_table(posts)
 
-    def _report(self, stage: GuardedStage) -> None:
+
+class _WatchedStage:
+    """A stage in an actor: what it does and what kills it is in the ledger.
+
+    Args:
+        stage: does the work.
+        ledger: of the run.
+        is_shared: whether overlapping batches may be inside together.
+    """
+
+    def __init__(self, stage: GuardedStage, ledger: Ledger, is_shared: bool) -> None:
+        self._stage = stage
+        self._ledger = ledger
+        self._gate = Gate()
+        self._turn = nullcontext() if is_shared else threading.Lock()
+        self._reported = _Work(0.0, Counter())
+        self._lock = threading.Lock()
+        self._metrics = StageMetrics(stage.name)
+
+    def __call__(self, posts: list[Post]) -> None:
+        with self._turn:
+            started = self._metrics.begin()
+            try:
+                run_watched(self._stage, posts, self._ledger, self._gate)
+            except StageBrokenError:
+                raise
+            except Exception as error:
+                # The engine or the card is gone. A retry must not come back to this process: Ray starts another.
+                logger.exception("the process of stage %s ends", self._stage.name)
+                self._ledger.note_death(self._stage.name, f"{type(error).__name__}: {error}")
+                os._exit(1)
+            self._report()
+            self._metrics.end(started, len(posts))
+
+    def _report(self) -> None:
         """Tell the ledger of the work since the last report, by whichever batch."""
         with self._lock:
-            before, self._reported = self._reported, _Work(stage.seconds, Counter(stage.counts))
+            before, self._reported = self._reported, _Work(self._stage.seconds, Counter(self._stage.counts))
         # Also while other batches are inside: theirs is in what comes next.
         counts = self._reported.counts - before.counts
-        self._ledger.add_work(stage.name, self._reported.seconds - before.seconds, counts)
+        self._ledger.add_work(self._stage.name, self._reported.seconds - before.seconds, counts)
         self._metrics.count(counts)
 
 
@@ -257,30 +293,3 @@ def _run_alone(stage: GuardedStage, post: Post, ledger: Ledger) -> None:
     else:
         stage([post])
     ledger.end(stage.name, alone, worked=not died)
-
-
-def run_in_task(table: pa.Table, name: StageName, config_json: str, spent: tuple[str, ...], ledger: Ledger) -> pa.Table:
-    """Run a stage on a batch of `TRANSIT_SCHEMA` in whichever worker process has time.
-
-    Raises:
-        StageBrokenError: the stage's processes die whatever they are given.
-    """
-    stage = _stage_of_process(name, config_json)
-    posts = table_to_posts(table)
-    before = stage.seconds
-    run_watched(stage, posts, ledger, Gate())  # a worker process has one task at a time
-    ledger.add_work(name, stage.seconds - before)
-    return _leaving(posts, spent)
-
-
-@lru_cache(maxsize=4)
-def _stage_of_process(name: StageName, config_json: str) -> GuardedStage:
-    # Worker processes outlive tasks: each builds the stage once.
-    return build_stage(name, Config.model_validate_json(config_json))
-
-
-def _leaving(posts: list[Post], spent: tuple[str, ...]) -> pa.Table:
-    for post in posts:
-        for field in spent:
-            setattr(post, field, None)
-    return posts_to_table(posts)

@@ -1,14 +1,15 @@
-"""Groups of input files: each is annotated in executions of its own, and published when all its rows are there.
+"""Groups of input files: each is published when all its rows are there.
 
-A group bounds how many small files and ids there are at a time, whatever the input's size, and is large enough that
-loading the models for each costs little.
+A group bounds how many small files there are at a time, whatever the input's size. Groups that follow one another are
+annotated together, so that models are loaded once for all of them, and no card waits while one is published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -19,13 +20,16 @@ from gem_ray.pipeline.passes import PassResults
 from gem_ray.pipeline.source import InputFile, InputReader, PostSource
 from gem_ray.pipeline.staging import StagedRows, StagingSink
 from gem_ray.pipeline.tables import PASS_SCHEMA
-from gem_ray.planning.plan import passes_of
+from gem_ray.pools import passes_of
 from gem_ray.records import ANNOTATION_SCHEMA
 
 if TYPE_CHECKING:
     from gem_ray.config import Config
     from gem_ray.pipeline.lease import Claim
     from gem_ray.pipeline.run_directory import Manifest, RunFolder
+
+# In one execution: of each of its blocks the driver keeps a few kilobytes until it ends.
+_ROWS_AT_ONCE = 6_400_000
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Group:
         return np.concatenate([file.row_ids for file in self.files]) if self.wanted is None else self.wanted
 
 
+P = TypeVar("P", InputFile, Group)
+
+
 def cut_groups(manifest: Manifest) -> list[Group]:
     """The files of a run in groups of about `rows_per_group` rows, in order; a file is never cut.
 
@@ -72,21 +79,34 @@ def cut_groups(manifest: Manifest) -> list[Group]:
     return groups
 
 
-def _chunks(files: Sequence[InputFile], most: int) -> Iterator[list[InputFile]]:
-    chunk: list[InputFile] = []
+def _chunks(parts: Sequence[P], most: int) -> Iterator[list[P]]:
+    """Consecutive files or groups of at most so many rows together; one that has more is alone."""
+    chunk: list[P] = []
     rows = 0
-    for file in files:
-        if chunk and rows + file.rows > most:
+    for part in parts:
+        if chunk and rows + part.rows > most:
             yield chunk
             chunk, rows = [], 0
-        chunk.append(file)
-        rows += file.rows
+        chunk.append(part)
+        rows += part.rows
     if chunk:
         yield chunk
 
 
 class GroupRunner:
     """Annotates groups of a run and decides what is published of them; what is done is not done again.
+
+    With one pass, groups share executions, so that actors load their models once, and a group is published while the
+    next one is annotated. With several, each group goes through all of them before the next begins.
+
+    Args:
+        folder: of the run.
+        input_filesystem: what the input is on.
+        config: of the run.
+        models: what the run began with.
+        executor: runs what takes long.
+        claim: on the output.
+        settle: brings `annotations/` to what is published.
 
     Attributes:
         annotated: rows that this runner has brought through all stages.
@@ -100,6 +120,7 @@ class GroupRunner:
         models: dict[str, str],
         executor: RayExecutor,
         claim: Claim,
+        settle: Callable[[], None],
     ) -> None:
         self.annotated = 0
         self._folder = folder
@@ -108,6 +129,7 @@ class GroupRunner:
         self._origin = Origin(folder.run_id, models)
         self._executor = executor
         self._claim = claim
+        self._settle = settle
         self._passes = passes_of(config)
         self._done_before = 0
 
@@ -115,47 +137,92 @@ class GroupRunner:
         """Rows that have been through all stages, in this start or an earlier one; for progress."""
         return self._done_before + self._executor.work().done
 
-    def run(self, group: Group) -> None:
-        """Bring every row of a group through every pass, and publish the group.
+    def run(self, groups: Sequence[Group]) -> None:
+        """Bring every row of groups through every pass, and publish each group as soon as its rows are there.
 
         Raises:
             RunError: a stage or a file gave up.
             FileExistsError: another process has taken the output.
         """
-        storage = self._folder.storage
-        staged = [StagedRows(storage, self._folder.staged(group.name, number)) for number in range(len(self._passes))]
-        for number in range(len(self._passes)):
-            self._run_pass(group, number, staged)
-        merged = self._merge(group, staged[-1])
+        most = _ROWS_AT_ONCE if len(self._passes) == 1 else 0
+        for together in _chunks(groups, most):
+            self._run_together([_Staged(group, self._folder, len(self._passes)) for group in together])
+
+    def _run_together(self, staged: Sequence[_Staged]) -> None:
+        waiting = deque(staged)
+
+        def publish_what_is_there() -> None:
+            while waiting and waiting[0].is_complete():
+                self._publish(waiting.popleft())
+
+        last = len(self._passes) - 1
+        for number in range(last):
+            self._run_pass(staged, number, lambda: None)
+        self._run_pass(staged, last, publish_what_is_there)
+        while waiting:
+            self._publish(waiting.popleft())
+
+    def _run_pass(self, staged: Sequence[_Staged], number: int, meanwhile: Callable[[], None]) -> None:
+        is_last = number == len(self._passes) - 1
+        rows = sum(each.group.rows for each in staged)
+        wanted = _together([each.group for each in staged], [each.left(number) for each in staged])
+        left = rows if wanted is None else len(wanted)
+        self._done_before += (rows - left) * is_last
+        if not left:
+            return
+        files = [file for each in staged for file in each.group.files]
+        earlier = self._left_by(number - 1, staged) if number else None
+        source = PostSource(self._reader, files, wanted, earlier)
+        folders = {int(each.group.ids[0]): each.rows[number].folder for each in staged}
+        sink = StagingSink(folders, ANNOTATION_SCHEMA if is_last else PASS_SCHEMA, self._claim)
+        pools = self._passes[number]
+        self._executor.run_pass(source, self._config, self._origin, pools, sink, is_last, meanwhile)
+        self.annotated += left * is_last
+
+    def _left_by(self, number: int, staged: Sequence[_Staged]) -> PassResults:
+        """What a pass made of the groups, for the one after it."""
+        stages = [{spec.name for pool in pools for spec in pool.stages} for pools in self._passes]
+        again = stages[number + 1].intersection(set().union(*stages[: number + 1]))
+        files = [file for each in staged for file in each.rows[number].files()]
+        return PassResults.of(self._folder.storage, files, again)
+
+    def _publish(self, staged: _Staged) -> None:
+        group, merged = staged.group, self._merge(staged)
         with self._claim.checked():
             self._folder.publish(group.name, Publication([each.file for each in merged], list(group.replaces)))
             self._folder.clear_staged(group.name, len(self._passes))
+        self._settle()
 
-    def _run_pass(self, group: Group, number: int, staged: Sequence[StagedRows]) -> None:
-        is_last = number == len(self._passes) - 1
-        done = staged[number].ids()
-        wanted = np.setdiff1d(group.ids, done, assume_unique=True) if len(done) else group.wanted
-        left = group.rows if wanted is None else len(wanted)
-        self._done_before += (group.rows - left) * is_last
-        if not left:
-            return
-        earlier = self._left_by(number - 1, staged) if number else None
-        source = PostSource(self._reader, group.files, wanted, earlier)
-        sink = StagingSink(staged[number].folder, ANNOTATION_SCHEMA if is_last else PASS_SCHEMA, self._claim)
-        self._executor.run_pass(source, self._config, self._origin, self._passes[number], sink, is_last)
-        self.annotated += left * is_last
-
-    def _left_by(self, number: int, staged: Sequence[StagedRows]) -> PassResults:
-        """What a pass made of the group, for the one after it."""
-        done = {stage for stages in self._passes[: number + 1] for stage in stages}
-        again = done & set(self._passes[number + 1])
-        return PassResults.of(self._folder.storage, staged[number].files(), again)
-
-    def _merge(self, group: Group, staged: StagedRows) -> list[MergedFile]:
+    def _merge(self, staged: _Staged) -> list[MergedFile]:
         """Merge what is staged, and see that every row of the group is there once in what was read back."""
-        merges = cut_merges(staged.files(), self._folder.run_id, group.name)
+        group = staged.group
+        merges = cut_merges(staged.rows[-1].files(), self._folder.run_id, group.name)
         merged = self._executor.merge(self._folder.storage, merges)
         ids = np.sort(np.concatenate([np.array([], np.int64), *(each.ids for each in merged)]))
         if not np.array_equal(ids, group.ids):
             raise RunError(f"{group.rows} posts went in and {len(ids)} came out. This is a bug.")
         return merged
+
+
+class _Staged:
+    """A group, and what is staged of it by each pass."""
+
+    def __init__(self, group: Group, folder: RunFolder, passes: int) -> None:
+        self.group = group
+        self.rows = [StagedRows(folder.storage, folder.staged(group.name, number)) for number in range(passes)]
+
+    def left(self, number: int) -> np.ndarray | None:
+        """The ids of the rows that have not been through a pass, sorted; None: all rows of the files."""
+        done = self.rows[number].ids()
+        return np.setdiff1d(self.group.ids, done, assume_unique=True) if len(done) else self.group.wanted
+
+    def is_complete(self) -> bool:
+        """Whether every row has been through the last pass."""
+        return len(self.rows[-1].ids()) == self.group.rows
+
+
+def _together(groups: Sequence[Group], wanted: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The ids that are wanted of some groups, sorted; None: all rows of all files."""
+    if all(each is None for each in wanted):
+        return None
+    return np.concatenate([group.ids if ids is None else ids for group, ids in zip(groups, wanted, strict=True)])

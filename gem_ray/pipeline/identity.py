@@ -8,37 +8,21 @@ from pathlib import Path
 from posixpath import normpath
 from typing import TYPE_CHECKING, Any
 
+from gem_ray.config import affecting
 from gem_ray.data.files import StoredFile, open_filesystem
 from gem_ray.data.output import ANNOTATIONS, RUNS
 from gem_ray.data.storage import LocalStorage
 from gem_ray.pipeline.source import is_same
 from gem_ray.pipeline.summary import differences
+from gem_ray.pools import passes_of
 from gem_ray.s3 import S3Uri
+from gem_ray.stages import in_order
 
 if TYPE_CHECKING:
     from gem_ray.config import Config
     from gem_ray.data.listing import Listing
     from gem_ray.pipeline.run_directory import Manifest, RunDirectory
 
-# What may differ between two starts of a run: where and how fast it runs, not what it gives. `pipeline.passes` may not:
-# what is done is kept by pass.
-_ONLY_PLACE = ("pipeline", "serving", "device")
-_ONLY_SPEED = (
-    "batch_size",
-    "batch_tokens",
-    "adapters",
-    "captioner_batch_size",
-    "compile",
-    "concurrency",
-    "fetch_concurrency",
-    "gpu_memory_utilization",
-    "image_batch_size",
-    "max_pause_s",
-    "merge_adapter",
-    "requests_per_minute",
-    "retries",
-    "timeout_s",
-)
 # What may differ besides when failed rows are done again: which posts and images are accepted.
 _ONLY_LIMITS = ("image", "text")
 _NAMED = 5  # files in a message
@@ -57,15 +41,14 @@ def check_same(
     Raises:
         ValueError: they differ; the message shows how.
     """
-    settings, earlier = config.public(), manifest.config
     mapped = manifest.columns.keys() | columns.keys()
-    before = {"models": manifest.models, "limit": manifest.limit, "--map": _columns_of(mapped, manifest.columns)}
-    now: dict[str, Any] = {"models": models, "limit": limit, "--map": _columns_of(mapped, columns)}
-    before["pipeline.passes"], now["pipeline.passes"] = earlier["pipeline"]["passes"], settings["pipeline"]["passes"]
-    left_out = (*_ONLY_PLACE, *(_ONLY_LIMITS if may_have_other_limits else ()))
+    before = {"models": manifest.models, "limit": manifest.limit, "stages": manifest.passes}
+    now = {"models": models, "limit": limit, "stages": stages_by_pass(config)}
+    before["--map"], now["--map"] = _columns_of(mapped, manifest.columns), _columns_of(mapped, columns)
+    left_out = _ONLY_LIMITS if may_have_other_limits else ()
     different = [
         *differences(before, now),
-        *differences(_shaping(earlier, left_out), _shaping(settings, left_out)),
+        *differences(_without(left_out, affecting(manifest.config)), _without(left_out, affecting(config.public()))),
     ]
     if different:
         raise ValueError(
@@ -74,23 +57,23 @@ def check_same(
         )
 
 
+def stages_by_pass(config: Config) -> list[list[str]]:
+    """Names of the stages of each pass, whichever pools they share there: what is done is kept by pass."""
+    return [in_order(spec.name for pool in pools for spec in pool.stages) for pools in passes_of(config)]
+
+
 def _columns_of(fields: Iterable[str], columns: Mapping[str, str]) -> dict[str, str]:
     return {field: columns.get(field, field) for field in fields}
 
 
 def limits_of(config: Config) -> dict[str, Any]:
     """The settings that rows which are done again may have of their own."""
-    settings = config.public()
-    return {name: _shaping(settings[name], ()) for name in _ONLY_LIMITS}
+    settings = affecting(config.public())
+    return {name: settings[name] for name in _ONLY_LIMITS}
 
 
-def _shaping(tree: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
-    """What of a configuration decides on the annotations."""
-    return {
-        key: _shaping(value, ()) if isinstance(value, dict) else value
-        for key, value in tree.items()
-        if key not in left_out and key not in _ONLY_SPEED
-    }
+def _without(names: Sequence[str], tree: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name not in names}
 
 
 def new_files(manifest: Manifest, listing: Listing, update: bool) -> list[StoredFile]:

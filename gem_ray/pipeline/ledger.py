@@ -10,8 +10,6 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gem_ray.records import StageName
-
 
 @dataclass
 class Progress:
@@ -102,7 +100,7 @@ class Ledger:
         self._book = ray.remote(num_cpus=0, scheduling_strategy=here, **restarts)(_Book).remote()
         self._last = Progress()
 
-    def add_work(self, stage: StageName, seconds: float, counts: Mapping[str, int] | None = None) -> None:
+    def add_work(self, stage: str, seconds: float, counts: Mapping[str, int] | None = None) -> None:
         """Add time spent inside a stage, and what it has counted meanwhile."""
         # Not waited for, here and in `add_done` and `end`.
         self._book.add_work.remote(str(stage), seconds, dict(counts or {}))
@@ -115,16 +113,16 @@ class Ledger:
         """Say why the run cannot go on; the first to say so is believed."""
         ray.get(self._book.set_failure.remote(failure))
 
-    def begin(self, stage: StageName, rows: tuple[int, ...]) -> Attempt:
+    def begin(self, stage: str, rows: tuple[int, ...]) -> Attempt:
         """Say that a stage begins with these rows, and hear what became of them before."""
         # Not by `ray.get`: a task that waits so gives its CPU away, and Ray starts a process to use it.
         return self._book.begin.remote(str(stage), rows).future().result()
 
-    def end(self, stage: StageName, rows: tuple[int, ...], worked: bool) -> None:
+    def end(self, stage: str, rows: tuple[int, ...], worked: bool) -> None:
         """Say that the stage is through with these rows, and whether it has worked on them or given them up."""
         self._book.end.remote(str(stage), rows, worked)
 
-    def note_death(self, stage: StageName, words: str) -> None:
+    def note_death(self, stage: str, words: str) -> None:
         """Say why a process is about to end."""
         ray.get(self._book.note_death.remote(str(stage), words))
 

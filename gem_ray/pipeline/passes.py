@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from gem_ray.records import Post, StageName
+from gem_ray.records import Post
 
 if TYPE_CHECKING:
     from gem_ray.data.storage import Storage
@@ -41,13 +41,13 @@ class PassResults:
         again: stages that the next pass runs again; what went wrong in them is forgotten.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, files: Sequence[ResultFile], again: Collection[StageName]) -> None:
+    def __init__(self, filesystem: fs.FileSystem, files: Sequence[ResultFile], again: Collection[str]) -> None:
         self._filesystem = filesystem
         self._files = files
         self._again = again
 
     @classmethod
-    def of(cls, storage: Storage, files: Sequence[StagedFile], again: Collection[StageName]) -> PassResults:
+    def of(cls, storage: Storage, files: Sequence[StagedFile], again: Collection[str]) -> PassResults:
         """What is staged; the ids stay here, as the results travel with every task that reads posts."""
         results = [ResultFile(storage.path(file.name), int(file.ids.min()), int(file.ids.max())) for file in files]
         return cls(storage.filesystem, sorted(results, key=lambda file: file.first), again)

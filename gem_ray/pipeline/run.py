@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
@@ -18,7 +19,7 @@ from gem_ray.data.storage import ConflictError, as_json
 from gem_ray.pipeline.budget import with_gamma
 from gem_ray.pipeline.execution import RayExecutor, RunError
 from gem_ray.pipeline.groups import Group, GroupRunner, cut_groups
-from gem_ray.pipeline.identity import check_apart, check_same, limits_of, new_files
+from gem_ray.pipeline.identity import check_apart, check_same, limits_of, new_files, stages_by_pass
 from gem_ray.pipeline.lease import Claim, Lease
 from gem_ray.pipeline.progress import Report, reporting
 from gem_ray.pipeline.publishing import (
@@ -79,7 +80,7 @@ def annotate_dataset(
             be other ones now.
         skip_bad_files: go on without files that cannot be read; the summary names them and counts their rows.
         progress: called now and then with posts done and posts in all; none: a bar, if standard error is a terminal.
-        actor: stands in for `StageActor`; benchmarks of everything but the models use it.
+        actor: stands in for `PoolActor`; benchmarks of everything but the models use it.
 
     Returns:
         The summary of the finished run. Its `annotated` is 0 where there was nothing to do.
@@ -99,7 +100,7 @@ def annotate_dataset(
         run = _Run(
             directory=directory,
             listing=listing,
-            reader=InputReader(listing.filesystem, columns or {}),
+            reader=InputReader(listing.filesystem, columns or {}, config.image),
             input=str(input),
             config=config,
             models=models_of(config),
@@ -192,6 +193,7 @@ class _Run:
             models=self.models,
             config=self.config.public(),
             parts=[len(files)],
+            passes=stages_by_pass(self.config),
             columns=dict(self.reader.columns),
         )
         with self.claim.checked():
@@ -340,12 +342,11 @@ class _Work:
             run.executor.check_models(run.config, run.models)
             files = [file for file in self._manifest.files[: self._manifest.parts[0]] if file.rows]
             config = with_gamma(run.config, folder, run.reader, files, run.models, run.executor)
-            runner = GroupRunner(folder, run.reader, config, run.models, run.executor, run.claim)
+            settled = partial(settle, run.directory, run.claim)
+            runner = GroupRunner(folder, run.reader, config, run.models, run.executor, run.claim, settled)
             while first:
                 with reporting(progress, runner.done, sum(group.rows for group in first), title=self._title()):
-                    for group in first:
-                        runner.run(group)
-                        settle(run.directory, run.claim)
+                    runner.run(first)
                 first = next(steps, None)
         return _Done(config.filter.gamma, runner.annotated, anything=True)
 

@@ -35,7 +35,7 @@ from gem_ray.data.output import (
 from gem_ray.data.storage import Storage, as_json, open_storage
 from gem_ray.pipeline.source import InputFile
 
-EDITION = 2  # of this layout
+EDITION = 3  # of this layout
 
 
 class RunDirectory:
@@ -97,6 +97,7 @@ class Manifest:
         files: of the input, in the order of their numbers: those that the run began with, then those that came later.
         rows_per_group: about how many rows a group has.
         parts: how many of the files came together, at the beginning and with each `--update`.
+        passes: names of the stages of each pass.
         columns: field of an input row -> the column that holds it, where that has another name.
     """
 
@@ -109,6 +110,7 @@ class Manifest:
     models: dict[str, str]
     config: dict[str, Any]
     parts: list[int]
+    passes: list[list[str]]
     columns: dict[str, str] = field(default_factory=dict)
     edition: int = EDITION
 

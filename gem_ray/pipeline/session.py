@@ -20,19 +20,18 @@ from ray.data._internal.execution.backpressure_policy import DownstreamCapacityB
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from gem_ray import checkpoints
-from gem_ray.annotator import active_stages
 from gem_ray.config import Config
 from gem_ray.model_references import model_keys, reference_at
-from gem_ray.pipeline.graph import TASK_STAGES
 from gem_ray.planning.cards import GIB
 from gem_ray.planning.model_facts import is_known
-from gem_ray.planning.plan import make_plan, passes_of
+from gem_ray.planning.plan import make_plan
+from gem_ray.pools import CPUS_FOR_TASKS, passes_of
+from gem_ray.stages import active_stages
 
 logger = logging.getLogger(__name__)
 
-# Logical CPUs: actors hold theirs for as long as the run takes, and tasks (reading, writing, the cheap stages) need at
-# least one more. A local Ray gets another, so that a task which waits does not keep all others waiting.
-_CPUS_FOR_TASKS = 1
+# Logical CPUs: actors hold theirs for as long as the run takes, and tasks need at least one more. A local Ray gets
+# another, so that a task which waits does not keep all others waiting.
 _SPARE_CPUS = 1
 _MIN_CPUS = 4  # with fewer, Ray Data can hang
 
@@ -81,12 +80,14 @@ def ray_session(config: Config) -> Iterator[None]:
 
 def _start(config: Config) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    # Ray Data hands its actors arguments through the object store, of which Ray's core warns on standard error.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, **quiet)
         return
     give_token_without_home()
-    needed = math.ceil(_reserved(config)["CPU"]) + _CPUS_FOR_TASKS + _SPARE_CPUS
-    cpus = max(_MIN_CPUS, os.cpu_count() or 1, needed)
+    reserved = max(math.ceil(_reserved(config)["CPU"]), os.cpu_count() or 1)
+    cpus = max(_MIN_CPUS, reserved + CPUS_FOR_TASKS + _SPARE_CPUS)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
@@ -159,24 +160,24 @@ def _own_settings() -> Iterator[None]:
 
 def _reserved(config: Config) -> dict[str, float]:
     """What the actors of a pass hold at the least, for as long as it takes; the most of any pass."""
-    passes = [[getattr(config.pipeline, name) for name in p if name not in TASK_STAGES] for p in passes_of(config)]
+    passes = [[pool.placement for pool in pools] for pools in passes_of(config)]
     return {
-        "CPU": max(sum(stage.min_actors * stage.num_cpus for stage in stages) for stages in passes),
-        "GPU": max(sum(stage.min_actors * stage.num_gpus for stage in stages) for stages in passes),
+        "CPU": max(sum(each.min_actors * each.num_cpus for each in placements) for placements in passes),
+        "GPU": max(sum(each.min_actors * each.num_gpus for each in placements) for placements in passes),
     }
 
 
 def _check_resources(config: Config, can_grow: bool) -> None:
     """Say so where a run would wait for ever for resources; a cluster may still start nodes that have them."""
     needed = _reserved(config)
-    needed["CPU"] += _CPUS_FOR_TASKS
+    needed["CPU"] += CPUS_FOR_TASKS
     there = ray.cluster_resources()
     for resource, amount in needed.items():
         if there.get(resource, 0) >= amount:
             continue
         message = (
             f"the pipeline needs at least {amount:g} {resource}s and Ray has {there.get(resource, 0):g}; "
-            f"lower num_{resource.lower()}s or min_actors under `pipeline`, or give Ray more"
+            f"lower num_{resource.lower()}s or min_actors under `pipeline.pools`, or give Ray more"
         )
         if not can_grow:
             raise ValueError(message)
@@ -193,12 +194,11 @@ def _check_cards(config: Config, gpus: int) -> None:
 
 def _fetch_unknown(config: Config) -> None:
     """Models whose size nobody has published: they are loaded on this machine anyway, and their files say it."""
-    for stage in active_stages(config):
-        for role, key in model_keys(stage, config).items():
-            reference = reference_at(config, key)
-            is_adapter = role.startswith("reranker_adapter")  # its size follows from its rank
-            if reference is not None and not is_adapter and not is_known(reference, config.pipeline.built_like):
-                checkpoints.resolve(reference)
+    for role, key in model_keys(active_stages(config), config).items():
+        reference = reference_at(config, key)
+        is_adapter = role.startswith("reranker_adapter")  # its size follows from its rank
+        if reference is not None and not is_adapter and not is_known(reference, config.pipeline.built_like):
+            checkpoints.resolve(reference)
 
 
 def _card_memory_gb() -> float | None:

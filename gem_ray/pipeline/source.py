@@ -19,9 +19,10 @@ from pyarrow import fs
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from gem_ray.config import ImageConfig
 from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.files import StoredFile
-from gem_ray.data.prepare import post_from_row
+from gem_ray.data.prepare import drop_oversized_image, post_from_row
 from gem_ray.data.shards import ROWS_BITS, shard_rows
 from gem_ray.pipeline.tables import TRANSIT_SCHEMA, posts_to_table
 from gem_ray.records import Post
@@ -45,10 +46,12 @@ class InputReader:
     Attributes:
         filesystem: what they are on.
         columns: field of an input row -> the column that holds it, where that has another name.
+        image: limits of images: those over `max_bytes` stay behind.
     """
 
     filesystem: fs.FileSystem
     columns: Mapping[str, str] = field(default_factory=dict)
+    image: ImageConfig = field(default_factory=ImageConfig)
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,7 @@ def _read_posts(reader: InputReader, read: _Read, earlier: PassResults | None) -
     file = read.file
     _check_unchanged(reader.filesystem, file)
     rows = islice(shard_rows(reader.filesystem, file.path, read.positions, reader.columns), read.rows)
-    posts: Iterator[Post] = (_post(file, position, row) for position, row in rows)
+    posts: Iterator[Post] = (_post(reader, file, position, row) for position, row in rows)
     yield from posts if earlier is None else earlier.merged(file, posts)
     _check_unchanged(reader.filesystem, file)
 
@@ -270,8 +273,9 @@ def _check_unchanged(filesystem: fs.FileSystem, file: InputFile) -> None:
         raise ValueError(f"{file.path} was changed or removed during the run; put it back and start again")
 
 
-def _post(file: InputFile, position: int, row: dict[str, Any]) -> Post:
+def _post(reader: InputReader, file: InputFile, position: int, row: dict[str, Any]) -> Post:
     # Gold is for evaluation: whatever is wrong with it is no reason to reject the post.
     post = post_from_row({name: value for name, value in row.items() if name != "gold"})
     post.row_id = (file.number << ROWS_BITS) + position
+    drop_oversized_image(post, reader.image)
     return post

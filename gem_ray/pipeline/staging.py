@@ -10,7 +10,7 @@ and the block comes out with another status, both attempts' rows stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,21 +30,21 @@ ID_COLUMN = "row_id"
 
 
 class StagingSink(Datasink[None]):
-    """Writes blocks below a folder of the output, while the claim holds.
+    """Writes blocks below folders of the output, while the claim holds.
 
     Args:
-        folder: its name in the output.
+        folders: least id of the rows of a folder -> its name in the output.
         schema: of the rows.
         claim: on the output.
     """
 
-    def __init__(self, folder: str, schema: pa.Schema, claim: Claim) -> None:
-        self._folder = folder
+    def __init__(self, folders: Mapping[int, str], schema: pa.Schema, claim: Claim) -> None:
+        self._folders = folders
         self._schema = schema
         self._claim = claim
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any = None) -> None:
-        """Write the blocks of one task as one file.
+        """Write the blocks of one task as one file in each folder that they have rows for.
 
         Raises:
             FileExistsError: another process has taken the output.
@@ -52,11 +52,16 @@ class StagingSink(Datasink[None]):
         tables = [block for block in blocks if block.num_rows]
         if not tables:
             return
+        table = pa.concat_tables(tables).select(self._schema.names).cast(self._schema)
+        firsts = np.array(sorted(self._folders))
+        places = np.searchsorted(firsts, table[ID_COLUMN].to_numpy(), side="right") - 1
+        for place in np.unique(places):
+            self._write(table.filter(pa.array(places == place)), self._folders[int(firsts[place])])
+
+    def _write(self, table: pa.Table, folder: str) -> None:
         self._claim.check()
         storage = self._claim.storage
-        name = f"{self._folder}/{uuid4().hex}.parquet"
-        with storage.writing(name) as path:
-            table = pa.concat_tables(tables).select(self._schema.names).cast(self._schema)
+        with storage.writing(f"{folder}/{uuid4().hex}.parquet") as path:
             pq.write_table(table, path, filesystem=storage.filesystem, compression="zstd")
 
 

@@ -1,4 +1,4 @@
-"""Posts as Arrow tables: between stages with everything they carry, at the end as annotations."""
+"""Posts as Arrow tables: between pools with everything they carry, at the end as annotations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from gem_ray.records import ANNOTATION_SCHEMA, Post, model_rows
@@ -29,11 +28,10 @@ def _widened(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-_PIXELS_TYPE = pa.struct([("height", pa.int32()), ("width", pa.int32()), ("data", pa.large_binary())])
-_CARRIED = [("image_bytes", pa.large_binary()), ("image_uri", pa.string()), ("image", _PIXELS_TYPE)]
+_CARRIED = [("image_bytes", pa.large_binary()), ("image_uri", pa.string())]
 _ADDED_AT_THE_END = ("run_id", "models")
 
-# What travels between stages: the annotation's fields and the carried ones. Gold and logits stay behind.
+# What travels between pools: the annotation's fields and the carried ones. Gold, logits and pixels stay behind.
 TRANSIT_SCHEMA = pa.schema(
     [
         (field.name, _widened(field.type))
@@ -49,21 +47,15 @@ PASS_SCHEMA = pa.schema([field for field in TRANSIT_SCHEMA if field.name not in 
 
 
 def posts_to_table(posts: Sequence[Post]) -> pa.Table:
-    """Posts as a table of `TRANSIT_SCHEMA`; `gold` and `Entity.logits` do not travel."""
+    """Posts as a table of `TRANSIT_SCHEMA`; `gold`, `image` and `Entity.logits` do not travel."""
     return _table([_transit_row(post) for post in posts], TRANSIT_SCHEMA)
 
 
 def table_to_posts(table: pa.Table) -> list[Post]:
     """The inverse of `posts_to_table`."""
-    rows = table.drop_columns(["image"]).to_pylist()
     return [
-        replace(
-            Post.from_annotation(row),
-            image_bytes=row["image_bytes"],
-            image_uri=row["image_uri"],
-            image=_pixels(image),
-        )
-        for row, image in zip(rows, table["image"], strict=True)
+        replace(Post.from_annotation(row), image_bytes=row["image_bytes"], image_uri=row["image_uri"])
+        for row in table.to_pylist()
     ]
 
 
@@ -79,19 +71,7 @@ def pass_table(table: pa.Table) -> pa.Table:
 
 
 def _transit_row(post: Post) -> dict[str, Any]:
-    image = post.image
-    pixels = None
-    if image is not None:
-        pixels = {"height": image.shape[0], "width": image.shape[1], "data": image.tobytes()}
-    return post.annotation() | {"image_bytes": post.image_bytes, "image_uri": post.image_uri, "image": pixels}
-
-
-def _pixels(image: pa.StructScalar) -> np.ndarray | None:
-    if not image.is_valid:
-        return None
-    values = np.frombuffer(image["data"].as_buffer(), dtype=np.uint8)
-    # A copy, because arrays over Arrow's memory are read-only and torch warns about those.
-    return values.reshape(image["height"].as_py(), image["width"].as_py(), 3).copy()
+    return post.annotation() | {"image_bytes": post.image_bytes, "image_uri": post.image_uri}
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,6 @@ from gem_ray.config import Config, ConfigError, ExplainerConfig
 from gem_ray.planning import stacks
 from gem_ray.planning.cards import GIB, Card
 from gem_ray.planning.model_facts import ModelFacts, model_facts
-from gem_ray.records import StageName
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Assumed: the CUDA context, the libraries' workspaces and what the allocator holds back, for each process. Without a
@@ -78,6 +77,7 @@ class ModelNeed:
     """A model in an actor. Bytes, and work for an average post.
 
     Attributes:
+        stage: whose it is.
         role: as in the output's `models` column.
         name: short, of the model.
         source: where its size is from.
@@ -90,6 +90,7 @@ class ModelNeed:
         measured: the share of a card's peak FLOP/s in half precision that it was seen to reach; none: nobody measured.
     """
 
+    stage: str
     role: str
     name: str
     source: str
@@ -140,47 +141,49 @@ class EngineNeed:
 
 
 @dataclass(frozen=True)
-class StageNeed:
-    """The models of a stage, which share an actor's process and run one after the other; and those of its engine.
+class Need:
+    """The models of stages that share an actor's process and run one after the other; and those of its engines.
 
     Attributes:
-        stage: which.
-        beside: models outside of the engine.
-        engine: none where the stage has none.
+        beside: models outside of engines.
+        engines: each in a process of its own.
     """
 
-    stage: StageName
     beside: tuple[ModelNeed, ...] = ()
-    engine: EngineNeed | None = None
+    engines: tuple[EngineNeed, ...] = ()
+
+    def __add__(self, other: Need) -> Need:
+        """Both in one actor."""
+        return Need(self.beside + other.beside, self.engines + other.engines)
 
     @property
     def models(self) -> tuple[ModelNeed, ...]:
         """All of them."""
-        return self.beside + (self.engine.models if self.engine else ())
+        return self.beside + tuple(model for engine in self.engines for model in engine.models)
 
     @property
     def overhead(self) -> int:
         """Bytes of its processes themselves."""
-        return PROCESS_OVERHEAD * (2 if self.beside and self.engine else 1)
+        return PROCESS_OVERHEAD * (len(self.engines) + bool(self.beside or not self.engines))
 
     @property
     def activations(self) -> int:
         """Bytes of its processes' largest activations."""
-        return _activations(self.beside) + (_activations(self.engine.models) if self.engine else 0)
+        return _activations(self.beside) + sum(_activations(engine.models) for engine in self.engines)
 
     @property
     def memory(self) -> int:
         """Bytes that an actor needs."""
-        return self._memory_beside + (self.engine.memory if self.engine else 0)
+        return self._memory_beside + sum(engine.memory for engine in self.engines)
 
     @property
     def held(self) -> int:
-        """Bytes that an actor has, with what its engine takes."""
-        return self._memory_beside + (self.engine.held if self.engine else 0)
+        """Bytes that an actor has, with what its engines take."""
+        return self._memory_beside + sum(engine.held for engine in self.engines)
 
     @property
     def _memory_beside(self) -> int:
-        return _process(self.beside) if self.beside or not self.engine else 0
+        return _process(self.beside) if self.beside or not self.engines else 0
 
     def seconds(self, card: Card) -> float:
         """Estimated time of a whole card for a post."""
@@ -197,28 +200,43 @@ def _activations(models: Sequence[ModelNeed]) -> int:
     return max((model.activations for model in models), default=0)
 
 
-def stage_need(stage: StageName, config: Config, card_memory: int = 0, work: Workload | None = None) -> StageNeed:
-    """What an actor of a stage needs.
+def pool_need(
+    stages: Iterable[str], config: Config, batch_size: int, card_memory: int = 0, work: Workload | None = None
+) -> Need:
+    """What an actor of some stages needs.
 
     Args:
-        stage: one with a model.
+        stages: their names; one that the plan does not know needs nothing.
         config: the models, batches and dtypes.
+        batch_size: posts that the actor works on at a time.
         card_memory: bytes of a card, of which vLLM takes a share; 0: there is none.
         work: an average post.
 
     Raises:
         ConfigError: a model is neither there nor known.
     """
-    return _NEEDS[stage](config, card_memory, work or Workload())
+    asked = _Asked(config, batch_size, card_memory, work or Workload())
+    return sum((_NEEDS[name](asked) for name in stages if is_known(name)), Need())
 
 
-def _knowledge(config: Config, card_memory: int, work: Workload) -> StageNeed:
+@dataclass(frozen=True)
+class _Asked:
+    """What a stage's need depends on."""
+
+    config: Config
+    batch_size: int
+    card_memory: int
+    work: Workload
+
+
+def _knowledge(asked: _Asked) -> Need:
+    config, work = asked.config, asked.work
     settings = config.knowledge
     captioner = (_captioner(config, work),) if settings.captioner is not None else ()
     explainer = settings.explainer
     if explainer is None or explainer.engine == "endpoint":
-        return StageNeed(StageName.KNOWLEDGE, captioner)
-    return StageNeed(StageName.KNOWLEDGE, captioner, _explainer(config, explainer, card_memory, work))
+        return Need(captioner)
+    return Need(captioner, (_explainer(asked, explainer),))
 
 
 def _captioner(config: Config, work: Workload) -> ModelNeed:
@@ -233,6 +251,7 @@ def _captioner(config: Config, work: Workload) -> ModelNeed:
     logits = 2 * facts.shape["text_config"]["vocab_size"]
     return _model(
         facts,
+        "knowledge",
         "captioner",
         settings.captioner_dtype,
         batch,
@@ -243,17 +262,19 @@ def _captioner(config: Config, work: Workload) -> ModelNeed:
     )
 
 
-def _explainer(config: Config, settings: ExplainerConfig, card_memory: int, work: Workload) -> EngineNeed:
+def _explainer(asked: _Asked, settings: ExplainerConfig) -> EngineNeed:
     """A post's question follows the worked examples, whose keys and values are there; an answer is decoded token by
     token, for which the weights are read for all posts of a batch together and the keys and values for each.
     """
-    facts = _facts(config, "knowledge.explainer.model", settings.model, "meta-llama/Meta-Llama-3-8B-Instruct")
-    size, batch = BYTES[settings.dtype], config.pipeline.knowledge.batch_size
+    work, card_memory = asked.work, asked.card_memory
+    facts = _facts(asked.config, "knowledge.explainer.model", settings.model, "meta-llama/Meta-Llama-3-8B-Instruct")
+    size, batch = BYTES[settings.dtype], asked.batch_size
     tokens = _vllm_tokens(card_memory)
     question = stacks.llama(facts.shape, work.question_tokens)
     context = work.examples_tokens + work.question_tokens + work.answer_tokens
     explainer = _model(
         facts,
+        "knowledge",
         "explainer",
         settings.dtype,
         batch,
@@ -271,7 +292,8 @@ def _vllm_tokens(card_memory: int) -> int:
     return _VLLM_TOKENS_LARGE if card_memory >= _VLLM_LARGE_CARD else _VLLM_TOKENS
 
 
-def _tag(config: Config, card_memory: int, work: Workload) -> StageNeed:
+def _tag(asked: _Asked) -> Need:
+    config, work = asked.config, asked.work
     settings = config.tagger
     facts = _facts(config, "tagger.model", settings.model, "google-bert/bert-base-uncased")
     longest = stacks.encoder(facts.shape, settings.max_length)
@@ -279,19 +301,21 @@ def _tag(config: Config, card_memory: int, work: Workload) -> StageNeed:
     batch = math.ceil(settings.batch_tokens / settings.max_length)
     tagger = _model(
         facts,
+        "tag",
         "tagger",
         settings.dtype,
         batch,
         activations=batch * BYTES[settings.dtype] * longest.activations,
         flops=usual.flops,
     )
-    return StageNeed(StageName.TAG, (tagger,))
+    return Need((tagger,))
 
 
-def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
+def _rerank(asked: _Asked) -> Need:
+    config, work = asked.config, asked.work
     settings = config.reranker
     if settings.engine == "endpoint":
-        return StageNeed(StageName.RERANK)
+        return Need()
     facts = _facts(config, "reranker.model", settings.model, "llava-hf/llava-1.5-7b-hf")
     size = BYTES[settings.dtype]
     if settings.engine == "text":
@@ -299,19 +323,20 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
         usual = stacks.llama(facts.shape, work.prompt_tokens + work.caption_tokens)
         reader = _model(
             facts,
+            "rerank",
             "reranker",
             settings.dtype,
             settings.batch_size,
             activations=settings.batch_size * size * (longest.activations + _logits(facts.shape)),
             flops=work.hard * usual.flops,
         )
-        return StageNeed(StageName.RERANK, (reader,))
+        return Need((reader,))
     images, text = stacks.vision(facts.shape["vision_config"]), facts.shape["text_config"]
     language = partial(stacks.llama, text)
     image_tokens = images.tokens - 1
     positions = settings.positions(image_tokens)
     whole, shared = language(image_tokens + work.prompt_tokens), language(work.prompt_tokens)
-    model = partial(_model, facts, "reranker", settings.dtype)
+    model = partial(_model, facts, "rerank", "reranker", settings.dtype)
     # A post's questions share the image's prefix.
     flops = work.with_hard * (images.flops + whole.flops) + (work.hard - work.with_hard) * shared.flops
     if settings.engine == "transformers":
@@ -322,9 +347,9 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
             flops=flops,
             measured=LLAVA_UTILISATION,
         )
-        return StageNeed(StageName.RERANK, (reranker,))
+        return Need((reranker,))
     # vLLM runs as many tokens at once as it allows, and fills what is left of its share with cached keys and values.
-    tokens = _vllm_tokens(card_memory)
+    tokens = _vllm_tokens(asked.card_memory)
     reranker = model(
         tokens // positions,
         activations=size * (language(tokens).activations + tokens / image_tokens * images.activations),
@@ -332,8 +357,8 @@ def _rerank(config: Config, card_memory: int, work: Workload) -> StageNeed:
         flops=flops,
     )
     adapter = _adapter(config, language(1), size)
-    reserved = int(settings.gpu_memory_utilization * card_memory)
-    return StageNeed(StageName.RERANK, engine=EngineNeed("reranker", (reranker, *adapter), reserved))
+    reserved = int(settings.gpu_memory_utilization * asked.card_memory)
+    return Need(engines=(EngineNeed("reranker", (reranker, *adapter), reserved),))
 
 
 def _logits(text: dict[str, int]) -> int:
@@ -351,20 +376,23 @@ def _adapter(config: Config, language: stacks.Stack, size: int) -> tuple[ModelNe
     parameters = len(references) * settings.max_lora_rank * language.layers * ins_and_outs
     name = ", ".join(name.rpartition("/")[2] for name in references)
     source = f"rank {settings.max_lora_rank} on the language model's linear layers"
-    return (ModelNeed("reranker_adapter", name, source, parameters, settings.dtype, 0, size * parameters, 0),)
+    weights = size * parameters
+    return (ModelNeed("rerank", "reranker_adapter", name, source, parameters, settings.dtype, 0, weights, 0),)
 
 
-def _ground(config: Config, card_memory: int, work: Workload) -> StageNeed:
+def _ground(asked: _Asked) -> Need:
+    config, work = asked.config, asked.work
     boxes = config.grounder.boxes
-    models = [_matcher(config, work)]
+    models = [_matcher(asked)]
     if boxes.sam is not None:
         models.append(_sam(config, work))
     if boxes.text is not None:
         models.append(_text_segmenter(config, work))
-    return StageNeed(StageName.GROUND, tuple(models))
+    return Need(tuple(models))
 
 
-def _matcher(config: Config, work: Workload) -> ModelNeed:
+def _matcher(asked: _Asked) -> ModelNeed:
+    config, work = asked.config, asked.work
     settings = config.grounder.matcher
     if settings.kind != "blip":
         raise ConfigError(
@@ -379,10 +407,11 @@ def _matcher(config: Config, work: Workload) -> ModelNeed:
     layer = min(round(depth * 7 / 12), depth - 1) if settings.layer is None else settings.layer
     # Each layer from the traced one up keeps the image's keys and values for the gradient, beside the image itself.
     traced = (2 * (depth - layer) + 4) * images.tokens * text.width
-    kept = config.pipeline.ground.batch_size * images.tokens * images.width
+    kept = asked.batch_size * images.tokens * images.width
     cross_attention = 4 * images.tokens * images.width * text.width * depth  # keys and values, once an image
     return _model(
         facts,
+        "ground",
         "matcher",
         settings.dtype,
         settings.image_batch_size,
@@ -400,6 +429,7 @@ def _sam(config: Config, work: Workload) -> ModelNeed:
     size = BYTES[settings.dtype]
     return _model(
         facts,
+        "ground",
         "sam",
         settings.dtype,
         settings.batch_size,
@@ -418,6 +448,7 @@ def _text_segmenter(config: Config, work: Workload) -> ModelNeed:
     size = BYTES[settings.dtype]
     return _model(
         facts,
+        "ground",
         "text_segmenter",
         settings.dtype,
         settings.batch_size,
@@ -451,6 +482,7 @@ def _facts(config: Config, key: str, reference: str, like: str) -> ModelFacts:
 
 def _model(
     facts: ModelFacts,
+    stage: str,
     role: str,
     dtype: str,
     batch: int,
@@ -463,6 +495,7 @@ def _model(
 ) -> ModelNeed:
     weights = facts.parameters * BYTES[dtype]
     return ModelNeed(
+        stage,
         role,
         facts.name,
         facts.source,
@@ -478,9 +511,14 @@ def _model(
     )
 
 
-_NEEDS: dict[StageName, Callable[[Config, int, Workload], StageNeed]] = {
-    StageName.KNOWLEDGE: _knowledge,
-    StageName.TAG: _tag,
-    StageName.RERANK: _rerank,
-    StageName.GROUND: _ground,
+def is_known(stage: str) -> bool:
+    """Whether the plan knows what a stage needs."""
+    return stage in _NEEDS
+
+
+_NEEDS: dict[str, Callable[[_Asked], Need]] = {
+    "knowledge": _knowledge,
+    "tag": _tag,
+    "rerank": _rerank,
+    "ground": _ground,
 }

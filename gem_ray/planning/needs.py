@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gem_ray import checkpoints, hub
-from gem_ray.annotator import active_stages
 from gem_ray.config import Config, merge_trees
 from gem_ray.data.files import open_filesystem, whole_file
-from gem_ray.model_references import Key, model_keys, reference_at
+from gem_ray.model_references import model_keys, reference_at
 from gem_ray.planning.published import find_published
+from gem_ray.stages import Key, active_stages
 
 _BUFFER_BYTES = 2**24
 
@@ -46,11 +46,10 @@ class ModelNeeded:
 
 def models_needed(config: Config) -> Iterator[ModelNeeded]:
     """Every model with files that the active stages load. Fetches no weights."""
-    for stage in active_stages(config):
-        for role, key in model_keys(stage, config).items():
-            reference = reference_at(config, key)
-            assert reference is not None  # else it has no key
-            yield _look_up(role, key, reference)
+    for role, key in model_keys(active_stages(config), config).items():
+        reference = reference_at(config, key)
+        assert reference is not None  # else it has no key
+        yield _look_up(role, key, reference)
 
 
 def fetch_models(config: Config, target: str | None, report: Callable[[str], None]) -> dict[str, Any]:

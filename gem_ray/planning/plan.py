@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gem_ray.annotator import active_stages
-from gem_ray.config import Config, ConfigError, StagePlacement
+from gem_ray.config import Config, ConfigError, StagePool
+from gem_ray.planning.allocation import PlannedPool, Source, allocate
 from gem_ray.planning.cards import GIB, Card, find_card
-from gem_ray.planning.costs import stage_need
-from gem_ray.planning.pools import Pool, Source, allocate
+from gem_ray.planning.costs import is_known, pool_need
 from gem_ray.planning.published import find_published
 from gem_ray.planning.refusals import gib, too_large, too_many
-from gem_ray.records import StageName
+from gem_ray.pools import Pool, passes_of
 from gem_ray.redaction import redacted
+from gem_ray.stages import active_stages
 
-MODEL_STAGES = {StageName.KNOWLEDGE, StageName.TAG, StageName.RERANK, StageName.GROUND}
 _USUAL_MEMORY_GB = 24
-_LOOK_AT_IMAGES = {StageName.RERANK, StageName.GROUND}
 
 
 class PlanError(ConfigError):
@@ -29,14 +27,18 @@ class PlanError(ConfigError):
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Stages that run at once."""
+    """Pools that run at once."""
 
-    names: tuple[StageName, ...]
-    pools: tuple[Pool, ...]
+    pools: tuple[PlannedPool, ...]
 
     @property
-    def bottleneck(self) -> Pool | None:
-        """The slowest stage; none: a speed is not known."""
+    def stages(self) -> list[str]:
+        """Names of the stages, in order."""
+        return [name for pool in self.pools for name in pool.stages]
+
+    @property
+    def bottleneck(self) -> PlannedPool | None:
+        """The slowest pool; none: a speed is not known."""
         timed = [pool for pool in self.pools if pool.is_timed]
         if any(pool.posts_per_second is None for pool in timed):
             return None
@@ -44,7 +46,7 @@ class PassPlan:
 
     @property
     def posts_per_second(self) -> float | None:
-        """Of the slowest stage."""
+        """Of the slowest pool."""
         return self.bottleneck.posts_per_second if self.bottleneck else None
 
 
@@ -80,8 +82,8 @@ class Plan:
             raise PlanError("\n".join(self.problems))
 
     @property
-    def bottleneck(self) -> Pool | None:
-        """The slowest stage of the pass that takes longest; none: a speed is not known."""
+    def bottleneck(self) -> PlannedPool | None:
+        """The slowest pool of the pass that takes longest; none: a speed is not known."""
         return min(self._slowest(), key=_rate, default=None)
 
     @property
@@ -95,8 +97,8 @@ class Plan:
         """Hours of a card for a million posts, idle ones counted in."""
         return self.gpus * 1e6 / self.posts_per_hour if self.posts_per_hour and self.gpus else None
 
-    def _slowest(self) -> list[Pool]:
-        """The slowest stage of each pass, but for one that only waits for an endpoint; empty if one is not known."""
+    def _slowest(self) -> list[PlannedPool]:
+        """The slowest pool of each pass, but for one that only waits for an endpoint; empty if one is not known."""
         timed = [one for one in self.passes if any(pool.is_timed for pool in one.pools)]
         slowest = [one.bottleneck for one in timed if one.bottleneck]
         return slowest if len(slowest) == len(timed) else []
@@ -104,7 +106,8 @@ class Plan:
     def overlay(self) -> dict[str, Any]:
         """The planned pools as configuration: `--config` of a run that shall be this plan."""
         pools = [pool for one in self.passes for pool in one.pools]
-        return {"pipeline": {str(pool.stage): {"max_actors": pool.actors} for pool in pools}}
+        placements = [pool.placement.model_copy(update={"max_actors": pool.actors}) for pool in pools]
+        return {"pipeline": {"pools": [each.model_dump() for each in placements]}}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON. Memory is in bytes."""
@@ -114,7 +117,7 @@ class Plan:
             "card": self.card,
             "cpus": self.cpus,
             "passes": [_pass_dict(each) for each in self.passes],
-            "bottleneck": str(self.bottleneck.stage) if self.bottleneck else None,
+            "bottleneck": self.bottleneck.name if self.bottleneck else None,
             "posts_per_hour": self.posts_per_hour,
             "gpu_hours_per_million_posts": self.gpu_hours_per_million,
             "problems": list(self.problems),
@@ -123,41 +126,27 @@ class Plan:
         }
 
 
-def _rate(pool: Pool) -> float:
+def _rate(pool: PlannedPool) -> float:
     return pool.posts_per_second or 0.0
 
 
 def _pass_dict(one: PassPlan) -> dict[str, Any]:
-    stages = [
+    pools = [
         {
-            "stage": str(each.stage),
+            "name": each.name,
             "models": [asdict(model) for model in each.need.models],
             "overhead": each.need.overhead,
             "memory": each.need.memory,
-            "reserved": each.need.engine.reserved if each.need.engine else 0,
+            "reserved": sum(engine.reserved for engine in each.need.engines),
             **each.placement.model_dump(),
+            "stages": list(each.stages),
             "actors": each.actors,
             "posts_per_second": each.posts_per_second,
             "source": each.source,
         }
         for each in one.pools
     ]
-    return {"stages": [*map(str, one.names)], "pools": stages, "posts_per_second": one.posts_per_second}
-
-
-def passes_of(config: Config) -> list[tuple[StageName, ...]]:
-    """The active stages of each execution, in order.
-
-    A pass without a model is left out. Images are loaded in every pass that looks at them; in the last one if none
-    does, because whether an image can be used is part of a post's status.
-    """
-    active = active_stages(config)
-    listed: Iterable[Iterable[str]] = config.pipeline.passes or [active]
-    passes = [used for stages in listed if (used := {StageName(name) for name in stages} & MODEL_STAGES & {*active})]
-    passes[0].add(StageName.PREPARE)
-    for stages in [each for each in passes if each & _LOOK_AT_IMAGES] or passes[-1:]:
-        stages.add(StageName.LOAD_IMAGE)
-    return [tuple(name for name in active if name in stages) for stages in passes]
+    return {"stages": one.stages, "pools": pools, "posts_per_second": one.posts_per_second}
 
 
 def make_plan(
@@ -188,20 +177,23 @@ def make_plan(
     name, facts = find_card(card, gpu_memory_gb or _USUAL_MEMORY_GB) if gpus else (None, None)
     gpu_memory_gb = gpu_memory_gb or (facts.memory_gb if facts else _USUAL_MEMORY_GB)
     memory = int(gpu_memory_gb * GIB) if gpus else 0
+    planned = [[_planned(pool, config, memory, facts, measured or {}) for pool in pools] for pools in passes_of(config)]
     passes: list[PassPlan] = []
     problems: list[str] = []
-    for number, names in enumerate(passes_of(config), start=1):
-        pools = [_pool(each, config, memory, facts, measured or {}) for each in names if each in MODEL_STAGES]
-        found = [*too_many(f"pass {number}", pools, gpus, cpus)]
+    for number, pools in enumerate(planned, start=1):
+        found = [*too_many(number, planned, config, gpus, cpus)]
         for pool in pools:
             if gpus and pool.placement.num_gpus:
                 found += too_large(pool, config, gpu_memory_gb)
-        passes.append(PassPlan(names, tuple(pools) if found else allocate(pools, gpus, cpus)))
+        passes.append(PassPlan(tuple(pools) if found else allocate(pools, gpus, cpus)))
         problems += found
     return Plan(gpus, gpu_memory_gb, name, cpus, tuple(passes), tuple(problems), tuple(_notes(config)))
 
 
 def _notes(config: Config) -> Iterator[str]:
+    for spec in active_stages(config):
+        if spec.has_model and not is_known(spec.name):
+            yield f"not in it: the stage {spec.name}, of which the plan does not know what it needs"
     explainer = config.knowledge.explainer
     if explainer is not None and explainer.engine == "endpoint":
         published = find_published(explainer.model)
@@ -210,17 +202,19 @@ def _notes(config: Config) -> Iterator[str]:
         yield f"not in it: the explainer, {explainer.model} behind {where}{weights}, and its speed"
 
 
-def _pool(name: StageName, config: Config, memory: int, card: Card | None, measured: Mapping[str, float]) -> Pool:
-    """A stage with as few actors as it may have."""
-    placement: StagePlacement = getattr(config.pipeline, name)
-    need = stage_need(name, config, memory)
+def _planned(
+    pool: Pool[StagePool], config: Config, memory: int, card: Card | None, measured: Mapping[str, float]
+) -> PlannedPool:
+    """A pool with as few actors as it may have."""
+    placement, names = pool.placement, [spec.name for spec in pool.stages]
+    need = pool_need(names, config, placement.batch_size, memory)
     seconds: float | None = None
     source: Source = "unknown"
-    if name in measured:
-        seconds, source = measured[name], "measured"
+    if all(spec.name in measured for spec in pool.stages if spec.has_model):
+        seconds, source = sum(measured.get(name, 0.0) for name in names), "measured"
     elif card is not None and placement.num_gpus and need.models:
         seconds, source = need.seconds(card) / min(placement.num_gpus, 1), "estimate"
-    return Pool(need, placement, placement.min_actors, seconds, source)
+    return PlannedPool(pool, need, placement.min_actors, seconds, source)
 
 
 def measured_seconds(run: Path) -> dict[str, float]:

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gem_ray.config import Config, parse_config
+import yaml
+
+from gem_ray.config import Config, StagePool, parse_config
+from gem_ray.planning.allocation import Cards, PlannedPool
 from gem_ray.planning.cards import CARDS, GIB
-from gem_ray.planning.costs import EngineNeed, StageNeed, stage_need
-from gem_ray.planning.pools import CPUS_FOR_TASKS, Cards, Pool
-from gem_ray.records import StageName
+from gem_ray.planning.costs import Need, pool_need
+from gem_ray.pools import CPUS_FOR_TASKS
+from gem_ray.stages import active_stages
 
 # Assumed: the driver and the gaps between the allocator's blocks take the rest of a card.
 USABLE = 0.95
 _ROUNDING = 1024  # bytes
 
 # What makes a stage smaller, the least loss first. Each is tried on top of those before it.
-_SMALLER: dict[StageName, list[tuple[str, Any]]] = {
-    StageName.KNOWLEDGE: [
+_SMALLER: dict[str, list[tuple[str, Any]]] = {
+    "knowledge": [
         ("knowledge.captioner_dtype", "bfloat16"),
         ("knowledge.captioner_batch_size", 1),
         ("knowledge.explainer.dtype", "bfloat16"),
     ],
-    StageName.TAG: [("tagger.dtype", "float16"), ("tagger.batch_tokens", 2048)],
-    StageName.RERANK: [
+    "tag": [("tagger.dtype", "float16"), ("tagger.batch_tokens", 2048)],
+    "rerank": [
         ("reranker.dtype", "bfloat16"),
         ("reranker.batch_size", 1),
         ("reranker.max_model_len", 896),
         ("reranker.model", "llava-hf/llava-1.5-7b-hf"),
     ],
-    StageName.GROUND: [
+    "ground": [
         ("grounder.boxes.sam.dtype", "bfloat16"),
         ("grounder.boxes.sam.batch_size", 1),
         ("grounder.boxes.text.dtype", "bfloat16"),
@@ -41,23 +45,24 @@ _SMALLER: dict[StageName, list[tuple[str, Any]]] = {
         ("grounder.boxes.sam.model", "sam_vit_b_01ec64.pth"),
     ],
 }
-_WITHOUT = {
-    StageName.RERANK: "reranker.enabled=false",
-    StageName.GROUND: "grounder.enabled=false",
+_WITHOUT: dict[str, list[tuple[str, Any]]] = {
+    "knowledge": [("knowledge.captioner", None), ("knowledge.explainer", None)],
+    "rerank": [("reranker.enabled", False)],
+    "ground": [("grounder.enabled", False)],
 }
 
 
-def too_large(pool: Pool, config: Config, gpu_memory_gb: float) -> Iterator[str]:
+def too_large(pool: PlannedPool, config: Config, gpu_memory_gb: float) -> Iterator[str]:
     """Why an actor cannot run on its share of a card.
 
     Args:
-        pool: of a stage on GPUs.
+        pool: on GPUs.
         config: which it is of.
         gpu_memory_gb: memory of a card, in 2³⁰ bytes.
     """
-    need, engine, key = pool.need, pool.need.engine, f"pipeline.{pool.stage}.num_gpus"
+    need, key = pool.need, f"{pool.pool.key}.num_gpus"
     card, share = gpu_memory_gb * GIB, min(pool.placement.num_gpus, 1)
-    needs = f"{pool.stage} needs {gib(need.memory)} GiB on a card ({_parts(need)})"
+    needs = f"{pool.name} needs {gib(need.memory)} GiB on a card ({_parts(need)})"
     if need.memory > USABLE * card:
         yield f"{needs}; a {gpu_memory_gb:g} GB card has {gib(USABLE * card)} usable. {_what_fits(pool, config, card)}"
     elif need.memory > share * USABLE * card:
@@ -65,57 +70,70 @@ def too_large(pool: Pool, config: Config, gpu_memory_gb: float) -> Iterator[str]
             f"{needs}; its share of {share:g} has {gib(share * USABLE * card)} usable: "
             f"set {key} to {_rounded_up(need.memory / (USABLE * card))} or more"
         )
-    elif engine is not None and need.held > share * USABLE * card + _ROUNDING:
-        yield _takes_too_much(pool, engine, share, card)
-    elif engine is not None and engine.reserved < engine.memory:
-        yield (
-            f"{needs}; vLLM may take {gib(engine.reserved)}: "
-            f"set {engine.key}.gpu_memory_utilization to {_rounded_up(engine.memory / card)} or more"
-        )
+    elif need.engines and need.held > share * USABLE * card + _ROUNDING:
+        yield _takes_too_much(pool, share, card)
+    else:
+        for engine in need.engines:
+            if engine.reserved < engine.memory:
+                yield (
+                    f"{needs}; vLLM may take {gib(engine.reserved)}: "
+                    f"set {engine.key}.gpu_memory_utilization to {_rounded_up(engine.memory / card)} or more"
+                )
 
 
-def _takes_too_much(pool: Pool, engine: EngineNeed, share: float, card: float) -> str:
+def _takes_too_much(pool: PlannedPool, share: float, card: float) -> str:
     """What vLLM takes, though it needs less, and what runs beside it are more than the actor's share."""
-    beside = pool.need.held - engine.held
-    others = f", beside {gib(beside)} GiB of the {pool.need.beside[0].role}" if beside else ""
+    need = pool.need
+    engine = max(need.engines, key=lambda each: each.held - each.memory)
+    beside = need.held - engine.held
+    roles = ", ".join(model.role for model in need.models if model not in engine.models)
+    others = f", beside {gib(beside)} GiB of the {roles}" if beside else ""
     lower = _rounded_down((share * USABLE * card - beside) / card)
     ways = []
     if float(lower) * card >= engine.memory:
         ways.append(f"{engine.key}.gpu_memory_utilization to {lower} or less")
-    if pool.need.held <= USABLE * card:
-        ways.append(f"pipeline.{pool.stage}.num_gpus to {_rounded_up(pool.need.held / (USABLE * card))} or more")
-    remedy = ", or ".join(ways) or _both(pool, engine, beside, card)
+    if need.held <= USABLE * card:
+        ways.append(f"{pool.pool.key}.num_gpus to {_rounded_up(need.held / (USABLE * card))} or more")
+    remedy = ", or ".join(ways) or _all(pool, card)
     return (
-        f"vLLM takes {gib(engine.held)} GiB of a card in {pool.stage} ({engine.reserved / card:g} of it){others}; its "
+        f"vLLM takes {gib(engine.held)} GiB of a card in {pool.name} ({engine.reserved / card:g} of it){others}; its "
         f"actor's share of {share:g} has {gib(share * USABLE * card)} usable: set {remedy}"
     )
 
 
-def _both(pool: Pool, engine: EngineNeed, beside: int, card: float) -> str:
-    """The least that its engine needs of a card, and the share of it that has room for that."""
-    least = _rounded_up(engine.memory / card)
-    share = _rounded_up((float(least) * card + beside) / (USABLE * card))
-    return f"{engine.key}.gpu_memory_utilization to {least} and pipeline.{pool.stage}.num_gpus to {share}"
+def _all(pool: PlannedPool, card: float) -> str:
+    """The least that the engines need of a card, and the share of it that has room for that."""
+    need = pool.need
+    least = {engine.key: _rounded_up(engine.memory / card) for engine in need.engines}
+    beside = need.held - sum(engine.held for engine in need.engines)
+    share = (sum(map(float, least.values())) * card + beside) / (USABLE * card)
+    engines = [f"{key}.gpu_memory_utilization to {value}" for key, value in least.items()]
+    return " and ".join([*engines, f"{pool.pool.key}.num_gpus to {_rounded_up(min(share, 1))}"])
 
 
-def too_many(label: str, pools: Sequence[Pool], gpus: int, cpus: int | None) -> Iterator[str]:
+def too_many(
+    number: int, passes: Sequence[Sequence[PlannedPool]], config: Config, gpus: int, cpus: int | None
+) -> Iterator[str]:
     """Why the smallest pools of a pass do not fit together.
 
     Args:
-        label: of the pass.
-        pools: with as many actors as they have at the least.
+        number: of the pass, from 1.
+        passes: pools with as many actors as they have at the least.
+        config: which they are of.
         gpus: cards.
         cpus: CPUs; none: as many as it takes.
     """
+    pools = passes[number - 1]
     if any(pool.placement.num_gpus for pool in pools) and not Cards.holding(gpus, pools):
-        asked = ", ".join(f"{pool.stage} {pool.actors} × {pool.placement.num_gpus:g}" for pool in pools)
+        asked = ", ".join(f"{pool.name} {pool.actors} × {pool.placement.num_gpus:g}" for pool in pools)
         needed = _cards_for(pools)
-        yield f"{label} needs {needed} GPUs or more ({asked}); --gpus says {gpus}. {_passes(pools, gpus)}"
+        remedy = _more_passes(passes, config, gpus)
+        yield f"pass {number} needs {needed} GPUs or more ({asked}); --gpus says {gpus}. {remedy}"
     reserved = CPUS_FOR_TASKS + sum(pool.cpus for pool in pools)
     if cpus is not None and reserved > cpus:
         yield (
-            f"{label} needs {reserved:g} CPUs or more, {CPUS_FOR_TASKS} of them for tasks; --cpus says {cpus}. "
-            "Lower num_cpus or min_actors under `pipeline`, or give it more"
+            f"pass {number} needs {reserved:g} CPUs or more, {CPUS_FOR_TASKS} of them for tasks; --cpus says {cpus}. "
+            "Lower num_cpus or min_actors under `pipeline.pools`, or give it more"
         )
 
 
@@ -124,37 +142,69 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}"
 
 
-def _what_fits(pool: Pool, config: Config, card: float) -> str:
+def _what_fits(pool: PlannedPool, config: Config, card: float) -> str:
     ways = []
     if changes := _changes_that_fit(pool, config, card):
         ways.append("with " + " ".join(changes))
+    if pools := _apart(pool, config, card):
+        ways.append(f"with a pool and a pass for each of its stages: {_override(pools)}")
     sizes = sorted({each.memory_gb for each in CARDS.values()})
-    enough = [size for size in sizes if stage_need(pool.stage, config, size * GIB).memory <= USABLE * size * GIB]
+    enough = [size for size in sizes if _need(pool, config, size * GIB).memory <= USABLE * size * GIB]
     ways += [f"on a card of {size} GB" for size in enough[:1]]
-    if pool.stage in _WITHOUT:
-        ways.append(f"or do without it: --set {_WITHOUT[pool.stage]}")
-    if pool.stage is StageName.KNOWLEDGE:
-        ways.append(f"or do without: {_left_out(pool, config, card)}")
-    return "It fits " + ", ".join(ways)
+    if without := _left_out(pool, config, card):
+        ways.append(f"or do without: {without}" if ways else f"without: {without}")
+    return f"It fits {', '.join(ways)}" if ways else "No card that is known is large enough"
 
 
-def _left_out(pool: Pool, config: Config, card: float) -> str:
-    """The knowledge stage's models without any one of which it fits, else all of them."""
-    switches = [f"knowledge.{model.role}" for model in pool.need.models]
-    enough = [
-        switch
-        for switch in switches
-        if stage_need(pool.stage, _changed(config, switch, None), int(card)).memory <= USABLE * card
-    ]
-    return ", or ".join(f"--set {each}=null" for each in enough) or " ".join(f"--set {each}=null" for each in switches)
+def _need(pool: PlannedPool, config: Config, card: float) -> Need:
+    """The same pool's, with other models or on another card."""
+    active = [spec.name for spec in active_stages(config) if spec.name in pool.stages]
+    return pool_need(active, config, pool.placement.batch_size, int(card))
 
 
-def _changes_that_fit(pool: Pool, config: Config, card: float) -> list[str]:
-    """The fewest first changes of `_SMALLER` with which the stage fits; empty if it does not fit with all of them."""
+def _left_out(pool: PlannedPool, config: Config, card: float) -> str:
+    """What takes memory, and without any one of which the pool fits; else all of it, if that is enough."""
+    changes = [change for name in pool.stages for change in _WITHOUT.get(name, ())]
+    left = {change: _need(pool, _changed(config, *change), card).memory for change in changes}
+    useful = [change for change, memory in left.items() if memory < pool.need.memory]
+    enough = [change for change in useful if left[change] <= USABLE * card]
+    if not enough:
+        for change in useful:
+            config = _changed(config, *change)
+        if _need(pool, config, card).memory > USABLE * card:
+            return ""
+    return (", or " if enough else " ").join(f"--set {key}={json.dumps(value)}" for key, value in enough or useful)
+
+
+def _apart(pool: PlannedPool, config: Config, card: float) -> list[StagePool]:
+    """All pools, with one for each stage of this one, one after the other; none if that is no help."""
+    names = [spec.name for spec in pool.pool.stages if spec.has_model]
+    shares = {
+        name: pool_need([name], config, pool.placement.batch_size, int(card)).held / (USABLE * card) for name in names
+    }
+    if len(names) == 1 or any(share > 1 for share in shares.values()):
+        return []
+    pools: list[StagePool] = []
+    shift = 0
+    for listed in config.pipeline.pools:
+        if listed is not pool.placement:
+            pools.append(listed.model_copy(update={"pass_number": listed.pass_number + shift}))
+            continue
+        is_first = not pools or pools[-1].pass_number < listed.pass_number
+        start = listed.pass_number + (0 if is_first else 1)
+        for number, name in enumerate(names, start=start):
+            share = float(_rounded_up(shares[name]))
+            pools.append(listed.model_copy(update={"stages": [name], "num_gpus": share, "pass_number": number}))
+        shift = start + len(names) - listed.pass_number
+    return pools
+
+
+def _changes_that_fit(pool: PlannedPool, config: Config, card: float) -> list[str]:
+    """The fewest first changes of `_SMALLER` with which the pool fits; empty if it does not fit with all of them."""
     memory, changes = pool.need.memory, []
-    for key, value in _SMALLER[pool.stage]:
+    for key, value in [change for name in pool.stages for change in _SMALLER.get(name, ())]:
         changed = _changed(config, key, value)
-        smaller = stage_need(pool.stage, changed, int(card)).memory
+        smaller = _need(pool, changed, card).memory
         if smaller < memory:
             config, memory = changed, smaller
             changes.append(f"--set {key}={value}")
@@ -176,42 +226,41 @@ def _changed(config: Config, key: str, value: Any) -> Config:
     return parse_config(values)
 
 
-def _passes(pools: Sequence[Pool], gpus: int) -> str:
-    """How the stages would fit one after the other."""
-    groups: list[list[Pool]] = [[]]
-    for pool in pools:
-        if Cards.holding(gpus, [*groups[-1], pool]):
-            groups[-1].append(pool)
-        else:
-            groups.append([pool])
-    if not all(Cards.holding(gpus, group) for group in groups):
-        return "Lower min_actors or num_gpus under `pipeline`, or give it more"
-    firsts = {group[0].stage for group in groups[1:]}
-    return f"It fits in {len(groups)} passes: --set 'pipeline.passes=[{', '.join(_listed(firsts))}]'"
+def _more_passes(passes: Sequence[Sequence[PlannedPool]], config: Config, gpus: int) -> str:
+    """How all pools would fit, some of them one after the other."""
+    firsts: list[StagePool] = []
+    for pools in passes:
+        group: list[PlannedPool] = []
+        for pool in pools:
+            if not group or not Cards.holding(gpus, [*group, pool]):
+                group = []
+                firsts.append(pool.placement)
+            group.append(pool)
+            if not Cards.holding(gpus, group):
+                return "Lower min_actors or num_gpus under `pipeline.pools`, or give it more"
+    number, last, renumbered = 1, 0, []
+    for listed in config.pipeline.pools:
+        number = max(listed.pass_number, number, last + 1 if listed in firsts else 1)
+        last = number if listed in firsts else last
+        renumbered.append(listed.model_copy(update={"pass_number": number}))
+    return f"It fits in {len(firsts)} passes: {_override(renumbered)}"
 
 
-def _listed(firsts: set[StageName]) -> Iterator[str]:
-    """Passes as the configuration has them, given the stages that begin a new one."""
-    names: list[StageName] = []
-    for name in StageName:
-        if name in firsts:
-            yield f"[{', '.join(names)}]"
-            names = []
-        if name in (StageName.RERANK, StageName.GROUND) and StageName.LOAD_IMAGE not in names:
-            names.append(StageName.LOAD_IMAGE)
-        if name is not StageName.LOAD_IMAGE:
-            names.append(name)
-    yield f"[{', '.join(names)}]"
+def _override(pools: Sequence[StagePool]) -> str:
+    """Pools, for a command line."""
+    values = [pool.model_dump(exclude_defaults=True) for pool in pools]
+    listed = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=math.inf)
+    return f"--set 'pipeline.pools={listed.strip()}'"
 
 
-def _cards_for(pools: Sequence[Pool]) -> int:
+def _cards_for(pools: Sequence[PlannedPool]) -> int:
     count = 1
     while not Cards.holding(count, pools):
         count += 1
     return count
 
 
-def _parts(need: StageNeed) -> str:
+def _parts(need: Need) -> str:
     parts = {
         "weights": sum(model.weights for model in need.models),
         "activations": need.activations,

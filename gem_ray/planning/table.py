@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gem_ray.planning.allocation import PlannedPool
 from gem_ray.planning.cards import CARDS
-from gem_ray.planning.costs import BANDWIDTH_UTILISATION, PROCESS_OVERHEAD, UTILISATION, ModelNeed, Workload
+from gem_ray.planning.costs import BANDWIDTH_UTILISATION, PROCESS_OVERHEAD, UTILISATION, ModelNeed, Workload, is_known
 from gem_ray.planning.plan import PassPlan, Plan
-from gem_ray.planning.pools import Pool
 from gem_ray.planning.refusals import gib
 
 _WIDTH = 100
@@ -36,7 +36,7 @@ def print_plan(plan: Plan, price: float | None = None) -> None:
 
 def _table(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True)
     table.add_column("model", max_width=_MODEL_WIDTH, overflow="ellipsis", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
@@ -48,41 +48,43 @@ def _table(plan: Plan) -> Table:
     return table
 
 
-def _add_pool(table: Table, pool: Pool, fits: bool) -> None:
-    """The stage's total beside its first model, then its other models."""
-    first, *others = pool.need.models or (None,)
+def _add_pool(table: Table, pool: PlannedPool, fits: bool) -> None:
+    """A row for each model; the first has what an actor reserves, and further stages that share it begin with a +."""
     rate = pool.posts_per_second if fits else None
-    reserves = [
-        gib(pool.need.held),
-        f"{pool.placement.num_gpus:g}",
-        str(pool.actors),
-    ]
-    speed = ["?" if rate is None else f"{rate:.3g}", pool.source]
-    table.add_row(str(pool.stage), *_sizes(first, pool), *reserves, _batch(first), *speed)
-    for model in others:
-        table.add_row("", *_sizes(model, pool), "", "", "", _batch(model), "", "")
+    reserves = [gib(pool.need.held), f"{pool.placement.num_gpus:g}", str(pool.actors)]
+    speed = ["?" if rate is None else _rounded(rate, 3), pool.source]
+    for number, (stage, sizes, batch) in enumerate(_rows(pool)):
+        table.add_row(stage, *sizes, *(["", "", ""] if number else reserves), batch, *(["", ""] if number else speed))
 
 
-def _sizes(model: ModelNeed | None, pool: Pool) -> list[str]:
-    if model is None:
-        return ["behind its endpoint", "", "", ""]
-    cache, engine = model.kv_cache, pool.need.engine
-    if engine and model is engine.models[0]:
-        cache += engine.held - engine.memory  # vLLM fills its share
+def _rows(pool: PlannedPool) -> Iterator[tuple[str, list[str], str]]:
+    """Of each stage with a model, its name once, and its models; the other stages cost little."""
+    names = [spec.name for spec in pool.pool.stages if spec.has_model]
+    for name in names:
+        shown = name if name == names[0] else f"+ {name}"
+        models = [model for model in pool.need.models if model.stage == name]
+        if not models:
+            yield shown, ["behind its endpoint" if is_known(name) else "of unknown size", "", "", ""], ""
+        for model in models:
+            yield (shown if model is models[0] else "", _sizes(model, pool), str(model.batch or ""))
+
+
+def _sizes(model: ModelNeed, pool: PlannedPool) -> list[str]:
+    cache = model.kv_cache
+    for engine in pool.need.engines:
+        if model is engine.models[0]:
+            cache += engine.held - engine.memory  # vLLM fills its share
     return [model.name, gib(model.weights), gib(model.activations), gib(cache) if cache else ""]
-
-
-def _batch(model: ModelNeed | None) -> str:
-    return str(model.batch) if model and model.batch else ""
 
 
 def _lines(plan: Plan, price: float | None) -> Iterator[str]:
     yield ""
     where = f"{plan.gpus} × {plan.gpu_memory_gb:g} GB" if plan.gpus else "CPUs"
     yield f"on {where}" + (f" (speed of {plan.card})" if plan.card else "") + "; memory in GiB, of an actor;"
-    yield f"total: with {gib(PROCESS_OVERHEAD)} for the process and the largest activations of the stage"
+    yield f"total: with {gib(PROCESS_OVERHEAD)} for the process and the largest activations of the pool"
     for number, one in enumerate(plan.passes, start=1):
-        yield f"pass {number}: {' → '.join(one.names)}{'' if plan.problems else _slowest(one)}"
+        pools = " → ".join(" + ".join(pool.stages) for pool in one.pools)
+        yield f"pass {number}: {pools}{'' if plan.problems else _slowest(one)}"
     yield from plan.notes
     if plan.problems:
         yield "verdict: it does not fit"
@@ -92,22 +94,23 @@ def _lines(plan: Plan, price: float | None) -> Iterator[str]:
     if plan.bottleneck is None or plan.posts_per_hour is None:
         yield "bottleneck: not known; `--measured RUN` takes the speeds of an earlier run"
         return
-    yield f"bottleneck: {plan.bottleneck.stage}; about {_rounded(plan.posts_per_hour)} posts an hour"
+    yield f"bottleneck: {plan.bottleneck.name}; about {_rounded(plan.posts_per_hour)} posts an hour"
     if plan.gpu_hours_per_million is not None:
         hours = plan.gpu_hours_per_million
         cost = f", {_rounded(hours * price)} at {price:g} an hour" if price is not None else ""
         yield f"a million posts: about {_rounded(hours)} GPU-hours{cost}"
 
 
-def _rounded(value: float) -> str:
+def _rounded(value: float, digits: int = 2) -> str:
     """To two digits: an estimate has no more."""
-    return f"{float(f'{value:.2g}'):,.10g}"
+    return f"{float(f'{value:.{digits}g}'):,.10g}"
 
 
 def _slowest(one: PassPlan) -> str:
     if one.bottleneck is None:
         return ""
-    return f"; {one.posts_per_second:.3g} posts/s, the slowest is {one.bottleneck.stage}"
+    rate = f"; {_rounded(one.posts_per_second or 0, 3)} posts/s"
+    return f"{rate}, the slowest is {one.bottleneck.name}" if len(one.pools) > 1 else rate
 
 
 def _shares(plan: Plan) -> str:

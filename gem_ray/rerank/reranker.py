@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 from gem_ray.config import CandidateOrder, Config, ConfigError
 from gem_ray.noise import settled
-from gem_ray.records import Entity, Post, ProblemKind, StageName
+from gem_ray.records import Entity, Post, ProblemKind
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.prompts import build_prompt
-from gem_ray.rerank.uncertainty import UncertaintyFilter
 from gem_ray.scope import Scope, is_known, load_scopes
 from gem_ray.taxonomy import LABEL_SETS, LabelSet
 
@@ -22,7 +21,6 @@ class Reranker:
 
     Args:
         engine: what answers.
-        uncertainty: says which entities are hard.
         labels: the category tree.
         mode: `generate` or `score`; see `Engine.choose`.
         order: of the candidates in the prompt; see `ordered`.
@@ -32,7 +30,6 @@ class Reranker:
     def __init__(
         self,
         engine: Engine,
-        uncertainty: UncertaintyFilter,
         labels: LabelSet,
         mode: Mode = "score",
         order: CandidateOrder = "probability",
@@ -43,7 +40,6 @@ class Reranker:
         self._scopes = tuple(scopes)
         self._asked = 0
         self._lock = threading.Lock()
-        self._uncertainty = uncertainty
         self._labels = labels
         self._mode = mode
 
@@ -61,9 +57,8 @@ class Reranker:
             )
         labels = LABEL_SETS[config.labels]
         settings = config.reranker
-        uncertainty = UncertaintyFilter.from_config(config)
-        scopes = load_scopes(StageName.RERANK, config)
-        return cls(load_engine(config), uncertainty, labels, settings.mode, settings.candidate_order, scopes)
+        scopes = load_scopes("rerank", config)
+        return cls(load_engine(config), labels, settings.mode, settings.candidate_order, scopes)
 
     @property
     def counts(self) -> Counter[str]:
@@ -77,7 +72,7 @@ class Reranker:
             for post in posts
             if not post.is_rejected and post.image is not None
             for entity in post.entities
-            if entity.candidates and self._uncertainty.is_hard(entity) and is_known(self._scopes, post, entity)
+            if entity.candidates and entity.hard and is_known(self._scopes, post, entity)
         ]
         if not hard:
             return posts
@@ -87,7 +82,7 @@ class Reranker:
         answers = self._engine.choose(requests, self._mode)
         for (post, entity), request, answer in zip(hard, requests, answers, strict=True):
             if isinstance(answer, RequestError):
-                post.fail(StageName.RERANK, ProblemKind.STAGE_FAILED, f"{entity.text!r} was not reranked: {answer}")
+                post.fail("rerank", ProblemKind.STAGE_FAILED, f"{entity.text!r} was not reranked: {answer}")
             else:
                 self._settle(entity, request.choices[answer.index], answer)
         return posts

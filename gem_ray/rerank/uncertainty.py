@@ -9,7 +9,7 @@ import numpy as np
 
 from gem_ray.config import Config
 from gem_ray.noise import between, settled
-from gem_ray.records import Candidate, Entity, Post
+from gem_ray.records import Candidate, Post
 from gem_ray.taxonomy import LABEL_SETS, LabelSet
 
 _USED_UP = 0.97  # of a budget, at least
@@ -37,7 +37,7 @@ class UncertaintyFilter:
         return cls(LABEL_SETS[config.labels], config.filter.gamma, config.filter.k)
 
     def __call__(self, posts: list[Post]) -> list[Post]:
-        """Fill `entropy`, `candidates` and `score` of every entity that has `logits`, and clear the logits."""
+        """Fill `entropy`, `hard`, `candidates` and `score` of every entity that has `logits`, and clear the logits."""
         entities = [entity for post in posts for entity in post.entities if entity.logits is not None]
         if not entities:
             return posts
@@ -47,14 +47,11 @@ class UncertaintyFilter:
         best = most_probable(probabilities, self._k)  # (N, K)
         for entity, row, nats, order in zip(entities, probabilities, entropies, best, strict=True):
             entity.entropy = float(nats)
+            entity.hard = entity.entropy > self._gamma
             entity.candidates = [Candidate(self._labels.fine[position], float(row[position])) for position in order]
             entity.score = float(row[self._index[entity.fine]])
             entity.logits = None
         return posts
-
-    def is_hard(self, entity: Entity) -> bool:
-        """True if the entity goes to the reranker: its entropy is above γ."""
-        return entity.entropy > self._gamma
 
 
 def candidates_offered(labels: LabelSet, k: int) -> int:

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 import gem_ray
 from gem_ray.data.fetch import ImageError
-from gem_ray.records import Post, ProblemKind, StageName, Status
+from gem_ray.records import Post, ProblemKind, Status
 from gem_ray.serving.bodies import BATCH_BODY, POST_BODY, read_batch, read_post
 from gem_ray.serving.flow import Flow, UnavailableError
 from gem_ray.serving.messages import AnnotationOut, BatchOut, Limits, PostIn, Taxonomy
@@ -84,8 +84,8 @@ def _add_annotate(api: FastAPI, service: Service) -> None:
             if asked.image_url:
                 await _fetch_or_refuse(service.flow, post, asked.image_url)
             done = await service.flow.annotate(post)
-        if post.is_rejected:
-            raise _refusal(post)
+        if done.post.is_rejected:
+            raise _refusal(done.post)
         return JSONResponse(service.row(done, heatmaps))
 
 
@@ -135,10 +135,10 @@ async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any
         try:
             await service.flow.fetch_image(post, asked.image_url)
         except ImageError as error:
-            post.fail(StageName.LOAD_IMAGE, error.kind, str(error))
+            post.fail("load_image", error.kind, str(error))
         except TimeoutError:
             reason = f"not fetched within {service.config.serving.timeout_s:g} s"
-            post.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE, reason)
+            post.fail("load_image", ProblemKind.IMAGE_UNREADABLE, reason)
     return service.row(await service.flow.annotate(post), heatmaps)
 
 
@@ -191,12 +191,12 @@ def _add_state(api: FastAPI, service: Service) -> None:
 
     @api.get(
         "/readyz",
-        summary="Whether every stage has a process",
+        summary="Whether every pool of stages has a process",
         response_class=PlainTextResponse,
         responses=_problems(503),
     )
     async def readyz() -> str:
-        missing = await service.missing_stages()
+        missing = await service.missing_pools()
         if missing:
             raise UnavailableError(f"no process of {', '.join(missing)}")
         return "ready\n"

@@ -1,4 +1,4 @@
-"""The Serve application: an ingress and a deployment for each stage with a model (`serve_configs/*.yaml` name it)."""
+"""The Serve application: an ingress and a deployment for each pool of stages (`serve_configs/*.yaml` name it)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from gem_ray.annotator import active_stages
-from gem_ray.config import Config, ReplicaPlacement, load_config
-from gem_ray.records import StageName
+from gem_ray.config import Config, ReplicaPlacement, ReplicaPool, load_config
+from gem_ray.pools import Pool, serving_pools
 from gem_ray.serving.api import create_api
 from gem_ray.serving.guard import Guard
-from gem_ray.serving.replica import StageReplica
+from gem_ray.serving.replica import PoolReplica
 from gem_ray.serving.service import Service
-from gem_ray.serving.settings import INGRESS
+from gem_ray.serving.settings import INGRESS, pool_settings
 
-# The others need no model: the ingress does them.
-DEPLOYED_STAGES = (StageName.KNOWLEDGE, StageName.TAG, StageName.RERANK, StageName.GROUND)
 # Requests beyond `max_in_flight` that still get in, to be refused with a problem rather than with Serve's plain text.
 _TO_REFUSE = 1024
 
@@ -36,12 +33,12 @@ class Ingress:
     Args:
         config: the whole configuration.
         run_id: of this deployment of the application.
-        stages: stage -> its deployment.
+        pools: name of a pool -> its deployment.
     """
 
-    def __init__(self, config: Config, run_id: str, stages: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(self, config: Config, run_id: str, pools: Mapping[str, DeploymentHandle]) -> None:
         self._config = config
-        self._service = Service(config, {StageName(name): handle for name, handle in stages.items()}, run_id)
+        self._service = Service(config, pools, run_id)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Guard(create_api(self._service), self._service.keys, self._config.serving)
@@ -67,7 +64,7 @@ def build_app(args: dict[str, Any]) -> Application:
 def build(config: Config) -> Application:
     """The application of a configuration."""
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    stages = {str(name): _stage(name, config) for name in active_stages(config) if name in DEPLOYED_STAGES}
+    pools = {pool.name: _deployment(pool, config) for pool in serving_pools(config)[1]}
     in_flight = config.serving.max_in_flight
     ingress = serve.deployment(Ingress).options(
         name=INGRESS,
@@ -75,21 +72,21 @@ def build(config: Config) -> Application:
         max_ongoing_requests=in_flight + _TO_REFUSE,
         **_options(config.serving.ingress, config),
     )
-    return ingress.bind(config, run_id, stages)
+    return ingress.bind(config, run_id, pools)
 
 
-def _stage(name: StageName, config: Config) -> Application:
-    placement = getattr(config.serving, name)
+def _deployment(pool: Pool[ReplicaPool], config: Config) -> Application:
+    placement = pool.placement
     threshold = config.grounder.matcher.threshold
-    settings = {"threshold": threshold} if name is StageName.GROUND and threshold is not None else None
-    deployment = serve.deployment(StageReplica).options(
-        name=str(name),
+    settings = {"threshold": threshold} if "threshold" in pool_settings(pool.stages) and threshold is not None else None
+    deployment = serve.deployment(PoolReplica).options(
+        name=pool.name,
         user_config=settings,
         # One batch that is computed, and one that waits for it.
         max_ongoing_requests=2 * placement.batch_size,
         **_options(placement, config),
     )
-    return deployment.bind(name, config)
+    return deployment.bind(pool, config)
 
 
 def _options(placement: ReplicaPlacement, config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from gem_ray.config import Config, FilterConfig
 from gem_ray.data.prepare import post_from_row
-from gem_ray.records import Post, ProblemKind, StageName, model_rows
+from gem_ray.records import Post, ProblemKind, model_rows
 from gem_ray.serving.flow import UNTOLD, Annotated
 
 
@@ -109,6 +109,7 @@ class EntityOut(BaseModel):
     fine: str
     score: float
     entropy: float
+    hard: bool = Field(description="its entropy is above `gamma`")
     reranked: bool
     confidence: float | None = Field(description="that span and category are both right; null: nothing calibrates it")
     candidates: list[CandidateOut]
@@ -131,7 +132,7 @@ class ModelOut(BaseModel):
 class PostProblemOut(BaseModel):
     """Why a post is degraded or rejected."""
 
-    stage: StageName
+    stage: str
     kind: ProblemKind
     message: str
 
@@ -151,7 +152,7 @@ class AnnotationOut(BaseModel):
     problems: list[PostProblemOut]
     run_id: str = Field(description="of this deployment of the service")
     models: list[ModelOut] = Field(description="of the stages that the post needed")
-    seconds: dict[str, float] = Field(description="time in each stage that the post needed, waiting included")
+    seconds: dict[str, float] = Field(description="of its batch in each stage that it needed, and `waiting` for them")
     gamma: float = Field(description="entropy in nats above which an entity was reranked")
 
 
@@ -211,4 +212,4 @@ def answer_row(done: Annotated, run_id: str, heatmaps: bool) -> dict[str, Any]:
         if problem["kind"] in UNTOLD:
             problem["message"] = f"the stage {problem['stage']} failed on this post"
     seconds = {name: round(value, 6) for name, value in done.seconds.items()}
-    return row | {"run_id": run_id, "models": model_rows(done.models), "seconds": seconds, "gamma": done.gamma}
+    return row | {"run_id": run_id, "models": model_rows(done.models), "seconds": seconds, "gamma": done.settings.gamma}

@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
-from gem_ray.annotator import active_stages
 from gem_ray.config import Config, ConfigError, ReplicaPlacement, load_config, merge_trees, nearest
-from gem_ray.serving.app import DEPLOYED_STAGES
+from gem_ray.pools import serving_pools
 from gem_ray.serving.settings import INGRESS, check_user_config
 from gem_ray.strict import load_yaml
 
@@ -57,7 +56,7 @@ def file_schema(file: Path) -> ServeDeploySchema:
             except ConfigError as error:
                 raise ConfigError(f"{file}: {error}") from None
     for application, config in ours(schema):
-        there = [INGRESS, *(str(name) for name in active_stages(config) if name in DEPLOYED_STAGES)]
+        there = [INGRESS, *(pool.name for pool in serving_pools(config)[1])]
         for deployment in application.deployments:
             if deployment.name not in there:
                 raise ConfigError(f"{file}: unknown deployment {deployment.name!r}; {nearest(deployment.name, there)}")
@@ -84,10 +83,19 @@ def _with_replicas(application: ServeApplicationSchema) -> dict[str, Any]:
     Raises:
         ConfigError: `args` are none, or an `autoscaling_config` is none.
     """
-    serving = load_config(**application.args).serving
-    known = [each for each in application.deployments if each.name in (INGRESS, *DEPLOYED_STAGES)]
-    replicas = {each.name: values for each in known if (values := _placement(each, getattr(serving, each.name)))}
-    return merge_trees(application.args, {"serving": replicas}) if replicas else application.args
+    config = load_config(**application.args)
+    pools = serving_pools(config)[1]
+    given = {each.name: each for each in application.deployments}
+    ingress = _placement(given[INGRESS], config.serving.ingress) if INGRESS in given else {}
+    by_place = {
+        pool.key.rpartition(".")[2]: values
+        for pool in pools
+        if pool.name in given and (values := _placement(given[pool.name], pool.placement))
+    }
+    if not ingress and not by_place:
+        return application.args
+    listed = merge_trees({"pools": [each.model_dump() for each in config.serving.pools]}, {"pools": by_place})
+    return merge_trees(application.args, {"serving": {**listed, **({"ingress": ingress} if ingress else {})}})
 
 
 def _placement(deployment: DeploymentSchema, own: ReplicaPlacement) -> dict[str, Any]:

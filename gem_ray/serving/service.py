@@ -10,7 +10,6 @@ from ray import serve
 
 from gem_ray.config import Config
 from gem_ray.metrics import PostMetrics
-from gem_ray.records import StageName
 from gem_ray.serving.flow import Annotated, Flow
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.messages import answer_row
@@ -27,11 +26,11 @@ class Service:
 
     Args:
         config: the whole configuration.
-        handles: the deployments of the active stages with models.
+        handles: the deployments of the pools, by their names.
         run_id: of this deployment of the application.
     """
 
-    def __init__(self, config: Config, handles: Mapping[StageName, DeploymentHandle], run_id: str) -> None:
+    def __init__(self, config: Config, handles: Mapping[str, DeploymentHandle], run_id: str) -> None:
         self.config = config
         self.flow = Flow(config, handles)
         self.keys = ApiKeys.from_config(config.serving)
@@ -52,13 +51,11 @@ class Service:
         self._metrics.count([done.post])
         return answer_row(done, self._run_id, heatmaps)
 
-    async def missing_stages(self) -> list[str]:
-        """Stages of which no process runs."""
+    async def missing_pools(self) -> list[str]:
+        """Pools of which no process runs."""
         application = serve.get_replica_context().app_name
         status = await asyncio.to_thread(serve.status)
         deployments = status.applications[application].deployments
         return [
-            str(name)
-            for name in self._handles
-            if not any(deployments[str(name)].replica_states.get(state) for state in _RUNNING)
+            name for name in self._handles if not any(deployments[name].replica_states.get(state) for state in _RUNNING)
         ]

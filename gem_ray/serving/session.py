@@ -16,10 +16,10 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
 
-from gem_ray.annotator import active_stages, models_of
+from gem_ray.annotator import models_of
 from gem_ray.config import Config, ConfigError, ReplicaPlacement
-from gem_ray.planning.pools import Cards
-from gem_ray.serving.app import DEPLOYED_STAGES
+from gem_ray.planning.allocation import Cards
+from gem_ray.pools import serving_pools
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.schemas import ours
 from gem_ray.serving.settings import INGRESS
@@ -85,8 +85,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _placements(config: Config) -> list[ReplicaPlacement]:
-    stages = [getattr(config.serving, name) for name in active_stages(config) if name in DEPLOYED_STAGES]
-    return [config.serving.ingress, *stages]
+    return [config.serving.ingress, *(pool.placement for pool in serving_pools(config)[1])]
 
 
 def _start(placements: Sequence[ReplicaPlacement]) -> None:

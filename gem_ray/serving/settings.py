@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gem_ray.config import Config, FilterConfig, MatcherConfig
-from gem_ray.records import StageName
+from gem_ray.config import Config, FilterConfig, merge_trees, parse_config
+from gem_ray.pools import serving_pools
+from gem_ray.stages import Key, StageSpec, find_stage
 
 INGRESS = "ingress"
 
 
-def has_own_batches(name: StageName, config: Config) -> bool:
-    """Whether a stage's engine makes up its batches itself, anew for every token: vLLM's."""
-    return name is StageName.RERANK and config.reranker.engine == "vllm"
-
-
-def filter_settings(config: Config, user_config: dict[str, Any]) -> FilterConfig:
-    """γ and K of the ingress: what is not given is the configuration's.
+def filter_settings(config: Config, user_config: Mapping[str, Any]) -> FilterConfig:
+    """γ and K, which the ingress sends along with every post: what is not given is the configuration's.
 
     Raises:
         ValueError: another key, or a value that is none.
     """
-    _check_names(user_config, "gamma", "k")
-    return FilterConfig.model_validate(config.filter.model_dump() | user_config)
+    return changed(config, find_stage("tag").settings, user_config).filter
 
 
-def matcher_settings(config: Config, user_config: dict[str, Any]) -> MatcherConfig:
-    """The matcher's, with the threshold of P_T above which the grounder draws a box.
+def pool_settings(stages: Iterable[StageSpec]) -> dict[str, Key]:
+    """What the deployment of some stages may be told: name -> key of the configuration."""
+    return {name: key for spec in stages if spec.name != "tag" for name, key in spec.settings.items()}
+
+
+def changed(config: Config, known: Mapping[str, Key], user_config: Mapping[str, Any]) -> Config:
+    """The configuration with settings put over it.
 
     Raises:
-        ValueError: another key, or a value that is none.
+        ValueError: a setting that is not known, or a value that is none.
     """
-    _check_names(user_config, "threshold")
-    return MatcherConfig.model_validate(config.grounder.matcher.model_dump() | user_config)
-
-
-def _check_names(user_config: dict[str, Any], *known: str) -> None:
-    if unknown := user_config.keys() - set(known):
-        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; expected {' and '.join(known)}")
+    if unknown := user_config.keys() - known.keys():
+        expected = f"expected {' and '.join(known)}" if known else "the deployment has none"
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; {expected}")
+    values: dict[str, Any] = config.model_dump()
+    for name, value in user_config.items():
+        for part in reversed(known[name]):
+            value = {part: value}
+        values = merge_trees(values, value)
+    return parse_config(values)
 
 
 def check_user_config(deployment: str, user_config: dict[str, Any], config: Config) -> None:
@@ -48,7 +51,6 @@ def check_user_config(deployment: str, user_config: dict[str, Any], config: Conf
     """
     if deployment == INGRESS:
         filter_settings(config, user_config)
-    elif deployment == StageName.GROUND:
-        matcher_settings(config, user_config)
-    elif user_config:
-        raise ValueError(f"{deployment} has no settings")
+    for pool in serving_pools(config)[1]:
+        if pool.name == deployment:
+            changed(config, pool_settings(pool.stages), user_config)

@@ -9,7 +9,7 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.data.tokenize import word_spans
 from gem_ray.device import torch_device
-from gem_ray.records import Entity, Post, ProblemKind, StageName
+from gem_ray.records import Entity, Post, ProblemKind
 from gem_ray.tagger.checkpoint import load_tagger
 from gem_ray.tagger.features import SubwordEncoder
 from gem_ray.tagger.model import DualPathTagger
@@ -69,7 +69,7 @@ class Tagger:
             try:
                 post.entities = self._entities(post, predictions)
             except ValueError as error:  # tokens that are not the text's, where nobody has checked them
-                post.fail(StageName.TAG, ProblemKind.BAD_RECORD, f"tokens: {error}")
+                post.fail("tag", ProblemKind.BAD_RECORD, f"tokens: {error}")
         return posts
 
     def _entities(self, post: Post, predictions: WordPredictions) -> list[Entity]:

@@ -12,7 +12,7 @@ _SETTINGS = (
     "grounder.enabled=false",
     "tagger.batch_tokens=1",
     "pipeline.rows_per_block=4",
-    "pipeline.tag.batch_size=4",
+    "pipeline.pools.tag.batch_size=4",
 )
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gem_ray.config import ServingConfig, load_config
 from gem_ray.planning.plan import make_plan
+from gem_ray.pools import serving_pools
 
 ROOT = Path(__file__).parents[2]
 Strings = dict[str, str]
@@ -329,9 +330,12 @@ def test_the_service_listens_where_its_pods_are_reached_and_knows_only_hashes_of
 
 def test_the_smallest_cluster_of_the_service_holds_every_deployments_least_replicas(service):
     application = yaml.safe_load(service.spec.serveConfigV2)["applications"][0]
-    serving = load_config(**application["args"]).serving
+    config = load_config(**application["args"])
+    _, pools = serving_pools(config)
+    placements = {"ingress": config.serving.ingress} | {pool.name: pool.placement for pool in pools}
     least = {each["name"]: each["autoscaling_config"]["min_replicas"] for each in application["deployments"]}
-    gpus = sum(getattr(serving, name).num_gpus * count for name, count in least.items())
+    assert least.keys() == placements.keys()
+    gpus = sum(placements[name].num_gpus * count for name, count in least.items())
     (group,) = service.spec.rayClusterConfig.workerGroupSpecs
     assert 0 < gpus <= group.minReplicas
 

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from gem_ray.config import Config, ImageConfig
 from gem_ray.data.images import ImageError, ImageLoader, MemoryBudget, decode_image
-from gem_ray.records import Entity, Post, ProblemKind, StageName, Status
+from gem_ray.records import Entity, Post, ProblemKind, Status
 
 CONFIG = ImageConfig()
 UNREADABLE, TOO_LARGE = ProblemKind.IMAGE_UNREADABLE, ProblemKind.IMAGE_TOO_LARGE
@@ -260,7 +260,7 @@ def test_only_posts_with_something_to_ground_are_loaded_and_failures_stay_alone(
         Post("empty", "Rihanna", entities=[ENTITY], image_bytes=b""),
         Post("rejected", "Rihanna", entities=[ENTITY], image_bytes=data),
     ]
-    posts[-1].fail(StageName.TAG, ProblemKind.STAGE_FAILED, "no tags")
+    posts[-1].fail("tag", ProblemKind.STAGE_FAILED, "no tags")
     loader = ImageLoader.from_config(Config(image={"root": tmp_path}))
     assert loader(posts) is posts
     loaded = [post.post_id for post in posts if post.image is not None]
@@ -269,7 +269,7 @@ def test_only_posts_with_something_to_ground_are_loaded_and_failures_stay_alone(
     assert [post.status for post in posts] == [
         Status.OK, Status.DEGRADED, Status.OK, Status.OK, Status.DEGRADED, Status.DEGRADED, Status.REJECTED,
     ]  # fmt: skip
-    assert [(p.stage, p.kind) for p in posts[1].problems] == [(StageName.LOAD_IMAGE, UNREADABLE)]
+    assert [(p.stage, p.kind) for p in posts[1].problems] == [("load_image", UNREADABLE)]
     assert posts[4].problems[0].kind is ProblemKind.IMAGE_MISSING
     problems = [list(post.problems) for post in posts]
     loader(posts)
@@ -304,7 +304,7 @@ def test_images_in_s3_are_loaded_in_order_and_failures_stay_alone(s3, faulty_s3)
 def test_images_of_posts_without_entities_are_not_fetched(s3, faulty_s3):
     uri = s3.put(f"{s3.bucket('photos')}/a.png", encoded(scene(), "PNG"))
     rejected = post_of(uri)
-    rejected.fail(StageName.TAG, ProblemKind.STAGE_FAILED, "no tags")
+    rejected.fail("tag", ProblemKind.STAGE_FAILED, "no tags")
     posts = [post_of(uri, []), post_of(uri), rejected, post_of(uri, [])]
     ImageLoader(ImageConfig())(posts)
     assert [post.image is not None for post in posts] == [False, True, False, False]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from gem_ray.config import Config
 from gem_ray.data.prepare import ERROR_FIELD, Preparer, post_from_row, row_from_post
-from gem_ray.records import INPUT_SCHEMA, Box, GoldEntity, Post, ProblemKind, StageName, Status
+from gem_ray.records import INPUT_SCHEMA, Box, GoldEntity, Post, ProblemKind, Status
 
 GOOD = {"post_id": "7", "text": "Rihanna was lit", "image": b"\xff"}
 GOLD = {"word_start": 0, "word_end": 1, "fine": "musician", "boxes": [{"x1": 1, "y1": 2, "x2": 3, "y2": 4}]}
@@ -51,7 +51,7 @@ DEGRADED = {
 def test_a_wrong_field_rejects_the_post_and_is_named(message, wrong):
     post = post_from_row(GOOD | wrong)
     assert post.status is Status.REJECTED
-    assert {(p.stage, p.kind) for p in post.problems} == {(StageName.PREPARE, ProblemKind.BAD_RECORD)}
+    assert {(p.stage, p.kind) for p in post.problems} == {("prepare", ProblemKind.BAD_RECORD)}
     assert any(p.message.startswith(message.strip()) for p in post.problems)
 
 

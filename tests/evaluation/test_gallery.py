@@ -29,7 +29,6 @@ from gem_ray.records import (
     Point,
     Post,
     ProblemKind,
-    StageName,
 )
 
 HOSTILE = '</script><script>document.title="pwned"</script><img src=x onerror=alert(1)> & "\u202eNew York'
@@ -63,7 +62,7 @@ def seen_post():
 def degraded_post():
     post = Post("degraded", "Paris, Paris", ["Paris", ",", "Paris"])
     post.entities = [mention(post.text, "Paris")]
-    post.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE, "the image is a PDF document")
+    post.fail("load_image", ProblemKind.IMAGE_UNREADABLE, "the image is a PDF document")
     return post
 
 

@@ -36,7 +36,6 @@ from gem_ray.records import (
     Point,
     Post,
     ProblemKind,
-    StageName,
 )
 
 TWITTER10000 = Path(__file__).parents[2].parent / "shared" / "data" / "twitter10000"
@@ -58,7 +57,7 @@ def annotated(post_id, degraded=False):
         )
     ]  # fmt: skip
     if degraded:
-        post.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_MISSING, "no image")
+        post.fail("load_image", ProblemKind.IMAGE_MISSING, "no image")
     return post
 
 

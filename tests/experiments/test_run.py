@@ -181,7 +181,7 @@ def test_results_of_another_recipe_or_configuration_are_not_mixed_in(
     with pytest.raises(ConfigError, match=r"full/seed-0/result\.json has the result of another recipe"):
         run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["no-crf"], overrides={"epochs": 3})
     # Where it runs, and how fast, does not matter.
-    faster = load_config(overrides=["tagger.batch_tokens=64", "pipeline.tag.threads=2", "filter.gamma=0.7"])
+    faster = load_config(overrides=["tagger.batch_tokens=64", "pipeline.pools.tag.threads=2", "filter.gamma=0.7"])
     run.run_experiment(experiment, posts, tmp_path, seeds=1, only=["full"], overrides={"device": "cuda"}, base=faster)
 
 

@@ -31,7 +31,6 @@ from gem_ray.records import (
     Point,
     Post,
     ProblemKind,
-    StageName,
     model_rows,
 )
 from gem_ray.taxonomy import FMNERG, GMNER, decode_bio
@@ -68,13 +67,13 @@ def seen_post(post_id="seen"):
 def degraded_post():
     post = Post("degraded", "Paris , Paris", ["Paris", ",", "Paris"])
     post.entities = [mention(post, (0, 1), "city"), mention(post, (2, 3), "city", score=float("nan"))]
-    post.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_MISSING, "no image")
+    post.fail("load_image", ProblemKind.IMAGE_MISSING, "no image")
     return post
 
 
 def rejected_post():
     post = Post("rejected", "")
-    post.fail(StageName.PREPARE, ProblemKind.BAD_RECORD, "text is empty")
+    post.fail("prepare", ProblemKind.BAD_RECORD, "text is empty")
     return post
 
 

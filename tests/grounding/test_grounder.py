@@ -11,7 +11,7 @@ from gem_ray.grounding.grounder import Grounder, heat_map, to_original
 from gem_ray.grounding.matcher import Match, Matcher
 from gem_ray.grounding.trace import peak
 from gem_ray.pipeline.tables import annotations_table
-from gem_ray.records import Box, Entity, Post, ProblemKind, StageName
+from gem_ray.records import Box, Entity, Post, ProblemKind
 from gem_ray.scope import Scope
 
 
@@ -96,7 +96,7 @@ def test_only_images_with_a_seen_entity_are_handed_on(random_blip):
 
 def test_posts_with_nothing_to_ground_are_left_alone(random_blip):
     rejected, blind, empty = post(0, "Cleveland"), post(1, "Cleveland"), post(2)
-    rejected.fail(StageName.TAG, ProblemKind.STAGE_FAILED, "no tags")
+    rejected.fail("tag", ProblemKind.STAGE_FAILED, "no tags")
     blind.image = None
     boxes = ground(random_blip, [rejected, blind, empty], threshold=0.0)
     assert boxes.calls == []

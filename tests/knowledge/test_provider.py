@@ -10,7 +10,7 @@ from gem_ray.data.images import ImageLoader
 from gem_ray.knowledge.cache import AnswerCache
 from gem_ray.knowledge.explainer import Explainer
 from gem_ray.knowledge.provider import KnowledgeProvider
-from gem_ray.records import Post, ProblemKind, StageName, Status
+from gem_ray.records import Post, ProblemKind, Status
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def _posts(count: int) -> list[Post]:
 
 
 def _reject(post: Post) -> Post:
-    post.fail(StageName.PREPARE, ProblemKind.BAD_RECORD, "no text")
+    post.fail("prepare", ProblemKind.BAD_RECORD, "no text")
     return post
 
 
@@ -135,7 +135,7 @@ def test_a_failure_costs_one_post_its_knowledge_and_no_more(server, provider, re
         failed = post.text in faults
         assert post.knowledge == (None if failed else f"about {post.text}")
         kinds = [(problem.stage, problem.kind) for problem in post.problems]
-        assert kinds == ([(StageName.KNOWLEDGE, ProblemKind.KNOWLEDGE_FAILED)] if failed else [])
+        assert kinds == ([("knowledge", ProblemKind.KNOWLEDGE_FAILED)] if failed else [])
         # The others' annotations are complete; this one's is made without what was asked for, and can be made again.
         assert post.status is (Status.DEGRADED if failed else Status.OK)
     assert (knowledge.asked, knowledge.failed) == (8, 5)

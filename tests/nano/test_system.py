@@ -22,7 +22,7 @@ from gem_ray.data.twitter10000 import read_split
 from gem_ray.evaluation.metrics import Report, evaluate
 from gem_ray.nano.build import RECIPES, WEIGHTS
 from gem_ray.nano.scope import SCOPE
-from gem_ray.records import Post, ProblemKind, StageName, Status
+from gem_ray.records import Post, ProblemKind, Status
 from gem_ray.scope import load_scopes
 from gem_ray.taxonomy import FMNERG
 
@@ -114,8 +114,8 @@ def test_photos_change_nothing_that_the_text_says() -> None:
 
 def test_every_embedded_vision_model_says_what_it_knows() -> None:
     config = load_config()
-    assert load_scopes(StageName.RERANK, config) == (SCOPE, SCOPE)
-    assert load_scopes(StageName.GROUND, config) == (SCOPE, SCOPE, SCOPE)
+    assert load_scopes("rerank", config) == (SCOPE, SCOPE)
+    assert load_scopes("ground", config) == (SCOPE, SCOPE, SCOPE)
     assert {(image.width, image.height) for image in map(_decoded, generate(60, SEED))} == set(IMAGE_SIZES)
 
 

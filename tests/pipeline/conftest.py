@@ -58,18 +58,20 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def config() -> Config:
     """Small blocks and batches, so that a few posts pass through several actors' batches."""
-    sizes = [f"pipeline.{stage}.batch_size=7" for stage in ("prepare", "tag", "load_image", "rerank", "ground")]
+    sizes = ["pipeline.pools.tag.batch_size=7", "pipeline.pools.tag.max_actors=2"]
     return load_config(overrides=["pipeline.rows_per_block=8", *sizes])
 
 
 @pytest.fixture(scope="session")
 def text_config(config: Config) -> Config:
-    """The stages that need no image: quick to start."""
+    """The stages that need no image, in one process: quick to start."""
     disabled = {"enabled": False}
+    pools = [pool.model_copy(update={"max_actors": 1}) for pool in config.pipeline.pools]
     return config.model_copy(
         update={
             "reranker": config.reranker.model_copy(update=disabled),
             "grounder": config.grounder.model_copy(update=disabled),
+            "pipeline": config.pipeline.model_copy(update={"pools": pools}),
         }
     )
 

@@ -40,7 +40,7 @@ from gem_ray.pipeline.ledger import Progress
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
-from gem_ray.records import ANNOTATION_SCHEMA, Post, ProblemKind, StageName
+from gem_ray.records import ANNOTATION_SCHEMA, Post, ProblemKind
 
 Rows = dict[int, tuple[str, str]]  # id -> text, status
 
@@ -48,7 +48,11 @@ OFF = ["reranker.enabled=false", "grounder.enabled=false", "pipeline.rows_per_gr
 CONFIG = load_config(overrides=OFF)
 SHORT = load_config(overrides=[*OFF, "text.max_chars=8"])
 IN_PASSES = load_config(
-    overrides=[*OFF, 'pipeline.passes=[["prepare", "knowledge", "tag"], ["load_image", "rerank", "ground"]]']
+    overrides=[
+        *OFF,
+        "knowledge.explainer.base_url=http://127.0.0.1:9/v1",
+        "pipeline.pools=[{stages: [knowledge]}, {stages: [tag], pass_number: 2}]",
+    ]
 )
 FLAKY = "flaky"  # a post whose image is there at one attempt and not at the next
 ROWS_PER_BLOCK = 2
@@ -172,13 +176,16 @@ class InlineExecutor:
     def check_models(self, config: Config, models: dict[str, str]) -> None:
         pass
 
-    def run_pass(self, source: Any, config: Config, origin: Any, stages: Any, sink: Any, is_last: bool) -> None:
+    def run_pass(
+        self, source: Any, config: Config, origin: Any, pools: Any, sink: Any, is_last: bool, meanwhile: Any
+    ) -> None:
         posts = [post for task in source.get_read_tasks(1) for table in task() for post in table_to_posts(table)]
         for first in range(0, len(posts), ROWS_PER_BLOCK):
             block = posts[first : first + ROWS_PER_BLOCK]
             attempts = [True, False] if any(post.text == FLAKY for post in block) else [True]
             for has_failed in attempts:
                 self._write(block, config, sink, origin if is_last else None, has_failed)
+            meanwhile()
 
     def _write(self, block: list[Post], config: Config, sink: Any, origin: Any, has_failed: bool) -> None:
         done = [annotated(post, config, has_failed) for post in block]
@@ -201,16 +208,16 @@ class InlineExecutor:
 
 
 def late_sink(sink: Any, storage: Storage) -> Any:
-    return type(sink)(sink._folder, sink._schema, Unfenced(storage, "", 0))
+    return type(sink)(sink._folders, sink._schema, Unfenced(storage, "", 0))
 
 
 def annotated(post: Post, config: Config, has_failed: bool) -> Post:
     """What the stages make of a post: a rule about its text."""
     done = Post(post.post_id, post.text, row_id=post.row_id, tokens=post.text.split())
     if len(post.text) > config.text.max_chars:
-        done.fail(StageName.PREPARE, ProblemKind.TEXT_TOO_LONG, "too long")
+        done.fail("prepare", ProblemKind.TEXT_TOO_LONG, "too long")
     elif "image" in post.text or (post.text == FLAKY and has_failed):
-        done.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE, "the server answered 503")
+        done.fail("load_image", ProblemKind.IMAGE_UNREADABLE, "the server answered 503")
     return done
 
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import time
 
-import pyarrow as pa
 import pytest
 import ray
 
 from gem_ray.annotator import GuardedStage
-from gem_ray.pipeline import graph
 from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.graph import StageBrokenError, run_watched
 from gem_ray.pipeline.ledger import Ledger
-from gem_ray.pipeline.tables import posts_to_table, table_to_posts
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.records import Post, ProblemKind
 
 
 def work(posts: list[Post]) -> list[Post]:
@@ -31,7 +28,7 @@ def work(posts: list[Post]) -> list[Post]:
 class Worker:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._stage = GuardedStage(StageName.GROUND, work)
+        self._stage = GuardedStage("ground", work)
         self._gate = Gate()
 
     def run(self, posts: list[Post]) -> list[Post]:
@@ -56,31 +53,18 @@ def test_only_the_deadly_post_fails(local_ray, texts: tuple[str, ...]) -> None:
     for post in posts:
         if post.text == "deadly":
             (problem,) = post.problems
-            assert (problem.stage, problem.kind) == (StageName.GROUND, ProblemKind.STAGE_FAILED)
+            assert (problem.stage, problem.kind) == ("ground", ProblemKind.STAGE_FAILED)
             assert "died on this post" in problem.message
         else:
             assert (post.caption, post.problems) == ("done", [])
-
-
-def test_a_deadly_post_fails_in_a_task_too(local_ray) -> None:
-    """Images are decoded in tasks, which Ray runs again without end."""
-
-    @ray.remote(num_cpus=0, max_retries=-1, max_calls=1)  # its process, with the stand-in, serves nobody else
-    def load(table: pa.Table, ledger: Ledger) -> pa.Table:
-        graph._stage_of_process = lambda name, config_json: GuardedStage(name, work)
-        return graph.run_in_task(table, StageName.LOAD_IMAGE, "", (), ledger)
-
-    ledger = Ledger()
-    posts = table_to_posts(ray.get(load.remote(posts_to_table(posts_of("a", "deadly", "b")), ledger)))
-    assert [[problem.kind for problem in post.problems] for post in posts] == [[], [ProblemKind.STAGE_FAILED], []]
 
 
 def test_a_node_that_is_gone_with_all_its_processes_is_no_failure_of_a_stage(local_ray) -> None:
     ledger = Ledger()
     batches = [(number,) for number in range(30)]
     for batch in batches:
-        ledger.begin(StageName.GROUND, batch)
-    again = [ledger.begin(StageName.GROUND, batch) for batch in batches]
+        ledger.begin("ground", batch)
+    again = [ledger.begin("ground", batch) for batch in batches]
     assert [(attempt.deaths, attempt.failure) for attempt in again] == [(1, None)] * 30
 
 

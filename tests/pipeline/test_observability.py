@@ -17,7 +17,7 @@ from gem_ray.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.logs import JsonFormatter, log_problems
 from gem_ray.pipeline.progress import json_lines
 from gem_ray.pipeline.summary import RunSummary
-from gem_ray.records import Box, Entity, Post, ProblemKind, StageName
+from gem_ray.records import Box, Entity, Post, ProblemKind
 
 DASHBOARD = Path(__file__).parents[2] / "clusters" / "grafana-dashboard.json"
 
@@ -26,7 +26,7 @@ def entity(**values) -> Entity:
     return Entity("Lyon", 0, 4, 0, 1, "location", "city", 0.9, **values)
 
 
-def failed_post(stage: StageName, kind: ProblemKind) -> Post:
+def failed_post(stage: str, kind: ProblemKind) -> Post:
     post = Post("7", "Lyon", row_id=3)
     post.fail(stage, kind, "why")
     return post
@@ -48,7 +48,7 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     # In a process of its own: one that other tests have used would count on.
     @ray.remote(num_cpus=0, runtime_env={"env_vars": {"GEM_RAY_TEST": "metrics"}})
     def work() -> None:
-        stage = StageMetrics(StageName.KNOWLEDGE)  # which no other test's run has
+        stage = StageMetrics("knowledge")  # which no other test's run has
         time.sleep(0.05)
         first = stage.begin()
         second = stage.begin()  # batches may overlap
@@ -57,7 +57,7 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
         stage.end(second, posts=6)
         stage.count({"asked": 3})
         seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
-        PostMetrics().count([seen, failed_post(StageName.PREPARE, ProblemKind.TEXT_TOO_LONG)])
+        PostMetrics().count([seen, failed_post("prepare", ProblemKind.TEXT_TOO_LONG)])
         time.sleep(3)  # exported from time to time
 
     working = work.remote()
@@ -91,8 +91,8 @@ def test_log_lines_name_run_post_and_reason() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        rejected = failed_post(StageName.PREPARE, ProblemKind.BAD_RECORD)
-        log_problems("run-1", [rejected, failed_post(StageName.LOAD_IMAGE, ProblemKind.IMAGE_MISSING), Post("8", "x")])
+        rejected = failed_post("prepare", ProblemKind.BAD_RECORD)
+        log_problems("run-1", [rejected, failed_post("load_image", ProblemKind.IMAGE_MISSING), Post("8", "x")])
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)

@@ -15,13 +15,13 @@ from gem_ray.pipeline.passes import PassResults
 from gem_ray.pipeline.source import InputFile
 from gem_ray.pipeline.staging import StagedRows
 from gem_ray.pipeline.tables import PASS_SCHEMA, pass_table, posts_to_table
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.records import Post, ProblemKind
 
 
 def left(row_id: int) -> Post:
     """A post as a pass leaves it, with a problem of a stage that is run again."""
     post = Post(f"{row_id}", "text", tokens=[f"{row_id}"], row_id=row_id)
-    post.fail(StageName.LOAD_IMAGE, ProblemKind.IMAGE_MISSING, "gone")
+    post.fail("load_image", ProblemKind.IMAGE_MISSING, "gone")
     return post
 
 
@@ -53,7 +53,7 @@ def test_every_row_is_found_in_whatever_files_and_order_the_rows_lie(
     with TemporaryDirectory() as folder:
         write(Path(folder), [block for block in cut if block])
         storage = LocalStorage(folder)
-        results = PassResults.of(storage, StagedRows(storage, "").files(), again={StageName.LOAD_IMAGE})
+        results = PassResults.of(storage, StagedRows(storage, "").files(), again={"load_image"})
         posts = (Post(f"{row_id}", "text", row_id=row_id, image_bytes=b"%d" % row_id) for row_id in asked)
         merged = list(results.merged(file, posts))
     assert [post.row_id for post in merged] == asked

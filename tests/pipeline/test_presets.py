@@ -24,8 +24,8 @@ from gem_ray.data.shards import write_posts
 from gem_ray.model_check import CHECKS, check_models, stages_to_check
 from gem_ray.model_references import model_keys, reference_at
 from gem_ray.pipeline.run import RunError, annotate_dataset
-from gem_ray.records import StageName
 from gem_ray.rerank.llava import load_llava
+from gem_ray.stages import find_stage
 
 CPU = {
     "Salesforce/blip-itm-base-coco": replicas.blip_itm,
@@ -121,7 +121,7 @@ def test_cpu_runs_from_the_download_to_boxes_with_no_other_setting(annotate: Run
 ALL_PASSES = (
     "--preset=one-gpu",
     "--set=device=cpu",
-    *(f"--set=pipeline.{stage}.num_gpus=0" for stage in ("knowledge", "tag", "rerank", "ground")),
+    *(f"--set=pipeline.pools.{stage}.num_gpus=0" for stage in ("knowledge", "tag", "rerank", "ground")),
     "--set=knowledge.captioner=Salesforce/blip2-opt-2.7b",
     # vLLM's own tests ask it; here it would take a minute to start.
     "--set=reranker={enabled: true, engine: transformers, adapter: me/reranker-lora}",
@@ -150,29 +150,30 @@ def _everything(preset: str) -> Config:
     return load_config(preset, overrides=[change.removeprefix("--set=") for change in EVERYTHING])
 
 
-def _roles() -> list[tuple[str, StageName, str]]:
+def _roles() -> list[tuple[str, str, str]]:
     named = {preset: load_config(preset) for preset in ("cpu", "one-gpu", "cluster")}
     named["everything"] = _everything("one-gpu")
     return [
-        (preset, stage, role)
+        (preset, spec.name, role)
         for preset, config in named.items()
-        for stage in stages_to_check(config)
-        for role, key in model_keys(stage, config).items()
+        for spec in stages_to_check(config)
+        for role, key in model_keys([spec], config).items()
         if not str(reference_at(config, key)).startswith("nano:")
     ]
 
 
 @pytest.mark.parametrize(("preset", "stage", "role"), _roles())
 def test_a_missing_tensor_of_any_model_is_named_by_the_check(
-    hub: Path, monkeypatch: pytest.MonkeyPatch, preset: str, stage: StageName, role: str
+    hub: Path, monkeypatch: pytest.MonkeyPatch, preset: str, stage: str, role: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     config = _everything("one-gpu") if preset == "everything" else load_config(preset)
-    check_models(stage, config)
-    reference = reference_at(config, model_keys(stage, config)[role])
+    stages = [find_stage(stage)]
+    check_models(stages, config)
+    reference = reference_at(config, model_keys(stages, config)[role])
     with without_a_tensor(snapshot(hub, str(reference))) as name, pytest.raises(ValueError, match="missing") as caught:
-        check_models(stage, config)
+        check_models(stages, config)
     assert ".".join(name.split(".")[-2:]) in str(caught.value)  # a model's names may begin otherwise than its file's
 
 

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from gem_ray.config import Config
+from gem_ray.config import Config, merge_trees, parse_config
 from gem_ray.data.generated import generate
 from gem_ray.data.listing import MARKER
 from gem_ray.data.output import run_ids
 from gem_ray.data.shards import ROWS_BITS, write_posts
-from gem_ray.pipeline.graph import StageActor
+from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory, RunFolder
 from gem_ray.records import Status
@@ -48,7 +48,7 @@ def files_of(output: Path) -> set[Path]:
 def breaking_at(file: int) -> type:
     """Actors that fail with the first row of a file of the input, counted from 0."""
 
-    class Breaking(StageActor):
+    class Breaking(PoolActor):
         def __call__(self, table: pa.Table) -> pa.Table:
             if (table["row_id"].to_numpy() >> ROWS_BITS == file).any():
                 self._ledger.set_failure("the card fell off the bus")
@@ -119,8 +119,8 @@ def test_old_annotations_stay_until_a_fresh_run_is_complete(
         ({"text": {"max_chars": 99}}, "text.max_chars: 10000 → 99"),
         ({"tagger": {"max_length": 64}}, r"tagger.max_length: \d+ → 64"),
         (
-            {"pipeline": {"passes": [["knowledge", "tag"], ["load_image", "rerank", "ground"]]}},
-            "pipeline.passes: None → ",
+            {"pipeline": {"pools": [{"stages": ["tag"]}, {"stages": ["ground"], "pass_number": 2}]}},
+            r"stages: \[\['prepare', 'tag', 'load_image'\]\] → ",
         ),
     ],
 )
@@ -129,9 +129,9 @@ def test_other_settings_on_the_same_output_are_refused(
 ) -> None:
     annotate_dataset(posts, tmp_path / "out", text_config, limit=3)
     before = files_of(tmp_path / "out")
-    sections = {name: getattr(text_config, name).model_copy(update=values) for name, values in change.items()}
+    changed = parse_config(merge_trees(text_config.model_dump(), change))
     with pytest.raises(ValueError, match=message):
-        annotate_dataset(posts, tmp_path / "out", text_config.model_copy(update=sections), limit=3)
+        annotate_dataset(posts, tmp_path / "out", changed, limit=3)
     with pytest.raises(ValueError, match="limit: 3 → None"):
         annotate_dataset(posts, tmp_path / "out", text_config)
     assert files_of(tmp_path / "out") == before

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gem_ray.annotator import Annotator, models_of
-from gem_ray.config import Config, PipelineConfig
+from gem_ray.config import Config, StagePool
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.pipeline.run import RunError, annotate_dataset
@@ -55,10 +55,8 @@ def test_passes_give_the_rows_of_one_execution(
     run: Run, dataset: Path, config: Config, tmp_path: Path, assert_same: Callable[[Any, Any], None]
 ) -> None:
     in_passes = config.model_copy(deep=True)
-    in_passes.pipeline = PipelineConfig.model_validate(
-        config.pipeline.model_dump()
-        | {"passes": [["prepare", "knowledge", "tag", "load_image", "rerank"], ["load_image", "ground"]]}
-    )
+    pools = [StagePool(stages=["tag", "rerank"]), StagePool(stages=["ground"], pass_number=2)]
+    in_passes.pipeline = config.pipeline.model_copy(update={"pools": pools})
     summary = annotate_dataset(dataset, tmp_path / "out", in_passes)
     rows, expected = in_order(read_output(tmp_path / "out")), in_order(read_output(run[0]))
     for row in (*rows, *expected):
@@ -169,7 +167,7 @@ def test_model_that_cannot_be_loaded_ends_the_run_with_its_reason(
     (tmp_path / "tagger" / "config.json").write_text("{}")
     config = text_config.model_copy(deep=True)
     config.tagger.model = str(tmp_path / "tagger")
-    with pytest.raises(RunError, match=r"the stage tag cannot be loaded: .*config\.json is not a tagger's"):
+    with pytest.raises(RunError, match=r"a model cannot be loaded: .*config\.json is not a tagger's"):
         annotate_dataset(tmp_path / "posts", tmp_path / "out", config)
 
 
@@ -178,7 +176,7 @@ def test_too_many_actors_for_a_local_ray_are_refused_instead_of_hanging(
 ) -> None:
     write_posts(generate(1, seed=5), tmp_path / "posts")
     config = text_config.model_copy(deep=True)
-    config.pipeline.tag.num_cpus = 4
+    config.pipeline.pools[0].num_cpus = 4
     with pytest.raises(ValueError, match="needs at least 5 CPUs and Ray has 4"):
         annotate_dataset(tmp_path / "posts", tmp_path / "out", config)
 

@@ -11,7 +11,7 @@ from gem_ray.config import load_config
 from gem_ray.pipeline import session
 from gem_ray.planning.plan import PlanError
 
-ON_A_CARD = ["knowledge.captioner=null", "reranker.enabled=false", "grounder.enabled=false", "pipeline.passes=null"]
+ON_A_CARD = ["knowledge.captioner=null", "reranker.enabled=false", "grounder.enabled=false"]
 
 
 def test_models_that_the_card_of_this_machine_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import replicas
@@ -19,80 +19,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gem_ray import config as configuration
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.grounding.sam import load_sam
 from gem_ray.knowledge import captioner
 from gem_ray.planning import costs, stacks
+from gem_ray.planning.allocation import PlannedPool
 from gem_ray.planning.cards import CARDS, GIB
-from gem_ray.planning.costs import MATCHER_UTILISATION, UTILISATION, ModelNeed, Workload, stage_need
+from gem_ray.planning.costs import (
+    MATCHER_UTILISATION,
+    PROCESS_OVERHEAD,
+    UTILISATION,
+    ModelNeed,
+    Need,
+    Workload,
+    pool_need,
+)
 from gem_ray.planning.model_facts import count_parameters, read_shape
-from gem_ray.planning.plan import Plan, PlanError, make_plan, measured_seconds, passes_of
-from gem_ray.planning.pools import Pool
+from gem_ray.planning.plan import Plan, PlanError, make_plan, measured_seconds
 from gem_ray.planning.published import PUBLISHED
-from gem_ray.records import StageName
+from gem_ray.planning.table import print_plan
+from gem_ray.pools import passes_of
+from gem_ray.stages import STAGES, StageSpec
 from gem_ray.tagger.checkpoint import load_tagger
 
-PASSES = "pipeline.passes=[[prepare, knowledge], [tag, load_image, rerank], [load_image, ground]]"
+# Of `nano`, each stage in actors of its own.
+APART = "pipeline.pools=[{stages: [tag]}, {stages: [rerank]}, {stages: [ground]}]"
 USABLE = 0.95
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 Shape = dict[str, Any]
 
 
-def pools_of(plan: Plan) -> dict[str, Pool]:
-    return {str(pool.stage): pool for one in plan.passes for pool in one.pools}
+def pools_of(plan: Plan) -> dict[str, PlannedPool]:
+    return {pool.name: pool for one in plan.passes for pool in one.pools}
+
+
+def stage_need(stage: str, config: Config, card_memory: int = 0, work: Workload | None = None) -> Need:
+    """Of a stage alone, with the batches of the pool that lists it."""
+    (batch_size,) = [pool.batch_size for pool in config.pipeline.pools if stage in pool.stages]
+    return pool_need([stage], config, batch_size, card_memory, work)
 
 
 def refusal(config: Config, **cluster: float) -> str:
     with pytest.raises(PlanError) as caught:
         make_plan(config, **cluster).check()
     return str(caught.value)
-
-
-# Passes
-
-
-def test_the_configuration_knows_the_stages_and_their_order() -> None:
-    assert list(get_args(configuration.Stage)) == list(StageName)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ([], ["prepare tag load_image rerank ground"]),
-        (
-            [PASSES, "knowledge.captioner=x"],
-            ["prepare knowledge", "tag load_image rerank", "load_image ground"],
-        ),
-        ([PASSES], ["prepare tag load_image rerank", "load_image ground"]),
-        ([PASSES, "reranker.enabled=false"], ["prepare tag", "load_image ground"]),
-        ([PASSES, "reranker.enabled=false", "grounder.enabled=false"], ["prepare tag load_image"]),
-    ],
-)
-def test_passes_hold_the_active_stages_and_load_images_where_they_are_looked_at(
-    overrides: list[str], expected: list[str]
-) -> None:
-    assert [" ".join(stages) for stages in passes_of(load_config(overrides=overrides))] == expected
-
-
-@pytest.mark.parametrize(
-    ("passes", "says"),
-    [
-        ("[]", "together the passes must hold"),
-        ("[[prepare, knowledge, tag]]", "together the passes must hold"),
-        ("[[prepare, tag, load_image, rerank], [knowledge, load_image, ground]]", "in this order"),
-        ("[[knowledge, prepare]]", "pass 1 must hold stages in the order"),
-        ("[[prepare, knowledge, tag], []]", "pass 2 must hold stages"),
-        ("[[prepare, knowledge, tag, load_image, rerank], [ground]]", "pass 2 looks at images"),
-        ("[[prepare, prepare]]", "pass 1 must hold stages"),
-        ("[[prepare, bake]]", "ground"),
-    ],
-)
-def test_passes_that_are_no_partition_are_refused_by_key(passes: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=r"pipeline\.passes") as caught:
-        load_config(overrides=[f"pipeline.passes={passes}"])
-    assert says in str(caught.value)
 
 
 # The presets with every model that they leave out, and with models of one's own.
@@ -205,7 +176,7 @@ def test_published_sizes_are_those_of_the_architecture(reference: str) -> None:
 
 
 def test_weights_of_llava_are_two_bytes_for_each_of_its_published_parameters() -> None:
-    (model, _adapter) = stage_need(StageName.RERANK, full("one-gpu"), 24 * GIB).models
+    (model, _adapter) = stage_need("rerank", full("one-gpu"), 24 * GIB).models
     assert model.weights == pytest.approx(7.06e9 * 2, rel=0.02)  # "7.06B params", says the hub
 
 
@@ -215,16 +186,16 @@ def test_an_adapter_of_vllm_is_as_large_as_peft_makes_it() -> None:
     linear = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     with torch.device("meta"):
         model = get_peft_model(llava(layers=2), LoraConfig(r=64, target_modules=linear))
-    (_llava, adapter) = stage_need(StageName.RERANK, full("one-gpu"), 24 * GIB).models
+    (_llava, adapter) = stage_need("rerank", full("one-gpu"), 24 * GIB).models
     assert adapter.parameters == 16 * model.get_nb_trainable_parameters()[0]  # 32 layers
     several = full("one-gpu", "reranker.adapters={a: models/a, b: models/b}")
-    (_llava, adapters) = stage_need(StageName.RERANK, several, 24 * GIB).models
+    (_llava, adapters) = stage_need("rerank", several, 24 * GIB).models
     assert adapters.parameters == 3 * adapter.parameters  # vLLM keeps a place for each
 
 
 def test_cached_keys_and_values_by_hand() -> None:
     # A key and a value of 128 numbers for each of 32 heads in 32 layers, in two bytes, for 1,024 tokens.
-    (model, _adapter) = stage_need(StageName.RERANK, full("one-gpu"), 24 * GIB).models
+    (model, _adapter) = stage_need("rerank", full("one-gpu"), 24 * GIB).models
     assert model.kv_cache == 2 * 128 * 32 * 32 * 2 * 1024 == GIB // 2
     # Eight heads share each key and value of Llama 3: 128 KiB a token.
     grouped = stacks.llama(PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"].shape, tokens=1)
@@ -278,7 +249,7 @@ def figures_of_the_h200(name: str) -> dict[str, Any]:
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def needs_of_the_benchmark(stage: StageName, *overrides: str) -> dict[str, ModelNeed]:
+def needs_of_the_benchmark(stage: str, *overrides: str) -> dict[str, ModelNeed]:
     """Models of a stage for posts like those: each with an image and three entities, hard and seen."""
     posts = Workload(
         entities=3, with_entities=1, hard=3, with_hard=1, with_boxes=1, with_other_boxes=1, prompt_tokens=87
@@ -296,7 +267,7 @@ def needs_of_the_benchmark(stage: StageName, *overrides: str) -> dict[str, Model
             (
                 "grounder.matcher.image_batch_size={0}",
                 "grounder.matcher.batch_size={1}",
-                "pipeline.ground.batch_size={0}",
+                "pipeline.pools.ground.batch_size={0}",
             ),
         ),
         ("sam", "sam_encoder", ("grounder.boxes.sam.batch_size={0}", "grounder.boxes.text_first=[]")),
@@ -309,7 +280,7 @@ def test_speed_and_memory_of_the_grounder_are_those_that_an_h200_had(
     for row in rows[-3:]:
         settings = [each.format(row["batch"], 3 * row["batch"]) for each in batches]
         large = "grounder.matcher.model=Salesforce/blip-itm-large-coco"
-        model = needs_of_the_benchmark(StageName.GROUND, large, *settings)[role]
+        model = needs_of_the_benchmark("ground", large, *settings)[role]
         assert (model.weights + model.activations) / 1e9 == pytest.approx(row["memory_gb"], rel=0.1)
     fastest = max(row["images_per_second"] for row in rows)
     assert 1 / model.seconds(CARDS["h200"]) == pytest.approx(fastest, rel=0.05)
@@ -317,12 +288,12 @@ def test_speed_and_memory_of_the_grounder_are_those_that_an_h200_had(
 
 def test_speed_of_the_transformers_reranker_is_that_which_an_h200_had() -> None:
     fastest = max(point["entities_per_second"] for point in figures_of_the_h200("reranker-gpu")["curve"])
-    model = needs_of_the_benchmark(StageName.RERANK, "reranker.engine=transformers")["reranker"]
+    model = needs_of_the_benchmark("rerank", "reranker.engine=transformers")["reranker"]
     assert 3 / model.seconds(CARDS["h200"]) == pytest.approx(fastest, rel=0.05)
 
 
 def test_what_nobody_measured_is_planned_with_what_is_assumed() -> None:
-    models = needs_of_the_benchmark(StageName.GROUND, "grounder.boxes.sam.dtype=float32")
+    models = needs_of_the_benchmark("ground", "grounder.boxes.sam.dtype=float32")
     assert models["text_segmenter"].utilisation == models["sam"].utilisation == UTILISATION
     assert models["matcher"].utilisation == MATCHER_UTILISATION != UTILISATION
 
@@ -350,9 +321,9 @@ def test_memory_and_operations_of_the_embedded_matchers_image_encoder() -> None:
 
 def test_a_larger_batch_or_a_wider_dtype_needs_more() -> None:
     config = full("one-gpu")
-    base = stage_need(StageName.GROUND, config).memory
+    base = stage_need("ground", config).memory
     for change in ("grounder.boxes.sam.batch_size=16", "grounder.boxes.sam.dtype=float32"):
-        assert stage_need(StageName.GROUND, full("one-gpu", change)).memory > 1.3 * base
+        assert stage_need("ground", full("one-gpu", change)).memory > 1.3 * base
 
 
 # Fitting
@@ -361,7 +332,7 @@ def test_a_larger_batch_or_a_wider_dtype_needs_more() -> None:
 def test_one_card_of_24_gb_holds_every_pass() -> None:
     plan = make_plan(full("one-gpu"), gpus=1, gpu_memory_gb=24)
     plan.check()
-    assert [" ".join(one.names) for one in plan.passes] == [
+    assert [" ".join(one.stages) for one in plan.passes] == [
         "prepare knowledge",
         "tag load_image rerank",
         "load_image ground",
@@ -414,18 +385,21 @@ def test_the_smaller_settings_of_a_refusal_do_fit() -> None:
 
 
 def test_stages_that_do_not_fit_at_once_are_refused_with_passes_that_do() -> None:
-    at_once = ["pipeline.passes=null"]
+    at_once = [f"pipeline.pools.{stage}.pass_number=1" for stage in ("knowledge", "tag", "rerank", "ground")]
     message = refusal(full("one-gpu", *at_once), gpus=1, gpu_memory_gb=24)
     assert "pass 1 needs 3 GPUs or more" in message
-    passes = message.partition("--set '")[2].rstrip("'")
-    make_plan(full("one-gpu", passes), gpus=1, gpu_memory_gb=24).check()
+    assert "It fits in 3 passes" in message
+    (pools,) = re.findall(r"--set '([^']*)'", message)
+    config = full("one-gpu", *at_once, pools)
+    make_plan(config, gpus=1, gpu_memory_gb=24).check()
+    assert config == full("one-gpu")
 
 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("pipeline.ground.num_gpus=0.1", "set pipeline.ground.num_gpus to 0.17 or more"),
-        ("pipeline.rerank.num_gpus=0.7", "pipeline.rerank.num_gpus to 0.85 or more"),
+        ("pipeline.pools.ground.num_gpus=0.1", "set pipeline.pools.ground.num_gpus to 0.17 or more"),
+        ("pipeline.pools.rerank.num_gpus=0.7", "pipeline.pools.rerank.num_gpus to 0.85 or more"),
         ("reranker.gpu_memory_utilization=1", "set reranker.gpu_memory_utilization to 0.80 or less"),
         ("reranker.gpu_memory_utilization=0.5", "set reranker.gpu_memory_utilization to 0.65 or more"),
     ],
@@ -436,6 +410,118 @@ def test_a_share_that_is_too_small_is_refused_with_the_one_that_is_not(override:
 
 def test_no_card_at_all_is_refused_where_one_is_asked_for() -> None:
     assert "--gpus says 0" in refusal(full("one-gpu"))
+
+
+def test_passes_are_proposed_with_all_that_the_pools_have_and_around_the_passes_that_there_are() -> None:
+    pools = [
+        "{stages: [knowledge], num_gpus: 1, batch_size: 8}",  # off
+        "{stages: [tag], num_gpus: 0.2, batch_size: 256, threads: 3, pass_number: 2}",
+        "{stages: [rerank], num_gpus: 0.85, num_cpus: 4, pass_number: 2}",
+        "{stages: [ground], num_gpus: 0.5, pass_number: 3}",
+    ]
+    given = f"pipeline.pools=[{', '.join(pools)}]"
+    off = "knowledge.captioner=null"
+    message = refusal(full("one-gpu", off, given), gpus=1, gpu_memory_gb=24)
+    assert "pass 1 needs 2 GPUs or more (tag 1 × 0.2, rerank 1 × 0.85)" in message
+    (proposed,) = re.findall(r"It fits in 3 passes: --set '([^']*)'", message)
+    config = full("one-gpu", off, proposed)
+    plan = make_plan(config, gpus=1, gpu_memory_gb=24)
+    plan.check()
+    assert [[pool.name for pool in one.pools] for one in plan.passes] == [["tag"], ["rerank"], ["ground"]]
+    before = full("one-gpu", off, given).pipeline.pools
+    assert [pool.model_copy(update={"pass_number": 1}) for pool in config.pipeline.pools] == [
+        pool.model_copy(update={"pass_number": 1}) for pool in before
+    ]
+
+
+def test_passes_are_not_proposed_where_a_pool_fits_in_none() -> None:
+    message = refusal(full("one-gpu", "pipeline.pools.ground={min_actors: 2, max_actors: 2}"), gpus=1, gpu_memory_gb=24)
+    assert message.endswith("Lower min_actors or num_gpus under `pipeline.pools`, or give it more")
+
+
+# Stages that share actors
+
+ALL = "pipeline.pools=[{stages: [knowledge, tag, rerank, ground], num_gpus: 1, batch_size: 32}]"
+
+
+def test_stages_of_a_pool_keep_all_weights_and_the_largest_activations() -> None:
+    config = full("one-gpu", ALL, "reranker.engine=transformers")
+    together = pool_need(["knowledge", "tag", "rerank", "ground"], config, 32, 80 * GIB)
+    alone = [pool_need([stage], config, 32, 80 * GIB) for stage in ("knowledge", "tag", "rerank", "ground")]
+    kept = sum(model.weights + model.kv_cache for need in alone for model in need.models)
+    assert together.memory == PROCESS_OVERHEAD + kept + max(need.activations for need in alone)
+    assert [model.role for model in together.models] == [model.role for need in alone for model in need.models]
+    card = CARDS["h100"]
+    assert together.seconds(card) == pytest.approx(sum(need.seconds(card) for need in alone))
+
+
+def test_each_engine_of_a_pool_is_a_process_of_its_own_beside_the_pools() -> None:
+    config = full("cluster", IN_PROCESS, ALL)
+    together = pool_need(["knowledge", "tag", "rerank", "ground"], config, 32, 80 * GIB)
+    beside = [model for model in together.models if model.role not in ("explainer", "reranker", "reranker_adapter")]
+    shares = (0.5 + 0.38) * 80 * GIB  # what the configuration lets vLLM take
+    fixed = sum(model.weights + model.kv_cache for model in beside) + max(model.activations for model in beside)
+    assert together.held == pytest.approx(PROCESS_OVERHEAD + fixed + shares, abs=2)
+    assert together.overhead == 3 * PROCESS_OVERHEAD
+    assert together.memory < together.held
+
+
+def test_a_stage_that_the_plan_does_not_know_costs_nothing_and_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = make_plan(load_config())
+    emoji = StageSpec("emoji", lambda config: list)
+    monkeypatch.setattr("gem_ray.stages.STAGES", [*STAGES[:3], emoji, *STAGES[3:]])
+    config = load_config(overrides=["pipeline.pools=[{stages: [tag, emoji, rerank, ground], max_actors: null}]"])
+    plan = make_plan(config)
+    plan.check()
+    assert pools_of(plan)["tag-emoji-rerank-ground"].need == pools_of(before)["tag-rerank-ground"].need
+    assert plan.notes == ("not in it: the stage emoji, of which the plan does not know what it needs",)
+
+
+def test_a_pool_that_is_too_large_is_refused_with_one_for_each_stage() -> None:
+    message = refusal(full("one-gpu", ALL), gpus=1, gpu_memory_gb=24)
+    assert "knowledge-tag-rerank-ground needs" in message
+    (proposed,) = re.findall(r"with a pool and a pass for each of its stages: --set '([^']*)'", message)
+    config = full("one-gpu", proposed)
+    plan = make_plan(config, gpus=1, gpu_memory_gb=24)
+    plan.check()
+    assert [one.stages for one in plan.passes] == [
+        ["prepare", "knowledge"],
+        ["tag"],
+        ["load_image", "rerank"],
+        ["load_image", "ground"],
+    ]
+    assert all(pool.batch_size == 32 for pool in config.pipeline.pools)
+
+
+def test_a_pool_between_others_is_taken_apart_without_moving_a_stage_before_another() -> None:
+    pools = "pipeline.pools=[{stages: [knowledge], num_gpus: 1}, {stages: [tag, rerank], num_gpus: 1}, \
+{stages: [ground], num_gpus: 1}]"
+    wide = ["reranker.gpu_memory_utilization=0.7", "tagger.batch_tokens=400000"]
+    message = refusal(full("one-gpu", pools, *wide), gpus=3, gpu_memory_gb=24)
+    (proposed,) = re.findall(r"for each of its stages: --set '([^']*)'", message)
+    plan = make_plan(full("one-gpu", proposed, *wide), gpus=3, gpu_memory_gb=24)
+    plan.check()
+    names = [[pool.name for pool in one.pools] for one in plan.passes]
+    assert names == [["knowledge"], ["tag"], ["rerank"], ["ground"]]
+
+
+def test_a_pool_that_is_too_large_may_do_without_some_of_its_stages() -> None:
+    message = refusal(full("one-gpu", ALL), gpus=1, gpu_memory_gb=24)
+    ways = re.findall(r"--set ([a-z.]+=(?:null|false))", message.partition("do without: ")[2])
+    assert ways == ["knowledge.captioner=null", "reranker.enabled=false"]
+    for way in ways:
+        plan = make_plan(full("one-gpu", ALL, way), gpus=1, gpu_memory_gb=24)
+        assert not any("a 24 GB card has" in problem for problem in plan.problems)
+
+
+@pytest.mark.parametrize("preset", ["nano", "cpu", "one-gpu", "cluster"])
+def test_a_plan_given_back_as_configuration_has_the_same_stages_in_the_same_pools(preset: str) -> None:
+    given = load_config(preset)
+    overlay = make_plan(given, gpus=8, gpu_memory_gb=80).overlay()
+    planned = load_config(preset, **overlay)
+    assert [[pool.stages for pool in pools] for pools in passes_of(planned)] == [
+        [pool.stages for pool in pools] for pools in passes_of(given)
+    ]
 
 
 # Sharing
@@ -450,7 +536,7 @@ def test_64_cards_make_all_stages_equally_fast() -> None:
     rates = [pool.posts_per_second for pool in pools.values()]
     assert max(rates) / min(rates) < 1.25
     for name, pool in pools.items():
-        placement = getattr(config.pipeline, name)
+        (placement,) = [each for each in config.pipeline.pools if name in each.stages]
         assert placement.min_actors <= pool.actors <= placement.max_actors
         assert pool.source == "estimate"
     half = make_plan(config, gpus=32, gpu_memory_gb=80)
@@ -462,15 +548,15 @@ def test_the_planned_pools_can_be_run_as_configuration(tmp_path: Path) -> None:
     file = tmp_path / "planned.yaml"
     file.write_text(json.dumps(plan.to_dict()["config"]))
     planned = load_config("cluster", file)
-    for name, pool in pools_of(plan).items():
-        assert getattr(planned.pipeline, name).max_actors == pool.actors
+    actors = {name: pool.actors for name, pool in pools_of(plan).items()}
+    assert {"-".join(pool.stages): pool.max_actors for pool in planned.pipeline.pools} == actors
 
 
 def test_a_pool_never_outgrows_its_bound() -> None:
-    config = full("cluster", "pipeline.rerank.max_actors=3")
+    config = full("cluster", "pipeline.pools.rerank.max_actors=3")
     plan = make_plan(config, gpus=64, gpu_memory_gb=80)
     assert pools_of(plan)["rerank"].actors == 3
-    assert plan.bottleneck.stage == "rerank"
+    assert plan.bottleneck.name == "rerank"
 
 
 def test_speeds_follow_the_card() -> None:
@@ -495,18 +581,36 @@ def test_the_embedded_models_fit_on_cpus_at_speeds_that_nobody_claims_to_know() 
 
 
 def test_too_few_cpus_are_refused() -> None:
-    assert "pass 1 needs 4 CPUs or more" in refusal(load_config(), cpus=2)
-    make_plan(load_config(), cpus=4).check()
+    apart = load_config(overrides=[APART])
+    assert "pass 1 needs 4 CPUs or more" in refusal(apart, cpus=3)
+    make_plan(apart, cpus=4).check()
+    assert "pass 1 needs 2 CPUs or more" in refusal(load_config(), cpus=1)
+    make_plan(load_config(), cpus=2).check()
 
 
 def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run(tmp_path: Path) -> None:
     run = tmp_path / "run.json"
     run.write_text(json.dumps({"annotated": 100, "stage_seconds": {"tag": 1, "rerank": 2, "ground": 8}}))
-    wide = [f"pipeline.{stage}.max_actors=16" for stage in ("tag", "rerank", "ground")]
-    plan = make_plan(load_config(overrides=wide), cpus=12, measured=measured_seconds(run))
+    wide = [f"pipeline.pools.{stage}.max_actors=16" for stage in ("tag", "rerank", "ground")]
+    plan = make_plan(load_config(overrides=[APART, *wide]), cpus=12, measured=measured_seconds(run))
     assert {name: pool.actors for name, pool in pools_of(plan).items()} == {"tag": 1, "rerank": 2, "ground": 8}
     assert plan.passes[0].posts_per_second == pytest.approx(100)
     assert plan.posts_per_hour == pytest.approx(360_000)
+    shared = make_plan(load_config(), cpus=12, measured=measured_seconds(run))
+    assert {name: pool.actors for name, pool in pools_of(shared).items()} == {"tag-rerank-ground": 11}
+    assert shared.passes[0].posts_per_second == pytest.approx(100)  # 0.11 seconds a post, one stage after the other
+
+
+def test_a_pool_without_a_bound_is_bounded_by_what_it_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert pools_of(make_plan(load_config()))["tag-rerank-ground"].actors == 6
+    assert pools_of(make_plan(load_config(), cpus=4))["tag-rerank-ground"].actors == 3
+    sharing = load_config(overrides=["pipeline.pools.tag.num_gpus=0.1"])
+    assert pools_of(make_plan(sharing, gpus=2))["tag-rerank-ground"].actors == 20  # more than CPUs of this machine
+    bounded = load_config(
+        overrides=[APART, *[f"pipeline.pools.{each}.max_actors=9" for each in ("tag", "rerank", "ground")]]
+    )
+    assert [pool.actors for pool in pools_of(make_plan(bounded)).values()] == [9, 9, 9]
 
 
 # What is not there
@@ -517,7 +621,7 @@ def test_an_unknown_model_is_named_with_its_key_and_a_remedy() -> None:
         make_plan(load_config(overrides=["tagger.model=models/none"]))
     assert "pipeline.built_like={models/none: " in str(caught.value)
     known = ["tagger.model=models/none", "pipeline.built_like={models/none: FacebookAI/roberta-base}"]
-    (tagger,) = pools_of(make_plan(load_config(overrides=known)))["tag"].need.models
+    (tagger,) = pools_of(make_plan(load_config(overrides=[APART, *known])))["tag"].need.models
     assert tagger.parameters == PUBLISHED["FacebookAI/roberta-base"].parameters
 
 
@@ -533,19 +637,20 @@ def test_an_explainer_behind_an_endpoint_is_noted_and_not_planned() -> None:
 
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
+ENGINES = "knowledge.explainer", "reranker"
 IN_PROCESS = f"knowledge.explainer={{engine: vllm, model: {LLAMA}, dtype: bfloat16}}"
 
 
 def test_an_explainer_in_the_process_is_planned_beside_the_captioner() -> None:
-    config = full("cluster", IN_PROCESS, "pipeline.knowledge.num_gpus=0.8")
+    config = full("cluster", IN_PROCESS, "pipeline.pools.knowledge.num_gpus=0.8")
     plan = make_plan(config, gpus=8, gpu_memory_gb=80)
     plan.check()
     assert plan.notes == ()
-    need = pools_of(plan)[StageName.KNOWLEDGE].need
+    need = pools_of(plan)["knowledge"].need
     captioner, explainer = need.models
     assert explainer.weights == 2 * PUBLISHED[LLAMA].parameters
     assert explainer.kv_cache == 4096 * 128 * 1024  # grouped keys and values: 128 KiB a token
-    alone = stage_need(StageName.KNOWLEDGE, full("cluster"), 80 * GIB)
+    alone = stage_need("knowledge", full("cluster"), 80 * GIB)
     assert need.held == alone.memory + 40 * GIB  # what the captioner needs, and half a card for vLLM
     assert captioner.weights == alone.models[0].weights
     # Its answers are decoded token by token: the slowest stage, unless it gets more actors.
@@ -555,10 +660,10 @@ def test_an_explainer_in_the_process_is_planned_beside_the_captioner() -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ([], "its share of 0.2 has 15.2 usable: set pipeline.knowledge.num_gpus to 0.35"),
-        (["pipeline.knowledge.num_gpus=0.5"], "beside 8.5 GiB of the captioner"),
+        ([], "its share of 0.2 has 15.2 usable: set pipeline.pools.knowledge.num_gpus to 0.35"),
+        (["pipeline.pools.knowledge.num_gpus=0.5"], "beside 8.5 GiB of the captioner"),
         (
-            ["pipeline.knowledge.num_gpus=1", "knowledge.explainer.gpu_memory_utilization=0.2"],
+            ["pipeline.pools.knowledge.num_gpus=1", "knowledge.explainer.gpu_memory_utilization=0.2"],
             "set knowledge.explainer.gpu_memory_utilization to 0.23 or more",
         ),
     ],
@@ -571,11 +676,15 @@ def test_an_explainer_without_room_is_refused_with_what_gives_it_some(overrides:
     ("preset", "memory_gb", "overrides"),
     [
         ("cluster", 80, [IN_PROCESS]),
-        ("cluster", 80, [IN_PROCESS, "pipeline.knowledge.num_gpus=0.35"]),
+        ("cluster", 80, [IN_PROCESS, "pipeline.pools.knowledge.num_gpus=0.35"]),
         ("cluster", 80, [IN_PROCESS, "knowledge.explainer.gpu_memory_utilization=1"]),
-        ("cluster", 80, ["pipeline.rerank.num_gpus=0.2", "reranker.gpu_memory_utilization=0.2"]),
-        ("cluster", 80, ["pipeline.rerank.num_gpus=0.1", "reranker.gpu_memory_utilization=1"]),
-        ("one-gpu", 24, ["pipeline.rerank.num_gpus=0.68", "reranker.gpu_memory_utilization=0.6"]),
+        ("cluster", 80, ["pipeline.pools.rerank.num_gpus=0.2", "reranker.gpu_memory_utilization=0.2"]),
+        ("cluster", 80, ["pipeline.pools.rerank.num_gpus=0.1", "reranker.gpu_memory_utilization=1"]),
+        ("one-gpu", 24, ["pipeline.pools.rerank.num_gpus=0.68", "reranker.gpu_memory_utilization=0.6"]),
+        ("cluster", 80, [IN_PROCESS, ALL]),
+        ("cluster", 80, [IN_PROCESS, ALL, "pipeline.pools.tag.num_gpus=0.2"]),
+        ("cluster", 80, [IN_PROCESS, ALL, "reranker.gpu_memory_utilization=0.1"]),
+        ("cluster", 80, [IN_PROCESS, ALL, *[f"{each}.gpu_memory_utilization=1" for each in ENGINES]]),
     ],
 )
 def test_who_follows_the_advice_gets_a_plan_that_fits(preset: str, memory_gb: int, overrides: list[str]) -> None:
@@ -625,11 +734,24 @@ def test_the_command_prints_a_table_that_a_terminal_of_100_columns_holds() -> No
         assert words in " ".join(done.stdout.split())  # lines are wrapped
 
 
+def test_the_table_says_what_shares_an_actor_and_what_is_behind_an_endpoint(capsys) -> None:
+    asked = {"engine": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:8000/v1", "model": "llava"}}
+    explainer = {"base_url": "http://127.0.0.1:9/v1"}
+    print_plan(make_plan(load_config(reranker=asked, knowledge={"explainer": explainer}), cpus=2))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    endpoint = ["behind", "its", "endpoint"]
+    assert rows[1] == ["knowledge", *endpoint, "0.7", "0", "1", "?", "unknown"]
+    assert rows[2] == ["+", "tag", "nano:tagger", "0.1", "0.0", "7"]
+    assert rows[3] == ["+", "rerank", *endpoint]
+    assert [row[-4] for row in rows[4:7]] == ["nano:matcher", "nano:sam", "nano:text-segmenter"]
+    assert " ".join(rows[10]) == "pass 1: prepare + knowledge + tag + load_image + rerank + ground"
+
+
 def test_the_command_gives_json() -> None:
     done = gem_ray("--preset", "cluster", "--gpus", "64", "--gpu-memory", "80", "--json", *FULL_ARGUMENTS)
     plan = json.loads(done.stdout)
     assert plan["problems"] == []
-    assert [pool["stage"] for pool in plan["passes"][0]["pools"]] == ["knowledge", "tag", "rerank", "ground"]
+    assert [pool["name"] for pool in plan["passes"][0]["pools"]] == ["knowledge", "tag", "rerank", "ground"]
 
 
 def test_the_command_ends_with_2_where_it_does_not_fit() -> None:
@@ -650,7 +772,7 @@ def test_a_plan_loads_no_heavy_library() -> None:
 
 def test_a_reranker_behind_an_endpoint_needs_no_card() -> None:
     there = {"engine": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:8000/v1"}}
-    assert stage_need(StageName.RERANK, load_config(reranker=there)).models == ()
+    assert stage_need("rerank", load_config(reranker=there)).models == ()
 
 
 def test_a_reranker_that_reads_captions_is_as_large_as_its_language_model(tmp_path: Path) -> None:
@@ -658,11 +780,11 @@ def test_a_reranker_that_reads_captions_is_as_large_as_its_language_model(tmp_pa
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_attention_heads=2))
     model.save_pretrained(tmp_path)
     config = load_config(reranker={"engine": "text", "model": str(tmp_path), "adapter": None, "dtype": "float16"})
-    (reader,) = stage_need(StageName.RERANK, config).models
+    (reader,) = stage_need("rerank", config).models
     assert reader.weights == 2 * sum(parameter.numel() for parameter in model.parameters())
     assert reader.flops > 0
 
 
 def test_matchers_whose_needs_nobody_has_worked_out_are_refused_by_key() -> None:
     with pytest.raises(ConfigError, match=r"grounder\.matcher\.kind"):
-        stage_need(StageName.GROUND, load_config(grounder={"matcher": {"kind": "llava"}}))
+        stage_need("ground", load_config(grounder={"matcher": {"kind": "llava"}}))

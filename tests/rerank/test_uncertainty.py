@@ -86,9 +86,11 @@ def test_entropy_runs_from_0_to_the_logarithm_of_the_number_of_categories():
 
 
 def test_an_entity_is_hard_above_gamma_and_not_at_it():
-    uncertainty = UncertaintyFilter(FMNERG, gamma=0.2)
-    assert not uncertainty.is_hard(_entity(None, entropy=0.2))
-    assert uncertainty.is_hard(_entity(None, entropy=0.2001))
+    logits = _random_logits(3)
+    (entity,) = _filtered(logits[None])
+    for gamma, hard in ((entity.entropy, False), (0.999 * entity.entropy, True)):
+        (other,) = _filtered(logits[None], gamma)
+        assert (other.entropy, other.hard) == (entity.entropy, hard)
 
 
 def test_an_entity_without_logits_stays_as_it_is():
@@ -105,9 +107,9 @@ def test_gmner_offers_all_four_categories_whatever_k_is():
     assert sum(candidate.probability for candidate in entity.candidates) == pytest.approx(1, rel=GRAIN)
 
 
-def _filtered(logits: np.ndarray) -> list[Entity]:
+def _filtered(logits: np.ndarray, gamma: float = 0.2) -> list[Entity]:
     entities = [_entity(row.astype(np.float32)) for row in logits]
-    UncertaintyFilter(FMNERG)([Post("a", "x", entities=entities)])
+    UncertaintyFilter(FMNERG, gamma)([Post("a", "x", entities=entities)])
     return entities
 
 
@@ -119,34 +121,35 @@ def _noisy(logits: np.ndarray, seed: int) -> np.ndarray:
 def test_a_measured_gamma_decides_every_entity_alike_whatever_the_noise(seed, count, share):
     logits = np.random.default_rng(seed).normal(0, 3, (count, 103))
     quiet = [entity.entropy for entity in _filtered(logits)]
-    uncertainty = UncertaintyFilter(FMNERG, gamma=gamma_for_share(quiet, share))
+    gamma = gamma_for_share(quiet, share)
     gaps = np.diff(np.unique(quiet))
-    for entity, other in zip(_filtered(logits), _filtered(_noisy(logits, seed)), strict=True):
-        is_apart = abs(entity.entropy - uncertainty._gamma) > GRAIN * entity.entropy
-        assert not is_apart or uncertainty.is_hard(entity) == uncertainty.is_hard(other)
+    for entity, other in zip(_filtered(logits, gamma), _filtered(_noisy(logits, seed), gamma), strict=True):
+        is_apart = abs(entity.entropy - gamma) > GRAIN * entity.entropy
+        assert not is_apart or entity.hard == other.hard
         assert is_apart or gaps.min() < 4 * GRAIN * entity.entropy  # two of so few that are a step apart
-        assert uncertainty._gamma == 0 or entity.entropy != uncertainty._gamma
+        assert gamma == 0 or entity.entropy != gamma
 
 
 def test_entities_that_are_equal_but_for_noise_are_decided_and_ordered_alike():
     """The same mention in many batches: one that γ was measured on must not be decided by chance."""
     logits = np.repeat(np.random.default_rng(5).normal(0, 3, (8, 103)), 40, axis=0)
     logits[:, 1:21] = logits[:, 21:41]  # ten categories are as probable as ten others
-    entities = _filtered(_noisy(logits, 1))
-    uncertainty = UncertaintyFilter(FMNERG, gamma=gamma_for_share([entity.entropy for entity in entities], 0.5))
+    gamma = gamma_for_share([entity.entropy for entity in _filtered(_noisy(logits, 1))], 0.5)
+    entities = _filtered(_noisy(logits, 1), gamma)
     for mention in range(8):
         same = entities[40 * mention : 40 * (mention + 1)]
-        assert len({uncertainty.is_hard(entity) for entity in same}) == 1
-    assert sum(uncertainty.is_hard(entity) for entity in entities) == 160
+        assert len({entity.hard for entity in same}) == 1
+    assert sum(entity.hard for entity in entities) == 160
 
 
 def test_whoever_reads_the_row_can_decide_again():
-    entities = _filtered(np.random.default_rng(6).normal(0, 3, (300, 103)))
+    logits = np.random.default_rng(6).normal(0, 3, (300, 103))
+    gamma = _filtered(logits)[7].entropy  # as somebody may who copies it from a row
+    entities = _filtered(logits, gamma)
     rows = annotations_table([Post("a", "x", entities=entities)], "run", {}).to_pylist()[0]["entities"]
-    uncertainty = UncertaintyFilter(FMNERG, gamma=entities[7].entropy)  # as somebody may who copies it from a row
     for entity, row in zip(entities, rows, strict=True):
         assert row["entropy"] == entity.entropy
-        assert (row["entropy"] > entities[7].entropy) == uncertainty.is_hard(entity)
+        assert (row["entropy"] > gamma) == row["hard"] == entity.hard
         assert row["candidates"] == [vars(candidate) for candidate in entity.candidates]
 
 

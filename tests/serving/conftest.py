@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ import uvicorn
 import yaml
 
 from gem_ray.data.generated import generate
+from gem_ray.noise import GRAIN
 from gem_ray.records import Post
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,20 @@ class Running:
         while not condition():
             assert time.monotonic() < deadline, "it did not come about"
             time.sleep(0.05)
+
+    @contextmanager
+    def standing_still(self, deployment: str) -> Iterator[list[int]]:
+        """The processes of a deployment do nothing while the block runs; gives their ids."""
+        processes = self.replicas(deployment)
+        assert processes
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):  # it was taken for dead, and replaced
+                    os.kill(process, signal.SIGCONT)
 
     def reload(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Change the config's file and say so."""
@@ -197,14 +212,22 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def service_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """As nano's, but vLLM reranks all that is a little uncertain, and a second tagger may be started."""
+    """As nano's, but vLLM reranks all that is a little uncertain, and a second tagger may be started.
+
+    The engine shares its process with the grounder.
+    """
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     values = nano_values()
     application = values["applications"][0]
     application["args"] |= {
         "reranker": {"engine": "vllm"},
-        "serving": {"tag": {"max_replicas": 2}, "stage_calls": None, "health_check_s": 1, "timeout_s": 110},
+        "serving": {
+            "pools": [{"stages": ["tag"], "max_replicas": 2}, {"stages": ["rerank", "ground"]}],
+            "stage_calls": None,
+            "health_check_s": 1,
+            "timeout_s": 110,
+        },
     }
     scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2}
     quick = {"upscale_delay_s": 1, "downscale_delay_s": 1, "metrics_interval_s": 1, "look_back_period_s": 2}
@@ -250,6 +273,12 @@ def assert_problem() -> Callable[[httpx.Response, int], dict[str, Any]]:
     return _assert_problem
 
 
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """Two answers are equal, up to the float noise of other batches, which may move a rounded number by a step."""
+    return _assert_same
+
+
 @contextmanager
 def _listening(app: Any, host: str = "127.0.0.1") -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=0, log_level="error", lifespan="off"))
@@ -271,3 +300,18 @@ def _assert_problem(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert problem["status"] == status
     assert not any(word in answer.text for word in ("Traceback", "gem_ray/", "site-packages", ".py"))
     return problem
+
+
+def _assert_same(left: Any, right: Any, where: str = "") -> None:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            _assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            _assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(left, float):
+        assert left == pytest.approx(right, abs=1e-4, rel=2.001 * GRAIN), where
+    else:
+        assert left == right, where

@@ -59,7 +59,7 @@ def test_an_answer_holds_the_fields_of_a_row_and_how_it_came_about(service, show
     models = {model["role"]: model["reference"] for model in answer["models"]}
     assert models.keys() == set().union(*(roles[stage] for stage in needed))
     assert models["tagger"].startswith("nano:tagger@")
-    assert {"prepare", "tag", "load_image", "ground"} <= answer["seconds"].keys()
+    assert {"prepare", "tag", "load_image", "ground", "waiting"} <= answer["seconds"].keys()
     assert answer["gamma"] == 0.2
 
 

@@ -40,11 +40,11 @@ def test_a_model_that_is_not_there_is_named(command, port):
 
 def test_cards_that_are_not_there_are_not_waited_for(command, port):
     process = command(
-        "serve", "--port", port(), "--set", "serving.tag.num_gpus=0.5", *TEXT_ONLY, CUDA_VISIBLE_DEVICES=""
+        "serve", "--port", port(), "--set", "serving.pools.tag.num_gpus=0.5", *TEXT_ONLY, CUDA_VISIBLE_DEVICES=""
     )
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "the replicas reserve 0.5 GPUs (num_gpus of each of min_replicas); there are 0 here" in out
+    assert "the replicas reserve 0.5 + 0.5 GPUs (num_gpus of each of min_replicas); there are 0 here" in out
 
 
 def test_the_ray_of_the_service_is_closed_by_a_token(service):

@@ -16,11 +16,10 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from gem_ray.annotator import active_stages
-from gem_ray.config import ConfigError, IngressReplicas, load_config
+from gem_ray.config import ConfigError, IngressReplicas, StagePool, load_config
 from gem_ray.planning.plan import make_plan
+from gem_ray.pools import serving_pools
 from gem_ray.serving import session
-from gem_ray.serving.app import DEPLOYED_STAGES
 from gem_ray.serving.schemas import IMPORT_PATH, file_schema, ours
 from gem_ray.serving.service import Service
 from gem_ray.serving.settings import INGRESS
@@ -55,12 +54,13 @@ def test_rays_schema_takes_it_and_knows_every_key(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_it_configures_the_deployments_that_there_are(file):
     config = load_config(**args_of(file))
-    there = {INGRESS, *(str(name) for name in active_stages(config) if name in DEPLOYED_STAGES)}
+    there = {INGRESS, *(pool.name for pool in serving_pools(config)[1])}
     deployments = yaml.safe_load(file.read_text())["applications"][0]["deployments"]
     named = {deployment["name"]: deployment.get("user_config") for deployment in deployments}
     assert named.keys() <= there
     assert named[INGRESS] == {"gamma": config.filter.gamma, "k": config.filter.k}
-    assert (named["ground"] or {}).get("threshold") == config.grounder.matcher.threshold  # none: the matcher's own
+    (grounding,) = (name for name in there if "ground" in name.split("-"))
+    assert (named[grounding] or {}).get("threshold") == config.grounder.matcher.threshold  # none: the matcher's own
 
 
 def test_only_the_clusters_listens_beyond_its_machine():
@@ -71,10 +71,10 @@ def test_only_the_clusters_listens_beyond_its_machine():
 @pytest.mark.parametrize(("name", "gpus", "memory_gb"), [("one-gpu", 1, 24), ("cluster", 2, 80)])
 def test_the_plan_finds_room_for_every_replicas_models_in_its_share_of_a_card(name, gpus, memory_gb):
     config = load_config(**args_of(FOLDER / f"{name}.yaml"))
-    config.pipeline.passes = None  # all at once, as replicas are
-    for stage in ("knowledge", "tag", "rerank", "ground"):
-        replicas, actors = getattr(config.serving, stage), getattr(config.pipeline, stage)
-        actors.num_gpus, actors.batch_size = replicas.num_gpus, replicas.batch_size
+    config.pipeline.pools = [  # all at once, as replicas are
+        StagePool(stages=pool.stages, num_gpus=pool.num_gpus, batch_size=pool.batch_size)
+        for pool in config.serving.pools
+    ]
     make_plan(config, gpus, memory_gb).check()
 
 
@@ -87,7 +87,7 @@ def test_what_is_no_serve_config_is_named(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"gama": 0.1}, {"gamma": -1}, {"k": 0}])
 def test_settings_that_are_none_are_refused_and_the_old_ones_stay(wrong):
-    service = Service(load_config(), {}, "run")
+    service = Service(load_config(), {"tag-rerank-ground": None}, "run")
     service.reconfigure({"gamma": 0.3})
     with pytest.raises(ValueError, match=next(iter(wrong))):
         service.reconfigure(wrong)
@@ -99,9 +99,9 @@ def test_settings_that_are_none_are_refused_and_the_old_ones_stay(wrong):
     [
         ("ingress", {"gamma": -1}),
         ("ingress", {"threshold": 0.1}),
-        ("ground", {"threshold": 2}),
-        ("ground", {"k": 2}),
-        ("tag", {"k": 2}),
+        ("tag-rerank-ground", {"threshold": 2}),
+        ("tag-rerank-ground", {"k": 2}),
+        ("tag-rerank-ground", {"gamma": 0.3}),
     ],
 )
 def test_wrong_settings_in_a_file_are_named_before_serve_sees_them(tmp_path, deployment, user_config):
@@ -112,7 +112,12 @@ def test_wrong_settings_in_a_file_are_named_before_serve_sees_them(tmp_path, dep
         file_schema(tmp_path / "x.yaml")
 
 
+APART = [{"stages": ["tag"]}, {"stages": ["rerank"]}, {"stages": ["ground"]}]
+
+
 def schema_with(tmp_path, *deployments, **args):
+    """Of `nano`, with a pool for each stage unless `serving` says otherwise."""
+    args["serving"] = {"pools": APART} | args.get("serving", {})
     values = yaml.safe_load((FOLDER / "nano.yaml").read_text())
     values["applications"][0] |= {"deployments": [*deployments], "args": {"preset": "nano"} | args}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
@@ -126,10 +131,10 @@ def test_what_serves_own_keys_say_of_replicas_holds_for_the_ingress_and_the_loca
         {"name": "rerank", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.25}},
         {"name": "ground", "num_replicas": "auto"},
         {"name": "ingress", "num_replicas": 4},
-        serving={"stage_calls": 2, "rerank": {"batch_size": 5, "num_gpus": 0.5}},
+        serving={"stage_calls": 2, "pools": [APART[0], APART[1] | {"batch_size": 5, "num_gpus": 0.5}, APART[2]]},
     )
     ((_, config),) = ours(schema)
-    tag, rerank, ground = config.serving.tag, config.serving.rerank, config.serving.ground
+    tag, rerank, ground = config.serving.pools
     assert (tag.min_replicas, tag.max_replicas, tag.target_ongoing) == (1, 3, 0.5)
     assert (rerank.min_replicas, rerank.max_replicas, rerank.batch_size) == (2, 2, 5)
     assert (rerank.num_cpus, rerank.num_gpus) == (0.25, 0)  # Serve's options take the place of the application's
@@ -139,9 +144,31 @@ def test_what_serves_own_keys_say_of_replicas_holds_for_the_ingress_and_the_loca
 
 
 def test_serves_auto_stays_within_the_applications_own_bounds(tmp_path):
-    own = {"stage_calls": None, "tag": {"min_replicas": 2, "max_replicas": 4}}
+    own = {"stage_calls": None, "pools": [APART[0] | {"min_replicas": 2, "max_replicas": 4}, *APART[1:]]}
     ((_, config),) = ours(schema_with(tmp_path, {"name": "tag", "num_replicas": "auto"}, serving=own))
-    assert (config.serving.tag.min_replicas, config.serving.tag.max_replicas) == (2, 4)
+    assert (config.serving.pools[0].min_replicas, config.serving.pools[0].max_replicas) == (2, 4)
+
+
+def test_serves_keys_go_to_the_pool_that_they_name_whatever_stages_others_list(tmp_path):
+    """Several may list `load_image`, and some list what is off."""
+    pools = [
+        {"stages": ["knowledge", "tag"]},
+        {"stages": ["load_image", "rerank"]},
+        {"stages": ["load_image", "ground"]},
+    ]
+    schema = schema_with(tmp_path, {"name": "ground", "num_replicas": 3}, serving={"pools": pools})
+    ((_, config),) = ours(schema)
+    assert [pool.max_replicas for pool in config.serving.pools] == [1, 1, 3]
+    assert [pool.stages for pool in config.serving.pools] == [pool["stages"] for pool in pools]
+
+
+def test_the_default_pool_takes_serves_keys_too(tmp_path):
+    usual = load_config().serving
+    schema = schema_with(tmp_path, {"name": "tag-rerank-ground", "num_replicas": 1}, serving={"pools": {}})
+    ((_, config),) = ours(schema)
+    (pool,) = config.serving.pools
+    assert (pool.min_replicas, pool.max_replicas) == (1, 1)
+    assert pool.model_copy(update={"min_replicas": 2, "max_replicas": 2}) == usual.pools[0]
 
 
 def test_an_autoscaling_that_is_none_is_named(tmp_path):
@@ -151,7 +178,7 @@ def test_an_autoscaling_that_is_none_is_named(tmp_path):
 
 
 def test_replicas_that_serves_own_keys_could_never_add_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="tag would never have more than min_replicas"):
+    with pytest.raises(ConfigError, match=r"tag in serving\.pools would never have more than min_"):
         schema_with(tmp_path, {"name": "tag", "autoscaling_config": {"max_replicas": 2, "target_ongoing_requests": 9}})
 
 
@@ -180,16 +207,16 @@ def test_what_is_waited_for_is_said(monkeypatch, caplog):
 def test_a_batch_must_fit_into_what_is_admitted():
     with pytest.raises(ConfigError, match=r"serving.*max_batch_posts \(32\) is above max_in_flight \(8\)"):
         load_config(overrides=["serving.max_in_flight=8"])
-    with pytest.raises(ConfigError, match=r"serving\.tag.*max_replicas"):
-        load_config(overrides=["serving.tag.min_replicas=3"])
+    with pytest.raises(ConfigError, match=r"serving\.pools\.0.*max_replicas \(2\) is below min_replicas \(3\)"):
+        load_config(overrides=["serving.pools.tag.min_replicas=3"])
 
 
 def test_replicas_that_could_never_be_added_are_refused():
-    scaling = ["serving.tag.max_replicas=4", "serving.tag.target_ongoing=4"]
-    with pytest.raises(ConfigError, match=r"tag would never have more than min_replicas: the ingress makes 4 calls"):
+    apart = "serving.pools=[{stages: [tag]}, {stages: [rerank]}, {stages: [ground]}]"
+    scaling = [apart, "serving.pools.tag.max_replicas=4", "serving.pools.tag.target_ongoing=4"]
+    with pytest.raises(ConfigError, match=r"tag in serving\.pools would never have .*: the ingress makes 4 calls"):
         load_config(overrides=scaling)
-    for mended in ("stage_calls=null", "stage_calls=2", "tag.min_replicas=4", "ingress.max_replicas=2"):
+    for mended in ("stage_calls=null", "stage_calls=2", "pools.tag.min_replicas=4", "ingress.max_replicas=2"):
         load_config(overrides=[*scaling, f"serving.{mended}"])
     # vLLM's deployment is asked without a limit.
-    rerank = ["serving.rerank.max_replicas=4", "reranker.engine=vllm"]
-    load_config(overrides=rerank)
+    load_config(overrides=[apart, "serving.pools.rerank.max_replicas=4", "reranker.engine=vllm"])

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from gem_ray.config import load_config
 from gem_ray.data import fetch
 from gem_ray.data.generated import generate
+from gem_ray.data.images import ImageLoader
 from gem_ray.records import Entity
 from gem_ray.serving.api import create_api
 from gem_ray.serving.calls import Answer
@@ -27,13 +28,16 @@ TEXT = "Taylor Swift is in Paris tonight"
 IMAGE = next(iter(generate(1, seed=1))).image_bytes
 
 
-class Tag:
-    """Stands in for the tagger's deployment: one entity, so that the image is looked at."""
+class TagAndLoad:
+    """Stands in for the deployment of tagger and image loader: finds one entity, so that the image is looked at."""
 
-    async def remote(self, posts, alone):
+    def __init__(self, config):
+        self._load = ImageLoader.from_config(config)
+
+    async def remote(self, posts, settings, only):
         for post in posts:
             post.entities = [Entity("Paris", 19, 24, 4, 5, "location", "city", 0.9)]
-        return [Answer(post, {"tagger": "stand-in"}) for post in posts]
+        return [Answer(post, {"tagger": "stand-in"}, {"tag": 0.1}) for post in self._load(posts)]
 
 
 @pytest.fixture
@@ -41,8 +45,9 @@ def ask(listening):
     """Ask a service over HTTP, whose settings are given, with an image URL."""
 
     def ask(url, hosts, batch=False, **image):
-        config = load_config(serving={"image_hosts": hosts}, image={"timeout_s": 1} | image)
-        service = Service(config, {"tag": Tag()}, "run")
+        text_only = {"reranker": {"enabled": False}, "grounder": {"enabled": False}}
+        config = load_config(serving={"image_hosts": hosts}, image={"timeout_s": 1} | image, **text_only)
+        service = Service(config, {"tag": TagAndLoad(config)}, "run")
         with listening(Guard(create_api(service), service.keys, config.serving)) as port:
             post = {"text": TEXT, "image_url": url}
             path, body = ("/v1/annotate/batch", {"posts": [post]}) if batch else ("/v1/annotate", post)

@@ -10,33 +10,17 @@ import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 
 from gem_ray.benchmarks.load import Load
 
-TEXT = "Taylor Swift is in Paris tonight"
-
-
-@contextmanager
-def standing_still(service, deployment):
-    """The processes of a stage do nothing while the block runs."""
-    processes = service.replicas(deployment)
-    assert processes
-    for process in processes:
-        os.kill(process, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(ProcessLookupError):  # it was taken for dead, and replaced
-                os.kill(process, signal.SIGCONT)
+POOL = "tag-rerank-ground"
 
 
 def test_posts_that_come_together_share_batches(service, posts):
     before = batches(service)
     outcome = asyncio.run(Load(service.url, posts=64).closed(clients=24, requests=96))
     assert {status: len(times) for status, times in outcome.latencies.items()} == {200: 96}
-    assert set(outcome.stage_seconds) == {"prepare", "tag", "load_image", "rerank", "ground"}
+    assert set(outcome.stage_seconds) == {"prepare", "tag", "load_image", "rerank", "ground", "waiting"}
     # Metrics are exported from time to time, a process's at a time.
     service.wait_for(lambda: all((batches(service) - before)[stage, "sum"] > 48 for stage in ("tag", "ground")))
     posts_and_batches = batches(service) - before
@@ -53,32 +37,15 @@ def batches(service):
     return totals
 
 
-def test_posts_wait_for_no_stage_that_they_do_not_need(service, posts):
-    seen = [service.annotate(post).json() for post in posts[:20]]
-    easy = next(i for i, row in enumerate(seen) if row["entities"] and not any(e["reranked"] for e in row["entities"]))
-    hard = next(i for i, row in enumerate(seen) if any(e["reranked"] for e in row["entities"]))
-    with ThreadPoolExecutor(1) as pool:
-        with standing_still(service, "rerank"):
-            waiting = pool.submit(service.annotate, posts[hard])
-            assert service.annotate(posts[easy]).json()["entities"] == seen[easy]["entities"]
-            with standing_still(service, "ground"):
-                answer = service.client.post("/v1/annotate", json={"text": TEXT})
-                assert {entity["text"] for entity in answer.json()["entities"]} >= {"Taylor Swift", "Paris"}
-            assert not waiting.done()
-        answer = waiting.result().json()
-    assert [e["fine"] for e in answer["entities"] if e["reranked"]] == [
-        e["fine"] for e in seen[hard]["entities"] if e["reranked"]
-    ]
-
-
 def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(service, posts):
-    processes = {name: service.replicas(name) for name in ("ingress", "tag", "rerank", "ground")}
+    processes = {name: service.replicas(name) for name in ("ingress", POOL)}
+    assert [*map(len, processes.values())] == [1, 2]
 
     def change(gamma, threshold):
         def edit(values):
-            ingress, ground = values["applications"][0]["deployments"]
+            ingress, pool = values["applications"][0]["deployments"]
             ingress["user_config"]["gamma"] = gamma
-            ground["user_config"]["threshold"] = threshold
+            pool["user_config"]["threshold"] = threshold
 
         return edit
 
@@ -86,7 +53,7 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
         service.reload(change(-1, 1.0))  # nonsense changes nothing
         service.reload(change(0.0, 1.0))
         service.wait_for(lambda: answers and answers[-1].json().get("gamma") == 0.0)
-        time.sleep(1)  # the grounder's setting is another deployment's
+        time.sleep(1)  # the threshold is another deployment's
         done = len(answers)
         service.wait_for(lambda: len(answers) > done + 24)
         service.reload(change(0.2, 0.1))
@@ -106,10 +73,11 @@ def test_gamma_and_threshold_change_under_load_without_a_restart_or_a_failure(se
 def test_a_process_that_is_killed_costs_no_answer(service, posts):
     with service.under_load(posts, clients=8) as answers:
         service.wait_for(lambda: len(answers) > 16)
-        (victim,) = service.replicas("ground")
+        victim, other = service.replicas(POOL)
         os.kill(victim, signal.SIGKILL)
         before = len(answers)
-        service.wait_for(lambda: service.replicas("ground") not in ([], [victim]))
+        service.wait_for(lambda: len({*service.replicas(POOL)} - {victim}) == 2)
+        assert other in service.replicas(POOL)
         service.wait_for(lambda: len(answers) > before + 16)
     assert {answer.status_code for answer in answers} == {200}
     assert {answer.json()["status"] for answer in answers} == {"ok"}
@@ -133,13 +101,14 @@ def test_a_refusal_says_when_to_come_back(service, posts, assert_problem):
     """A batch counts with all its posts."""
     image = base64.b64encode(posts[0].image_bytes).decode()
     batch = {"posts": [{"text": posts[0].text, "image": image}] * 30}
-    with standing_still(service, "ground"), ThreadPoolExecutor(1) as pool:
+    with service.standing_still(POOL) as processes, ThreadPoolExecutor(1) as pool:
         first = pool.submit(service.client.post, "/v1/annotate/batch", json=batch)
         time.sleep(1)
         for headers in ({}, {"Accept": "application/x-ndjson"}):
             refused = service.client.post("/v1/annotate/batch", json=batch, headers=headers)
             assert_problem(refused, 429)
             assert refused.headers["retry-after"] == "1"
-        os.kill(service.replicas("ground")[0], signal.SIGCONT)
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
         assert first.result().status_code == 200
     assert service.client.post("/v1/annotate/batch", json=batch).status_code == 200

@@ -5,27 +5,8 @@ from __future__ import annotations
 import base64
 import copy
 
-import pytest
-
 from gem_ray.annotator import Annotator
 from gem_ray.config import load_config
-from gem_ray.noise import GRAIN
-
-
-def assert_same(left, right, where=""):
-    """Equal, up to the float noise of other batches, which may move a rounded number by a step."""
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, list):
-        assert len(left) == len(right), where
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_same(a, b, f"{where}[{index}]")
-    elif isinstance(left, float):
-        assert left == pytest.approx(right, abs=1e-4, rel=2.001 * GRAIN), where
-    else:
-        assert left == right, where
 
 
 def row(annotation):
@@ -39,7 +20,7 @@ def request(post):
     return {"post_id": post.post_id, "text": post.text, "tokens": post.tokens or None, "image": image}
 
 
-def test_two_hundred_posts_give_the_same_annotations_in_process_and_over_http(service, posts):
+def test_two_hundred_posts_give_the_same_annotations_in_process_and_over_http(service, posts, assert_same):
     online = {}
     for first in range(0, len(posts), 25):
         asked = [request(post) for post in posts[first : first + 25]]

@@ -34,6 +34,19 @@ def test_answers_are_those_of_the_transformers_engine_in_process(service_with_vl
     assert [named(answer.json()) for answer in online] == [named(post.annotation()) for post in in_process]
 
 
+def test_posts_wait_for_no_process_that_they_do_not_need(service_with_vllm, posts: list[Post]) -> None:
+    text = Post("text", "Taylor Swift is in Paris tonight")
+    with service_with_vllm.standing_still("rerank-ground"), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(service_with_vllm.annotate, posts[0])
+        found = {entity["text"] for entity in service_with_vllm.annotate(text).json()["entities"]}
+        assert found >= {"Taylor Swift", "Paris"}
+        assert not waiting.done()
+    answer = waiting.result().json()
+    assert answer["status"] == "ok"
+    assert answer["seconds"]["waiting"] > 0
+    assert any(entity["box"] for entity in answer["entities"])
+
+
 def test_an_engine_that_is_killed_costs_no_answer(service_with_vllm, posts: list[Post]) -> None:
     with service_with_vllm.under_load(posts, clients=6) as answers:
         service_with_vllm.wait_for(lambda: len(answers) > 12)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gem_ray.config import Config, load_config
-from gem_ray.records import Post, ProblemKind, StageName
+from gem_ray.records import Post, ProblemKind
 from gem_ray.tagger.checkpoint import load_encoder, save_tagger
 from gem_ray.tagger.features import SubwordEncoder, collate, load_tokenizer
 from gem_ray.tagger.model import DualPathTagger
@@ -92,7 +92,7 @@ def test_every_word_of_a_long_text_is_tagged(model: DualPathTagger, encoder_fold
 
 
 def test_rejected_and_empty_posts_are_left_alone(tagger: Tagger, posts: list[Post]) -> None:
-    posts[0].fail(StageName.PREPARE, ProblemKind.BAD_RECORD, "not a row")
+    posts[0].fail("prepare", ProblemKind.BAD_RECORD, "not a row")
     empty = Post("empty", "")
     tagger([posts[0], empty, posts[1]])
     assert posts[0].entities == empty.entities == []

@@ -18,7 +18,9 @@ const card = (title, note, ...children) => html("section", { class: "card", "ari
   html("h2", {}, title, note && html("small", {}, note)), ...children);
 
 function times(answer, elapsed) {
-  const stages = Object.entries(answer.seconds);
+  const { waiting, ...inStages } = answer.seconds;
+  const stages = Object.entries(inStages);
+  if (waiting !== undefined) stages.push(["waiting", waiting]);  // for processes, between the stages: it comes last
   const most = Math.max(...stages.map(([, value]) => value), 1e-6);
   return card("Time in each stage", `${seconds(elapsed)} in all, with the way here`,
     html("ol", { class: "bars" }, ...stages.map(([stage, value]) => html("li", {},

@@ -1,43 +1,59 @@
-"""Pools of actors on cards: how many of each stage, so that all are equally fast."""
+"""Pools of actors on cards: how many of each pool, so that all are equally fast."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gem_ray.config import StagePlacement
-from gem_ray.planning.costs import StageNeed
-from gem_ray.records import StageName
+from gem_ray.config import StagePool
+from gem_ray.planning.costs import Need
+from gem_ray.pools import CPUS_FOR_TASKS, Pool
 
-CPUS_FOR_TASKS = 1  # reading, writing and the stages without a model
 _ROUNDING = 1e-6
 
 Source = Literal["measured", "estimate", "unknown"]
 
 
 @dataclass(frozen=True)
-class Pool:
-    """A stage's actors.
+class PlannedPool:
+    """The actors of a pool.
 
     Attributes:
+        pool: its stages, what each actor reserves, and the pool's bounds.
         need: what each actor needs.
-        placement: what each actor reserves, and the pool's bounds.
         actors: how many.
         seconds: of one actor for a post; none: not known.
         source: where `seconds` is from.
     """
 
-    need: StageNeed
-    placement: StagePlacement
+    pool: Pool[StagePool]
+    need: Need
     actors: int
     seconds: float | None
     source: Source
 
     @property
-    def stage(self) -> StageName:
-        """Which stage."""
-        return self.need.stage
+    def name(self) -> str:
+        """Of its stages with models."""
+        return self.pool.name
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of its stages."""
+        return tuple(spec.name for spec in self.pool.stages)
+
+    @property
+    def placement(self) -> StagePool:
+        """What each actor reserves."""
+        return self.pool.placement
+
+    @property
+    def most(self) -> float:
+        """How many actors it may have."""
+        return math.inf if self.placement.max_actors is None else self.placement.max_actors
 
     @property
     def posts_per_second(self) -> float | None:
@@ -46,7 +62,7 @@ class Pool:
 
     @property
     def is_timed(self) -> bool:
-        """False for a stage that only waits for an endpoint, whose speed is not this plan's."""
+        """False for a pool that only waits for an endpoint, whose speed is not this plan's."""
         return bool(self.need.models) or self.seconds is not None
 
     @property
@@ -67,7 +83,7 @@ class Cards:
         self._free = [1.0] * count
 
     @classmethod
-    def holding(cls, count: int, pools: Iterable[Pool]) -> Cards | None:
+    def holding(cls, count: int, pools: Iterable[PlannedPool]) -> Cards | None:
         """Cards with the shares of all actors taken, the largest first; none if they do not fit."""
         cards = cls(count)
         shares = sorted((share for pool in pools for share in pool.gpu_shares), reverse=True)
@@ -87,29 +103,35 @@ class Cards:
         return True
 
 
-def allocate(pools: Iterable[Pool], gpus: int, cpus: int | None) -> tuple[Pool, ...]:
+def allocate(pools: Iterable[PlannedPool], gpus: int, cpus: int | None) -> tuple[PlannedPool, ...]:
     """Give the slowest pool one actor more as long as there is room, so that all become equally fast.
 
-    Where a speed is not known, the stages are taken for equally slow.
+    Where a speed is not known, the pools are taken for equally slow.
 
     Args:
         pools: with as many actors as they have at the least, which fit.
         gpus: cards.
-        cpus: CPUs; none: as many as it takes.
+        cpus: CPUs; none: as many as it takes, and this machine's for a pool without cards and without a bound.
     """
-    grown = {pool.stage: pool for pool in pools}
-    timed = [pool.stage for pool in grown.values() if pool.is_timed]
+    grown = {pool.name: pool for pool in pools}
+    timed = [pool.name for pool in grown.values() if pool.is_timed]
     cards = Cards.holding(gpus, grown.values())
     assert cards is not None  # `refusals.too_many` has seen to it
-    are_known = all(grown[stage].seconds for stage in timed)
+    are_known = all(grown[name].seconds for name in timed)
     while timed:
-        slowest = min((grown[stage] for stage in timed), key=lambda p: p.actors / ((are_known and p.seconds) or 1.0))
+        slowest = min((grown[name] for name in timed), key=lambda p: p.actors / ((are_known and p.seconds) or 1.0))
         spent = CPUS_FOR_TASKS + sum(pool.cpus for pool in grown.values())
-        if slowest.actors == slowest.placement.max_actors or (
-            cpus is not None and spent + slowest.placement.num_cpus > cpus
-        ):
+        if slowest.actors >= slowest.most or spent + slowest.placement.num_cpus > _room(slowest, cpus):
             break
         if not cards.take(slowest.placement.num_gpus):
             break
-        grown[slowest.stage] = replace(slowest, actors=slowest.actors + 1)
+        grown[slowest.name] = replace(slowest, actors=slowest.actors + 1)
     return tuple(grown.values())
+
+
+def _room(pool: PlannedPool, cpus: int | None) -> float:
+    """CPUs that a pool grows into, with all others."""
+    if cpus is not None:
+        return cpus
+    is_bounded = pool.most < math.inf or pool.placement.num_gpus
+    return math.inf if is_bounded else CPUS_FOR_TASKS + (os.cpu_count() or 1)
