@@ -45,7 +45,9 @@ class InlineExecutor:
     def check_models(self, config: Any, models: Any) -> None:
         pass
 
-    def run_pass(self, source: Any, config: Any, origin: Any, stages: Any, sink: Any, is_last: bool) -> None:
+    def run_pass(
+        self, source: Any, config: Any, origin: Any, pools: Any, sink: Any, is_last: bool, meanwhile: Any
+    ) -> None:
         for task in source.get_read_tasks(1):
             for table in task():
                 sink.write([annotations_table(table_to_posts(table), origin.run_id, origin.models)])
