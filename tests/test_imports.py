@@ -42,6 +42,7 @@ LAYERS = [
     {"annotator"},
     {"planning", "model_check"},
     {"pipeline", "serving", "evaluation"},
+    {"cluster"},
     {"benchmarks", "experiments", "export"},
     {"nano"},
     {"commands"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gem_ray.cluster.submit import LOCAL_ADDRESS, Job
 from gem_ray.commands.options import (
     EXIT_REJECTED,
     ConfigOption,
@@ -18,7 +19,6 @@ from gem_ray.commands.options import (
     UnseenNamesOption,
     parse_columns,
 )
-from gem_ray.pipeline.submit import LOCAL_ADDRESS, Job
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.summary import RunSummary
@@ -143,7 +143,7 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Follow the log and end as the job ends.")] = True,
 ) -> None:
     """Run a command as a job on a Ray cluster. With token authentication: `RAY_AUTH_MODE=token`, `RAY_AUTH_TOKEN=…`."""
-    from gem_ray.pipeline.submit import commands_for, follow_job, job_environment, submit_job
+    from gem_ray.cluster.submit import commands_for, follow_job, job_environment, submit_job
 
     runtime_env = job_environment(working_dir, include or (), env or ())
     submission_id = submit_job(job, arguments or (), address, runtime_env)

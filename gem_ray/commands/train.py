@@ -51,7 +51,7 @@ def train_tagger_command(
         _dev_posts(data, dev, dev_split, labels=settings.labels),
     )
     if workers > 1:
-        from gem_ray.pipeline.train import train_tagger_on_workers
+        from gem_ray.cluster.train import train_tagger_on_workers
 
         report = train_tagger_on_workers(*posts, out, settings, workers)
     else:
@@ -91,7 +91,7 @@ def train_reranker_command(
     posts = labelled_posts(data, split, images, settings.labels)
     rule = StoredCandidates(candidates, LABEL_SETS[settings.labels], settings.k) if candidates else None
     if workers > 1:
-        from gem_ray.pipeline.train import train_reranker_on_workers
+        from gem_ray.cluster.train import train_reranker_on_workers
 
         report = train_reranker_on_workers(posts, base, out, settings, workers, rule)
     else:
@@ -112,7 +112,7 @@ def train_candidates_command(
     set_: RecipeOption = None,
 ) -> None:
     """Candidates for the reranker's training as it will get them: the tagger's own, on posts that it has not seen."""
-    from gem_ray.pipeline.fold_candidates import store_fold_candidates
+    from gem_ray.evaluation.fold_candidates import store_fold_candidates
     from gem_ray.tagger.recipe import load_recipe
 
     settings = load_recipe(preset, **parse_overrides(set_))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gem_ray.config import Config
-from gem_ray.pipeline.source import InputFile, InputReader, PostSource
+from gem_ray.pipeline.inputs import InputFile, InputReader
+from gem_ray.pipeline.source import PostSource
 from gem_ray.rerank.uncertainty import gamma_for_share
 
 if TYPE_CHECKING:

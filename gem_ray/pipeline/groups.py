@@ -16,8 +16,9 @@ import numpy as np
 from gem_ray.data.output import Publication
 from gem_ray.pipeline.compaction import MergedFile, cut_merges
 from gem_ray.pipeline.execution import Origin, RayExecutor, RunError
+from gem_ray.pipeline.inputs import InputFile, InputReader
 from gem_ray.pipeline.passes import PassResults
-from gem_ray.pipeline.source import InputFile, InputReader, PostSource
+from gem_ray.pipeline.source import PostSource
 from gem_ray.pipeline.staging import StagedRows, StagingSink
 from gem_ray.pipeline.tables import PASS_SCHEMA
 from gem_ray.pools import passes_of

@@ -12,7 +12,7 @@ from gem_ray.config import affecting
 from gem_ray.data.files import StoredFile, open_filesystem
 from gem_ray.data.output import ANNOTATIONS, RUNS
 from gem_ray.data.storage import LocalStorage
-from gem_ray.pipeline.source import is_same
+from gem_ray.pipeline.inputs import is_same
 from gem_ray.pipeline.summary import differences
 from gem_ray.pools import passes_of
 from gem_ray.s3 import S3Uri

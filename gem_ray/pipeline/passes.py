@@ -17,7 +17,7 @@ from gem_ray.records import Post
 
 if TYPE_CHECKING:
     from gem_ray.data.storage import Storage
-    from gem_ray.pipeline.source import InputFile
+    from gem_ray.pipeline.inputs import InputFile
     from gem_ray.pipeline.staging import StagedFile
 
 _ROWS_AT_A_TIME = 64

@@ -20,6 +20,7 @@ from gem_ray.pipeline.budget import with_gamma
 from gem_ray.pipeline.execution import RayExecutor, RunError
 from gem_ray.pipeline.groups import Group, GroupRunner, cut_groups
 from gem_ray.pipeline.identity import check_apart, check_same, limits_of, new_files, stages_by_pass
+from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.lease import Claim, Lease
 from gem_ray.pipeline.progress import Report, reporting
 from gem_ray.pipeline.publishing import (
@@ -35,7 +36,6 @@ from gem_ray.pipeline.publishing import (
 )
 from gem_ray.pipeline.report import write_report
 from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory, RunFolder
-from gem_ray.pipeline.source import InputFile, InputReader, count_input
 from gem_ray.pipeline.summary import RunSummary
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from gem_ray.data.output import (
     run_ids,
 )
 from gem_ray.data.storage import Storage, as_json, open_storage
-from gem_ray.pipeline.source import InputFile
+from gem_ray.pipeline.inputs import InputFile
 
 EDITION = 3  # of this layout
 

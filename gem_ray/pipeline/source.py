@@ -7,8 +7,8 @@ run has finished are left out while reading: Ray's own filter would fetch their 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,9 @@ from pyarrow import fs
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from gem_ray.config import ImageConfig
-from gem_ray.data.counting import Unreadable, count_shards
-from gem_ray.data.files import StoredFile
 from gem_ray.data.prepare import drop_oversized_image, post_from_row
 from gem_ray.data.shards import ROWS_BITS, shard_rows
+from gem_ray.pipeline.inputs import InputFile, InputReader
 from gem_ray.pipeline.tables import TRANSIT_SCHEMA, posts_to_table
 from gem_ray.records import Post
 
@@ -31,135 +29,11 @@ if TYPE_CHECKING:
     from gem_ray.pipeline.passes import PassResults
 
 _ROWS_AT_A_TIME = 64
-_NAMED = 5  # files in a message
 
 # What a read task takes on. Starting one costs about as much as reading a hundred small rows; more files than this in
 # one, and those of an input of tiny ones would no longer be read side by side.
 _ROWS_PER_TASK = 256
 _FILES_PER_TASK = 32
-
-
-@dataclass(frozen=True)
-class InputReader:
-    """How the files of an input are read.
-
-    Attributes:
-        filesystem: what they are on.
-        columns: field of an input row -> the column that holds it, where that has another name.
-        image: limits of images: those over `max_bytes` stay behind.
-    """
-
-    filesystem: fs.FileSystem
-    columns: Mapping[str, str] = field(default_factory=dict)
-    image: ImageConfig = field(default_factory=ImageConfig)
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of the input, as the run began with it.
-
-    Attributes:
-        path: on the input's file system.
-        number: given once, in the order in which files come; the upper half of its rows' ids.
-        rows: how many of its first rows are read.
-        size: in bytes.
-        mtime_ns: when it was last changed, in nanoseconds since 1970.
-        etag: S3's fingerprint of the content; None on a disk.
-        unread: why none of its rows are read; None: they are.
-        unread_rows: how many these are, where its footer says so.
-    """
-
-    path: str
-    number: int
-    rows: int
-    size: int
-    mtime_ns: int
-    etag: str | None = None
-    unread: str | None = None
-    unread_rows: int | None = None
-
-    @property
-    def row_ids(self) -> np.ndarray:
-        """The ids of its rows, `(rows,)` int64, in order."""
-        return np.arange(self.rows, dtype=np.int64) + (self.number << ROWS_BITS)
-
-
-def count_input(
-    reader: InputReader,
-    shards: Sequence[StoredFile],
-    limit: int | None = None,
-    first_number: int = 0,
-    skip_bad_files: bool = False,
-) -> list[InputFile]:
-    """Count the rows of input files: a Parquet file's from its footer, a tar's by walking through its headers.
-
-    Args:
-        reader: of the files.
-        shards: the files, as `list_shards` gives them.
-        limit: read only the first rows, in the order of the files' names.
-        first_number: of the first file.
-        skip_bad_files: go on without files whose bytes are damaged or no posts. A file that the storage does not hand
-            out is never skipped: the failure may be the storage's, and over soon.
-
-    Returns:
-        The files, up to the one in which the limit is reached; those without rows, and those not read, too.
-
-    Raises:
-        ValueError: files cannot be read; the message names each of the first ones.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"the limit must be at least 1, not {limit}")
-    counts = count_shards(reader.filesystem, [shard.path for shard in shards], reader.columns, limit)
-    files = list(_within(limit, shards, counts, first_number, skip_bad_files))
-    _refuse([file.unread for file in files if file.unread is not None and not skip_bad_files])
-    return files
-
-
-def _within(
-    limit: int | None,
-    shards: Sequence[StoredFile],
-    counts: Iterator[int | Unreadable],
-    first_number: int,
-    skip_bad_files: bool,
-) -> Iterator[InputFile]:
-    left = limit
-    for number, (shard, count) in enumerate(zip(shards, counts, strict=False), start=first_number):
-        facts = (shard.size, shard.mtime_ns, shard.etag)
-        if isinstance(count, Unreadable):
-            if skip_bad_files and not count.is_damaged:
-                raise ValueError(count.reason)
-            yield InputFile(shard.path, number, 0, *facts, unread=count.reason, unread_rows=count.rows)
-            continue
-        rows = count if left is None else min(count, left)
-        yield InputFile(shard.path, number, rows, *facts)
-        if left is not None:
-            left -= rows
-            if not left:
-                return
-
-
-def _refuse(reasons: Sequence[str]) -> None:
-    if not reasons:
-        return
-    more = f"\n  and {len(reasons) - _NAMED} more files" if len(reasons) > _NAMED else ""
-    raise ValueError(
-        "\n  ".join(reasons[:_NAMED])
-        + more
-        + "\nMend or remove what is named; --skip-bad-files goes on without damaged "
-        "files and says how many rows were not read"
-    )
-
-
-def is_same(file: InputFile, now: StoredFile) -> bool:
-    """True if a file is the one that the run began with: of the same size, and of the same ETag or time."""
-    if file.size != now.size:
-        return False
-    return file.etag == now.etag if file.etag and now.etag else _time(file) == _time(now)
-
-
-def _time(file: InputFile | StoredFile) -> int:
-    # S3 has seconds in some of its answers, and thousandths in others.
-    return file.mtime_ns // 10**9 if file.etag else file.mtime_ns
 
 
 class PostSource(Datasource):

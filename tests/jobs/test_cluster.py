@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gem_ray.pipeline.submit import job_environment
+from gem_ray.cluster.submit import job_environment
 
 TEXT_ONLY = ("--set", "reranker.enabled=false", "--set", "grounder.enabled=false")
 POSTS = 15
@@ -93,7 +93,7 @@ def test_ctrl_c_leaves_the_job_running_and_a_stop_ends_it_cleanly(head, tmp_path
 
     stopped = head.run("ray", "job", "stop", "--address", head.address, job)
     assert "was stopped" in stopped.stdout + stopped.stderr
-    follow = f"from gem_ray.pipeline.submit import follow_job; raise SystemExit(follow_job({job!r}, {head.address!r}))"
+    follow = f"from gem_ray.cluster.submit import follow_job; raise SystemExit(follow_job({job!r}, {head.address!r}))"
     ended = head.run(sys.executable, "-c", follow)
     assert ended.returncode == 1
     assert ended.stdout.splitlines()[-1] == "stopped; the same command goes on where this one stopped"

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
-from gem_ray.pipeline.submit import PACKAGE_LIMIT, job_environment
+from gem_ray.cluster.submit import PACKAGE_LIMIT, job_environment
 
 SOURCE = ("gem_ray/__init__.py", "gem_ray/data/files.py", "gem_ray/presets/nano.yaml", "jobs/annotate.py")
 LEFT_BEHIND = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gem_ray.pipeline.submit import Job
+from gem_ray.cluster.submit import Job
 
 ROOT = Path(__file__).parents[2]
 

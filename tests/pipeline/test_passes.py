@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gem_ray.data.shards import ROWS_BITS
 from gem_ray.data.storage import LocalStorage
+from gem_ray.pipeline.inputs import InputFile
 from gem_ray.pipeline.passes import PassResults
-from gem_ray.pipeline.source import InputFile
 from gem_ray.pipeline.staging import StagedRows
 from gem_ray.pipeline.tables import PASS_SCHEMA, pass_table, posts_to_table
 from gem_ray.records import Post, ProblemKind

@@ -12,8 +12,9 @@ from gem_ray.data.listing import list_shards
 from gem_ray.data.output import Publication, PublishedFile, annotation_paths, live_files, live_run, run_ids
 from gem_ray.data.shards import write_posts
 from gem_ray.data.storage import ConflictError, Storage, open_storage
+from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory
-from gem_ray.pipeline.source import InputFile, InputReader, PostSource, count_input
+from gem_ray.pipeline.source import PostSource
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -13,7 +13,8 @@ import pytest
 from gem_ray.data.generated import generate
 from gem_ray.data.listing import list_shards
 from gem_ray.data.shards import count_rows, read_posts, write_posts
-from gem_ray.pipeline.source import InputReader, PostSource, count_input
+from gem_ray.pipeline.inputs import InputReader, count_input
+from gem_ray.pipeline.source import PostSource
 from gem_ray.pipeline.tables import table_to_posts
 from gem_ray.records import Post
 

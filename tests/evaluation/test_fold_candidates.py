@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gem_ray.pipeline.fold_candidates import store_fold_candidates
+from gem_ray.evaluation.fold_candidates import store_fold_candidates
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.candidates import StoredCandidates
 from gem_ray.tagger import train

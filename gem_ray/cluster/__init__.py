@@ -1,0 +1,1 @@
+"""Work on a Ray cluster besides annotating: submitted jobs, and training on workers."""
