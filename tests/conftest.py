@@ -62,6 +62,9 @@ class S3:
         self.client.put_bucket_policy(Bucket=resource.partition("/")[0], Policy=json.dumps(policy))
 
 
+_WORDS = ["google", "visits", "paris", "london", "sees", "said", "the"]
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3]:
     """A server for the whole test session; every process that starts from now on finds it by its environment.
@@ -377,3 +380,26 @@ class _HubHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path: Path) -> Path:
+    """An encoder of seven words. Without dropout: what is left must be the same however the work is shared."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS]
+    BertTokenizer({name: index for index, name in enumerate(names)}, model_max_length=32).save_pretrained(
+        tmp_path / "e"
+    )
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(
+        vocab_size=len(names),
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **size,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(tmp_path / "e")
+    return tmp_path / "e"

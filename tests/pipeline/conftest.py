@@ -23,7 +23,6 @@ from gem_ray.pipeline.summary import RunSummary
 from gem_ray.records import Post
 
 GOOD_POSTS = 24
-_WORDS = ["google", "visits", "paris", "london", "sees", "said", "the"]
 
 
 @pytest.fixture(scope="session")
@@ -115,26 +114,3 @@ def run(
     """The whole system over the data set, once for all tests that look at its output."""
     output = tmp_path_factory.mktemp("run") / "out"
     return output, annotate_dataset(dataset, output, config)
-
-
-@pytest.fixture
-def tiny_encoder(tmp_path: Path) -> Path:
-    """An encoder of seven words. Without dropout: what is left must be the same however the work is shared."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS]
-    BertTokenizer({name: index for index, name in enumerate(names)}, model_max_length=32).save_pretrained(
-        tmp_path / "e"
-    )
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(
-        vocab_size=len(names),
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **size,
-    )
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(tmp_path / "e")
-    return tmp_path / "e"
