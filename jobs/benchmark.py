@@ -117,11 +117,12 @@ def scale_out(
     out: OutOption = Path("out/benchmark"),
     gpus: Annotated[int, typer.Option(help="Pretended GPUs.", min=1)] = 16,
     batch_seconds: Annotated[float, typer.Option(help="Time that a GPU takes for a batch.", min=0)] = 8.0,
+    groups: Annotated[int, typer.Option(help="Groups, published one after the other.", min=1)] = 3,
 ) -> None:
-    """How busy the GPUs of a pretended cluster are."""
+    """How busy the GPUs of a pretended cluster are, also at the borders of groups."""
     from gem_ray.benchmarks.scale_out import measure_scale_out
 
-    write_result(out, f"scale-out-{gpus}", measure_scale_out(out / f"scale-out-{gpus}", gpus, batch_seconds))
+    write_result(out, f"scale-out-{gpus}", measure_scale_out(out / f"scale-out-{gpus}", gpus, batch_seconds, groups))
 
 
 @app.command()

@@ -37,14 +37,14 @@ def measure_memory(folder: Path, rows: tuple[int, ...]) -> dict[str, Any]:
     return {"peak_mib": peaks, "growth": peaks[rows[-1]] / peaks[rows[0]] - 1}
 
 
-def write_texts(folder: Path, rows: int) -> None:
+def write_texts(folder: Path, rows: int, per_file: int = _ROWS_PER_FILE) -> None:
     """Parquet shards of short posts without images."""
     folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, rows, _ROWS_PER_FILE):
-        numbers = range(first, min(first + _ROWS_PER_FILE, rows))
+    for first in range(0, rows, per_file):
+        numbers = range(first, min(first + per_file, rows))
         texts = [f"{_TEXT} {number}" for number in numbers]
         table = pa.table({"post_id": [str(number) for number in numbers], "text": texts})
-        pq.write_table(table, folder / f"part-{first // _ROWS_PER_FILE:05d}.parquet")
+        pq.write_table(table, folder / f"part-{first // per_file:05d}.parquet")
 
 
 def _run(folder: Path, rows: int) -> None:

@@ -16,13 +16,14 @@ from gem_ray.config import Config, load_config
 from gem_ray.pipeline.run import annotate_dataset
 
 _GPUS_PER_NODE = 8
-_BATCHES_PER_ACTOR = 8
+_BATCHES_PER_ACTOR = 8  # of a group
+_FILES_PER_GROUP = 4
 _ROWS_PER_BATCH = 16
 # One machine stands in for many: a node that answers late is not dead.
 _PATIENCE = {"health_check_failure_threshold": 100, "health_check_timeout_ms": 60_000}
 
 
-def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str, Any]:
+def measure_scale_out(folder: Path, gpus: int, batch_seconds: float, groups: int = 1) -> dict[str, Any]:
     """How busy the cards of a cluster are that grounding keeps busy, a card an actor.
 
     Everything but the models is the real pipeline, from the input's files to the published annotations.
@@ -31,25 +32,33 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float) -> dict[str
         folder: gets posts and annotations.
         gpus: cards, eight a node.
         batch_seconds: time that a card takes for a batch.
+        groups: that are annotated and published one after the other, each of as many posts as one alone would have.
 
     Returns:
         `efficiency`: the share of the steady state, after every actor's first batch and before the first actor runs out
         of work, in which cards are busy; `start_up_seconds`: until the last actor has its first batch.
     """
-    rows = gpus * _BATCHES_PER_ACTOR * _ROWS_PER_BATCH
-    write_texts(folder / "posts", rows)
+    per_group = gpus * _BATCHES_PER_ACTOR * _ROWS_PER_BATCH
+    rows = groups * per_group
+    write_texts(folder / "posts", rows, per_file=per_group // _FILES_PER_GROUP)
     cluster = _start_cluster(gpus)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         diary: Any = ray.remote(num_cpus=0)(Diary).remote(gpus)
         actor = sleeper("ground", batch_seconds / _ROWS_PER_BATCH, diary)
         started = time.time()
-        annotate_dataset(folder / "posts", folder / "out", _config(gpus), fresh=True, actor=actor)
+        annotate_dataset(folder / "posts", folder / "out", _config(gpus, per_group), fresh=True, actor=actor)
         entries = ray.get(diary.read.remote())
     finally:
         ray.shutdown()
         cluster.shutdown()
-    return {"gpus": gpus, "batch_seconds": batch_seconds, "rows": rows, **_busy(entries, gpus, started)}
+    return {
+        "gpus": gpus,
+        "batch_seconds": batch_seconds,
+        "rows": rows,
+        "groups": groups,
+        **_busy(entries, gpus, started),
+    }
 
 
 def _start_cluster(gpus: int) -> Cluster:
@@ -61,12 +70,13 @@ def _start_cluster(gpus: int) -> Cluster:
     return cluster
 
 
-def _config(gpus: int) -> Config:
+def _config(gpus: int, per_group: int) -> Config:
     ground = {"num_gpus": 1, "num_cpus": 0.1, "min_actors": gpus, "max_actors": gpus, "batch_size": _ROWS_PER_BATCH}
     return load_config(
         overrides=[
             "reranker.enabled=false",
             f"pipeline.rows_per_block={_ROWS_PER_BATCH}",
+            f"pipeline.rows_per_group={per_group}",
         ],
         pipeline={"pools": [{"stages": ["tag"]}, {"stages": ["ground"], **ground}]},
     )
