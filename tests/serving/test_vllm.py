@@ -36,7 +36,7 @@ def test_answers_are_those_of_the_transformers_engine_in_process(service_with_vl
 
 def test_posts_wait_for_no_process_that_they_do_not_need(service_with_vllm, posts: list[Post]) -> None:
     text = Post("text", "Taylor Swift is in Paris tonight")
-    with service_with_vllm.standing_still("rerank-ground"), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, service_with_vllm.standing_still("rerank-ground"):  # it goes on first
         waiting = pool.submit(service_with_vllm.annotate, posts[0])
         found = {entity["text"] for entity in service_with_vllm.annotate(text).json()["entities"]}
         assert found >= {"Taylor Swift", "Paris"}
