@@ -179,7 +179,10 @@ class InlineExecutor:
     def run_pass(
         self, source: Any, config: Config, origin: Any, pools: Any, sink: Any, is_last: bool, meanwhile: Any
     ) -> None:
-        posts = [post for task in source.get_read_tasks(1) for table in task() for post in table_to_posts(table)]
+        try:
+            posts = [post for task in source.get_read_tasks(1) for table in task() for post in table_to_posts(table)]
+        except (KeyError, OSError) as error:  # as Ray says it of a task
+            raise RunError(str(error)) from error
         for first in range(0, len(posts), ROWS_PER_BLOCK):
             block = posts[first : first + ROWS_PER_BLOCK]
             attempts = [True, False] if any(post.text == FLAKY for post in block) else [True]
