@@ -53,13 +53,15 @@ def test_a_batch_is_streamed_as_posts_are_done(service_with_vllm, posts: list[Po
     picture = {"text": posts[0].text, "image": base64.b64encode(posts[0].image_bytes or b"").decode()}
     asked = {"posts": [picture, {"text": "Taylor Swift is in Paris tonight"}]}
     accept = {"Accept": "application/x-ndjson"}
-    with service_with_vllm.standing_still("rerank-ground") as processes:
-        with service_with_vllm.client.stream("POST", "/v1/annotate/batch", json=asked, headers=accept) as answer:
-            lines = answer.iter_lines()
-            assert json.loads(next(lines))["index"] == 1  # text alone does not wait for the other's picture
-            for process in processes:
-                os.kill(process, signal.SIGCONT)
-            assert json.loads(next(lines))["index"] == 0
+    with (
+        service_with_vllm.standing_still("rerank-ground") as processes,
+        service_with_vllm.client.stream("POST", "/v1/annotate/batch", json=asked, headers=accept) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert json.loads(next(lines))["index"] == 1  # text alone does not wait for the other's picture
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+        assert json.loads(next(lines))["index"] == 0
 
 
 def test_an_engine_that_is_killed_costs_no_answer(service_with_vllm, posts: list[Post]) -> None:
