@@ -74,6 +74,13 @@ def posts(tmp_path: Path) -> Path:
     return tmp_path / "posts"
 
 
+@pytest.fixture
+def groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group is an execution of its own, so that those before the one that fails are published."""
+    monkeypatch.setattr("gem_ray.pipeline.groups._ROWS_AT_ONCE", 0)
+
+
+@pytest.mark.usefixtures("groups_apart")
 def test_failed_run_goes_on_where_it_stopped(
     local_ray, text_config: Config, posts: Path, tmp_path: Path, assert_same: Same
 ) -> None:
@@ -94,6 +101,24 @@ def test_failed_run_goes_on_where_it_stopped(
     assert not list((tmp_path / "out" / "_run").rglob("staged/*"))
 
 
+def test_groups_share_actors(local_ray, text_config: Config, posts: Path, tmp_path: Path) -> None:
+    loaded = tmp_path / "loaded"
+    loaded.mkdir()
+
+    class Counted(PoolActor):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            (loaded / str(os.getpid())).touch()
+            super().__init__(*arguments, **named)
+
+    config = text_config.model_copy(deep=True)
+    config.pipeline.rows_per_group = 10
+    annotate_dataset(posts, tmp_path / "out", config, actor=Counted)
+    assert len(list(loaded.iterdir())) == 1
+    assert len(list((tmp_path / "out" / "_run").glob("*/published/*.json"))) == 3
+    assert len(rows_of(tmp_path / "out")) == 30
+
+
+@pytest.mark.usefixtures("groups_apart")
 def test_old_annotations_stay_until_a_fresh_run_is_complete(
     local_ray, text_config: Config, posts: Path, tmp_path: Path
 ) -> None:
@@ -118,10 +143,6 @@ def test_old_annotations_stay_until_a_fresh_run_is_complete(
     [
         ({"text": {"max_chars": 99}}, "text.max_chars: 10000 → 99"),
         ({"tagger": {"max_length": 64}}, r"tagger.max_length: \d+ → 64"),
-        (
-            {"pipeline": {"pools": [{"stages": ["tag"]}, {"stages": ["ground"], "pass_number": 2}]}},
-            r"stages: \[\['prepare', 'tag', 'load_image'\]\] → ",
-        ),
     ],
 )
 def test_other_settings_on_the_same_output_are_refused(
@@ -191,6 +212,7 @@ def raising(error: Exception) -> Callable[..., None]:
     return fail
 
 
+@pytest.mark.usefixtures("groups_apart")
 def test_rows_that_were_written_twice_are_published_once(
     local_ray, text_config: Config, posts: Path, tmp_path: Path
 ) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from gem_ray.config import load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.listing import list_shards
 from gem_ray.data.output import Publication, PublishedFile, annotation_paths, live_files, live_run, run_ids
 from gem_ray.data.shards import write_posts
 from gem_ray.data.storage import ConflictError, Storage, open_storage
+from gem_ray.pipeline.identity import check_same, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory
 from gem_ray.pipeline.source import PostSource
@@ -27,7 +30,9 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def manifest(run_id: str) -> Manifest:
     files = [InputFile("posts/a.parquet", 0, 5, 100, 1), InputFile("posts/c.parquet", 1, 7, 100, 2)]
     begun = "2026-01-01T00:00:00+00:00"
-    return Manifest(run_id, begun, "posts", None, files, 10, {"tagger": "t@1"}, {}, parts=[2])
+    return Manifest(
+        run_id, begun, "posts", None, files, 10, {"tagger": "t@1"}, {}, parts=[2], passes=[["prepare", "tag"]]
+    )
 
 
 def put(storage: Storage, name: str, content: bytes = b"x") -> None:
@@ -170,3 +175,21 @@ def test_posts_are_read_from_where_they_were_written(output: str) -> None:
     assert [file.rows for file in files] == [2, 1]
     source = PostSource(reader, files)
     assert sum(table.num_rows for task in source.get_read_tasks(1) for table in task()) == 3
+
+
+@pytest.mark.parametrize(
+    ("pools", "is_same"),
+    [
+        ("[{stages: [tag]}, {stages: [rerank, ground]}]", True),  # who shares processes within a pass changes nothing
+        ("[{stages: [tag]}, {stages: [ground], pass_number: 2}]", False),
+    ],
+)
+def test_a_run_keeps_its_passes(pools: str, is_same: bool) -> None:
+    config = load_config()
+    begun = replace(manifest("run"), config=config.public(), passes=stages_by_pass(config))
+    now = load_config(overrides=[f"pipeline.pools={pools}"])
+    refused = (
+        nullcontext() if is_same else pytest.raises(ValueError, match=r"stages: \[\['prepare', 'tag', 'load_image'")
+    )
+    with refused:
+        check_same(begun, now, begun.models, None, {}, may_have_other_limits=False)
