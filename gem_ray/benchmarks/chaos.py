@@ -118,7 +118,7 @@ def _an_actor() -> int:
     """The process of an actor that runs a stage with a model."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
-            if b"StageActor" in (folder / "cmdline").read_bytes():
+            if b"PoolActor" in (folder / "cmdline").read_bytes():
                 return int(folder.name)
     raise RuntimeError("no actor's process was found")
 
