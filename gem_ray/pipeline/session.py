@@ -80,8 +80,6 @@ def ray_session(config: Config) -> Iterator[None]:
 
 def _start(config: Config) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    # Ray Data hands its actors arguments through the object store, of which Ray's core warns on standard error.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, **quiet)
         return
