@@ -70,7 +70,6 @@ def _reject(post: Post) -> Post:
 def test_nothing_configured_is_a_no_op():
     provider = KnowledgeProvider.from_config(parse_config({}))
     posts = [Post("1", "hello", image_bytes=b"not even an image")]
-    assert not provider.is_active
     assert provider(posts) is posts
     assert posts == [Post("1", "hello", image_bytes=b"not even an image")]
 
@@ -78,7 +77,6 @@ def test_nothing_configured_is_a_no_op():
 def test_posts_get_knowledge_in_place(server, provider):
     knowledge = provider()
     posts = _posts(3)
-    assert knowledge.is_active
     assert knowledge(posts) is posts
     assert [post.knowledge for post in posts] == ["about post 0", "about post 1", "about post 2"]
     assert (knowledge.asked, knowledge.from_cache, knowledge.repaired, knowledge.failed) == (3, 0, 0, 0)

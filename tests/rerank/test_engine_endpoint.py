@@ -67,7 +67,7 @@ def rerank(chat: Chat, **endpoint: object) -> Post:
     config = load_config(reranker={"engine": "endpoint", "endpoint": settings}, filter={"gamma": 0.2, "k": 3})
     candidates = [Candidate("brand_name_products", 0.5), Candidate("athlete", 0.375), Candidate("city", 0.125)]
     entities = [
-        Entity("Jordan", 0, 6, 0, 1, "product", "brand_name_products", 0.5, 1.0, candidates=candidates),
+        Entity("Jordan", 0, 6, 0, 1, "product", "brand_name_products", 0.5, 1.0, True, candidates=candidates),
         Entity("Chicago", 15, 22, 3, 4, "location", "city", 0.99, 0.01, candidates=candidates),
     ]
     post = Post("p", " ".join(WORDS), WORDS, caption="a man with a ball", image=RED, entities=entities)
