@@ -43,7 +43,7 @@ def measure_chaos(location: str, posts: int, shards: int, settings: tuple[str, .
         as in the undisturbed run.
     """
     _write_input(location, posts, shards)
-    settings = (f"pipeline.pools.tag.max_actors={_NODES}", *settings)  # not one for each of the CPUs that are pretended
+    settings = ("pipeline.pools.tag.max_actors=2", *settings)  # not one for each of the CPUs that are pretended
     rng = random.Random(seed)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": _CPUS_PER_NODE})
     nodes = [cluster.add_node(num_cpus=_CPUS_PER_NODE) for _ in range(_NODES - 1)]

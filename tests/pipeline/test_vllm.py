@@ -41,7 +41,12 @@ def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(*overrides: str) -> Config:
-    sizes = ["pipeline.rows_per_block=8", "pipeline.pools.rerank.batch_size=8", "filter.gamma=0.01"]
+    sizes = [
+        "pipeline.rows_per_block=8",
+        "pipeline.pools.rerank.batch_size=8",
+        "pipeline.pools.rerank.max_actors=1",
+        "filter.gamma=0.01",
+    ]
     return load_config(overrides=[*sizes, "grounder.enabled=false", *overrides])
 
 
