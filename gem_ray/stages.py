@@ -90,10 +90,9 @@ def find_stage(name: str) -> StageSpec:
     Raises:
         KeyError: there is no such stage.
     """
-    return next((spec for spec in STAGES if spec.name == name), None) or _unknown(name)
-
-
-def _unknown(name: str) -> StageSpec:
+    for spec in STAGES:
+        if spec.name == name:
+            return spec
     raise KeyError(f"there is no stage {name!r}; the stages are {', '.join(stage_names())}")
 
 

@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -403,3 +403,27 @@ def tiny_encoder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     BertModel(config).save_pretrained(tmp_path / "e")
     return tmp_path / "e"
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Any, Any], None]:
+    """Equal up to the float noise of other batches, which may move a rounded number by a step."""
+    return _assert_same
+
+
+def _assert_same(left: Any, right: Any, where: str = "") -> None:
+    """Equal up to the float noise of other batches, which may move a rounded number by a step."""
+    from gem_ray.noise import GRAIN  # with numpy, which is to see the number of threads above
+
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            _assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            _assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(left, float):
+        assert left == pytest.approx(right, abs=1e-4, rel=2.001 * GRAIN), where
+    else:
+        assert left == right, where

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from gem_ray.model_references import load_unchanged
 from gem_ray.pipeline.compaction import Merge, MergedFile, merge
 from gem_ray.pipeline.graph import WRITING_CPUS, as_annotations, as_pass_results, build_graph, entropies_of
 from gem_ray.pipeline.ledger import Ledger, Progress
+from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.session import ray_session
 from gem_ray.pools import Pool, passes_of, tagging_pool
 
@@ -120,7 +120,7 @@ class RayExecutor:
         else:
             dataset = as_pass_results(dataset)
         try:
-            with _again_and_again(meanwhile):
+            with polling(meanwhile, _PUBLISHING_S):
                 dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
         except RayError as error:
             raise self._run_error(error) from error
@@ -166,29 +166,6 @@ class RayExecutor:
 
 def _check_models(stages: list[StageSpec], config: Config, models: dict[str, str]) -> None:
     load_unchanged(stages, config, models, partial(check_models, stages))
-
-
-@contextmanager
-def _again_and_again(action: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, call a function from a thread now and then; what it raises is raised after the block."""
-    stop, failures = threading.Event(), list[Exception]()
-
-    def work() -> None:
-        while not failures and not stop.wait(_PUBLISHING_S):
-            try:
-                action()
-            except Exception as error:
-                failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 _merge_in_task: Any = ray.remote(num_cpus=_MERGING_CPUS)(merge)

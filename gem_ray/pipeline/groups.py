@@ -7,16 +7,16 @@ annotated together, so that models are loaded once for all of them, and no card 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gem_ray.data.output import Publication
 from gem_ray.pipeline.compaction import MergedFile, cut_merges
 from gem_ray.pipeline.execution import Origin, RayExecutor, RunError
-from gem_ray.pipeline.inputs import InputFile, InputReader
+from gem_ray.pipeline.inputs import InputFile, InputReader, chunks
 from gem_ray.pipeline.passes import PassResults
 from gem_ray.pipeline.source import PostSource
 from gem_ray.pipeline.staging import StagedRows, StagingSink
@@ -60,9 +60,6 @@ class Group:
         return np.concatenate([file.row_ids for file in self.files]) if self.wanted is None else self.wanted
 
 
-P = TypeVar("P", InputFile, Group)
-
-
 def cut_groups(manifest: Manifest) -> list[Group]:
     """The files of a run in groups of about `rows_per_group` rows, in order; a file is never cut.
 
@@ -75,23 +72,9 @@ def cut_groups(manifest: Manifest) -> list[Group]:
         first += size
         groups += [
             Group(f"g{number:05d}", files)
-            for number, files in enumerate(_chunks(part, manifest.rows_per_group), start=len(groups))
+            for number, files in enumerate(chunks(part, manifest.rows_per_group), start=len(groups))
         ]
     return groups
-
-
-def _chunks(parts: Sequence[P], most: int) -> Iterator[list[P]]:
-    """Consecutive files or groups of at most so many rows together; one that has more is alone."""
-    chunk: list[P] = []
-    rows = 0
-    for part in parts:
-        if chunk and rows + part.rows > most:
-            yield chunk
-            chunk, rows = [], 0
-        chunk.append(part)
-        rows += part.rows
-    if chunk:
-        yield chunk
 
 
 class GroupRunner:
@@ -146,7 +129,7 @@ class GroupRunner:
             FileExistsError: another process has taken the output.
         """
         most = _ROWS_AT_ONCE if len(self._passes) == 1 else 0
-        for together in _chunks(groups, most):
+        for together in chunks(groups, most):
             self._run_together([_Staged(group, self._folder, len(self._passes)) for group in together])
 
     def _run_together(self, staged: Sequence[_Staged]) -> None:

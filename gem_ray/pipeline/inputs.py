@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
 from pyarrow import fs
@@ -137,3 +139,26 @@ def is_same(file: InputFile, now: StoredFile) -> bool:
 def _time(file: InputFile | StoredFile) -> int:
     # S3 has seconds in some of its answers, and thousandths in others.
     return file.mtime_ns // 10**9 if file.etag else file.mtime_ns
+
+
+class _HasRows(Protocol):
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+
+
+P = TypeVar("P", bound=_HasRows)
+
+
+def chunks(parts: Iterable[P], rows: int, count: float = math.inf) -> Iterator[list[P]]:
+    """Consecutive parts, of at most so many rows together and at most so many; one that has more rows is alone."""
+    chunk: list[P] = []
+    held = 0
+    for part in parts:
+        if chunk and (held + part.rows > rows or len(chunk) == count):
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(part)
+        held += part.rows
+    if chunk:
+        yield chunk

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from gem_ray.pipeline.polling import polling
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,16 @@ def reporting(
         if show is None:
             yield
             return
-        with _polling(lambda: show(min(done(), total), total), every_s):
+        with polling(partial(_show, show, done, total), every_s):
             yield
         show(total, total)
+
+
+def _show(report: Report, done: Callable[[], int], total: int) -> None:
+    try:
+        report(min(done(), total), total)
+    except Exception:  # of one report; the next one may succeed, and the run goes on without
+        logger.warning("progress is not known", exc_info=True)
 
 
 def json_lines(every_s: float = 10) -> Report:
@@ -74,26 +83,6 @@ class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """The rate, or a dash while it is not known."""
         return Text(f"{task.speed:.1f} posts/s" if task.speed else "– posts/s")
-
-
-@contextmanager
-def _polling(action: Callable[[], None], every_s: float) -> Iterator[None]:
-    stop = threading.Event()
-
-    def poll() -> None:
-        while not stop.wait(every_s):
-            try:
-                action()
-            except Exception:  # of one report; the next one may succeed, and the run goes on without
-                logger.warning("progress is not known", exc_info=True)
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextmanager

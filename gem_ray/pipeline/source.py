@@ -7,7 +7,7 @@ run has finished are left out while reading: Ray's own filter would fetch their 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from ray.data.block import BlockMetadata
 
 from gem_ray.data.prepare import drop_oversized_image, post_from_row
 from gem_ray.data.shards import ROWS_BITS, shard_rows
-from gem_ray.pipeline.inputs import InputFile, InputReader
+from gem_ray.pipeline.inputs import InputFile, InputReader, chunks
 from gem_ray.pipeline.tables import TRANSIT_SCHEMA, posts_to_table
 from gem_ray.records import Post
 
@@ -57,7 +57,7 @@ class PostSource(Datasource):
         self._reader = reader
         self._earlier = earlier
         reads = [_Read(file, _positions(file, wanted)) for file in files]
-        self._tasks = list(_chunks(read for read in reads if read.rows))
+        self._tasks = list(chunks((read for read in reads if read.rows), _ROWS_PER_TASK, _FILES_PER_TASK))
 
     @property
     def tasks(self) -> int:
@@ -96,20 +96,6 @@ class _Read:
     @property
     def rows(self) -> int:
         return self.file.rows if self.positions is None else len(self.positions)
-
-
-def _chunks(reads: Iterable[_Read]) -> Iterator[list[_Read]]:
-    """Reads that share a task, in order."""
-    chunk: list[_Read] = []
-    rows = 0
-    for read in reads:
-        if chunk and (rows + read.rows > _ROWS_PER_TASK or len(chunk) == _FILES_PER_TASK):
-            yield chunk
-            chunk, rows = [], 0
-        chunk.append(read)
-        rows += read.rows
-    if chunk:
-        yield chunk
 
 
 def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,34 +16,11 @@ import ray
 from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
-from gem_ray.noise import GRAIN
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.records import Post
 
 GOOD_POSTS = 24
-
-
-@pytest.fixture(scope="session")
-def assert_same() -> Callable[[Any, Any], None]:
-    """Equal up to the float noise of other batches, which may move a rounded number by a step."""
-    return _assert_same
-
-
-def _assert_same(left: Any, right: Any, where: str = "") -> None:
-    """Equal up to the float noise of other batches, which may move a rounded number by a step."""
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            _assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, list):
-        assert len(left) == len(right), where
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
-            _assert_same(a, b, f"{where}[{index}]")
-    elif isinstance(left, float):
-        assert left == pytest.approx(right, abs=1e-4, rel=2.001 * GRAIN), where
-    else:
-        assert left == right, where
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ import uvicorn
 import yaml
 
 from gem_ray.data.generated import generate
-from gem_ray.noise import GRAIN
 from gem_ray.records import Post
 
 ROOT = Path(__file__).parents[2]
@@ -273,12 +272,6 @@ def assert_problem() -> Callable[[httpx.Response, int], dict[str, Any]]:
     return _assert_problem
 
 
-@pytest.fixture(scope="session")
-def assert_same() -> Callable[..., None]:
-    """Two answers are equal, up to the float noise of other batches, which may move a rounded number by a step."""
-    return _assert_same
-
-
 @contextmanager
 def _listening(app: Any, host: str = "127.0.0.1") -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=0, log_level="error", lifespan="off"))
@@ -300,18 +293,3 @@ def _assert_problem(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert problem["status"] == status
     assert not any(word in answer.text for word in ("Traceback", "gem_ray/", "site-packages", ".py"))
     return problem
-
-
-def _assert_same(left: Any, right: Any, where: str = "") -> None:
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            _assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, list):
-        assert len(left) == len(right), where
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
-            _assert_same(a, b, f"{where}[{index}]")
-    elif isinstance(left, float):
-        assert left == pytest.approx(right, abs=1e-4, rel=2.001 * GRAIN), where
-    else:
-        assert left == right, where
