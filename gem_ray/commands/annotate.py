@@ -55,12 +55,16 @@ def annotate(
         bool, typer.Option(help="Do again the rows of a finished run that were degraded or rejected.")
     ] = False,
     skip_bad_files: SkipOption = False,
+    max_problem_share: Annotated[
+        float, typer.Option(help="End when more of the posts have problems of one kind; 1: never.", min=0, max=1)
+    ] = 0.5,
 ) -> None:
     """Annotate every post of a data set, or continue where this command stopped.
 
-    Exit code 3: done, but some rows were rejected, or some files not read.
+    Exit code 1: failed, or too many posts did. 3: done, but some rows were rejected, or some files not read.
     """
     from gem_ray.config import load_config
+    from gem_ray.pipeline.mass_failure import mass_failure
     from gem_ray.pipeline.progress import json_lines
     from gem_ray.pipeline.run import annotate_dataset
 
@@ -79,9 +83,12 @@ def annotate(
         update=update,
         only_problems=only_problems,
         skip_bad_files=skip_bad_files,
+        max_problem_share=max_problem_share,
         progress=progress,
     )
     _print_summary(summary, output, as_json)
+    if failure := mass_failure(summary.tally, max_problem_share):
+        raise RuntimeError(failure)
     if summary.rejected or summary.unread:
         raise typer.Exit(EXIT_REJECTED)
 

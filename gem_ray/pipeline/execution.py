@@ -60,14 +60,17 @@ class RayExecutor:
         self._done = Progress()  # in sessions that have ended
 
     @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self, max_problem_share: float | None = None) -> Iterator[None]:
         """Ray, for as long as the block runs; everything else is called inside.
+
+        Args:
+            max_problem_share: of posts that may have problems of one kind before the run ends; none: any.
 
         Raises:
             ValueError: the actors ask for more CPUs or GPUs than there are.
         """
         with ray_session(self._config):
-            self._ledger = Ledger()
+            self._ledger = Ledger(max_problem_share)
             yield
             self._done, self._ledger = self._ledger.read(), None
 

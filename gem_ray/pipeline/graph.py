@@ -21,6 +21,7 @@ from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.metrics import PostMetrics, StageMetrics
 from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.logs import log_as_json, log_problems
+from gem_ray.pipeline.summary import Tally
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.pools import CPUS_FOR_TASKS
 from gem_ray.records import Post, ProblemKind
@@ -143,9 +144,15 @@ def _finish(dataset: Any, function: Callable[..., pa.Table], **arguments: Any) -
 
 
 def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Ledger) -> pa.Table:
-    """From a batch of `TRANSIT_SCHEMA` to one of `ANNOTATION_SCHEMA`; counts and logs what became of the posts."""
+    """From a batch of `TRANSIT_SCHEMA` to one of `ANNOTATION_SCHEMA`; counts and logs what became of the posts.
+
+    Raises:
+        RuntimeError: too many posts have failed for the run to go on.
+    """
     posts = table_to_posts(table)
-    ledger.add_done(len(posts))
+    failure = ledger.add_done(Tally.of_posts(posts))
+    if failure:
+        raise RuntimeError(failure)
     _observers_of_process().count(posts)
     log_problems(run_id, posts)
     return annotations_table(posts, run_id, models)
@@ -193,7 +200,7 @@ class PoolActor:
         """Run the stages on a batch of `TRANSIT_SCHEMA`.
 
         Raises:
-            RuntimeError: a stage could not be loaded, or its processes die whatever they are given.
+            RuntimeError: a stage could not be loaded, its processes die whatever they are given, or the run has failed.
         """
         if self._failure:
             self._ledger.set_failure(self._failure)
@@ -258,7 +265,7 @@ class _Work:
 
 
 class StageBrokenError(RuntimeError):
-    """A stage whose processes die one after the other, whatever the rows."""
+    """A stage whose processes die one after the other, whatever the rows; or a run that must not go on."""
 
 
 def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger, gate: Gate) -> None:
@@ -268,7 +275,7 @@ def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger, gate: Ga
     second one, alone, fails.
 
     Raises:
-        StageBrokenError: processes of the stage died many times in a row.
+        StageBrokenError: processes of the stage died many times in a row, or the run has failed.
     """
     rows = tuple(post.row_id or 0 for post in posts)
     with gate.shared():

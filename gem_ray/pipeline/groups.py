@@ -119,7 +119,7 @@ class GroupRunner:
 
     def done(self) -> int:
         """Rows that have been through all stages, in this start or an earlier one; for progress."""
-        return self._done_before + self._executor.work().done
+        return self._done_before + self._executor.work().tally.rows
 
     def run(self, groups: Sequence[Group]) -> None:
         """Bring every row of groups through every pass, and publish each group as soon as its rows are there.

@@ -10,6 +10,9 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from gem_ray.pipeline.mass_failure import JUDGED_FROM, mass_failure
+from gem_ray.pipeline.summary import Tally
+
 
 @dataclass
 class Progress:
@@ -18,13 +21,13 @@ class Progress:
     Attributes:
         stage_seconds: wall time inside each stage, summed over its actors.
         stage_counts: what each stage has counted itself, summed over its actors.
-        done: posts that have left the last stage.
-        failure: why a stage gave up, in a sentence; Ray's own exception says it only within a trace.
+        tally: of the posts that have left the last stage.
+        failure: why the run cannot go on, in a sentence; Ray's own exception says it only within a trace.
     """
 
     stage_seconds: dict[str, float] = field(default_factory=dict)
     stage_counts: dict[str, Counter[str]] = field(default_factory=dict)
-    done: int = 0
+    tally: Tally = field(default_factory=Tally)
     failure: str | None = None
 
 
@@ -34,7 +37,7 @@ class Attempt:
 
     Attributes:
         deaths: how often a process died over just these rows.
-        failure: set when the stage should give up: its processes die whatever they are given.
+        failure: set when the stage should give up: its processes die whatever they are given, or the run has failed.
     """
 
     deaths: int
@@ -46,7 +49,8 @@ _MOST_RESTARTS = 20  # of the book's own process
 
 
 class _Book:
-    def __init__(self) -> None:
+    def __init__(self, max_problem_share: float | None) -> None:
+        self._max_problem_share = max_problem_share
         self._progress = Progress()
         self._unfinished: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._deaths: Counter[str] = Counter()
@@ -57,8 +61,12 @@ class _Book:
         if counts:
             self._progress.stage_counts.setdefault(stage, Counter()).update(counts)
 
-    def add_done(self, posts: int) -> None:
-        self._progress.done += posts
+    def add_done(self, tally: Tally) -> str | None:
+        progress = self._progress
+        progress.tally += tally
+        if self._max_problem_share is not None and progress.tally.rows >= JUDGED_FROM:
+            progress.failure = progress.failure or mass_failure(progress.tally, self._max_problem_share)
+        return progress.failure
 
     def set_failure(self, failure: str) -> None:
         self._progress.failure = self._progress.failure or failure
@@ -68,7 +76,7 @@ class _Book:
         self._unfinished[stage, rows] += 1
         # The first time, a node that is gone may have taken many processes with it.
         self._deaths[stage] += deaths > 1
-        failure = None
+        failure = self._progress.failure
         if self._deaths[stage] > _MOST_DEATHS:
             last = self._last_words.get(stage, "without a word; out of memory, perhaps")
             failure = f"the processes of stage {stage} die one after the other, the last {last}"
@@ -92,22 +100,25 @@ class Ledger:
     A batch that Ray runs again after a lost worker is counted again: the book tells of work, not of rows written. So
     the book itself may be lost: Ray starts it anew, empty, and calls that were under way are made again. Figures of
     work are then too low, and a post that kills processes kills one or two more before it is found.
+
+    Args:
+        max_problem_share: of posts that may have problems of one kind before the run ends; none: any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_problem_share: float | None = None) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         restarts = {"max_restarts": _MOST_RESTARTS, "max_task_retries": -1}
-        self._book = ray.remote(num_cpus=0, scheduling_strategy=here, **restarts)(_Book).remote()
+        self._book = ray.remote(num_cpus=0, scheduling_strategy=here, **restarts)(_Book).remote(max_problem_share)
         self._last = Progress()
 
     def add_work(self, stage: str, seconds: float, counts: Mapping[str, int] | None = None) -> None:
         """Add time spent inside a stage, and what it has counted meanwhile."""
-        # Not waited for, here and in `add_done` and `end`.
+        # Not waited for, here and in `end`.
         self._book.add_work.remote(str(stage), seconds, dict(counts or {}))
 
-    def add_done(self, posts: int) -> None:
-        """Add posts that need no more work."""
-        self._book.add_done.remote(posts)
+    def add_done(self, tally: Tally) -> str | None:
+        """Add posts that need no more work, and hear why the run cannot go on; None while it can."""
+        return self._book.add_done.remote(tally).future().result()  # as in `begin`
 
     def set_failure(self, failure: str) -> None:
         """Say why the run cannot go on; the first to say so is believed."""

@@ -63,6 +63,7 @@ def annotate_dataset(
     update: bool = False,
     only_problems: bool = False,
     skip_bad_files: bool = False,
+    max_problem_share: float | None = None,
     progress: Report | None = None,
     actor: type | None = None,
 ) -> RunSummary:
@@ -79,6 +80,8 @@ def annotate_dataset(
         only_problems: do again the degraded and rejected rows of a finished run, whose limits on texts and images may
             be other ones now.
         skip_bad_files: go on without files that cannot be read; the summary names them and counts their rows.
+        max_problem_share: of posts that may have problems of one kind: a run with more of them among its first thousand
+            rows, or later, ends; none: any. Rows of `only_problems` may all have some.
         progress: called now and then with posts done and posts in all; none: a bar, if standard error is a terminal.
         actor: stands in for `PoolActor`; benchmarks of everything but the models use it.
 
@@ -91,7 +94,7 @@ def annotate_dataset(
         ValueError: the output belongs to a run with another input, configuration, models or `columns` (the message
             shows the difference); an input that is damaged or empty, an output inside the input, or actors that do not
             fit.
-        RunError: the run failed underway; the message says where. What is done stays done.
+        RunError: the run failed underway, or too many posts did; the message says where. What is done stays done.
     """
     directory = RunDirectory(str(output))
     listing = list_shards(input)
@@ -106,6 +109,7 @@ def annotate_dataset(
             models=models_of(config),
             limit=limit,
             skip_bad_files=skip_bad_files,
+            max_problem_share=None if only_problems else max_problem_share,
             claim=claim,
             executor=RayExecutor(config, actor),
         )
@@ -128,6 +132,7 @@ class _Run:
     models: dict[str, str]
     limit: int | None
     skip_bad_files: bool
+    max_problem_share: float | None
     claim: Claim
     executor: RayExecutor
 
@@ -338,7 +343,7 @@ class _Work:
             measured = self._folder.read("gamma") or {"gamma": self._run.config.filter.gamma}
             return _Done(measured["gamma"], 0, anything=False)
         run, folder = self._run, self._folder
-        with run.executor.session():
+        with run.executor.session(run.max_problem_share):
             run.executor.check_models(run.config, run.models)
             files = [file for file in self._manifest.files[: self._manifest.parts[0]] if file.rows]
             config = with_gamma(run.config, folder, run.reader, files, run.models, run.executor)

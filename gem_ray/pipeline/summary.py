@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gem_ray.records import Status
+from gem_ray.records import Post, Status
 
 _LIBRARIES = ("gem-ray", "ray", "torch", "transformers", "pyarrow")
 _EXAMPLES = 5  # kept of each kind of problem
@@ -27,7 +27,7 @@ class Tally:
     Attributes:
         rows: posts.
         statuses: posts by status; every status is there.
-        problems: problems by kind; a post may have several.
+        problems: posts that have a problem, by its kind; a post may have several kinds.
         entities: mentions found.
         grounded: mentions with a box: those that are seen.
         not_judged: mentions of which nobody has said whether they are seen: their `seen` is null.
@@ -64,13 +64,33 @@ class Tally:
             tally._count_problems(row, status)
         return tally
 
+    @classmethod
+    def of_posts(cls, posts: Sequence[Post]) -> Tally:
+        """Count posts that are done, before they are rows."""
+        entities = [entity for post in posts for entity in post.entities]
+        tally = cls(
+            rows=len(posts),
+            entities=len(entities),
+            grounded=sum(entity.box is not None for entity in entities),
+            not_judged=sum(entity.seen is None for entity in entities),
+            reranked=sum(entity.reranked for entity in entities),
+        )
+        for post in posts:
+            tally.statuses[post.status] += 1
+            if post.status is Status.OK and post.image_width is not None:
+                tally.not_judged_with_image += sum(entity.seen is None for entity in post.entities)
+            problems = [asdict(problem) for problem in post.problems]
+            facts = {"post_id": post.post_id, "row_id": post.row_id, "text": post.text, "problems": problems}
+            tally._count_problems(facts, post.status)
+        return tally
+
     @property
     def not_seen(self) -> int:
         """Mentions that the grounder has looked for, and not found."""
         return self.entities - self.grounded - self.not_judged
 
     def _count_problems(self, row: Mapping[str, Any], status: Status) -> None:
-        for problem in row["problems"]:
+        for problem in {each["kind"]: each for each in row["problems"]}.values():
             self.problems[problem["kind"]] += 1
             examples = self.examples.setdefault(problem["kind"], [])
             if len(examples) < _EXAMPLES:

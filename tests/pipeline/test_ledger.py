@@ -18,6 +18,7 @@ from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.progress import reporting
 from gem_ray.pipeline.run import RunError, annotate_dataset
+from gem_ray.pipeline.summary import Tally
 from gem_ray.records import Status
 
 
@@ -71,26 +72,29 @@ def test_a_new_book_knows_nothing_and_refuses_nothing(local_ray: None) -> None:
     batch = (1, 2)
     ledger.begin("ground", batch)
     assert ledger.begin("ground", batch).deaths == 1
-    ledger.add_done(5)
-    assert ledger.read().done == 5
+    ledger.add_done(Tally(rows=5))
+    assert ledger.read().tally.rows == 5
     ray.kill(ledger._book, no_restart=False)
     ledger.end("ground", batch, worked=True)
     assert ledger.begin("ground", batch).deaths == 0
-    ledger.add_done(7)
+    ledger.add_done(Tally(rows=7))
     until = time.monotonic() + 60
-    while ledger.read().done < 7 and time.monotonic() < until:
+    while ledger.read().tally.rows < 7 and time.monotonic() < until:
         time.sleep(0.1)  # a call that met the death is made again, later than others
-    assert ledger.read().done in (7, 12)  # what is sent before the death is noticed may be sent again
+    assert ledger.read().tally.rows in (7, 12)  # what is sent before the death is noticed may be sent again
 
 
 def test_what_is_known_of_a_book_that_is_gone_is_what_was_read_last(local_ray: None) -> None:
     ledger = Ledger()
-    ledger.add_done(5)
-    assert ledger.read().done == 5
+    ledger.add_done(Tally(rows=5))
+    assert ledger.read().tally.rows == 5
     ray.kill(ledger._book)
+    until = time.monotonic() + 60
+    while not ledger.read().failure and time.monotonic() < until:
+        time.sleep(0.1)  # a call may still reach it
     for _ in range(2):
         progress = ledger.read()
-        assert progress.done == 5
+        assert progress.tally.rows == 5
         assert "is gone" in str(progress.failure)
 
 
