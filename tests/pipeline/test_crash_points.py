@@ -170,7 +170,7 @@ class InlineExecutor:
         self.late_task: Callable[[Storage], Any] = lambda storage: None
         InlineExecutor.last = self
 
-    def session(self) -> Any:
+    def session(self, max_problem_share: float | None) -> Any:
         return nullcontext()
 
     def check_models(self, config: Config, models: dict[str, str]) -> None:

@@ -39,7 +39,7 @@ class InlineExecutor:
     def __init__(self, config: Any, actor: Any = None) -> None:
         pass
 
-    def session(self) -> Any:
+    def session(self, max_problem_share: float | None) -> Any:
         return nullcontext()
 
     def check_models(self, config: Any, models: Any) -> None:
