@@ -104,7 +104,7 @@ def test_shards_say_what_is_wrong_with_the_posts_that_they_hold(tmp_path: Path) 
     assert done.stdout.strip().endswith(": 4")
     assert "posts.jsonl:2: the line is not valid JSON" in done.stderr
     assert "c: there is no image at nope.jpg that can be read" in done.stderr
-    assert "3 of them have a problem; 2 cannot be annotated" in done.stderr
+    assert "3 posts with a problem; 2 cannot be annotated" in done.stderr
 
 
 def test_scores_of_other_posts_are_refused(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ LAYERS = [
         "noise",
         "client",
         "strict",
+        "plurals",
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},

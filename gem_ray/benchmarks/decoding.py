@@ -75,7 +75,6 @@ def _bomb(folder: Path) -> Path:
 
 
 def _side(file: Path) -> int:
-    Image.MAX_IMAGE_PIXELS = None
     with Image.open(file) as image:
         return image.width
 

@@ -19,6 +19,7 @@ from gem_ray.commands.options import (
     UnseenNamesOption,
     parse_columns,
 )
+from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.summary import RunSummary
@@ -86,7 +87,7 @@ def annotate(
         max_problem_share=max_problem_share,
         progress=progress,
     )
-    _print_summary(summary, output, as_json)
+    _print_summary(summary, output.rstrip("/"), as_json)
     if failure := mass_failure(summary.tally, max_problem_share):
         raise RuntimeError(failure)
     if summary.rejected or summary.unread:
@@ -170,19 +171,20 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
     tally = summary.tally
     if summary.annotated:
         speed = f"{summary.seconds:.1f} s ({summary.rows_per_second:.1f} a second)"
-        done = f"{summary.annotated} posts in {speed}, {summary.rows} in all"
+        done = f"{counted(summary.annotated, 'post')} in {speed}, {summary.rows:,} in all"
     else:
-        done = f"nothing to do: all {summary.rows} posts are annotated"
+        done = f"nothing to do, {counted(summary.rows, 'post')} in all"
     typer.echo(
-        f"{done}: {tally.entities} entities: {tally.grounded} seen in the image, {tally.not_seen} not seen, "
-        f"{tally.not_judged} not judged; {tally.reranked} reranked"
+        f"{done}: {counted(tally.entities, 'entity', 'entities')}: {tally.grounded:,} seen in the image, "
+        f"{tally.not_seen:,} not seen, {tally.not_judged:,} not judged; {tally.reranked:,} reranked"
     )
     if sentence := _about_abstaining(summary):
         typer.echo(sentence)
     if summary.unread:
         unknown = sum(file["rows"] is None for file in summary.unread)
-        more = f" and those of {unknown}, which nobody can count" if unknown else ""
-        typer.echo(f"not read: {summary.unread_rows} rows{more}, in {len(summary.unread)} files; see {output}/run.json")
+        more = f" and those of {counted(unknown, 'file')} without a footer that says how many" if unknown else ""
+        rows, files = counted(summary.unread_rows, "row"), counted(len(summary.unread), "file")
+        typer.echo(f"not read: {rows}{more}, in {files}; see {output}/run.json")
     for kind, count in sorted(tally.problems.items()):
         typer.echo(f"  {kind}: {count}")
     if tally.problems:
@@ -204,8 +206,9 @@ def _about_abstaining(summary: RunSummary) -> str | None:
     scope = Scope.load(resolve(matcher))
     assert scope is not None  # `gem-ray nano build` writes it
     reranker_too = config.reranker.enabled and config.reranker.model.startswith("nano:")
+    entities = counted(count, "entity", "entities")
     left_out = "not reranked and not looked for" if reranker_too else "not looked for"
     return (
-        f"{count} of the entities were tagged by their text, but {left_out} in their images: {matcher} knows only "
+        f"{entities} tagged by the text alone, {left_out} in the image: {matcher} knows only "
         f"{scope.knows}. For real photos: gem-ray annotate {summary.input} OTHER-OUTPUT --preset cpu"
     )

@@ -18,6 +18,7 @@ from gem_ray.commands.options import (
     SkipOption,
     parse_columns,
 )
+from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
     from gem_ray.data.check import InputCheck
@@ -40,7 +41,7 @@ def check(
 ) -> None:
     """What is in an input, what is left out and why, and what `annotate` would refuse; no model is loaded.
 
-    Exit code 2: `annotate` would refuse the input. 3: posts of the sample cannot be annotated.
+    Exit code 2: `annotate` would refuse the input. 3: posts of the sample cannot be annotated, or files are skipped.
     """
     import json as json_library
 
@@ -56,7 +57,7 @@ def check(
     _print(found)
     if found.refused:
         raise typer.Exit(EXIT_USAGE)
-    if found.sample and found.sample.rejected:
+    if found.skipped or (found.sample and found.sample.rejected):
         raise typer.Exit(EXIT_REJECTED)
 
 
@@ -66,13 +67,18 @@ def _print(found: InputCheck) -> None:
 
     for reason in found.refused:
         typer.secho(f"refused: {reason}", fg="red")
+    for reason in found.skipped:
+        typer.secho(f"not read: {reason}", fg="red")
     for remark in found.remarks:
         typer.secho(remark, fg="yellow")
-    typer.echo(f"{found.rows:,} posts in {found.files:,} files")
+    typer.echo(f"{counted(found.rows, 'post')} in {counted(found.files, 'file')}")
+    if found.columns:
+        unread = f"; not read: {', '.join(found.unread_columns)}" if found.unread_columns else ""
+        typer.echo(f"columns: {', '.join(f'{field} {column}' for field, column in found.columns.items())}{unread}")
     if found.sample is None:
         return
     sample = found.sample
-    table = Table(title=f"{sample.posts:,} posts of them", title_justify="left")
+    table = Table(title=f"{counted(sample.posts, 'post')} of them", title_justify="left")
     table.add_column("what")
     table.add_column("posts", justify="right")
     table.add_column("share", justify="right")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gem_ray.commands.options import Labels
+from gem_ray.plurals import counted
 
 app = typer.Typer()
 
@@ -50,6 +51,7 @@ def export(
         labels=LABEL_SETS[labels.value] if labels else None,
         report=json_lines() if context.obj["json_logs"] else None,
     )
-    typer.echo(f"{out}: {tally.posts:,} posts read, {tally.entities:,} entities and {tally.boxes:,} boxes written")
-    for remark, posts in tally.remarks.items():
-        typer.echo(f"{remark}: {posts:,}")
+    posts, boxes = counted(tally.posts, "post"), counted(tally.boxes, "box", "boxes")
+    typer.echo(f"{out}: {posts} read, {counted(tally.entities, 'entity', 'entities')} and {boxes} written")
+    for remark, count in tally.remarks.items():
+        typer.echo(f"{remark}: {count:,}")

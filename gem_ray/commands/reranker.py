@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gem_ray.commands.options import ConfigOption, DataOption, ImagesOption, PresetOption, SetOption, labelled_posts
+from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +39,9 @@ def reranker_tables(
     with whole_text(out / "reranker.json") as file:
         file.write(json.dumps(result, indent=2) + "\n")
     console = Console()
-    console.print(f"{result['entities']} entities, {result['hard_entities']} with H > {result['gamma']:g}")
+    console.print(
+        f"{counted(result['entities'], 'entity', 'entities')}, {result['hard_entities']} with H > {result['gamma']:g}"
+    )
     console.print(_by_entropy(result["by_entropy"]))
     rows = [("tagger alone", result["tagger"])]
     rows += [(f"K = {row['k']}", row) for row in result["by_k"]]

@@ -17,6 +17,7 @@ from gem_ray.commands.options import (
     UnseenNamesOption,
     parse_columns,
 )
+from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
     from gem_ray.records import Post
@@ -131,7 +132,7 @@ def _write_shards(posts: Iterable[Post], out: str, per_shard: int, left_out: Seq
 
     wrong: list[str] = []
     rejected: list[str] = []
-    typer.echo(f"posts in {out}: {write_posts(_noting(posts, wrong, rejected), out, per_shard)}")
+    typer.echo(f"posts in {out}: {write_posts(_noting(posts, wrong, rejected), out, per_shard):,}")
     if left_out:
         more = ", …" if len(left_out) > _SHOWN_REASONS else ""
         names = ", ".join(left_out[:_SHOWN_REASONS])
@@ -139,19 +140,34 @@ def _write_shards(posts: Iterable[Post], out: str, per_shard: int, left_out: Seq
     for reason in wrong[:_SHOWN_REASONS]:
         typer.secho(reason, fg="yellow", err=True)
     if wrong:
-        count = f"{len(wrong)} of them have a problem; {len(rejected)} cannot be annotated"
+        count = f"{counted(len(wrong), 'post')} with a problem; {len(rejected):,} cannot be annotated"
         typer.secho(count, fg="yellow", err=True)
     if rejected:
         raise typer.Exit(EXIT_REJECTED)
 
 
+def _problem(post: Post) -> str | None:
+    """The first thing that is wrong with a post, its image's header included."""
+    from gem_ray.config import ImageConfig
+    from gem_ray.data.images import ImageError, image_suffix
+
+    if post.problems:
+        return post.problems[0].message
+    if post.image_uri is not None and "://" not in post.image_uri:
+        return f"there is no image at {post.image_uri} that can be read"
+    try:
+        if post.image_bytes is not None:
+            image_suffix(post.image_bytes, ImageConfig())
+    except ImageError as error:
+        return str(error)
+    return None
+
+
 def _noting(posts: Iterable[Post], wrong: list[str], rejected: list[str]) -> Iterator[Post]:
     """The same posts; what is wrong with one is noted, since a shard has no place for the reason."""
     for post in posts:
-        if reason := next((problem.message for problem in post.problems), None):
+        if reason := _problem(post):
             wrong.append(f"{post.post_id}: {reason}")
-        elif post.image_uri is not None and "://" not in post.image_uri:
-            wrong.append(f"{post.post_id}: there is no image at {post.image_uri} that can be read")
         if post.is_rejected:
             rejected.append(post.post_id)
         yield post

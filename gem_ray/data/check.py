@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import regex
 
 from gem_ray.config import ImageConfig
 from gem_ray.data.counting import Unreadable, count_shards
+from gem_ray.data.fetch import why_never_read
 from gem_ray.data.formats import Format
 from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.listing import Listing, find_shards, format_of
-from gem_ray.data.parquet import Columns, unread_columns
+from gem_ray.data.parquet import Columns, read_columns, remarks_on_columns
 from gem_ray.data.prepare import post_from_row
 from gem_ray.data.shards import shard_rows
 from gem_ray.records import Post
 
 _SAMPLED_FILES = 10
+_READ_CHARACTERS = 10_000
 _SCRIPTS = ("Latin", "Cyrillic", "Arabic", "Han", "Hiragana", "Katakana", "Hangul", "Devanagari", "Greek", "Hebrew",
             "Thai", "Bengali", "Tamil")  # fmt: skip
 
@@ -37,7 +40,8 @@ class Sample:
         posts: how many were read.
         rejected: reasons for which posts cannot be annotated, with their numbers.
         images: where images come from (`in the file`, `s3://`, `path`, … or `none`), with the numbers of posts.
-        unusable: reasons for which images that are in the file cannot be decoded, with their numbers.
+        unusable: reasons for which images that are in the file cannot be decoded, and other ones are not fetched, with
+            their numbers.
         repeated: ids, texts and images that more than one post has, as numbers of further posts.
         scripts: the writing system of most letters, with the numbers of posts.
     """
@@ -62,15 +66,21 @@ class InputCheck:
         input: as the user named it.
         files: how many can be read.
         rows: in these.
+        columns: field of an input row -> its column in the first Parquet file: the type, and the name if it is another.
+        unread_columns: the others of that file.
         refused: why `annotate` refuses the input; empty if it does not.
-        remarks: sentences on files and columns that are not read.
+        skipped: which damaged files `annotate --skip-bad-files` goes on without, and why.
+        remarks: sentences on other files and columns that are not read.
         sample: of its posts; None if the input is refused.
     """
 
     input: str
     files: int
     rows: int
+    columns: dict[str, str]
+    unread_columns: list[str]
     refused: list[str]
+    skipped: list[str]
     remarks: list[str]
     sample: Sample | None
 
@@ -100,35 +110,40 @@ def check_input(
     try:
         listing = find_shards(path)
     except (OSError, ValueError) as error:
-        return InputCheck(str(path), 0, 0, [str(error)], [], None)
+        return InputCheck(str(path), 0, 0, {}, [], [str(error)], [], [], None)
     columns = columns or {}
     counts = list(count_shards(listing.filesystem, listing.paths, columns))
     bad = [count for count in counts if isinstance(count, Unreadable)]
     refused = [each.reason for each in bad if not (skip_bad_files and each.is_damaged)]
-    skipped = [f"not read: {each.reason}" for each in bad if skip_bad_files and each.is_damaged]
+    skipped = [each.reason for each in bad if skip_bad_files and each.is_damaged]
     rows = sum(count for count in counts if isinstance(count, int))
     if not refused and not rows:
         refused = [f"the input holds no posts: {path}"]
     good = [shard for shard, count in zip(listing.shards, counts, strict=True) if isinstance(count, int)]
     readable = replace(listing, shards=good)
-    remarks = [*listing.remarks(), *skipped, *column_remarks(readable, columns)]
+    schema = _first_schema(readable)
+    read = read_columns(schema, columns)
+    unread = [name for name in schema.names if name not in {columns.get(field, field) for field in read}]
+    remarks = [*listing.remarks(), *remarks_on_columns(schema, columns)]
     found = None if refused else _sample(readable, columns, image, sample)
-    return InputCheck(str(path), len(good), rows, refused, remarks, found)
+    return InputCheck(str(path), len(good), rows, read, unread, refused, skipped, remarks, found)
 
 
 def column_remarks(listing: Listing, columns: Columns) -> list[str]:
-    """Columns that are not read, though they are nearly called so; of the first Parquet file.
+    """Sentences on columns that are not read, though they are nearly called so."""
+    return remarks_on_columns(_first_schema(listing), columns)
 
-    Others have the same columns, or are refused.
-    """
+
+def _first_schema(listing: Listing) -> pa.Schema:
+    """That of the first Parquet file; without columns if there is none. Others have the same, or are refused."""
     for path in listing.paths:
         if format_of(listing.filesystem, path) is Format.PARQUET:
             try:
                 with listing.filesystem.open_input_file(path) as stream:
-                    return unread_columns(pq.read_schema(stream), columns)
+                    return pq.read_schema(stream)
             except (OSError, ValueError):  # damaged, which is among the refusals
-                return []
-    return []
+                break
+    return pa.schema([])
 
 
 def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -> Sample:
@@ -138,7 +153,7 @@ def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -
         found.posts += 1
         if post.is_rejected:
             found.rejected[post.problems[0].message] += 1
-        found.scripts[_script(post.text)] += 1
+        found.scripts[_script(post.text[:_READ_CHARACTERS])] += 1
         found.images[_source(post)] += 1
         for what, value in _identities(post):
             found.repeated[what] += value in seen[what]
@@ -148,6 +163,8 @@ def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -
                 decode_image(post.image_bytes, image)
             except ImageError as error:
                 found.unusable[str(error)] += 1
+        elif post.image_uri is not None and (reason := why_never_read(post.image_uri, image)):
+            found.unusable[reason] += 1
     return found
 
 

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import lzma
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def from_jsonl(file: Path, embed_images: bool = True, columns: Columns | None = 
         columns: field of an input row -> the name that it has in the file.
 
     Raises:
-        ValueError: the file is no text, or begins as an array and is none.
+        ValueError: the file is no text, begins as an array and is none, or has objects over several lines.
     """
     with _reading(file), _open_text(file) as lines:
         posts = (_post(renamed(row, columns or {}), file, number) for number, row in _json_rows(lines, file))
@@ -91,7 +92,7 @@ def from_folder(folder: Path, left_out: list[str] | None = None) -> Iterator[Pos
     texts: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        name = relative.with_suffix("").as_posix()
+        name = unicodedata.normalize("NFC", relative.with_suffix("").as_posix())  # macOS writes accents apart
         if path.is_dir():
             continue
         if is_hidden(PurePosixPath(*(part for part in relative.parts if not part.startswith("_")))):
@@ -171,6 +172,8 @@ def _json_rows(lines: TextIO, file: Path) -> Iterator[tuple[int, dict[str, Any]]
         if is_first and _begins_array(line):
             yield from _array_rows(line + lines.read(), file)
             return
+        if is_first and line.strip() == "{":
+            raise ValueError(f"{file} has objects over several lines; write one object a line (`jq -c .` does)")
         is_first = False
         yield number, _json_row(line)
 
@@ -277,6 +280,8 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
     if len(cells) > len(header):
         return {ERROR_FIELD: "the record has more cells than the header", **values}
+    if values.get("tokens", "").startswith(("['", '["')):
+        return {ERROR_FIELD: "tokens are separated by spaces, and these are a written list", **values, "tokens": None}
     if "tokens" in values:
         values["tokens"] = values["tokens"].split()
     return values
@@ -299,6 +304,8 @@ def _text_of(files: list[Path], folder: Path) -> dict[str, Any]:
     [file] = files
     if not file.resolve().is_relative_to(folder.resolve()):
         return {ERROR_FIELD: f"{file.name} is a link that leads out of the folder"}
+    if file.exists() and not file.is_file():
+        return {ERROR_FIELD: f"{file.name} is a pipe, socket or device"}
     try:
         return {"text": decoded_text(file.read_bytes())}
     except OSError as error:

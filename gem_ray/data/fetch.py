@@ -60,6 +60,9 @@ class ImageError(Exception):
         return cls(ProblemKind.IMAGE_TOO_LARGE, message)
 
 
+_NO_ROOT = "set image.root to the folder of the images to read local paths"
+
+
 class _TransientError(ImageError):
     """A failure that may be over at the next try.
 
@@ -89,17 +92,12 @@ class Fetcher:
         Raises:
             ImageError: IMAGE_FORBIDDEN, IMAGE_MISSING, IMAGE_TOO_LARGE, or IMAGE_UNREADABLE where the transfer failed.
         """
-        match = _SCHEME.match(uri)
-        scheme = match.group(1).lower() if match else ""
+        if reason := why_never_read(uri, self._config):
+            raise _forbidden(uri, reason)
+        scheme = _scheme(uri)
         if not scheme:
             return read_local(uri, self._config)
-        if scheme == "s3":
-            return self._read_s3(uri)
-        if scheme == "https" and self._config.allow_http:
-            return self._read_https(uri)
-        if scheme == "https":
-            raise _forbidden(uri, "set image.allow_http to fetch https:// addresses")
-        raise _forbidden(uri, f"{scheme}: addresses are not read")
+        return self._read_s3(uri) if scheme == "s3" else self._read_https(uri)
 
     def _persistently(self, attempt: Callable[[], bytes], pauses: Iterable[float]) -> bytes:
         """Try again after each of the pauses while the failure may be over by then."""
@@ -223,6 +221,21 @@ class Fetcher:
         )
 
 
+def why_never_read(uri: str, config: ImageConfig) -> str | None:
+    """Why a configuration lets no address of this kind be read, and what to set; None if it does."""
+    scheme = _scheme(uri)
+    if not scheme and config.root is None:
+        return _NO_ROOT
+    if scheme == "https" and not config.allow_http:
+        return "set image.allow_http to fetch https:// addresses"
+    return None if scheme in ("", "s3", "https") else f"{scheme}: addresses are not read"
+
+
+def _scheme(uri: str) -> str:
+    match = _SCHEME.match(uri)
+    return match.group(1).lower() if match else ""
+
+
 def read_local(uri: str, config: ImageConfig) -> bytes:
     """The file at a path that, links and `..` resolved, lies in `config.root`.
 
@@ -230,7 +243,7 @@ def read_local(uri: str, config: ImageConfig) -> bytes:
         ImageError: as `Fetcher.fetch`.
     """
     if config.root is None:
-        raise _forbidden(uri, "set image.root to the folder of the images to read local paths")
+        raise _forbidden(uri, _NO_ROOT)
     try:
         root = config.root.resolve()
         path = (root / uri).resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ class StoredFile:
         size: in bytes.
         mtime_ns: when it was last changed, in nanoseconds since 1970.
         etag: S3's fingerprint of the content; none on local file systems.
+        unreadable: why it cannot be read, where the listing shows that already.
     """
 
     path: str
     size: int
     mtime_ns: int
     etag: str | None = None
+    unreadable: str | None = None
 
 
 def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
@@ -68,7 +71,8 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
 def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFile]]:
     """The file at a location, or all files in the folder there and below, sorted by path.
 
-    In S3, a listing is one request for every 1,000 objects.
+    In S3, a listing is one request for every 1,000 objects. On a disk, links are followed, but no folder is listed
+    twice; links to nothing, pipes and the like are listed as unreadable.
 
     Returns:
         The file system, the location's path on it, and the files.
@@ -85,9 +89,42 @@ def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFil
         objects = list_objects(S3Uri.parse(str(location)), is_file=info.is_file)
         files = [StoredFile(path, *facts) for path, facts in objects]
     else:
-        entries = [info] if info.is_file else filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-        files = [StoredFile(entry.path, entry.size, entry.mtime_ns) for entry in entries if entry.is_file]
+        files = [_local_file(root)] if info.is_file else list(_walk(root))
     return filesystem, root, sorted(files, key=lambda file: file.path)
+
+
+def _walk(root: str) -> Iterator[StoredFile]:
+    """The files of a folder and below; folders behind links come last."""
+    listed: set[tuple[int, int]] = set()
+    left = [root]
+    while left:
+        for folder, names, files in os.walk(left.pop(), onerror=_raise):
+            facts = os.stat(folder)
+            if (facts.st_dev, facts.st_ino) in listed:
+                names.clear()
+                yield StoredFile(folder, 0, 0, unreadable="a link to a folder whose files are listed already")
+                continue
+            listed.add((facts.st_dev, facts.st_ino))
+            left += [path for path in (f"{folder}/{name}" for name in names) if os.path.islink(path)]
+            yield from (_local_file(f"{folder}/{name}") for name in files)
+
+
+def _local_file(path: str) -> StoredFile:
+    named = os.fsencode(path).decode(errors="backslashreplace")
+    if named != path:
+        return StoredFile(named, 0, 0, unreadable="its name is not UTF-8")
+    try:
+        facts = os.stat(path)
+    except FileNotFoundError:
+        return StoredFile(path, 0, 0, unreadable="a link to nothing")
+    is_file = stat.S_ISREG(facts.st_mode)
+    return StoredFile(
+        path, facts.st_size, facts.st_mtime_ns, unreadable=None if is_file else "a pipe, socket or device"
+    )
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 @contextmanager

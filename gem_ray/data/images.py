@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from threading import Condition, Semaphore
+from threading import Condition
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageFile
 
 from gem_ray.config import Config, ImageConfig
 from gem_ray.data.fetch import Fetcher, ImageError
@@ -62,11 +66,25 @@ _MAGIC = (
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
 )
+_UNSUPPORTED = (
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"8BPS", "Photoshop"),
+    (b"\0\0\1\0", "ICO"),
+    (b"\0\0\0\x18ftypcrx ", "Canon raw"),
+)
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")
+_AVIF_BRANDS = (b"avif", b"avis")
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK_FRAME = 12  # bytes of a chunk beside its content: length, name, checksum
 _MAX_PNG_TEXT = 2**16
+
+# A progressive JPEG of 300 kB can have 20,000 scans, each of which goes over all pixels: a minute for 4 million.
+# Encoders make about ten.
+_MAX_SCANS = 100
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")  # not those without content, which stand among the pixels
 
 # What decoding takes at its peak, in bytes for a pixel of the original: measured on the worst modes of each format
 # (`python jobs/benchmark.py decoding`), rounded up.
@@ -78,6 +96,11 @@ _DECODED_AT_ONCE = min(8, os.cpu_count() or 1)
 # Pillow takes memory in blocks of 16 MiB, which stay with the thread that has decoded: glibc gives back at once what is
 # above 32 MiB. Without this, 32 images that take 1 GiB each, one after the other, left a process with 10 GiB.
 Image.core.set_block_size(64 * 2**20)
+
+# Pillow's own limit would warn below `image.max_pixels`, and refuse what a larger `image.max_pixels` admits.
+Image.MAX_IMAGE_PIXELS = None
+# Its other warnings are of metadata that the picture does not need.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -138,7 +161,7 @@ def decode_image(data: bytes, config: ImageConfig, memory: MemoryBudget | None =
     image = _open(data, config)
     width, height = image.size
     try:
-        with memory.taken(_decoding_bytes(image)) if memory else nullcontext():
+        with memory.taken(_taken_bytes(image, config)) if memory else nullcontext():
             orientation, image = _decode(image, config.max_side)
     except Exception as error:  # Pillow's decoders raise nearly anything on broken or hostile files
         message = f"the {image.format} image is damaged: {str(error) or type(error).__name__}"
@@ -171,7 +194,8 @@ class ImageLoader:
     def __init__(self, config: ImageConfig):
         self._config = config
         self._fetcher = Fetcher(config)
-        self._decoding = Semaphore(_DECODED_AT_ONCE)
+        # Threads of its own: what the allocator keeps for a thread that has decoded, it keeps for few of them.
+        self._decoding = ThreadPoolExecutor(_DECODED_AT_ONCE)
         self._memory = MemoryBudget(config.max_decoding_bytes)
         self.keeps_encoded = False
 
@@ -199,8 +223,7 @@ class ImageLoader:
             return
         try:
             encoded = self._encoded(post)
-            with self._decoding:
-                decoded = decode_image(encoded, self._config, self._memory)
+            decoded = self._decoding.submit(decode_image, encoded, self._config, self._memory).result()
         except ImageError as error:
             post.fail("load_image", error.kind, str(error))
             return
@@ -218,19 +241,20 @@ class ImageLoader:
 
 def _open(data: bytes, config: ImageConfig) -> Image.Image:
     """Read the header and check the size it claims."""
-    too_large = f"image.max_pixels allows {config.max_pixels:,}"
     try:
         image = Image.open(BytesIO(_without_metadata(data)), formats=_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        message = f"the image is far too large ({error}); {too_large}"
-        raise ImageError(ProblemKind.IMAGE_TOO_LARGE, message) from error
     except Exception as error:  # headers of no known format, or damaged: Pillow raises nearly anything
         raise ImageError(ProblemKind.IMAGE_UNREADABLE, _what_it_is(data)) from error
     width, height = image.size
     if width * height > config.max_pixels:
         raise ImageError(
-            ProblemKind.IMAGE_TOO_LARGE, f"the image has {width} × {height} = {width * height:,} pixels; {too_large}"
+            ProblemKind.IMAGE_TOO_LARGE,
+            f"the image has {width} × {height} = {width * height:,} pixels; image.max_pixels allows "
+            f"{config.max_pixels:,}",
         )
+    if image.format in ("JPEG", "MPO") and (scans := _scans(data)) > _MAX_SCANS:
+        message = f"the JPEG image has {scans:,} scans; at most {_MAX_SCANS} are decoded"
+        raise ImageError(ProblemKind.IMAGE_TOO_LARGE, message)
     if (size := _decoding_bytes(image)) > config.max_decoding_bytes:
         raise ImageError(
             ProblemKind.IMAGE_TOO_LARGE,
@@ -240,8 +264,30 @@ def _open(data: bytes, config: ImageConfig) -> Image.Image:
     return image
 
 
+def _taken_bytes(image: Image.Image, config: ImageConfig) -> int:
+    """An AVIF is decoded alone: the pictures inside may have more pixels than its header says."""
+    return config.max_decoding_bytes if image.format == "AVIF" else _decoding_bytes(image)
+
+
 def _decoding_bytes(image: Image.Image) -> int:
-    return image.width * image.height * BYTES_PER_PIXEL[str(image.format)]
+    """What decoding takes by the header; a TIFF's tile is in memory whole, and may be larger than the image."""
+    pixels = image.width * image.height * BYTES_PER_PIXEL[str(image.format)]
+    return pixels + (_tile_bytes(image) if isinstance(image, TiffImageFile) else 0)
+
+
+def _tile_bytes(image: TiffImageFile) -> int:
+    tags = image.tag_v2
+    sides = tags.get(TILEWIDTH, 0), tags.get(TILELENGTH, 0)
+    return math.prod(sides) * sum(tags.get(BITSPERSAMPLE, (1,))) // 8
+
+
+def _scans(jpeg: bytes) -> int:
+    """How often the first picture of a JPEG goes over its pixels."""
+    scans, place = 0, 2
+    while (marker := _MARKER.search(jpeg, place)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        place = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+    return scans
 
 
 def _without_metadata(data: bytes) -> bytes:
@@ -318,9 +364,14 @@ def _stretched(image: Image.Image) -> Image.Image:
 
 def _what_it_is(data: bytes) -> str:
     head = data[:2048].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if data[4:8] == b"ftyp":
+    for magic, name in _UNSUPPORTED:
+        if data.startswith(magic):
+            return f"this is a {name} image, which is not supported"
+    if data[4:8] == b"ftyp" and data[8:12] not in _AVIF_BRANDS:
         heif = data[8:12] in _HEIF_BRANDS
         return "this is a HEIC image, which is not supported" if heif else "this is a video (MP4), not an image"
+    if data[4:8] == b"ftyp":
+        return "this begins like an AVIF image, but its header is damaged"
     for magic, name in _MAGIC:
         if data.startswith(magic):
             return f"this begins like a {name} image, but its header is damaged"

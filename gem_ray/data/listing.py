@@ -25,6 +25,7 @@ from gem_ray.data.formats import (
     is_other_name,
 )
 from gem_ray.data.parquet import has_posts
+from gem_ray.plurals import counted
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _SHOWN_NAMES = 3
 # Folders in which a table format keeps which of its data files count; the others are old versions of rows.
 _TABLES = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table", "_spark_metadata": "a Spark streaming sink"}
 
-_HIDDEN = "hidden name (`_…`, `.…`)"
+_HIDDEN = "hidden by a `_` or `.` in front"
 _OTHER_KIND = "of another kind, by its suffix"
 _EMPTY_COMPONENT = "its key has an empty component (`//`), which Arrow cannot open"
 _METADATA = "metadata of the tar beside it: no columns post_id and text"
@@ -65,7 +66,8 @@ class LeftOut:
         """A sentence."""
         left = self.files - len(self.examples)
         names = ", ".join(self.examples) + (f" and {left:,} more" if left else "")
-        return f"{self.files:,} {'file is' if self.files == 1 else 'files are'} not read ({self.reason}): {names}"
+        files = counted(self.files, "file is", "files are")
+        return f"{files} not read ({self.reason}): {names}"
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,13 @@ def find_shards(path: str | Path) -> Listing:
         ValueError: the folder is a table of a format that keeps old versions of rows, or holds shards of a
             `gem-ray shards` that did not finish.
     """
-    filesystem, root, files = list_files(path)
-    if [file.path for file in files] == [root]:
-        return _single(filesystem, root, files[0], path)
+    filesystem, root, listed = list_files(path)
+    if [file.path for file in listed] == [root]:
+        return _single(filesystem, root, listed[0], path)
+    left_out: dict[str, str] = {}
+    files = [file for file in listed if not _note(left_out, file.path, file.unreadable)]
     _refuse_tables(path, root, files)
     _check_markers(filesystem, root, files)
-    left_out: dict[str, str] = {}
     files = [file for file in files if file.path.rpartition("/")[2] not in _MARKERS]
     candidates = [file for file in files if not _note(left_out, file.path, _reason_of_name(file.path, root))]
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as threads:
@@ -229,6 +232,6 @@ def _check_markers(filesystem: fs.FileSystem, root: str, files: list[StoredFile]
             )
         if names[folder] < facts["shards"]:
             raise ValueError(
-                f"of the {facts['shards']} shards that `gem-ray shards` wrote to {folder}, {names[folder]} are there; "
+                f"{folder} has {names[folder]} of the {counted(facts['shards'], 'shard')} that `gem-ray shards` wrote; "
                 f"bring back the others, or delete {MARKER} to go on without them"
             )

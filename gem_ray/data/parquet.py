@@ -95,13 +95,27 @@ def check_schema(parquet: pq.ParquetFile, columns: Columns) -> None:
             the columns that are there, and the nearest names.
     """
     schema = parquet.schema_arrow
-    wrong = [*_missing(schema, columns), *_twice(schema, columns), *_mistyped(schema, columns)]
+    wrong = [
+        *_missing(schema, columns),
+        *_twice(schema, columns),
+        *_mistyped(schema, columns, parquet.metadata.num_rows > 0),
+    ]
     if wrong:
         raise SchemaError(f"holds no posts: {'; '.join(wrong)}. Its columns: {', '.join(schema.names) or 'none'}")
 
 
-def unread_columns(schema: pa.Schema, columns: Columns) -> list[str]:
-    """Remarks on columns that are not read, though their names are nearly those of an input row's fields."""
+def read_columns(schema: pa.Schema, columns: Columns) -> dict[str, str]:
+    """Fields of an input row that a file has -> types of their columns, and where they have other names, these."""
+    names = {field: columns.get(field, field) for field in INPUT_SCHEMA.names}
+    return {
+        field: f"{schema.field(schema.names.index(name)).type}" + (f" from {name}" if name != field else "")
+        for field, name in names.items()
+        if name in schema.names
+    }
+
+
+def remarks_on_columns(schema: pa.Schema, columns: Columns) -> list[str]:
+    """Sentences on columns that are not read, though their names are nearly those of an input row's fields."""
     read = {columns.get(name, name) for name in INPUT_SCHEMA.names}
     names = {name.lower(): name for name in INPUT_SCHEMA.names if columns.get(name, name) not in schema.names}
     return [
@@ -151,14 +165,15 @@ def _twice(schema: pa.Schema, columns: Columns) -> Iterator[str]:
             yield f"column {name} stands twice"
 
 
-def _mistyped(schema: pa.Schema, columns: Columns) -> Iterator[str]:
+def _mistyped(schema: pa.Schema, columns: Columns, has_rows: bool) -> Iterator[str]:
     for field in INPUT_SCHEMA.names:
         name = columns.get(field, field)
         if schema.names.count(name) != 1 or field == "gold":  # gold is for evaluation, which says so itself
             continue
         kind = schema.field(name).type
         if field in ("post_id", "text") and types.is_null(kind):
-            yield f"column {name} is empty in every row"
+            if has_rows:  # columns of empty tables often have no type
+                yield f"column {name} is empty in every row"
         elif not _fits(field, kind):
             yield f"column {name} is {kind}, not {_expected(field)}"
 
@@ -199,10 +214,12 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_image_struct(kind: pa.DataType) -> bool:
     """What the Hugging Face hub calls an image."""
-    names = [kind.field(number).name for number in range(kind.num_fields)] if types.is_struct(kind) else []
-    if not {"bytes", "path"} & {*names}:
+    fields = list(kind) if types.is_struct(kind) else []
+    known = [field for field in fields if field.name in ("bytes", "path")]
+    if not known or len({field.name for field in known}) < len(known):
         return False
-    return "bytes" not in names or types.is_null(kind.field("bytes").type) or _is_bytes(kind.field("bytes").type)
+    fits = {"bytes": _is_bytes, "path": _is_text}
+    return all(types.is_null(field.type) or fits[field.name](field.type) for field in known)
 
 
 def _is_uuid(kind: pa.DataType) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from gem_ray.config import Config, ImageConfig, TextConfig
 from gem_ray.data.fetch import ImageError
-from gem_ray.data.tokenize import tokenize, word_spans
+from gem_ray.data.tokenize import has_words, tokenize, word_spans
 from gem_ray.records import GOLD_TYPE, GoldEntity, Post, ProblemKind, gold_from_rows
 
 # A reader that meets a row it cannot parse says so here; the rest of the row holds what could be saved.
@@ -154,7 +154,7 @@ class Preparer:
 
 
 def _check_text(post: Post) -> None:
-    if not (post.tokens or tokenize(post.text)):
+    if not (post.tokens or has_words(post.text)):
         post.fail(_STAGE, _BAD, "text is empty")
         return
     try:

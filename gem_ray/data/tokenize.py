@@ -10,6 +10,8 @@ import regex  # the standard `re` has no Unicode categories: it would cut words 
 # and no word by themselves. The two zero-width joiners are one between emoji.
 _INVISIBLE = r"\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff"
 
+_VISIBLE = regex.compile(rf"[^\s\x1c-\x1f{_INVISIBLE}]")
+
 # Letters and digits; circled and squared letters are symbols to Unicode.
 _LETTER = r"\p{L}\p{N}\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189"
 
@@ -24,7 +26,7 @@ _WORD = regex.compile(
     | (?:(?![\p{{Han}}\p{{Hiragana}}\p{{Katakana}}])[{_LETTER}][\p{{M}}\u200c\u200d{_INVISIBLE}]*)+
       (?:[-/][{_INVISIBLE}]*[{_LETTER}][{_LETTER}\p{{M}}{_INVISIBLE}]*)*  # `wi-fi`, `2013/14`; `_` and `'` come apart
     | -{{2,}}
-    | [^\s\x1c-\x1f{_INVISIBLE}]                             # `#`, `@`, punctuation, each code point of an emoji
+    | {_VISIBLE.pattern}                             # `#`, `@`, punctuation, each code point of an emoji
     """,
     regex.VERBOSE,
 )
@@ -33,6 +35,11 @@ _WORD = regex.compile(
 def tokenize(text: str) -> list[str]:
     """Words of `text`, in order; together they are all of it but white space and invisible characters between them."""
     return _WORD.findall(text)
+
+
+def has_words(text: str) -> bool:
+    """Whether `tokenize` finds any; quick for texts of any length."""
+    return _VISIBLE.search(text) is not None
 
 
 def word_spans(text: str, tokens: Iterable[str]) -> list[tuple[int, int]]:

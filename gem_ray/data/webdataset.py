@@ -23,8 +23,10 @@ from gem_ray.strict import load_json
 ROW_SCHEMA = pa.schema([*INPUT_SCHEMA, pa.field(ERROR_FIELD, pa.string()), pa.field(IMAGE_ERROR_FIELD, pa.string())])
 
 _MAX_MEMBER_BYTES = 256 * 2**20
+_MAX_TEXT_BYTES = 16 * 2**20  # of JSON too
 _MAX_HEADER_BYTES = 2**20  # long names and attributes, which `tarfile` reads whole
 _HEAD_BYTES = 32
+_NO_TAR = (tarfile.TarError, EOFError, OSError, lzma.LZMAError)
 _ROLES = {".json": "JSON", ".txt": "text"}
 _IMAGE = "image"
 
@@ -116,10 +118,12 @@ class _ForwardFile(io.RawIOBase):
 @contextmanager
 def _opened(file: IO[bytes]) -> Iterator[tarfile.TarFile]:
     try:
-        with tarfile.open(fileobj=_ForwardFile(_unpacked(file)), mode="r:") as tar:
+        with _reading_header():
+            tar = tarfile.TarFile(fileobj=_ForwardFile(_unpacked(file)))
+        with tar:
             yield tar
-    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError) as error:
-        raise ValueError(f"not a readable tar file: {error}") from error
+    except _NO_TAR as error:
+        raise ValueError(f"not a tar, or cut off: {error}") from error
 
 
 def _unpacked(file: IO[bytes]) -> IO[bytes]:
@@ -162,7 +166,7 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, Iterator[_Member]]]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
-    while (entry := tar.next()) is not None:
+    while (entry := _next(tar)) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # `tarfile` would keep all of them
         path = PurePosixPath(entry.name)
         stem, _, suffixes = path.name.partition(".")
@@ -170,6 +174,21 @@ def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
         if (entry.isfile() or entry.islnk() or entry.issym()) and stem and suffixes and not is_leftover:
             yield _Member(str(path.with_name(stem)), suffixes.lower(), entry)
     _check_end(tar)
+
+
+@contextmanager
+def _reading_header() -> Iterator[None]:
+    try:
+        yield
+    except _NO_TAR:
+        raise
+    except Exception as error:  # of what a header claims, `tarfile` raises nearly anything
+        raise ValueError(f"one of its headers is damaged: {error}") from error
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    with _reading_header():
+        return tar.next()
 
 
 @dataclass
@@ -237,10 +256,11 @@ def _content(tar: tarfile.TarFile, member: _Member) -> bytes | None:
         if member.role is None:
             return None
         raise ValueError(f"is a link to {entry.linkname}, and links are not followed; pack it with `tar --dereference`")
-    if entry.size > _MAX_MEMBER_BYTES:
+    most = _MAX_TEXT_BYTES if member.role in _ROLES.values() else _MAX_MEMBER_BYTES
+    if entry.size > most:
         if member.role is None:
             return None
-        raise ValueError(f"has {entry.size:,} bytes; at most {_MAX_MEMBER_BYTES:,} are read")
+        raise ValueError(f"has {entry.size:,} bytes; at most {most:,} are read")
     stream: Any = tar.extractfile(entry)
     file: Any = tar.fileobj
     file.limit = _MAX_MEMBER_BYTES
@@ -265,4 +285,4 @@ def _check_end(tar: tarfile.TarFile) -> None:
     rest: Any = tar.fileobj
     while block := rest.read(_MAX_HEADER_BYTES):
         if block.strip(b"\0"):
-            raise ValueError("not a readable tar file: there are data behind its end, or one of its headers is damaged")
+            raise ValueError("there are data behind its end, or one of its headers is damaged")

@@ -12,6 +12,7 @@ from rich.table import Table
 from gem_ray.data.files import whole_text
 from gem_ray.evaluation.metrics import Report, Scores
 from gem_ray.evaluation.significance import Difference
+from gem_ray.plurals import counted
 
 TASK_TITLES: dict[str, str] = {
     "mner": "MNER",
@@ -31,12 +32,13 @@ def percent(ratio: float) -> str:
 
 def score_table(report: Report) -> Table:
     """The tasks of one report, a row each."""
-    table = _table(f"{report.labels}, {report.protocol}, IoU > {report.iou:g}, {report.posts} posts", "task")
+    table = _table(f"{report.labels}, {report.protocol}, IoU > {report.iou:g}, {counted(report.posts, 'post')}", "task")
     for name, scores in report.tasks.items():
         _add_scores(table, TASK_TITLES[name], scores)
     table.caption = f"groundable or not: {percent(report.groundable_accuracy)} of the found mentions"
     if report.unknown_posts:
-        table.caption += f"\n{report.unknown_posts} predicted posts are not in the gold split; they count as wrong"
+        unknown = counted(report.unknown_posts, "predicted post")
+        table.caption += f"\nnot in the gold split, and counted as wrong: {unknown}"
     return table
 
 

@@ -19,6 +19,7 @@ from gem_ray.evaluation.predictions import read_gold, read_predictions
 from gem_ray.evaluation.report import print_comparison, write_report
 from gem_ray.evaluation.subsets import keep_mentions
 from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.plurals import counted
 from gem_ray.records import Post
 from gem_ray.taxonomy import FMNERG
 
@@ -54,11 +55,13 @@ def run_demo(
     console = console or Console()
     shards = out / "posts"
     config = load_config(overrides=["grounder.matcher.save_heatmaps=true"])
-    console.print(f"[bold]1/4[/] generating {count} posts (seed {seed}) → {shards}")
+    console.print(f"[bold]1/4[/] generating {counted(count, 'post')} (seed {seed}) → {shards}")
     write_posts(generate(count, seed, unseen_names), shards)
     console.print(f"[bold]2/4[/] annotating them on Ray → {out / 'annotations'}")
     summary = annotate_dataset(str(shards), str(out), config, fresh=True)
-    console.print(f"    {summary.rows} posts in {summary.seconds:.0f} s, {summary.rows_per_second:.1f} a second")
+    console.print(
+        f"    {counted(summary.rows, 'post')} in {summary.seconds:.0f} s, {summary.rows_per_second:.1f} a second"
+    )
     console.print("[bold]3/4[/] scoring, and annotating again without the reranker and without the grounder")
     gold = list(read_gold(shards))
     systems = {_WHOLE: list(read_predictions(out))}

@@ -14,6 +14,7 @@ from gem_ray.config import ImageConfig
 from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.files import StoredFile
 from gem_ray.data.shards import ROWS_BITS
+from gem_ray.plurals import counted
 
 _NAMED = 5  # files in a message
 
@@ -120,7 +121,7 @@ def _within(
 def _refuse(reasons: Sequence[str]) -> None:
     if not reasons:
         return
-    more = f"\n  and {len(reasons) - _NAMED} more files" if len(reasons) > _NAMED else ""
+    more = f"\n  and {counted(len(reasons) - _NAMED, 'more file')}" if len(reasons) > _NAMED else ""
     raise ValueError(
         "\n  ".join(reasons[:_NAMED])
         + more

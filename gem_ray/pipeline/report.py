@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, Template
 
 from gem_ray.data.storage import as_json
+from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.run_directory import RunDirectory
@@ -30,4 +31,5 @@ def write_report(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
 @cache
 def _page() -> Template:
     environment = Environment(loader=PackageLoader("gem_ray.pipeline", "."), autoescape=True, trim_blocks=True)
+    environment.globals["counted"] = counted
     return environment.get_template("report.html.j2")

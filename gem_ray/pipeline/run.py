@@ -37,6 +37,7 @@ from gem_ray.pipeline.publishing import (
 from gem_ray.pipeline.report import write_report
 from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory, RunFolder
 from gem_ray.pipeline.summary import RunSummary
+from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -185,7 +186,9 @@ class _Run:
             )
         files = self._count(self.listing.shards)
         if not any(file.rows for file in files):
-            raise ValueError(f"the input holds no posts: none in {len(files)} files, the first is {files[0].path}")
+            raise ValueError(
+                f"the input holds no posts: none in {counted(len(files), 'file')}, the first is {files[0].path}"
+            )
         started_at = datetime.now(UTC)
         folder = self.directory.run(self._new_run_id(started_at))
         manifest = Manifest(
@@ -270,7 +273,7 @@ class _Run:
         check_no_strangers(self.directory)
         lost = lost_files(self.directory.storage, folder.publications())
         if lost:
-            raise RunError(f"{len(lost)} files of annotations have gone, {lost[0]} is the first; start again")
+            raise RunError(f"gone: {counted(len(lost), 'file')} of annotations, {lost[0]} the first; start again")
 
     def _write_facts(self, summary: RunSummary) -> None:
         storage = self.directory.storage
@@ -358,7 +361,9 @@ class _Work:
     def _title(self) -> str:
         """What the progress bar says: rows that are not read are not among its posts."""
         unread = len(self._manifest.unread)
-        return f"annotating, {unread} of {len(self._manifest.files)} files unread" if unread else "annotating"
+        return (
+            f"annotating, {unread:,} of {counted(len(self._manifest.files), 'file')} unread" if unread else "annotating"
+        )
 
     def _steps(self, rounds: list[Callable[[], Group | None]]) -> Iterator[list[Group]]:
         """Groups to do together: those of the input, then each round as the ones before it have left things."""

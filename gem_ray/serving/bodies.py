@@ -13,6 +13,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from gem_ray.config import Config
+from gem_ray.plurals import counted
 from gem_ray.serving.messages import BatchIn, PostIn
 from gem_ray.serving.problems import ProblemError
 
@@ -68,7 +69,7 @@ async def read_batch(request: Request, config: Config) -> BatchIn:
     async with _in_time(config):
         asked = _parse(BatchIn, await request.body())
     if len(asked.posts) > config.serving.max_batch_posts:
-        raise ProblemError(413, f"{len(asked.posts)} posts; {config.serving.max_batch_posts} are allowed")
+        raise ProblemError(413, f"{counted(len(asked.posts), 'post')}; {config.serving.max_batch_posts:,} allowed")
     for post in asked.posts:
         _check_limits(post, config)
     return asked

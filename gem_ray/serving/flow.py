@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from gem_ray.annotator import build_stage
 from gem_ray.config import Config, FilterConfig, ReplicaPool
 from gem_ray.data.fetch import Fetcher, ImageError
+from gem_ray.plurals import counted
 from gem_ray.pools import Pool, serving_pools
 from gem_ray.records import Post, ProblemKind
 from gem_ray.serving.calls import BusyError, PoolCalls, PoolHandle, UnavailableError
@@ -84,7 +85,7 @@ class Flow:
         if self.is_closed:
             raise UnavailableError("the service is being stopped")
         if self.in_flight + posts > self._config.serving.max_in_flight:
-            raise BusyError(f"{self.in_flight} posts are being annotated")
+            raise BusyError(f"{counted(self.in_flight, 'post is', 'posts are')} being annotated")
         self.in_flight += posts
         try:
             yield

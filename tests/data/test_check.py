@@ -45,7 +45,10 @@ def test_a_good_input_is_described(tmp_path):
     sample = found.sample
     assert sample is not None
     assert sample.images == {"in the file": 3, "s3://": 1, "path": 1, "none": 1}
-    assert sum(sample.unusable.values()) == 1
+    assert sorted(sample.unusable)[0].startswith("set image.root to the folder")
+    assert sum(sample.unusable.values()) == 2
+    assert found.columns["post_id"] == "string"
+    assert found.unread_columns == []
     assert +sample.repeated == {"post_id": 1, "text": 1, "image": 1}
     assert sample.scripts == {"Latin": 4, "Cyrillic": 1, "Han": 1} or sample.scripts["Latin"] == 4
     assert not sample.rejected
@@ -122,3 +125,44 @@ def test_ten_files_at_most_are_sampled_over_the_whole_input(tmp_path: Path):
     found = check_input(tmp_path / "p", ImageConfig(), sample=20)
     assert found.sample is not None
     assert found.sample.posts == 10
+
+
+def test_columns_are_described_and_what_is_skipped_is_an_exit_code(tmp_path: Path):
+    pq.write_table(pa.table({"id": [1], "tweet": ["Lyon"], "lang": ["en"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"cut off")
+    columns = {"post_id": "id", "text": "tweet"}
+    found = check_input(tmp_path, ImageConfig(), columns, skip_bad_files=True)
+    assert found.columns == {"post_id": "int64 from id", "text": "string from tweet"}
+    assert (found.unread_columns, len(found.skipped)) == (["lang"], 1)
+    code, output = run_check(tmp_path, "--skip-bad-files", "--map", "post_id=id,text=tweet")
+    assert code == 3
+    assert "1 post in 1 file\ncolumns: post_id int64 from id, text string from tweet; not read: lang\n" in output
+
+
+@pytest.mark.parametrize(
+    ("uri", "setting", "reason"),
+    [
+        ("a.jpg", {"root": "."}, "set image.root"),
+        ("https://example.org/a.jpg", {"allow_http": True}, "set image.allow_http"),
+        ("data:image/png;base64,xx", None, "data: addresses are not read"),
+    ],
+)
+def test_images_that_no_run_would_fetch_are_counted(tmp_path: Path, uri, setting, reason):
+    write_posts([Post("1", "Lyon", image_uri=uri)], tmp_path / "p")
+    found = check_input(tmp_path / "p", ImageConfig())
+    assert found.sample is not None
+    [(said, count)] = found.sample.unusable.items()
+    assert (said.startswith(reason), count) == (True, 1)
+    if setting:
+        allowed = check_input(tmp_path / "p", ImageConfig(**setting))
+        assert allowed.sample is not None
+        assert not allowed.sample.unusable
+
+
+def test_shards_name_the_images_that_cannot_be_used(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    (tmp_path / "in" / "a.txt").write_text("Lyon")
+    done = CliRunner().invoke(app, ["shards", "folder", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert (done.exit_code, "a: this is a HEIC image, which is not supported" in done.output) == (0, True)
+    assert "1 post with a problem; 0 cannot be annotated" in done.output

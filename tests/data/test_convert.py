@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 
 import pyarrow as pa
 import pytest
@@ -294,3 +295,26 @@ def test_a_packed_file_that_is_cut_is_refused_by_name(tmp_path, read, pack):
 def test_an_array_may_follow_empty_lines(tmp_path):
     (tmp_path / "posts.json").write_text('\n\n[{"post_id": "1", "text": "a"}]')
     assert [post.text for post in from_jsonl(tmp_path / "posts.json")] == ["a"]
+
+
+def test_objects_over_several_lines_are_refused(tmp_path):
+    (tmp_path / "posts.jsonl").write_text('{\n "post_id": "1",\n "text": "a"\n}\n{\n "post_id": "2"\n}\n')
+    with pytest.raises(ValueError, match="objects over several lines; write one object a line"):
+        list(from_jsonl(tmp_path / "posts.jsonl"))
+
+
+@pytest.mark.parametrize("tokens", ["['Vexley', 'in', 'Lyon']", '[""Vexley"", ""in""]', "['Vexley' 'in']"])
+def test_a_written_list_is_not_taken_for_tokens(tmp_path, tokens):
+    (tmp_path / "posts.csv").write_text(f'post_id,text,tokens\n1,Vexley in,"{tokens}"\n2,a [b],a [ b ]\n')
+    first, second = from_csv(tmp_path / "posts.csv")
+    assert "a written list" in first.problems[0].message
+    assert (second.tokens, second.problems) == (["a", "[", "b", "]"], [])
+
+
+def test_a_pipe_is_not_waited_for_and_accents_may_be_written_apart(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "cafe\u0301.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    (tmp_path / "caf\xe9.txt").write_text("Lyon")
+    cafe, pipe = from_folder(tmp_path)
+    assert (cafe.text, cafe.image_bytes) == ("Lyon", b"\xff\xd8\xff\xe0")
+    assert pipe.problems[0].message == "pipe.txt is a pipe, socket or device"

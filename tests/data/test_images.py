@@ -229,6 +229,9 @@ def test_too_many_bytes_or_pixels_are_refused():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript document"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0", r"a video \(MP4\)"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "begins like an AVIF image"),
+        (b"\xff\x0a\0\0", "a JPEG XL image, which is not supported"),
+        (b"8BPS\0\1", "a Photoshop image, which is not supported"),
         (b"\x1aE\xdf\xa3\x01\0", "a WebM or Matroska video"),
         (b"PK\x03\x04\x14\0", "a ZIP archive"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
@@ -369,6 +372,46 @@ def test_an_image_whose_decoding_takes_too_much_is_refused_by_its_header(kind, f
     decode_image(data, ImageConfig(max_decoding_bytes=5000 * factor))
     with pytest.raises(ImageError, match=r"100 × 50 pixels, .*image\.max_decoding_bytes allows") as caught:
         decode_image(data, ImageConfig(max_decoding_bytes=5000 * factor - 1))
+    assert caught.value.kind is TOO_LARGE
+
+
+def tile_larger_than_its_image(side):
+    """A TIFF of 16 × 16 pixels that lies in a tile of `side` × `side`."""
+    values = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8 + 2 + 12 * 10 + 4}
+    pixels = zlib.compress(bytes(side * side))
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in {**values, 325: len(pixels)}.items())
+    return b"II*\0" + struct.pack("<IH", 8, 10) + tags + bytes(4) + pixels
+
+
+def test_a_tile_that_is_larger_than_its_image_counts():
+    data = tile_larger_than_its_image(512)
+    assert decode_image(data, CONFIG).pixels.shape == (16, 16, 3)
+    with pytest.raises(ImageError, match="decoding them takes about") as caught:
+        decode_image(data, ImageConfig(max_decoding_bytes=512**2))
+    assert caught.value.kind is TOO_LARGE
+
+
+def test_an_avif_is_decoded_alone_for_its_header_may_claim_too_little():
+    taken = []
+
+    class Budget:
+        def taken(self, size):
+            taken.append(size)
+            return contextlib.nullcontext()
+
+    for kind in ("AVIF", "PNG"):
+        decode_image(encoded(scene(), kind), CONFIG, Budget())
+    assert taken == [CONFIG.max_decoding_bytes, 48 * 32 * 14]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_jpeg_of_very_many_scans_is_refused(kind):
+    data = encoded(scene(), kind, progressive=True)
+    begin, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    decode_image(data, CONFIG)
+    decode_image(data + data[begin:] * 200, CONFIG)  # a phone's video behind the picture
+    with pytest.raises(ImageError, match=r"2\d\d scans; at most 100 are decoded") as caught:
+        decode_image(data[:end] + data[begin:end] * 200 + data[end:], CONFIG)
     assert caught.value.kind is TOO_LARGE
 
 

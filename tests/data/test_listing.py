@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import string
 import tarfile
 import tempfile
@@ -183,7 +184,7 @@ def test_a_shard_that_is_gone_is_missed(tmp_path):
     write_posts(posts_of(5), tmp_path / "s", per_shard=2)
     assert json.loads((tmp_path / "s" / MARKER).read_text()) == {"complete": True, "shards": 3, "posts": 5}
     (tmp_path / "s" / "part-00001.parquet").unlink()
-    with pytest.raises(ValueError, match=r"of the 3 shards .* 2 are there"):
+    with pytest.raises(ValueError, match=r"has 2 of the 3 shards"):
         list_shards(tmp_path)
     (tmp_path / "s" / MARKER).unlink()
     assert len(list_shards(tmp_path).shards) == 2
@@ -198,3 +199,34 @@ def test_keys_in_s3_with_empty_components_are_named(s3):
     [remark] = listing.remarks()
     assert remark.startswith("2 files are not read (its key has an empty component (`//`)")
     assert remark.endswith(": /y.parquet, b//z.parquet")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["file", "folder", "loop", "out", "nothing", "pipe", "name", "file link"]), max_size=6))
+def test_every_entry_of_a_folder_is_read_once_or_named(kinds):
+    """Links that lead in circles, or nowhere, pipes, and names that are no text."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, elsewhere = Path(name) / "in", Path(name) / "elsewhere"
+        put(folder, "first.parquet", parquet_bytes())
+        put(elsewhere, "x.parquet", parquet_bytes())
+        read = {"first.parquet"}
+        for number, kind in enumerate(kinds):
+            path = folder / f"{number}.parquet"
+            if kind in ("file", "folder"):
+                put(folder, path.name if kind == "file" else f"{number}/x.parquet", parquet_bytes())
+            elif kind == "name":
+                Path(os.fsdecode(os.fsencode(f"{folder}/{number}") + b"\xff.parquet")).write_bytes(b"x")
+            elif kind == "pipe":
+                os.mkfifo(path)
+            else:
+                targets = {"loop": folder, "out": elsewhere, "nothing": folder / "gone", "file link": "first.parquet"}
+                path.symlink_to(targets[kind])
+            if kind in ("file", "file link", "folder"):
+                read.add(path.name if kind != "folder" else f"{number}/x.parquet")
+        listing = list_shards(folder)
+        found = [path.removeprefix(f"{folder}/") for path in listing.paths]
+        outside = [path for path in found if path not in read]
+        assert len(outside) == ("out" in kinds)  # a folder is read once, by whichever link
+        assert set(found) - set(outside) == read
+        named = [kind for kind in kinds if kind in ("loop", "out", "nothing", "pipe", "name")]
+        assert len(listing.left_out) == len(named) - ("out" in kinds)

@@ -113,6 +113,10 @@ REFUSED = {
     r"column image is string, not binary .*--map image_uri=image`": {"post_id": ["1"], "text": ["a"], "image": ["a"]},
     r"column image is list<.*uint8>, not binary": {"post_id": ["1"], "text": ["a"],
                                                    "image": pa.array([[1]], pa.list_(pa.uint8()))},
+    r"column image is struct<path: int64>, not binary": {"post_id": ["1"], "text": ["a"], "image": [{"path": 3}]},
+    r"column image is struct<bytes: binary, bytes: binary>": {
+        "post_id": ["1"], "text": ["a"], "image": pa.StructArray.from_arrays([pa.array([b"x"])] * 2, ["bytes"] * 2)
+    },
     r"column image_uri is struct": {"post_id": ["1"], "text": ["a"], "image_uri": [{"url": "a"}]},
 }  # fmt: skip
 
@@ -156,3 +160,10 @@ def test_what_is_there_of_the_hubs_image_is_read(tmp_path, image, expected):
     pq.write_table(pa.table({"post_id": ["1"], "text": ["Lyon"], "image": image}), tmp_path / "a.parquet")
     [post] = read_posts(tmp_path)
     assert (post.image_bytes, post.image_uri) == expected
+
+
+def test_columns_of_an_empty_table_need_no_type(tmp_path):
+    """pandas gives columns without values none."""
+    pq.write_table(pa.table({"post_id": pa.nulls(0), "text": pa.nulls(0)}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"post_id": ["1"], "text": ["a"]}), tmp_path / "b.parquet")
+    assert [post.text for post in read_posts(tmp_path)] == ["a"]

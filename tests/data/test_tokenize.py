@@ -6,7 +6,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ray.data.tokenize import tokenize, word_spans
+from gem_ray.data.tokenize import has_words, tokenize, word_spans
 
 TWITTER10000 = Path(__file__).parents[2].parent / "shared" / "data" / "twitter10000"
 
@@ -27,6 +27,15 @@ TWEETS = [
     ("𝐕𝐞𝐱𝐥𝐞𝐲 ＬＹＯＮ Ⓥⓔⓧ 🅅🄴🄻", ["𝐕𝐞𝐱𝐥𝐞𝐲", "ＬＹＯＮ", "Ⓥⓔⓧ", "🅅🄴🄻"]),
     ("a\x1cb  \n\t ", ["a", "b"]),
 ]
+
+
+@given(st.text(st.sampled_from("a1 \n\x1c\u200b\ufeff\u200d\u0301-#é東Ⓥ") | st.characters(), max_size=8))
+def test_whether_there_are_words_is_known_without_cutting_them(text):
+    assert has_words(text) == bool(tokenize(text))
+
+
+def test_a_text_of_any_length_has_words_at_once():
+    assert has_words("a" * 2**26)  # cut into words, this would take all memory
 
 
 @pytest.mark.parametrize(("text", "tokens"), TWEETS)

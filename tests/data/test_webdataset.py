@@ -140,6 +140,28 @@ def test_members_that_are_too_large_are_not_read(monkeypatch):
     assert rows[1][ERROR_FIELD] is None
 
 
+def test_a_text_that_is_too_large_is_not_read(monkeypatch):
+    monkeypatch.setattr("gem_ray.data.webdataset._MAX_TEXT_BYTES", 10)
+    text, other, image = rows_of([("1.txt", b"x" * 11), ("2.json", {"text": "much too long"}), ("3.jpg", b"x" * 11)])
+    assert text[ERROR_FIELD].startswith("1.txt: has 11 bytes; at most 10 are read")
+    assert other[ERROR_FIELD].startswith("2.json: has 25 bytes; at most 10 are read")
+    assert image["image"] == b"x" * 11
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("fields", [{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"GNU.sparse.map": "1,2,x"}])
+def test_headers_that_claim_nonsense_are_refused(where, fields):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(2):
+            entry = tarfile.TarInfo(f"{number}.txt")
+            entry.size, entry.pax_headers = 4, fields if number == where else {}
+            tar.addfile(entry, io.BytesIO(b"Lyon"))
+    for read in (rows_from_tar, lambda file: [count_rows_in_tar(file)]):
+        with pytest.raises(ValueError, match="one of its headers is damaged"):
+            list(read(io.BytesIO(buffer.getvalue())))
+
+
 def test_tars_are_shards(tmp_path):
     (tmp_path / "b.tar").write_bytes(tar_of(MEMBERS[3:5]))
     (tmp_path / "a.tar.gz").write_bytes(tar_of(MEMBERS[:2], "w:gz"))

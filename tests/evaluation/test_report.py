@@ -25,7 +25,7 @@ def test_the_report_shows_every_task_and_what_is_odd():
         (line,) = [line for line in lines if line[2:].startswith(task)]
         assert line.split()[-2 * 6 :].count("75.00") == 3
     assert any("25.00" in line for line in lines)
-    assert any("2 predicted posts are not in the gold split" in line for line in lines)
+    assert any("counted as wrong: 2 predicted posts" in line for line in lines)
 
 
 def test_categories_are_shown_with_both_scores():

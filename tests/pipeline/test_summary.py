@@ -46,7 +46,7 @@ def test_real_photos_get_a_sentence_that_says_what_was_not_done_and_what_does_it
     photos = tally(Status.OK, post(None), post(None, None))
     sentence = _about_abstaining(summary(photos))
     assert sentence is not None
-    assert "3 of the entities" in sentence
+    assert "3 entities tagged by the text alone" in sentence
     assert "48 invented entities" in sentence
     assert sentence.endswith("gem-ray annotate posts OTHER-OUTPUT --preset cpu")
     assert not load_config("cpu").grounder.matcher.model.startswith("nano:")
