@@ -385,23 +385,11 @@ class _HubHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def tiny_encoder(tmp_path: Path) -> Path:
     """An encoder of seven words. Without dropout: what is left must be the same however the work is shared."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizer
+    import replicas  # with torch and transformers, which few tests need
 
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS]
-    BertTokenizer({name: index for index, name in enumerate(names)}, model_max_length=32).save_pretrained(
-        tmp_path / "e"
-    )
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(
-        vocab_size=len(names),
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **size,
-    )
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(tmp_path / "e")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "max_position_embeddings": 32}
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    replicas.encoder(tmp_path / "e", _WORDS, length=32, **size, **without_dropout)
     return tmp_path / "e"
 
 

@@ -202,6 +202,22 @@ def test_a_decompression_bomb_is_refused_by_its_header(size):
     assert caught.value.kind is TOO_LARGE
 
 
+def test_a_webp_of_a_few_bytes_that_claims_many_pixels_is_refused():
+    data = bytearray(encoded(Image.new("RGB", (1, 1)), "WEBP", lossless=True))
+    place = data.index(b"VP8L") + 9  # 14 bits of width - 1, then of height - 1
+    bits = int.from_bytes(data[place : place + 4], "little") & ~(2**28 - 1)
+    data[place : place + 4] = (bits | 16382 | 16382 << 14).to_bytes(4, "little")
+    for limits in (CONFIG, ImageConfig(max_pixels=2**30)):
+        with pytest.raises(ImageError, match=r"16383 × 16383") as caught:
+            decode_image(bytes(data), limits)
+        assert caught.value.kind is TOO_LARGE
+
+
+def test_strangers_get_fewer_pixels():
+    assert Config().online_image.max_pixels == 25_000_000 < Config().image.max_pixels
+    assert Config(image={"max_pixels": 1000}).online_image.max_pixels == 1000
+
+
 def test_too_many_bytes_or_pixels_are_refused():
     data = encoded(scene(), "PNG")
     with pytest.raises(ImageError, match=r"48 × 32 = 1,536 pixels") as caught:

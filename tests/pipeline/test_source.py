@@ -42,6 +42,13 @@ def test_knows_its_rows_beforehand(dataset: Path) -> None:
     assert source.rows == len(list(read_posts(dataset)))
 
 
+def test_files_of_one_post_share_read_tasks(tmp_path: Path) -> None:
+    write_posts([Post(f"{number}", "Lyon") for number in range(70)], tmp_path / "tiny", per_shard=1)
+    source = open_source(tmp_path / "tiny")
+    assert (source.tasks, source.rows) == (3, 70)
+    assert [post.post_id for post in posts_of(source)] == [f"{number}" for number in range(70)]
+
+
 @pytest.mark.parametrize("limit", [1, 4, 5, 9, 100])
 def test_limit_is_the_first_rows_in_order(tmp_path: Path, limit: int) -> None:
     posts = list(generate(9, seed=4))

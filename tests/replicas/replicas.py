@@ -6,16 +6,17 @@ Each builder writes a model directory, as the hub gives it, in about a tenth of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForPreTraining,
+    BertModel,
     BertTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -69,7 +70,7 @@ from gem_ray.grounding.text_segmenter import category_prompt
 from gem_ray.nano.llava_model import build_llava
 from gem_ray.nano.segmenters import build_clipseg
 from gem_ray.rerank.prompts import IMAGE_TOKEN, build_prompt
-from gem_ray.rerank.tokenizer import train_tokenizer
+from gem_ray.rerank.tokenizer import train_byte_level, train_tokenizer
 from gem_ray.taxonomy import FMNERG
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -88,8 +89,22 @@ def spread(model: PreTrainedModel, std: float = 0.15) -> PreTrainedModel:
 def bert_tokenizer(words: list[str]) -> BertTokenizer:
     """Words of which each is a token, with single letters for all others."""
     letters = [form for letter in "abcdefghijklmnopqrstuvwxyz0123456789.,:'@#_()-" for form in (letter, f"##{letter}")]
-    names = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, "is", "belong"])
-    return BertTokenizer({name: index for index, name in enumerate(names)}, model_max_length=64)
+    return wordpiece([*words, *letters, "is", "belong"])
+
+
+def wordpiece(pieces: Iterable[str], length: int = 64) -> BertTokenizer:
+    """BERT's tokenizer with no other pieces than these, for texts of so many subwords."""
+    names = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces])
+    return BertTokenizer({name: index for index, name in enumerate(names)}, model_max_length=length)
+
+
+def encoder(folder: Path, pieces: Iterable[str], length: int = 64, **config: Any) -> None:
+    """A BERT to train taggers from: two small layers, unless `config` says otherwise."""
+    tokenizer = wordpiece(pieces, length)
+    tokenizer.save_pretrained(folder)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size | config)).save_pretrained(folder)
 
 
 def blip_itm(folder: Path, layers: int = 2) -> None:
@@ -232,18 +247,8 @@ def qwen2_5_vl(folder: Path) -> None:
     """Qwen/Qwen2.5-VL-7B-Instruct: an image takes as many tokens as it is large."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     special += ["<|image_pad|>", "<|video_pad|>"]
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words.train_from_iterator(_QUESTIONS, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=train_byte_level(_QUESTIONS, 500, special),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},

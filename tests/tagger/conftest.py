@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+import replicas
 
 from gem_ray.records import GoldEntity, Post
 from gem_ray.tagger.features import SubwordEncoder, load_tokenizer
@@ -16,19 +15,7 @@ PIECES = ["##s", "##ing", "##er", "tweet", "ny", "##ork", "y", ".", "@", "#", ":
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXT.split(), *PIECES]
-    tokenizer = BertTokenizer({name: index for index, name in enumerate(names)}, model_max_length=64)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(names),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder)
+    replicas.encoder(folder, [*TEXT.split(), *PIECES], max_position_embeddings=64)
     return folder
 
 
