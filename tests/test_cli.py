@@ -139,7 +139,7 @@ def test_an_export_says_what_it_wrote_and_left_out_and_which_formats_there_are(t
     done = gem_ray("export", tmp_path / "rows.parquet", out, "--format", "conll")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        f"{out}: 2 posts read, 1 entities and 0 boxes written",
+        f"{out}: 2 posts read, 1 entity and 0 boxes written",
         "posts left out, because they are rejected or have no words: 1",
     ]
     done = gem_ray("export", tmp_path / "rows.parquet", out, "--format", "conll")
