@@ -79,6 +79,7 @@ def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFil
 
     Raises:
         FileNotFoundError: there is nothing at the location.
+        OSError: a folder cannot be listed.
         ValueError, PermissionError, ConnectionError: as `open_filesystem`.
     """
     filesystem, root = open_filesystem(location)
@@ -98,7 +99,7 @@ def _walk(root: str) -> Iterator[StoredFile]:
     listed: set[tuple[int, int]] = set()
     left = [root]
     while left:
-        for folder, names, files in os.walk(left.pop(), onerror=_raise):
+        for folder, names, files in os.walk(left.pop(), onerror=_refuse_folder):
             facts = os.stat(folder)
             if (facts.st_dev, facts.st_ino) in listed:
                 names.clear()
@@ -123,8 +124,8 @@ def _local_file(path: str) -> StoredFile:
     )
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _refuse_folder(error: OSError) -> None:
+    raise type(error)(f"{error.filename} cannot be listed: {error.strerror}") from error
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 import contextlib
 import io
+import os
 import struct
+import threading
 import time
 import tracemalloc
 import zlib
@@ -447,6 +449,24 @@ def test_what_is_decoded_at_once_fits_the_memory():
         list(threads.map(hold, [7, 30, 50, 100, 60, 1, 14, 99] * 8))
     assert len(most) == 64
     assert max(most) <= 100
+
+
+def test_few_threads_decode_however_many_fetch(monkeypatch):
+    """What the allocator keeps for each thread that has decoded adds up: 270 MiB after 12 large WebPs in 16 threads."""
+    seen = set()
+
+    def noting(*arguments):
+        seen.add(threading.get_ident())
+        time.sleep(0.002)
+        return decode_image(*arguments)
+
+    monkeypatch.setattr("gem_ray.data.images.decode_image", noting)
+    loader = ImageLoader(ImageConfig(fetch_concurrency=16))
+    for _ in range(3):
+        posts = [Post("p", "t", ["t"], image_bytes=encoded(scene(), "PNG"), entities=[ENTITY]) for _ in range(30)]
+        assert all(post.image is not None for post in loader(posts))
+    assert threading.get_ident() not in seen
+    assert len(seen) <= min(8, os.cpu_count() or 1)
 
 
 def test_pillow_takes_blocks_that_the_system_gets_back():

@@ -230,3 +230,18 @@ def test_every_entry_of_a_folder_is_read_once_or_named(kinds):
         assert set(found) - set(outside) == read
         named = [kind for kind in kinds if kind in ("loop", "out", "nothing", "pipe", "name")]
         assert len(listing.left_out) == len(named) - ("out" in kinds)
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    put(tmp_path, "a.parquet", parquet_bytes())
+    put(tmp_path, "sub/b.parquet", parquet_bytes())
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match=rf"^{tmp_path}/sub cannot be listed: Permission denied$"):
+        list_shards(tmp_path)
