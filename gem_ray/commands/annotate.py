@@ -10,6 +10,7 @@ import typer
 from gem_ray.cluster.submit import LOCAL_ADDRESS, Job
 from gem_ray.commands.options import (
     EXIT_REJECTED,
+    MAX_PROBLEM_SHARE,
     ConfigOption,
     MapOption,
     PresetOption,
@@ -58,7 +59,7 @@ def annotate(
     skip_bad_files: SkipOption = False,
     max_problem_share: Annotated[
         float, typer.Option(help="End when more of the posts have problems of one kind; 1: never.", min=0, max=1)
-    ] = 0.5,
+    ] = MAX_PROBLEM_SHARE,
 ) -> None:
     """Annotate every post of a data set, or continue where this command stopped.
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED = 1, 2, 3
 
+MAX_PROBLEM_SHARE = 0.5  # of posts with problems of one kind, over which `annotate` fails
+
 
 class Protocol(StrEnum):
     """How predicted mentions are keyed."""

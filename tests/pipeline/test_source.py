@@ -119,10 +119,17 @@ def test_rows_have_ids_by_file_and_position(tmp_path: Path) -> None:
     assert [post.row_id for post in posts_of(open_source(tmp_path))] == [0, 1, 2**32, 2**32 + 1, 2 * 2**32]
 
 
+@pytest.fixture(scope="module")
+def row_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard of several row groups."""
+    folder = tmp_path_factory.mktemp("groups")
+    write_posts(generate(300, seed=4), folder, per_shard=300)
+    return folder
+
+
 @pytest.mark.parametrize("wanted", [[], [0], [1, 3, 2**32], [2**32 + 4, 3 * 2**32 + 1], list(range(300))])
-def test_only_wanted_rows_are_read(tmp_path: Path, dataset: Path, wanted: list[int]) -> None:
-    write_posts(generate(300, seed=4), tmp_path / "a", per_shard=300)  # several row groups
-    for folder in (dataset, tmp_path / "a"):
+def test_only_wanted_rows_are_read(row_groups: Path, dataset: Path, wanted: list[int]) -> None:
+    for folder in (dataset, row_groups):
         everything = {post.row_id: post for post in posts_of(open_source(folder))}
         read = posts_of(open_source(folder, wanted=np.array(wanted, dtype=np.int64)))
         assert [post.row_id for post in read] == [row_id for row_id in wanted if row_id in everything]
