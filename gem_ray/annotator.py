@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gem_ray.clock import BusyClock
 from gem_ray.model_references import describe_models, load_unchanged
 from gem_ray.records import Post, ProblemKind
 from gem_ray.rerank.uncertainty import UncertaintyFilter
@@ -52,18 +51,22 @@ class GuardedStage:
     are left as they were, with a `stage_failed` problem.
 
     Threads may call it at once if the stage allows it.
-
-    Attributes:
-        seconds: wall time so far in which posts were inside the stage; overlapping calls count once.
     """
 
     def __init__(self, name: str, stage: Stage) -> None:
         self.name = name
-        self.seconds = 0.0
         self._stage = stage
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._since = 0.0
+        self._clock = BusyClock()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far in which posts were inside the stage; overlapping calls count once."""
+        return self._clock.seconds
+
+    @property
+    def trouble(self) -> str | None:
+        """What the stage is waiting for and asks again, in words; None if nothing."""
+        return getattr(self._stage, "trouble", None)
 
     def reconfigure(self, config: Config) -> None:
         """Tell the stage settings that may change while it runs."""
@@ -76,23 +79,9 @@ class GuardedStage:
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Run the stage in place; the same posts in the same order."""
-        with self._timed():
+        with self._clock.inside():
             self._run(posts)
         return posts
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        with self._lock:
-            if not self._inside:
-                self._since = time.perf_counter()
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if not self._inside:
-                    self.seconds += time.perf_counter() - self._since
 
     def _run(self, posts: list[Post]) -> None:
         before = [_snapshot(post) for post in posts]

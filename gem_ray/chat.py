@@ -16,6 +16,7 @@ import httpx
 
 from gem_ray.config import ConfigError, EndpointConfig
 from gem_ray.pace import Pace
+from gem_ray.redaction import redacted
 
 _FIRST_PAUSE_S = 0.5
 _MAX_REPLY_BYTES = 2**20
@@ -42,12 +43,16 @@ class ChatClient:
     Args:
         config: the endpoint and its limits; the key is read from the environment variable it names, if that is set.
 
+    Attributes:
+        trouble: why the endpoint is asked again at the moment; None while it answers.
+
     Raises:
         ConfigError: the key has characters that no HTTP header can carry.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
         assert config.base_url is not None  # checked with the configuration
+        self.trouble: str | None = None
         self._config = config
         self._pace = Pace(config.requests_per_minute)
         self._key = _api_key(config.api_key_env)
@@ -93,12 +98,16 @@ class ChatClient:
         for attempt in range(tries):
             self._pace.wait()
             try:
-                return self._request(messages)
+                answer = self._request(messages)
             except _TransientError as failure:
                 reason = str(failure)
+                self.trouble = f"{redacted(self._config.base_url)}: {reason}"
                 self._pace.hold(min(failure.retry_after, self._config.max_pause_s))
                 if attempt + 1 < tries:
                     time.sleep(self._pause(attempt, failure.retry_after))
+            else:
+                self.trouble = None
+                return answer
         raise ChatError(f"{self.model} gave no answer in {tries} tries; the last: {reason}")
 
     def close(self) -> None:

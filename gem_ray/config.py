@@ -91,6 +91,11 @@ class ExplainerConfig(EndpointConfig):
     dtype: DType = Field("float32", description="vLLM: of the model")
     max_model_len: PositiveInt = Field(4096, description="vLLM: tokens of question and answer; the examples take 800")
     gpu_memory_utilization: float = _speed(0.5, "vLLM: share of the card's memory", gt=0, le=1)
+    kv_cache_bytes: PositiveInt | None = _speed(
+        None,
+        "vLLM: of cached keys and values, as `plan --json` works them out, so that an engine need not measure what "
+        "others leave of the card; none: what is left of its share",
+    )
 
     @model_validator(mode="after")
     def _knows_whom_to_ask(self) -> ExplainerConfig:
@@ -176,6 +181,11 @@ class RerankerConfig(_Section):
     )
     max_lora_rank: PositiveInt = Field(64, description="vLLM: the largest adapter rank")
     gpu_memory_utilization: float = _speed(0.5, "vLLM: share of the card's memory", gt=0, le=1)
+    kv_cache_bytes: PositiveInt | None = _speed(
+        None,
+        "vLLM: of cached keys and values, as `plan --json` works them out, so that an engine need not measure what "
+        "others leave of the card; none: what is left of its share",
+    )
     concurrency: PositiveInt = _speed(
         3, "vLLM: batches of posts that overlap in an actor, so that none waits for the slowest row"
     )

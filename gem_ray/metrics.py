@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter as Counts
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from ray.util.metrics import Counter, Histogram
 
-from gem_ray.records import Post
+from gem_ray.records import Post, ProblemKind, Status
 
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+_ENTITIES = ("found", "hard", "grounded", "not_judged")
+_NOTHING = 1e-9  # the least that a counter of Ray takes is more than 0
 _POSTS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
@@ -26,8 +29,7 @@ class StageMetrics:
         self._seconds = Histogram("gem_ray_batch_seconds", "Time of a batch in a stage.", _SECONDS, ("stage",))
         self._posts = Histogram("gem_ray_batch_posts", "Posts of a batch in a stage.", _POSTS, ("stage",))
         self._idle = Counter("gem_ray_idle_seconds", "Time in which a stage's process waited for posts.", ("stage",))
-        self._counts = Counter("gem_ray_stage_counts", "What a stage counts of its own work.", ("stage", "what"))
-        for metric in (self._seconds, self._posts, self._idle, self._counts):
+        for metric in (self._seconds, self._posts, self._idle):
             metric.set_default_tags(tags)
         self._lock = threading.Lock()
         self._inside = 0
@@ -51,34 +53,76 @@ class StageMetrics:
             self._inside -= 1
             self._since = now
 
-    def count(self, counts: dict[str, int]) -> None:
-        """Add what the stage has counted."""
-        _add(self._counts, "what", counts)
-
 
 class PostMetrics:
-    """Posts by status, problems by kind, and entities: found, hard, grounded and not judged."""
+    """Posts by status, problems by kind, and entities: found, hard, grounded and not judged.
 
-    def __init__(self) -> None:
-        self._posts = Counter("gem_ray_posts", "Posts that have left the last stage.", ("status",))
-        self._problems = Counter("gem_ray_problems", "Problems of posts.", ("kind",))
-        self._entities = Counter("gem_ray_entities", "Entities; hard ones went to the reranker.", ("what",))
+    All series are there from the beginning, at nothing: Prometheus takes the first value of a series that appears for
+    where it began, and would miss what was counted until then.
+
+    Args:
+        run_id: of the run, or of the deployment.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._posts = Counter("gem_ray_posts", "Posts that have left the last stage.", ("status", "run_id"))
+        self._problems = Counter("gem_ray_problems", "Problems of posts.", ("kind", "run_id"))
+        self._entities = Counter("gem_ray_entities", "Entities; hard ones went to the reranker.", ("what", "run_id"))
+        for counter in (self._posts, self._problems, self._entities):
+            counter.set_default_tags({"run_id": run_id})
+        self.add(
+            dict.fromkeys(map(str, Status), _NOTHING),
+            dict.fromkeys(map(str, ProblemKind), _NOTHING),
+            dict.fromkeys(_ENTITIES, _NOTHING),
+        )
 
     def count(self, posts: Sequence[Post]) -> None:
         """Add posts that are done."""
         entities = [entity for post in posts for entity in post.entities]
-        found = {
-            "found": len(entities),
-            "hard": sum(entity.reranked for entity in entities),
-            "grounded": sum(entity.box is not None for entity in entities),
-            "not_judged": sum(entity.seen is None for entity in entities),
-        }
-        _add(self._posts, "status", Counts(str(post.status) for post in posts))
-        _add(self._problems, "kind", Counts(str(problem.kind) for post in posts for problem in post.problems))
-        _add(self._entities, "what", found)
+        found = (
+            len(entities),
+            sum(entity.reranked for entity in entities),
+            sum(entity.box is not None for entity in entities),
+            sum(entity.seen is None for entity in entities),
+        )
+        self.add(
+            Counts(str(post.status) for post in posts),
+            Counts(str(kind) for post in posts for kind in {problem.kind for problem in post.problems}),
+            dict(zip(_ENTITIES, found, strict=True)),
+        )
+
+    def add(self, statuses: Mapping[str, float], problems: Mapping[str, float], entities: Mapping[str, float]) -> None:
+        """Add posts that are done: by status, by kind of problem, and their entities by what became of them."""
+        _add(self._posts, "status", statuses)
+        _add(self._problems, "kind", problems)
+        _add(self._entities, "what", entities)
 
 
-def _add(counter: Counter, tag: str, counts: dict[str, int]) -> None:
+class WorkMetrics:
+    """What the stages of a run count of their own work, and how long they work.
+
+    Args:
+        run_id: of the run.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._counts = Counter(
+            "gem_ray_stage_counts", "What a stage counts of its own work.", ("stage", "what", "run_id")
+        )
+        self._seconds = Counter("gem_ray_stage_seconds", "Time inside a stage, of all actors.", ("stage", "run_id"))
+        for counter in (self._counts, self._seconds):
+            counter.set_default_tags({"run_id": run_id})
+
+    def add(self, stage: str, seconds: float, counts: Mapping[str, int]) -> None:
+        """Add a batch of a stage."""
+        if seconds > 0:
+            self._seconds.inc(seconds, {"stage": stage})
+        _add(self._counts, "what", counts, {"stage": stage})
+
+
+def _add(
+    counter: Counter, tag: str, counts: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({})
+) -> None:
     for value, count in counts.items():
         if count:
-            counter.inc(count, {tag: value})
+            counter.inc(count, {**tags, tag: value})

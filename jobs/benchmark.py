@@ -58,6 +58,29 @@ def decoding(out: OutOption = Path("out/benchmark")) -> None:
     write_result(out, "decoding", measure_decoding(out / "decoding"))
 
 
+@app.command()
+def plan(
+    out: OutOption = Path("out/benchmark"),
+    posts: Annotated[int, typer.Option(help="Generated posts.", min=100)] = 5000,
+    seed: Annotated[int, typer.Option(help="Of the posts.")] = 11,
+    preset: Annotated[str, typer.Option(help="Models and placement; without cards.")] = "nano",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,
+) -> None:
+    """What `gem-ray plan --probe` says of a run on this machine, against the run."""
+    from gem_ray.benchmarks.plan import measure_plan
+    from gem_ray.config import load_config
+
+    write_result(out, "plan", measure_plan(out / "plan", load_config(preset, overrides=set_ or ()), posts, seed))
+
+
+@app.command("cpu-costs")
+def cpu_costs(out: OutOption = Path("gem_ray/planning")) -> None:
+    """What one core does for a post beside the models; `gem-ray plan` reads it where it is written by default."""
+    from gem_ray.benchmarks.cpu_costs import measure_cpu_costs
+
+    write_result(out, "cpu-costs", measure_cpu_costs())
+
+
 @app.command("real-photos")
 def real_photos(
     tweets: Annotated[Path, typer.Option(help="A Twitter10000 root: its dev split.")],

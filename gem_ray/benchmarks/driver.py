@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import load_config
+from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.publishing import tally_of
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
@@ -71,8 +72,8 @@ def _main() -> None:
     annotate_dataset(source, output, config, actor=_ACTORS[actor], progress=_print_progress)
 
 
-def _print_progress(done: int, total: int) -> None:
-    print(f"{_DONE.decode()}{done}", flush=True)
+def _print_progress(reading: Reading) -> None:
+    print(f"{_DONE.decode()}{reading.done}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from gem_ray.benchmarks.plain import PlainAnnotator
 from gem_ray.config import Config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.records import Post
 
@@ -44,7 +45,7 @@ def measure_throughput(folder: Path, config: Config, posts: int, plain_posts: in
         "a_thread_a_core": posts / _in_process_seconds(config, everything, threads=cores, torch_threads=1),
         "all_cores_a_batch": posts / _in_process_seconds(config, everything, threads=1, torch_threads=cores),
     }
-    clock = _Clock()
+    clock = Clock()
     started = time.perf_counter()
     annotate_dataset(folder / "posts", folder / "out", config, progress=clock.report, fresh=True)
     whole = time.perf_counter() - started
@@ -62,22 +63,25 @@ def measure_throughput(folder: Path, config: Config, posts: int, plain_posts: in
     }
 
 
-class _Clock:
+class Clock:
     """When how many posts were done."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[float, int]] = []
 
-    def report(self, done: int, total: int) -> None:
-        if done and (not self._seen or self._seen[-1][1] < done):
-            self._seen.append((time.perf_counter(), done))
+    def report(self, reading: Reading) -> None:
+        """Take note of a reading."""
+        if reading.done and (not self._seen or self._seen[-1][1] < reading.done):
+            self._seen.append((time.perf_counter(), reading.done))
 
     def posts_per_second(self) -> float:
+        """In steady state, from the first quarter that is done to the last post."""
         end, last = self._seen[-1]
         start, first = next(seen for seen in self._seen if seen[1] >= last / 4)
         return (last - first) / (end - start)
 
     def first_seconds(self, started: float) -> float:
+        """From a moment until the first posts were done."""
         return self._seen[0][0] - started
 
 

@@ -24,6 +24,7 @@ EXIT_DETACHED = 130  # what a shell reports after Ctrl-C
 
 _SOURCE = ("gem_ray", "jobs")
 _POLL_S = 0.2
+_TOLD_EVERY_S = 10.0  # while a job is prepared, and says nothing
 
 
 class SubmitError(RuntimeError):
@@ -77,16 +78,18 @@ def job_environment(working_dir: Path, include: Iterable[str] = (), env: Iterabl
 
     Raises:
         FileNotFoundError: something that is to go is not there.
-        ValueError: more than the cluster takes, a path instead of a name, or a variable that is not set.
+        ValueError: more than the cluster takes, something outside of the working directory, or a variable that is not
+            set.
     """
     names = [*_SOURCE, *include]
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise ValueError(f"--include takes a name in {working_dir.resolve()}, not the path {name!r}")
         if not (working_dir / name).exists():
             raise FileNotFoundError(
                 f"there is no {name} in {working_dir.resolve()}; --working-dir takes a checkout of gem-ray"
             )
+        _check_inside(working_dir.resolve(), working_dir / name)
     size = sum(file.stat().st_size for name in names for file in _files(working_dir / name))
     if size > PACKAGE_LIMIT:
         raise ValueError(
@@ -112,15 +115,16 @@ def follow_job(submission_id: str, address: str) -> int:
             _print_log(client, submission_id)
             return _exit_code(client, submission_id)
     except KeyboardInterrupt:
-        print("\nno longer following; the job goes on", file=sys.stderr)
+        print(f"\nno longer following; the job goes on\n{commands_for(submission_id, address)}", file=sys.stderr)
         return EXIT_DETACHED
 
 
 def commands_for(submission_id: str, address: str) -> str:
-    """Two lines that say how to follow and how to stop a job."""
+    """Three lines that say how to follow a job, how to stop it, and how to go on."""
     return (
         f"follow it: ray job logs --follow --address {address} {submission_id}\n"
-        f"stop it: ray job stop --address {address} {submission_id}"
+        f"stop it: ray job stop --address {address} {submission_id}\n"
+        "continue it, once it has stopped or failed: submit the same again; what is done is not done again"
     )
 
 
@@ -130,9 +134,11 @@ def _print_log(client: JobSubmissionClient, submission_id: str) -> None:
     Interrupted itself, the client would wait for an end of the log that comes with the job's.
     """
     failures: list[BaseException] = []
+    heard = threading.Event()
 
     async def print_lines() -> None:
         async for lines in client.tail_job_logs(submission_id):
+            heard.set()
             print(lines, end="", flush=True)
 
     def follow() -> None:
@@ -143,8 +149,13 @@ def _print_log(client: JobSubmissionClient, submission_id: str) -> None:
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
+    began = told = time.monotonic()
     while follower.is_alive():
         follower.join(_POLL_S)
+        if not heard.is_set() and (now := time.monotonic()) - told > _TOLD_EVERY_S:
+            told = now
+            status = client.get_job_info(submission_id).status.value.lower()
+            print(f"job {submission_id} is {status}, {now - began:.0f} s; no output yet", file=sys.stderr)
     if failures:
         raise failures[0]
 
@@ -200,6 +211,17 @@ def _reason(account: str | None) -> str:
     """The last line of what Ray has to say, which may begin with a traceback."""
     lines = (account or "").strip().splitlines()
     return f": {lines[-1]}" if lines else ""
+
+
+def _check_inside(root: Path, path: Path) -> None:
+    """Refuse links that lead out of the working directory: what they lead to would go along.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if each.is_symlink() and not each.resolve().is_relative_to(root):
+            raise ValueError(f"{each} is a link to {each.resolve()}, outside of {root}: copy what is to go along")
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +10,13 @@ import typer
 
 from gem_ray.cluster.submit import LOCAL_ADDRESS, Job
 from gem_ray.commands.options import (
+    EXIT_INTERRUPTED,
     EXIT_REJECTED,
     MAX_PROBLEM_SHARE,
     ConfigOption,
     MapOption,
     PresetOption,
+    PriceOption,
     SeedOption,
     SetOption,
     SkipOption,
@@ -23,7 +26,10 @@ from gem_ray.commands.options import (
 from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
+    from gem_ray.pipeline.account import Account
     from gem_ray.pipeline.summary import RunSummary
+    from gem_ray.planning.plan import Plan
+    from gem_ray.planning.workload import Workload
 
 app = typer.Typer()
 
@@ -60,12 +66,20 @@ def annotate(
     max_problem_share: Annotated[
         float, typer.Option(help="End when more of the posts have problems of one kind; 1: never.", min=0, max=1)
     ] = MAX_PROBLEM_SHARE,
+    price: PriceOption = None,
+    budget: Annotated[
+        float | None, typer.Option(help="End, to be continued, when the run has cost so much; needs --price.", min=0)
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help="Warn when the run will end later: `2h30m` from now, or `2026-12-31T18:00`.")
+    ] = None,
 ) -> None:
     """Annotate every post of a data set, or continue where this command stopped.
 
     Exit code 1: failed, or too many posts did. 3: done, but some rows were rejected, or some files not read.
     """
     from gem_ray.config import load_config
+    from gem_ray.pipeline.limits import Limits, parse_deadline
     from gem_ray.pipeline.mass_failure import mass_failure
     from gem_ray.pipeline.progress import json_lines
     from gem_ray.pipeline.run import annotate_dataset
@@ -73,21 +87,27 @@ def annotate(
     settings = load_config(preset, config, set_ or ())
     as_json = context.obj["json_logs"]
     progress = json_lines() if as_json else None
+    limits = Limits(price, budget, parse_deadline(deadline, datetime.now(UTC)) if deadline else None)
     if sum((fresh, update, only_problems)) > 1:
         raise typer.BadParameter("--fresh, --update and --only-problems are mutually exclusive")
-    summary = annotate_dataset(
-        input,
-        output,
-        settings,
-        columns=parse_columns(map_),
-        limit=limit,
-        fresh=fresh,
-        update=update,
-        only_problems=only_problems,
-        skip_bad_files=skip_bad_files,
-        max_problem_share=max_problem_share,
-        progress=progress,
-    )
+    try:
+        summary = annotate_dataset(
+            input,
+            output,
+            settings,
+            columns=parse_columns(map_),
+            limit=limit,
+            fresh=fresh,
+            update=update,
+            only_problems=only_problems,
+            skip_bad_files=skip_bad_files,
+            max_problem_share=max_problem_share,
+            limits=limits,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; what is done is in {output}, and {_same_command(fresh, update)} continues", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     _print_summary(summary, output.rstrip("/"), as_json)
     if failure := mass_failure(summary.tally, max_problem_share):
         raise RuntimeError(failure)
@@ -95,41 +115,69 @@ def annotate(
         raise typer.Exit(EXIT_REJECTED)
 
 
-@app.command(epilog="Example: `gem-ray plan --preset one-gpu --gpus 1 --gpu-memory 24`")
+@app.command(epilog="Example: `gem-ray plan --preset one-gpu --gpus 1 --gpu-memory 24 --posts 10000000 --price 0.5`")
 def plan(
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
-    gpus: Annotated[int, typer.Option(help="Cards.", min=0)] = 0,
+    gpus: Annotated[str, typer.Option(help="Cards: how many, or which, as `8xl40s+4xa10g`.")] = "0",
     gpu_memory: Annotated[
         float | None, typer.Option(help="Memory of a card, in GB; the card's, or 24, if not given.", min=1)
     ] = None,
     cpus: Annotated[int | None, typer.Option(help="CPUs; as many as it takes if not given.", min=1)] = None,
     card: Annotated[
-        str | None, typer.Option(help="Which card, for its speed: `rtx-4090`, `a100-80gb`, `h100`, …")
+        str | None,
+        typer.Option(help="Which card, for its speed: `rtx-4090`, `h100`, …, or `name:memory=24,tflops=165`."),
     ] = None,
-    measured: Annotated[
-        Path | None, typer.Option(help="`run.json` of an earlier run, for its speeds.", exists=True)
+    posts: Annotated[int, typer.Option(help="How many posts, for hours and money.", min=1)] = 1_000_000,
+    price: PriceOption = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(help="The input: some hundred of its posts are tagged, for what they ask of the models."),
     ] = None,
-    price_per_gpu_hour: Annotated[float | None, typer.Option(help="For the cost of a million posts.", min=0)] = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    like: Annotated[
+        Path | None, typer.Option(help="`run.json` of an earlier run, for its posts and its speeds.", exists=True)
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write it as JSON; `-`: print that alone.")] = None,
 ) -> None:
-    """What runs where, with which batch, and what it will cost. Exit code 2: it does not fit.
+    """What runs where, with which batch, how long it will take and what it will cost. Exit code 2: it does not fit.
 
     The `config` of the JSON, given to `annotate --config`, bounds the pools as they were planned.
     """
     import json as json_library
 
+    from gem_ray.atomic import atomic_file
     from gem_ray.config import load_config
+    from gem_ray.planning.cards import Fleet
+    from gem_ray.planning.estimate import estimate
     from gem_ray.planning.plan import make_plan, measured_seconds
     from gem_ray.planning.table import print_plan
+    from gem_ray.planning.workload import TWEETS, workload_of_run
 
-    speeds = measured_seconds(measured) if measured else None
-    result = make_plan(load_config(preset, config, set_ or ()), gpus, gpu_memory, cpus, card, speeds)
-    if json:
-        typer.echo(json_library.dumps(result.to_dict(), indent=2))
+    settings = load_config(preset, config, set_ or ())
+    if probe and like:
+        raise typer.BadParameter("--probe and --like are mutually exclusive")
+    work, speeds = (workload_of_run(like), measured_seconds(like)) if like else (TWEETS, None)
+    if probe:
+        from gem_ray.planning.probe import probe as measure
+
+        found = measure(probe, settings)
+        work, speeds = found.work, found.seconds or None
+
+    def make(fleet: Fleet, cpus: int | None, work: Workload) -> Plan:
+        return make_plan(settings, fleet, cpus=cpus, measured=speeds, work=work)
+
+    result = make(Fleet.parse(gpus, gpu_memory, card), cpus, work)
+    expected = estimate(make, result, posts, settings.pipeline.rows_per_group, price)
+    facts = result.to_dict() | {"estimate": expected and expected.to_dict()}
+    text = json_library.dumps(facts, indent=2)
+    if str(json) == "-":
+        typer.echo(text)
     else:
-        print_plan(result, price_per_gpu_hour)
+        if json:
+            with atomic_file(json) as file:
+                file.write_text(text + "\n", encoding="utf-8")
+        print_plan(result, expected)
     result.check()
 
 
@@ -179,6 +227,8 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
         f"{done}: {counted(tally.entities, 'entity', 'entities')}: {tally.grounded:,} seen in the image, "
         f"{tally.not_seen:,} not seen, {tally.not_judged:,} not judged; {tally.reranked:,} reranked"
     )
+    if summary.account.annotated:
+        typer.echo(_about_cost(summary.account))
     if sentence := _about_abstaining(summary):
         typer.echo(sentence)
     if summary.unread:
@@ -192,6 +242,21 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
         typer.echo(f"why, with examples: {output}/_run/report.html")
     typer.echo(f"annotations: {output}/annotations, facts: {output}/run.json")
     typer.echo(", ".join(f"{status} {count}" for status, count in sorted(tally.statuses.items())))
+
+
+def _same_command(fresh: bool, update: bool) -> str:
+    """The command that continues: what was begun anew or taken in is part of the run by now."""
+    flag = "--fresh" if fresh else "--update" if update else None
+    return f"the same command without {flag}" if flag else "the same command"
+
+
+def _about_cost(account: Account) -> str:
+    """What all starts have taken, in a line."""
+    cost = "" if account.money is None else f", cost {account.money:,.2f}"
+    starts = f"{account.starts} starts" if account.starts > 1 else "one start"
+    pool = account.bottleneck
+    busiest = f"; the busiest pool is {pool}, {account.pools[pool].busy_share:.0%} of its time" if pool else ""
+    return f"in all: {account.seconds:,.0f} s in {starts}{cost}{busiest}"
 
 
 def _about_abstaining(summary: RunSummary) -> str | None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gem_ray.records import Post
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED = 1, 2, 3
+EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 MAX_PROBLEM_SHARE = 0.5  # of posts with problems of one kind, over which `annotate` fails
 
@@ -42,6 +43,10 @@ MapOption = Annotated[
 ]
 SkipOption = Annotated[
     bool, typer.Option("--skip-bad-files", help="Go on without files that cannot be read, and count their rows.")
+]
+PriceOption = Annotated[
+    float | None,
+    typer.Option(help="What an hour of a card costs, used or not; of a machine, where there are no cards.", min=0),
 ]
 PerShardOption = Annotated[int, typer.Option(help="Posts in a shard.", min=1)]
 

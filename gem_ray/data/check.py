@@ -149,7 +149,7 @@ def _first_schema(listing: Listing) -> pa.Schema:
 def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -> Sample:
     found = Sample()
     seen: dict[str, set[str]] = {"post_id": set(), "text": set(), "image": set()}
-    for post in islice(_spread_posts(listing, columns, size), size):
+    for post in islice(spread_posts(listing, columns, size), size):
         found.posts += 1
         if post.is_rejected:
             found.rejected[post.problems[0].message] += 1
@@ -168,7 +168,8 @@ def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -
     return found
 
 
-def _spread_posts(listing: Listing, columns: Columns, size: int) -> Iterator[Post]:
+def spread_posts(listing: Listing, columns: Columns, size: int) -> Iterator[Post]:
+    """About so many posts, from the beginnings of files that are spread over the input."""
     files = np.unique(np.linspace(0, len(listing.paths) - 1, _SAMPLED_FILES).astype(int))
     of_each = -(-size // len(files))
     for number in files:

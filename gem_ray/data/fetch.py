@@ -9,9 +9,11 @@ import re
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import cached_property
+from threading import Lock
 from typing import Any, TypeVar
 from urllib.parse import urljoin
 
@@ -81,9 +83,16 @@ class Fetcher:
 
     Args:
         config: limits of images, and where they may come from.
+
+    Attributes:
+        trouble: what is asked for again at the moment, and why; None while images come.
+        fetched: images that came over the network, and their bytes.
     """
 
     def __init__(self, config: ImageConfig):
+        self.trouble: str | None = None
+        self.fetched: Counter[str] = Counter()
+        self._lock = Lock()
         self._config = config
 
     def fetch(self, uri: str) -> bytes:
@@ -103,11 +112,18 @@ class Fetcher:
         """Try again after each of the pauses while the failure may be over by then."""
         for pause in pauses:
             try:
-                return attempt()
+                return self._counted(attempt())
             except _TransientError as failure:
+                self.trouble = str(failure)
                 asked = min(failure.retry_after_s, self._config.timeout_s)
                 time.sleep(max(asked, random.uniform(0, pause)))  # those who failed together do not return together
-        return attempt()
+        return self._counted(attempt())
+
+    def _counted(self, data: bytes) -> bytes:
+        self.trouble = None
+        with self._lock:
+            self.fetched.update(fetched=1, bytes=len(data))
+        return data
 
     def _read_https(self, uri: str) -> bytes:
         with self._event_loop as loop:

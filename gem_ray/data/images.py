@@ -204,6 +204,16 @@ class ImageLoader:
         """Built from the `image` section."""
         return cls(config.image)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images that came over the network, and their bytes."""
+        return dict(self._fetcher.fetched)
+
+    @property
+    def trouble(self) -> str | None:
+        """As of `Fetcher`."""
+        return self._fetcher.trouble
+
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Load the image of every post that is not rejected and has entities."""
         self.load_all(post for post in posts if not post.is_rejected and post.entities)

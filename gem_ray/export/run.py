@@ -13,7 +13,7 @@ from gem_ray.export.images import ImageReferences
 from gem_ray.export.jsonl import write_jsonl
 from gem_ray.export.label_studio import labelling_setup, write_label_studio
 from gem_ray.export.writing import Tally
-from gem_ray.pipeline.progress import Report, reporting
+from gem_ray.pipeline.progress import Report, reader, reporting
 from gem_ray.taxonomy import FMNERG, LABEL_SETS, LabelSet
 
 _OF_IMAGES = ("coco", "label-studio")
@@ -55,7 +55,7 @@ def export_annotations(
     tally = Tally()
     total, rows = count_rows(annotations), iterate_rows(annotations)
     references = ImageReferences(iterate_images(images, annotations), out.parent) if images else None
-    with reporting(report, lambda: tally.posts, total, title="exporting"), whole_text(out) as file:
+    with reporting(report, reader(lambda: tally.posts, total), title="exporting"), whole_text(out) as file:
         match form:
             case "coco":
                 write_coco(rows, file, tally, labels, references)

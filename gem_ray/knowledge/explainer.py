@@ -45,6 +45,11 @@ class Explainer:
         """The model's name, as sent to the endpoint."""
         return self._client.model
 
+    @property
+    def trouble(self) -> str | None:
+        """As of `ChatClient`."""
+        return self._client.trouble
+
     def ask_all(self, queries: Iterable[Query]) -> Iterator[tuple[Query, ParsedAnswer | ExplainerError]]:
         """Ask at most `concurrency` queries at a time; yield each with its answer or failure as soon as it is there."""
         for query, answer in self._client.complete_all(queries, chat_messages):

@@ -14,6 +14,7 @@ from gem_ray.config import ConfigError, ExplainerConfig
 from gem_ray.knowledge.explainer import ExplainerError, ParsedAnswer, parse_answer
 from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
 from gem_ray.loading import check_declared
+from gem_ray.turns import turn_at
 
 _SCHEMA = {
     "type": "object",
@@ -55,17 +56,19 @@ class VllmExplainer:
         folder = checkpoints.resolve(config.model)
         check_declared(folder)
         keep_compiled_code_private()
-        llm = LLM(
-            str(folder),
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            enable_prefix_caching=True,
-            # White space between JSON's parts could go on for ever. vLLM takes this of the engine only.
-            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-            # Without a GPU there is nothing to capture, and compiling takes longer than small models run.
-            enforce_eager=not torch.cuda.is_available(),
-        )
+        with turn_at("engine"):  # as the reranker's
+            llm = LLM(
+                str(folder),
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                kv_cache_memory_bytes=config.kv_cache_bytes,
+                enable_prefix_caching=True,
+                # White space between JSON's parts could go on for ever. vLLM takes this of the engine only.
+                structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+                # Without a GPU there is nothing to capture, and compiling takes longer than small models run.
+                enforce_eager=not torch.cuda.is_available(),
+            )
         if not llm.get_tokenizer().chat_template:
             raise ConfigError(
                 f"knowledge.explainer.model: {config.model} has no chat template; name one tuned to instructions"

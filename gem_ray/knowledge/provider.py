@@ -84,6 +84,16 @@ class KnowledgeProvider:
     def keeps_encoded(self, value: bool) -> None:
         self._loader.keeps_encoded = value
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the stage has counted, for the run's account."""
+        return {name: getattr(self, name) for name in ("asked", "from_cache", "repaired", "failed")}
+
+    @property
+    def trouble(self) -> str | None:
+        """Where images or answers do not come from at the moment; None while they do."""
+        return self._loader.trouble or getattr(self._explainer, "trouble", None)
+
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Caption, then explain, the posts that are not rejected."""
         accepted = [post for post in posts if not post.is_rejected]

@@ -60,17 +60,18 @@ class RayExecutor:
         self._done = Progress()  # in sessions that have ended
 
     @contextmanager
-    def session(self, max_problem_share: float | None = None) -> Iterator[None]:
+    def session(self, run_id: str, max_problem_share: float | None = None) -> Iterator[None]:
         """Ray, for as long as the block runs; everything else is called inside.
 
         Args:
+            run_id: of the run.
             max_problem_share: of posts that may have problems of one kind before the run ends; none: any.
 
         Raises:
             ValueError: the actors ask for more CPUs or GPUs than there are.
         """
         with ray_session(self._config):
-            self._ledger = Ledger(max_problem_share)
+            self._ledger = Ledger(run_id, max_problem_share)
             yield
             self._done, self._ledger = self._ledger.read(), None
 
@@ -127,6 +128,8 @@ class RayExecutor:
                 dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
         except RayError as error:
             raise self._run_error(error) from error
+        finally:
+            self._started.end_pass()
 
     def merge(self, storage: Storage, merges: Sequence[Merge]) -> list[MergedFile]:
         """Merge staged files, in parallel.
@@ -156,6 +159,14 @@ class RayExecutor:
     def work(self) -> Progress:
         """What has been done in this session; nothing before one."""
         return self._ledger.read() if self._ledger else self._done
+
+    def units(self) -> float:
+        """What is paid for at the moment: the cards of the cluster, used or not; machines, where there are none."""
+        return ray.cluster_resources().get("GPU", 0.0) or float(sum(node["Alive"] for node in ray.nodes()))
+
+    def stop(self, reason: str) -> None:
+        """End the run as soon as a batch or a block does; what is written stays."""
+        self._started.set_failure(reason)
 
     @property
     def _started(self) -> Ledger:

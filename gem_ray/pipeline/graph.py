@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,9 +20,12 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from gem_ray.annotator import GuardedStage, build_stage
-from gem_ray.metrics import PostMetrics, StageMetrics
+from gem_ray.clock import BusyClock
+from gem_ray.metrics import StageMetrics
+from gem_ray.model_references import ModelChangedError
 from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.logs import log_as_json, log_problems
+from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.summary import Tally
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.pools import CPUS_FOR_TASKS
@@ -41,6 +46,7 @@ _READING_CPUS = 0.5
 _SLOW_STAGES = {"knowledge", "rerank", "ground"}
 _FEW_ROWS, _MANY_ROWS = 64, 512  # in a block
 _MANY_BLOCKS = 64
+_TROUBLE_S = 2.0  # between two looks at what a stage waits for
 
 
 def build_graph(
@@ -68,10 +74,12 @@ def build_graph(
     dataset._logical_plan.dag.ray_remote_args["num_cpus"] = WRITING_CPUS
     for pool in pools:
         placement = pool.placement
+        actors = _actors(pool, pools, config, blocks=-(-source.rows // rows))
+        ledger.expect(pool.name, actors.min_size)
         dataset = dataset.map_batches(
             actor or PoolActor,
             fn_constructor_kwargs={"pool": pool, "config": config, "models": models, "ledger": ledger},
-            compute=_actors(pool, pools, config, blocks=-(-source.rows // rows)),
+            compute=actors,
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus or None,
             batch_size=placement.batch_size,
@@ -153,15 +161,14 @@ def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Le
     failure = ledger.add_done(Tally.of_posts(posts))
     if failure:
         raise RuntimeError(failure)
-    _observers_of_process().count(posts)
+    _log_as_json_once()
     log_problems(run_id, posts)
     return annotations_table(posts, run_id, models)
 
 
 @lru_cache(maxsize=1)
-def _observers_of_process() -> PostMetrics:
+def _log_as_json_once() -> None:
     log_as_json()
-    return PostMetrics()
 
 
 def entropies_of(table: pa.Table) -> pa.Table:
@@ -173,28 +180,48 @@ def entropies_of(table: pa.Table) -> pa.Table:
 class PoolActor:
     """The stages of a pool with their models, in an actor.
 
-    A model that cannot be loaded, or is not what the run began with, is reported with the first batch: Ray would try a
-    failing constructor again for ever.
+    A model that is not what the run began with, or cannot be loaded anywhere, is reported with the first batch: Ray
+    would try a failing constructor again for ever. On a node where it cannot be loaded, while others could, the
+    constructor does not end: the actor gets no batches, and keeps its place so that none is put there again.
     """
 
     def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
         import torch
 
+        began = time.perf_counter()
         torch.set_num_threads(pool.placement.threads)
         log_as_json()
+        self._name = uuid.uuid4().hex
+        self._clock = BusyClock()
+        self._busy_reported = 0.0
+        self._trouble: str | None = None
         self._pool = pool
         self._config = config
         self._ledger = ledger
         self._failure: str | None = None
         self._stages: list[_WatchedStage] = []
-        for spec in pool.stages:
+        while not self._stages and not self._failure:
             try:
-                stage = build_stage(spec, config, models, pool)
+                self._stages = self._load(models)
+            except _LoadError as error:
+                self._failure = str(error)
+                if isinstance(error.__cause__, ModelChangedError):
+                    return
+                node = ray.get_runtime_context().get_node_id()
+                self._failure = ledger.failed_load(pool.name, node, self._failure)
+        if not self._failure:
+            ledger.begin_actor(self._name, pool.name, pool.placement.num_gpus, time.perf_counter() - began)
+
+    def _load(self, models: dict[str, str]) -> list[_WatchedStage]:
+        stages = []
+        for spec in self._pool.stages:
+            try:
+                stage = build_stage(spec, self._config, models, self._pool)
             except Exception as error:
-                self._failure = f"the stage {spec.name} cannot be loaded: {error}"
-                return
-            is_shared = not spec.has_model or spec.overlapping(config) > 1
-            self._stages.append(_WatchedStage(stage, ledger, is_shared))
+                raise _LoadError(f"the stage {spec.name} cannot be loaded: {error}") from error
+            is_shared = not spec.has_model or spec.overlapping(self._config) > 1
+            stages.append(_WatchedStage(stage, self._ledger, is_shared))
+        return stages
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Run the stages on a batch of `TRANSIT_SCHEMA`.
@@ -205,14 +232,30 @@ class PoolActor:
         if self._failure:
             self._ledger.set_failure(self._failure)
             raise RuntimeError(self._failure)
-        posts = table_to_posts(table)
-        for stage in self._stages:
-            stage(posts)
-        for post in posts:
-            post.image = None
-            if not self._pool.passes_on_image(post, self._config):
-                post.image_bytes = post.image_uri = None
-        return posts_to_table(posts)
+        with self._clock.inside(), polling(self._tell_trouble, _TROUBLE_S):
+            posts = table_to_posts(table)
+            for stage in self._stages:
+                stage(posts)
+            for post in posts:
+                post.image = None
+                if not self._pool.passes_on_image(post, self._config):
+                    post.image_bytes = post.image_uri = None
+            table = posts_to_table(posts)
+        before, self._busy_reported = self._busy_reported, self._clock.seconds
+        self._ledger.add_busy(self._name, self._busy_reported - before)
+        self._tell_trouble()
+        return table
+
+    def _tell_trouble(self) -> None:
+        """Say what the stages wait for, if that has changed."""
+        trouble = next((stage.trouble for stage in self._stages if stage.trouble), None)
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._ledger.note_trouble(self._name, trouble)
+
+
+class _LoadError(RuntimeError):
+    """A stage that cannot be loaded."""
 
 
 class _WatchedStage:
@@ -232,6 +275,10 @@ class _WatchedStage:
         self._reported = _Work(0.0, Counter())
         self._lock = threading.Lock()
         self._metrics = StageMetrics(stage.name)
+
+    @property
+    def trouble(self) -> str | None:
+        return self._stage.trouble
 
     def __call__(self, posts: list[Post]) -> None:
         with self._turn:
@@ -255,7 +302,6 @@ class _WatchedStage:
         # Also while other batches are inside: theirs is in what comes next.
         counts = self._reported.counts - before.counts
         self._ledger.add_work(self._stage.name, self._reported.seconds - before.seconds, counts)
-        self._metrics.count(counts)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _FILE = "_run/lease.json"
 _BEAT_S = 5.0
 _SILENT_BEATS = 6  # after so many a holder is taken for dead
+_LATE_BEATS = 2  # after so many its storage is in trouble
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ class Lease:
         self._stop = threading.Event()
         self._facts: dict[str, Any] = {**_this_process(), "owner": uuid.uuid4().hex}
         self._version: str | None = None
+        self._last_beat = time.monotonic()
+
+    @property
+    def trouble(self) -> str | None:
+        """Since when the output does not answer; None while it does."""
+        silent = time.monotonic() - self._last_beat
+        return f"{self._output} has not answered for {silent:.0f} s" if silent > _LATE_BEATS * self._beat_s else None
 
     @contextmanager
     def held(self) -> Iterator[Claim]:
@@ -131,6 +139,7 @@ class Lease:
     def _write(self, **facts: Any) -> None:
         self._facts |= {"beats": self._facts["beats"] + 1, **facts}
         self._version = self._storage.swap(_FILE, as_json(self._facts), self._version)
+        self._last_beat = time.monotonic()
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self._beat_s):

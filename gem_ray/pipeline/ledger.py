@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,8 +12,12 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from gem_ray.metrics import PostMetrics, WorkMetrics
+from gem_ray.pipeline.account import PoolTime
 from gem_ray.pipeline.mass_failure import JUDGED_FROM, mass_failure
 from gem_ray.pipeline.summary import Tally
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -22,12 +28,16 @@ class Progress:
         stage_seconds: wall time inside each stage, summed over its actors.
         stage_counts: what each stage has counted itself, summed over its actors.
         tally: of the posts that have left the last stage.
+        pools: time of the actors, by pool.
+        troubles: what actors wait for, by actor, in words.
         failure: why the run cannot go on, in a sentence; Ray's own exception says it only within a trace.
     """
 
     stage_seconds: dict[str, float] = field(default_factory=dict)
     stage_counts: dict[str, Counter[str]] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
+    pools: dict[str, PoolTime] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
     failure: str | None = None
 
 
@@ -45,25 +55,58 @@ class Attempt:
 
 
 _MOST_DEATHS = 10  # of a stage's processes without a batch done in between
+_MOST_LOADS = 3  # that may fail on a node
+_PARKED_S = 1.0  # between two questions of an actor that is left out
 _MOST_RESTARTS = 20  # of the book's own process
 
 
+@dataclass
+class _Actor:
+    """An actor of a pool, and its seconds."""
+
+    pool: str
+    gpus: float
+    born: float
+    loading: float = 0.0
+    busy: float = 0.0
+    ended: float | None = None
+
+    @property
+    def time(self) -> PoolTime:
+        alive = (self.ended or time.monotonic()) - self.born
+        return PoolTime(1, self.gpus, self.loading, self.busy, max(0.0, alive - self.loading - self.busy))
+
+
 class _Book:
-    def __init__(self, max_problem_share: float | None) -> None:
+    def __init__(self, run_id: str, max_problem_share: float | None) -> None:
+        self._posts = PostMetrics(run_id)
+        self._work = WorkMetrics(run_id)
         self._max_problem_share = max_problem_share
         self._progress = Progress()
         self._unfinished: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._deaths: Counter[str] = Counter()
         self._last_words: dict[str, str] = {}
+        self._actors: dict[str, _Actor] = {}
+        self._expected: Counter[str] = Counter()
+        self._failed_loads: Counter[tuple[str, str]] = Counter()
+        self._left_out: Counter[str] = Counter()
 
     def add_work(self, stage: str, seconds: float, counts: Mapping[str, int]) -> None:
         self._progress.stage_seconds[stage] = self._progress.stage_seconds.get(stage, 0.0) + seconds
+        self._work.add(stage, seconds, counts)
         if counts:
             self._progress.stage_counts.setdefault(stage, Counter()).update(counts)
 
     def add_done(self, tally: Tally) -> str | None:
         progress = self._progress
         progress.tally += tally
+        found = {
+            "found": tally.entities,
+            "hard": tally.reranked,
+            "grounded": tally.grounded,
+            "not_judged": tally.not_judged,
+        }
+        self._posts.add(tally.statuses, tally.problems, found)
         if self._max_problem_share is not None and progress.tally.rows >= JUDGED_FROM:
             progress.failure = progress.failure or mass_failure(progress.tally, self._max_problem_share)
         return progress.failure
@@ -90,8 +133,46 @@ class _Book:
     def note_death(self, stage: str, words: str) -> None:
         self._last_words[stage] = f"with {words}"
 
+    def expect(self, pool: str, actors: int) -> None:
+        self._expected[pool] = actors
+
+    def failed_load(self, pool: str, node: str, reason: str) -> bool:
+        """Whether to try again there."""
+        self._failed_loads[pool, node] += 1
+        if self._failed_loads[pool, node] < _MOST_LOADS:
+            return True
+        self._left_out[pool] += 1
+        is_loaded = any(actor.pool == pool for actor in self._actors.values())
+        if not is_loaded and self._left_out[pool] >= self._expected[pool]:
+            self.set_failure(reason)
+        return False
+
+    def failure(self) -> str | None:
+        return self._progress.failure
+
+    def begin_actor(self, name: str, pool: str, gpus: float, loading: float) -> None:
+        self._actors[name] = _Actor(pool, gpus, born=time.monotonic() - loading, loading=loading)
+
+    def add_busy(self, name: str, seconds: float) -> None:
+        if name in self._actors:  # not begun with a book that was lost
+            self._actors[name].busy += seconds
+
+    def note_trouble(self, name: str, trouble: str | None) -> None:
+        if trouble is None:
+            self._progress.troubles.pop(name, None)
+        else:
+            self._progress.troubles[name] = trouble
+
+    def end_pass(self) -> None:
+        for actor in self._actors.values():
+            actor.ended = actor.ended or time.monotonic()
+        self._progress.troubles.clear()
+
     def read(self) -> Progress:
-        return self._progress
+        pools: dict[str, PoolTime] = {}
+        for actor in self._actors.values():
+            pools[actor.pool] = pools[actor.pool] + actor.time if actor.pool in pools else actor.time
+        return replace(self._progress, pools=pools)
 
 
 class Ledger:
@@ -102,13 +183,16 @@ class Ledger:
     work are then too low, and a post that kills processes kills one or two more before it is found.
 
     Args:
+        run_id: of the run, for its metrics.
         max_problem_share: of posts that may have problems of one kind before the run ends; none: any.
     """
 
-    def __init__(self, max_problem_share: float | None = None) -> None:
+    def __init__(self, run_id: str, max_problem_share: float | None = None) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         restarts = {"max_restarts": _MOST_RESTARTS, "max_task_retries": -1}
-        self._book = ray.remote(num_cpus=0, scheduling_strategy=here, **restarts)(_Book).remote(max_problem_share)
+        self._book = ray.remote(num_cpus=0, scheduling_strategy=here, **restarts)(_Book).remote(
+            run_id, max_problem_share
+        )
         self._last = Progress()
 
     def add_work(self, stage: str, seconds: float, counts: Mapping[str, int] | None = None) -> None:
@@ -136,6 +220,48 @@ class Ledger:
     def note_death(self, stage: str, words: str) -> None:
         """Say why a process is about to end."""
         ray.get(self._book.note_death.remote(str(stage), words))
+
+    def expect(self, pool: str, actors: int) -> None:
+        """Say how many actors a pool has at the least: if none of them can load, the run has failed."""
+        ray.get(self._book.expect.remote(pool, actors))
+
+    def failed_load(self, pool: str, node: str, reason: str) -> str | None:
+        """Say that an actor cannot load its models on a node, and hear that it should try again.
+
+        Does not return, for as long as the run goes on, where it should not: others do the work.
+
+        Returns:
+            Why the run has failed, if it has.
+        """
+        if self._book.failed_load.remote(pool, node, reason).future().result():  # as in `begin`
+            return None
+        logger.warning("a node is left out: %s", reason)
+        while not (failure := self._book.failure.remote().future().result()):
+            time.sleep(_PARKED_S)
+        return str(failure)
+
+    def begin_actor(self, name: str, pool: str, gpus: float, loading: float) -> None:
+        """Say that an actor is there.
+
+        Args:
+            name: its own.
+            pool: whose it is.
+            gpus: that it holds.
+            loading: seconds in which it has loaded its models.
+        """
+        self._book.begin_actor.remote(name, pool, gpus, loading)
+
+    def add_busy(self, name: str, seconds: float) -> None:
+        """Add time in which an actor had a batch."""
+        self._book.add_busy.remote(name, seconds)
+
+    def note_trouble(self, name: str, trouble: str | None) -> None:
+        """Say what an actor waits for; None: for nothing any more."""
+        self._book.note_trouble.remote(name, trouble)
+
+    def end_pass(self) -> None:
+        """Say that no actor is there any more."""
+        self._book.end_pass.remote()
 
     def read(self) -> Progress:
         """The book as it stands; where it is gone for good, as it was last read here, with that for a failure."""

@@ -1,4 +1,4 @@
-"""Progress with rate and time left: a bar for people at a terminal, JSON lines for machines, silence otherwise."""
+"""Progress with rate, time left and cost: a bar for people at a terminal, lines for logs, JSON for machines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 
 from rich.console import Console
@@ -19,7 +21,6 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -27,78 +28,157 @@ from gem_ray.pipeline.polling import polling
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[int, int], None]  # posts done, posts in all
+
+@dataclass(frozen=True)
+class Reading:
+    """What there is to say of work under way. None: not known.
+
+    Attributes:
+        done: posts that are through.
+        total: posts in all.
+        posts_per_second: since the first ones were through in this start.
+        seconds_left: at that speed.
+        cost: so far, over all starts.
+        cost_at_end: at that speed.
+        busiest: the busiest pool, and how busy it is.
+        waiting_for: what does not answer at the moment, and is asked again.
+    """
+
+    done: int
+    total: int
+    posts_per_second: float | None = None
+    seconds_left: float | None = None
+    cost: float | None = None
+    cost_at_end: float | None = None
+    busiest: str | None = None
+    waiting_for: str | None = None
+
+    @property
+    def remarks(self) -> str:
+        """Cost, busiest pool and trouble, as people read them."""
+        cost = None if self.cost is None else f"cost {self.cost:,.2f}"
+        if self.cost_at_end is not None:
+            cost = f"{cost} of about {self.cost_at_end:,.2f}"
+        busiest = self.busiest and f"busiest: {self.busiest}"
+        waiting = self.waiting_for and f"waiting for {self.waiting_for}"
+        return ", ".join(filter(None, (cost, busiest, waiting)))
+
+    @property
+    def speed(self) -> str:
+        """Posts a second, time left and remarks, as people read them; a dash for what is not known."""
+        rate = "–" if self.posts_per_second is None else f"{self.posts_per_second:,.1f}"
+        left = None if self.seconds_left is None else f"{timedelta(seconds=round(self.seconds_left))} left"
+        return ", ".join(filter(None, (f"{rate} posts/s", left, self.remarks)))
+
+
+Report = Callable[[Reading], None]
+_PLAIN_EVERY_S = 10.0
+
+
+class Rate:
+    """Posts a second since the first ones came through: neither start-up nor what an earlier start did counts."""
+
+    def __init__(self) -> None:
+        self._before: int | None = None
+        self._first: tuple[float, int] | None = None
+
+    def of(self, done: int) -> float | None:
+        """The rate with so many done by now; None until a second lot has come."""
+        now = time.monotonic()
+        if self._before is None:
+            self._before = done
+        if self._first is None and done > self._before:
+            self._first = (now, done)
+        if self._first is None or done <= self._first[1]:
+            return None
+        return (done - self._first[1]) / max(now - self._first[0], 1e-9)
+
+
+def reader(done: Callable[[], int], total: int) -> Callable[[], Reading]:
+    """Readings of work that nobody meters."""
+    rate = Rate()
+
+    def read() -> Reading:
+        now = min(done(), total)
+        speed = rate.of(now)
+        return Reading(now, total, speed, (total - now) / speed if speed else None)
+
+    return read
 
 
 @contextmanager
 def reporting(
-    report: Report | None, done: Callable[[], int], total: int, every_s: float = 0.5, title: str = "annotating"
+    report: Report | None, read: Callable[[], Reading], every_s: float = 0.5, title: str = "annotating"
 ) -> Iterator[None]:
-    """While the block runs, call `report(done(), total)` now and then from a thread; once more when it succeeds.
+    """While the block runs, call `report(read())` now and then from a thread; once more when it succeeds.
 
-    Without `report`, a bar with the title on standard error, or nothing where that is no terminal.
+    Without `report`, a bar with the title on standard error; where that is no terminal, a line every ten seconds.
     """
     with nullcontext(report) if report else _bar(title) as show:
-        if show is None:
+        with polling(partial(_show, show, read), every_s):
             yield
-            return
-        with polling(partial(_show, show, done, total), every_s):
-            yield
-        show(total, total)
+        last = read()
+        show(replace(last, done=last.total, seconds_left=0.0, cost_at_end=None, waiting_for=None))
 
 
-def _show(report: Report, done: Callable[[], int], total: int) -> None:
+def _show(report: Report, read: Callable[[], Reading]) -> None:
     try:
-        report(min(done(), total), total)
+        report(read())
     except Exception:  # of one report; the next one may succeed, and the run goes on without
         logger.warning("progress is not known", exc_info=True)
 
 
 def json_lines(every_s: float = 10) -> Report:
-    """A report that writes a line of JSON to standard error, at most every so many seconds and at the end.
+    """A report that writes a line of JSON to standard error, at most every so many seconds and at the end."""
+    last = -every_s
 
-    The rate is of posts done since the first report, so that what an earlier start did does not count.
-    """
-    first: tuple[float, int] | None = None
-    last = 0.0
-
-    def report(done: int, total: int) -> None:
-        nonlocal first, last
+    def report(reading: Reading) -> None:
+        nonlocal last
         now = time.monotonic()
-        first = first or (now, done)
-        if done < total and now - last < every_s:
+        if reading.done < reading.total and now - last < every_s:
             return
         last = now
-        rate = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
-        left = round((total - done) / rate) if rate else None
-        line = {"done": done, "total": total, "posts_per_second": round(rate, 2), "seconds_left": left}
+        line = {key: round(value, 2) if isinstance(value, float) else value for key, value in asdict(reading).items()}
         print(json.dumps({"event": "progress"} | line), file=sys.stderr, flush=True)
 
     return report
 
 
-class _RateColumn(ProgressColumn):
-    """Posts a second, of late."""
+class _RemarksColumn(ProgressColumn):
+    """Posts a second, time left, and remarks."""
 
     def render(self, task: Task) -> Text:
-        """The rate, or a dash while it is not known."""
-        return Text(f"{task.speed:.1f} posts/s" if task.speed else "– posts/s")
+        """What the last reading says; a dash for what is not known."""
+        reading: Reading | None = task.fields.get("reading")
+        return Text(reading.speed if reading else "– posts/s")
+
+
+def _plain_lines(title: str) -> Report:
+    """A report for logs: a line now and then, the first one after a while, so that short work says nothing."""
+    last = time.monotonic()
+
+    def report(reading: Reading) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PLAIN_EVERY_S:
+            last = time.monotonic()
+            print(f"{title}: {reading.done:,} of {reading.total:,} posts, {reading.speed}", file=sys.stderr, flush=True)
+
+    return report
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Report | None]:
+def _bar(title: str) -> Iterator[Report]:
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield _plain_lines(title)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _RateColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _RemarksColumn(),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda reading: bar.update(task, completed=reading.done, total=reading.total, reading=reading)

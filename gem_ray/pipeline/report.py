@@ -14,7 +14,7 @@ from gem_ray.plurals import counted
 if TYPE_CHECKING:
     from gem_ray.pipeline.run_directory import RunDirectory
 
-_FACTS = ("run_id", "rows", "statuses", "problems", "examples", "left_out", "unread", "unread_rows")
+_FACTS = ("run_id", "rows", "statuses", "problems", "examples", "left_out", "unread", "unread_rows", "account")
 
 
 def write_report(directory: RunDirectory, summary: Mapping[str, Any]) -> None:

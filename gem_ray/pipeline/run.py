@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -16,12 +17,16 @@ from gem_ray.data.check import column_remarks
 from gem_ray.data.listing import Listing, list_shards
 from gem_ray.data.output import RUN_FACTS, live_files, run_ids
 from gem_ray.data.storage import ConflictError, as_json
+from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.budget import with_gamma
 from gem_ray.pipeline.execution import RayExecutor, RunError
 from gem_ray.pipeline.groups import Group, GroupRunner, cut_groups
 from gem_ray.pipeline.identity import check_apart, check_same, limits_of, new_files, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.lease import Claim, Lease
+from gem_ray.pipeline.limits import Limits
+from gem_ray.pipeline.meter import TICK_S, Meter, account_of
+from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.progress import Report, reporting
 from gem_ray.pipeline.publishing import (
     check_no_strangers,
@@ -65,6 +70,7 @@ def annotate_dataset(
     only_problems: bool = False,
     skip_bad_files: bool = False,
     max_problem_share: float | None = None,
+    limits: Limits | None = None,
     progress: Report | None = None,
     actor: type | None = None,
 ) -> RunSummary:
@@ -83,7 +89,9 @@ def annotate_dataset(
         skip_bad_files: go on without files that cannot be read; the summary names them and counts their rows.
         max_problem_share: of posts that may have problems of one kind: a run with more of them among its first thousand
             rows, or later, ends; none: any. Rows of `only_problems` may all have some.
-        progress: called now and then with posts done and posts in all; none: a bar, if standard error is a terminal.
+        limits: price, budget and deadline of the run.
+        progress: called now and then with how far the run is and what it costs; none: a bar, if standard error is a
+            terminal.
         actor: stands in for `PoolActor`; benchmarks of everything but the models use it.
 
     Returns:
@@ -100,7 +108,8 @@ def annotate_dataset(
     directory = RunDirectory(str(output))
     listing = list_shards(input)
     check_apart(str(input), listing, directory)
-    with Lease(directory).held() as claim:
+    lease = Lease(directory)
+    with lease.held() as claim:
         run = _Run(
             directory=directory,
             listing=listing,
@@ -111,6 +120,8 @@ def annotate_dataset(
             limit=limit,
             skip_bad_files=skip_bad_files,
             max_problem_share=None if only_problems else max_problem_share,
+            limits=limits or Limits(),
+            lease=lease,
             claim=claim,
             executor=RayExecutor(config, actor),
         )
@@ -134,6 +145,8 @@ class _Run:
     limit: int | None
     skip_bad_files: bool
     max_problem_share: float | None
+    limits: Limits
+    lease: Lease
     claim: Claim
     executor: RayExecutor
 
@@ -143,7 +156,7 @@ class _Run:
         check_no_strangers(self.directory)
         folder = self._begin(fresh) if fresh else self._continue(update, only_problems) or self._begin(fresh)
         settle(self.directory, self.claim)
-        work = _Work(self, folder)
+        work = _Work(self, folder, clock)
         if only_problems and work.groups_left():
             raise FileNotFoundError(
                 f"{self.directory.output} holds no finished run; finish it, then do its problems again"
@@ -237,7 +250,6 @@ class _Run:
                 self._write_facts(now)
             summary = now.looked_up()
         else:
-            work = self.executor.work()
             summary = RunSummary(
                 run_id=folder.run_id,
                 input=self.input,
@@ -245,8 +257,7 @@ class _Run:
                 started_at=manifest.started_at,
                 seconds=time.perf_counter() - clock,
                 annotated=done.annotated,
-                stage_seconds=work.stage_seconds,
-                stage_counts={stage: dict(sorted(counts.items())) for stage, counts in work.stage_counts.items()},
+                account=done.account,
                 gamma=done.gamma,
                 tally=tally,
                 models=self.models,
@@ -291,19 +302,22 @@ class _Done:
         gamma: γ, as it was given or measured.
         annotated: rows that were brought through all stages.
         anything: groups were published; there were such that had not been.
+        account: what all starts have taken.
     """
 
     gamma: float
     annotated: int
     anything: bool
+    account: Account
 
 
 class _Work:
     """What is left to do of a run."""
 
-    def __init__(self, run: _Run, folder: RunFolder) -> None:
+    def __init__(self, run: _Run, folder: RunFolder, began: float) -> None:
         self._run = run
         self._folder = folder
+        self._began = began
         self._storage = folder.storage
         self._manifest = folder.manifest()
         self._groups = cut_groups(self._manifest)
@@ -344,19 +358,36 @@ class _Work:
         first = next(steps, None)
         if first is None:
             measured = self._folder.read("gamma") or {"gamma": self._run.config.filter.gamma}
-            return _Done(measured["gamma"], 0, anything=False)
+            return _Done(measured["gamma"], 0, anything=False, account=account_of(self._folder))
         run, folder = self._run, self._folder
-        with run.executor.session(run.max_problem_share):
+        meter = Meter(folder, run.claim, run.executor, run.limits, self._began, lambda: run.lease.trouble)
+        with run.executor.session(folder.run_id, run.max_problem_share), self._kept(meter), polling(meter.tick, TICK_S):
             run.executor.check_models(run.config, run.models)
             files = [file for file in self._manifest.files[: self._manifest.parts[0]] if file.rows]
             config = with_gamma(run.config, folder, run.reader, files, run.models, run.executor)
             settled = partial(settle, run.directory, run.claim)
             runner = GroupRunner(folder, run.reader, config, run.models, run.executor, run.claim, settled)
             while first:
-                with reporting(progress, runner.done, sum(group.rows for group in first), title=self._title()):
+                meter.begin(runner.done, sum(group.rows for group in first))
+                with reporting(progress, meter.reading, title=self._title()):
                     runner.run(first)
                 first = next(steps, None)
-        return _Done(config.filter.gamma, runner.annotated, anything=True)
+        return _Done(config.filter.gamma, runner.annotated, anything=True, account=account_of(folder))
+
+    @contextmanager
+    def _kept(self, meter: Meter) -> Iterator[None]:
+        """What the start has taken is kept however it ends; where it fails, that it did is what is said."""
+        before = self._written_bytes()
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                meter.save(self._written_bytes() - before)
+            raise
+        meter.save(self._written_bytes() - before)
+
+    def _written_bytes(self) -> int:
+        return sum(file.size for each in self._folder.publications().values() for file in each.files)
 
     def _title(self) -> str:
         """What the progress bar says: rows that are not read are not among its posts."""

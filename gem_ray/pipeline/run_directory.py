@@ -5,11 +5,13 @@
     _run/RUN/files/0001.json           input files that `--update` has added
     _run/RUN/gamma.json                γ as it was measured for a budget
     _run/RUN/rounds/p000.json          rows that are done again: which files they replace, under which limits
+    _run/RUN/starts/                   what each start has taken; only itself writes its file, now and then
     _run/RUN/staged/GROUP-p0/          rows as they come out of a pass
     _run/RUN/merged/GROUP/             the files of a group on their way to `annotations/`
     _run/RUN/published/, live.json     what readers may see
 
-Files of facts are created once and never changed, so that a process that was taken for dead cannot undo a decision.
+All other files of facts are created once and never changed, so that a process that was taken for dead cannot undo a
+decision.
 """
 
 from __future__ import annotations
@@ -196,6 +198,14 @@ class RunFolder:
     def _added(self) -> list[dict[str, Any]]:
         names = self._names("files")
         return [facts for name in names if (facts := self.read(f"files/{name}")) is not None]
+
+    def keep_start(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write what a start has taken until now."""
+        self.storage.write(f"{self._root}/starts/{name}.json", as_json(facts))
+
+    def starts(self) -> list[dict[str, Any]]:
+        """What each start has taken, in their order."""
+        return [facts for name in self._names("starts") if (facts := self.read(f"starts/{name}")) is not None]
 
     @property
     def is_live(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gem_ray.pipeline.account import Account
 from gem_ray.records import Post, Status
 
 _LIBRARIES = ("gem-ray", "ray", "torch", "transformers", "pyarrow")
@@ -131,9 +132,7 @@ class RunSummary:
 
     Attributes:
         seconds: wall time of the last start, of which `annotated` rows were the work; others were done before.
-        stage_seconds: wall time inside each stage in the last start, summed over its actors.
-        stage_counts: what stages counted themselves in the last start: of `rerank`, entities `asked` about, tokens of
-            their prompts, and those among them that the engine had read before.
+        account: what all starts have taken together.
         gamma: entropy in nats above which entities went to the reranker; of a budget, what was measured for it.
         models: what made the output, as in its `models` column.
         left_out: files of the input that are not read, by reason.
@@ -146,8 +145,7 @@ class RunSummary:
     started_at: str
     seconds: float
     annotated: int
-    stage_seconds: dict[str, float]
-    stage_counts: dict[str, dict[str, int]]
+    account: Account
     gamma: float
     tally: Tally
     models: dict[str, str]
@@ -191,8 +189,7 @@ class RunSummary:
             "rows_per_second": round(self.rows_per_second, 3),
             **self.tally.to_dict(),
             "reranked_share": self.tally.reranked / self.tally.entities if self.tally.entities else 0.0,
-            "stage_seconds": {stage: round(seconds, 3) for stage, seconds in self.stage_seconds.items()},
-            "stage_counts": self.stage_counts,
+            "account": self.account.to_dict(),
             "gamma": self.gamma,
             "left_out": self.left_out,
             "unread": self.unread,
@@ -205,9 +202,13 @@ class RunSummary:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSummary:
         """The inverse of `to_dict`."""
-        own = {name: values[name] for name in cls.__dataclass_fields__.keys() & values.keys()}
+        own = {name: values[name] for name in cls.__dataclass_fields__.keys() & values.keys() - {"account"}}
         counted = Tally.__dataclass_fields__.keys() & values.keys()
-        return cls(**own, tally=Tally.from_dict({name: values[name] for name in counted}))
+        return cls(
+            **own,
+            account=Account.from_dict(values.get("account", Account().to_dict())),
+            tally=Tally.from_dict({name: values[name] for name in counted}),
+        )
 
 
 def _entities(table: pa.Table) -> pa.StructArray:

@@ -27,6 +27,7 @@ class PlannedPool:
         actors: how many.
         seconds: of one actor for a post; none: not known.
         source: where `seconds` is from.
+        cpu_seconds: of a core, for a post.
     """
 
     pool: Pool[StagePool]
@@ -34,6 +35,7 @@ class PlannedPool:
     actors: int
     seconds: float | None
     source: Source
+    cpu_seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -85,9 +87,18 @@ class Cards:
     @classmethod
     def holding(cls, count: int, pools: Iterable[PlannedPool]) -> Cards | None:
         """Cards with the shares of all actors taken, the largest first; none if they do not fit."""
+        return cls.with_shares(count, [share for pool in pools for share in pool.gpu_shares])
+
+    @classmethod
+    def with_shares(cls, count: int, shares: Iterable[float]) -> Cards | None:
+        """Cards with shares taken, the largest first; none if they do not fit."""
         cards = cls(count)
-        shares = sorted((share for pool in pools for share in pool.gpu_shares), reverse=True)
-        return cards if all(cards.take(share) for share in shares) else None
+        return cards if all(cards.take(share) for share in sorted(shares, reverse=True)) else None
+
+    @property
+    def unused(self) -> int:
+        """Cards that nobody has a share of."""
+        return sum(free >= 1 - _ROUNDING for free in self._free)
 
     def take(self, share: float) -> bool:
         """Take a share where it leaves the least free; false if no card has it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gem_ray.config import ConfigError
@@ -38,10 +39,24 @@ def _card(memory_gb: int, half: float, single: float, bandwidth: float, source: 
     return Card(memory_gb, half * TERA, single * TERA, bandwidth * GIGA, source)
 
 
+# Dollars for an hour on demand, where --price does not say better: AWS's list prices in us-east-1 of 2024 (g4dn.xlarge,
+# g5.xlarge, g6.xlarge, g6e.xlarge, and an eighth of p4d, p4de and p5); prices have changed since, and differ by place.
+LIST_PRICES = {
+    "t4": 0.526,
+    "a10g": 1.006,
+    "l4": 0.805,
+    "l40s": 1.861,
+    "a100-40gb": 4.10,
+    "a100-80gb": 5.12,
+    "h100": 12.29,
+}
+LIST_PRICES_SOURCE = "AWS on demand, us-east-1, list price of 2024; --price says what you pay"
+
 # Of cards with the same memory, the first one is assumed when only the memory is given.
 CARDS = {
     "t4": _card(16, 65, 8.1, 320, "NVIDIA T4 data sheet"),
     "rtx-4090": _card(24, 165.2, 82.6, 1008, "NVIDIA Ada GPU architecture white paper"),
+    "rtx-3090": _card(24, 71, 35.6, 936, "NVIDIA Ampere GA102 white paper"),
     "a10g": _card(24, 70, 35, 600, "NVIDIA A10G data sheet for AWS"),
     "l4": _card(24, 121, 30.3, 300, "NVIDIA L4 data sheet"),
     "a100-40gb": _card(40, 312, 19.5, 1555, "NVIDIA A100 data sheet, SXM"),
@@ -49,16 +64,111 @@ CARDS = {
     "a100-80gb": _card(80, 312, 19.5, 2039, "NVIDIA A100 data sheet, SXM"),
     "h100": _card(80, 989, 67, 3350, "NVIDIA H100 data sheet, SXM"),
     "h200": _card(141, 989, 67, 4800, "NVIDIA H200 data sheet, SXM"),
+    "b200": _card(180, 2250, 75, 7700, "NVIDIA HGX B200 data sheet"),
 }
 
 
 def find_card(name: str | None, memory_gb: float | None) -> tuple[str | None, Card | None]:
-    """The card of a name, or the first one with a memory; neither where no card has it.
+    """The card of a name or a description, or the first one with a memory; neither where no card has it.
+
+    Args:
+        name: of `CARDS`, or `name:memory=24,tflops=165`, with `bandwidth=1008` in GB/s if it is known.
+        memory_gb: of a card without a name.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or a description without memory and speed.
     """
-    if name is not None and name not in CARDS:
-        raise ConfigError(f"--card: no such card {name!r}; expected one of {', '.join(CARDS)}")
-    known = name or next((each for each, card in CARDS.items() if card.memory_gb == memory_gb), None)
-    return known, CARDS[known] if known else None
+    if name is None:
+        known = next((each for each, card in CARDS.items() if card.memory_gb == memory_gb), None)
+        return known, CARDS[known] if known else None
+    short, is_described, description = name.partition(":")
+    if is_described:
+        return short, _described(name, description)
+    if name not in CARDS:
+        raise ConfigError(
+            f"--card: no such card {name!r}; expected one of {', '.join(CARDS)}, or {name}:memory=24,tflops=165 with "
+            "its memory in GB and its dense TFLOP/s in half precision"
+        )
+    return name, CARDS[name]
+
+
+def _described(name: str, description: str) -> Card:
+    """A card of the user's own. In float32 half of its speed is assumed, and a byte for 165 operations."""
+    try:
+        values = {key: float(value) for key, value in (part.split("=") for part in description.split(","))}
+        half = values.pop("tflops")
+        card = _card(int(values.pop("memory")), half, half / 2, values.pop("bandwidth", half / 165 * 1000), "as given")
+    except (ValueError, KeyError):
+        raise ConfigError(f"--card takes name:memory=24,tflops=165, not {name!r}") from None
+    if values:
+        raise ConfigError(f"--card knows memory, tflops and bandwidth, not {', '.join(values)}")
+    return card
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The cards of a plan, of one kind or of several. Ray puts an actor on any of them.
+
+    Attributes:
+        kinds: how many there are, their name, and what is known of their speed; none: nothing.
+        memory_gb: of the smallest, in 2³⁰ bytes: what an actor must fit on.
+    """
+
+    kinds: tuple[tuple[int, str | None, Card | None], ...] = ()
+    memory_gb: float = 0.0
+
+    @classmethod
+    def parse(cls, gpus: str | int, memory_gb: float | None, card: str | None) -> Fleet:
+        """`8` cards of a memory or a name; or `8xl40s+4xa10g`.
+
+        Raises:
+            ConfigError: neither a number nor a list of cards, or cards that are not known.
+        """
+        if str(gpus).isdecimal():
+            if not int(gpus):
+                return cls()
+            name, facts = find_card(card, memory_gb or _USUAL_MEMORY_GB)
+            return cls(((int(gpus), name, facts),), memory_gb or (facts.memory_gb if facts else _USUAL_MEMORY_GB))
+        kinds: list[tuple[int, str | None, Card | None]] = []
+        for part in str(gpus).split("+"):
+            count, times, name = part.partition("x")
+            if not (count.isdecimal() and times and name):
+                raise ConfigError(f"--gpus takes 8, or 8xl40s+4xa10g, not {gpus!r}")
+            kinds.append((int(count), *find_card(name, None)))
+        return cls(tuple(kinds), min(facts.memory_gb for _, _, facts in kinds if facts))
+
+    @property
+    def count(self) -> int:
+        """Cards of all kinds."""
+        return sum(count for count, _, _ in self.kinds)
+
+    @property
+    def name(self) -> str | None:
+        """Of the kind, or of all kinds with their numbers; none where one is not known."""
+        if len(self.kinds) == 1:
+            return self.kinds[0][1]
+        return "+".join(f"{count}x{name}" for count, name, _ in self.kinds) or None
+
+    def seconds(self, need: Callable[[Card], float]) -> float | None:
+        """Of an average card for something that is shared out over all of them; none where a speed is not known."""
+        if not self.kinds or any(card is None for _, _, card in self.kinds):
+            return None
+        times = [(count, need(card)) for count, _, card in self.kinds if card is not None]
+        if any(not seconds for _, seconds in times):
+            return 0.0
+        return self.count / sum(count / seconds for count, seconds in times)
+
+    @property
+    def list_price(self) -> float | None:
+        """Dollars for an hour of all cards; none where one has no list price."""
+        prices = [LIST_PRICES.get(name or "") for _, name, _ in self.kinds]
+        known = [count * price for (count, _, _), price in zip(self.kinds, prices, strict=True) if price is not None]
+        return sum(known) if known and len(known) == len(prices) else None
+
+    def with_one_more(self) -> Fleet:
+        """And another card of the first kind."""
+        (count, name, card), *others = self.kinds
+        return Fleet(((count + 1, name, card), *others), self.memory_gb)
+
+
+_USUAL_MEMORY_GB = 24.0

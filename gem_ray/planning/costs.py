@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gem_ray.config import Config, ConfigError, ExplainerConfig
+from gem_ray.config import Config, ExplainerConfig
 from gem_ray.planning import stacks
 from gem_ray.planning.cards import GIB, Card
-from gem_ray.planning.model_facts import ModelFacts, model_facts
+from gem_ray.planning.cpu_costs import image_seconds
+from gem_ray.planning.model_facts import ModelFacts, UnknownModelError, model_facts
+from gem_ray.planning.workload import TWEETS, USUAL_CANDIDATES, Workload
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Assumed: the CUDA context, the libraries' workspaces and what the allocator holds back, for each process. Without a
@@ -23,6 +25,11 @@ UTILISATION, BANDWIDTH_UTILISATION = 0.35, 0.6
 # LLaVA-1.5-7B by the transformers engine. Images are resized on CPUs, which is not in it.
 MATCHER_UTILISATION, SAM_UTILISATION, LLAVA_UTILISATION = 0.34, 0.39, 0.42
 
+# Of a candidate: tokens of its name in the prompt, and in the tree of answers. Estimated, for the 51 categories.
+_TOKENS_OF_A_CANDIDATE = 9
+# vLLM in mode `score` asks 11 questions about an entity with five candidates (seen on generated posts); of each, half a
+# block of 16 tokens and the beginning of an answer are not in its cache. Estimated.
+_QUESTIONS_OF_A_CANDIDATE, _UNCACHED_TOKENS, _ANSWER_TOKENS = 2.2, 12, 6
 _CAPTION_LIMIT = 30  # new tokens, as the captioner asks for; from there it would bring torch
 # vLLM's defaults of `max_num_batched_tokens` for its LLM class, on cards of 70 GiB and more and on others. An A100
 # of 80 GB takes the smaller one; it is planned with the larger, which is on the safe side.
@@ -33,43 +40,6 @@ _TEXT_LIKE = {
     "grounding-dino": "IDEA-Research/grounding-dino-base",
     "owlv2": "google/owlv2-base-patch16-ensemble",
 }
-
-
-@dataclass(frozen=True)
-class Workload:
-    """An average post. Entities and boxes: gold of the 7,000 training tweets of FMNERG (Wang et al. 2023).
-
-    Attributes:
-        entities: mentions in a post.
-        with_entities: share of posts that have any.
-        hard: hard mentions in a post: of the embedded tagger at γ = 0.2, on 600 of FMNERG's dev tweets.
-        with_hard: share of posts that have any; likewise.
-        with_boxes: share of posts with an entity that is seen.
-        with_other_boxes: the same, persons aside, for whom the text prompt goes first.
-        person_prompts: categories of seen persons in a post.
-        text_tokens: subwords of a tweet and of its knowledge: 16 words and 570 characters there, 4 to a subword.
-        caption_tokens: assumed; a batch goes on until its longest caption is done.
-        prompt_tokens: of the reranker's prompt without the image, with a tweet of 16 words; estimated.
-        query_tokens: of the matcher's sentence; estimated.
-        examples_tokens: of the explainer's worked examples, which vLLM reads once and keeps; estimated.
-        question_tokens: of its question, a tweet and a caption; estimated.
-        answer_tokens: of its answer: 570 characters, as above.
-    """
-
-    entities: float = 1.68
-    with_entities: float = 0.95
-    hard: float = 1.35
-    with_hard: float = 0.85
-    with_boxes: float = 0.56
-    with_other_boxes: float = 0.19
-    person_prompts: float = 0.42
-    text_tokens: int = 165
-    caption_tokens: int = 15
-    prompt_tokens: int = 130
-    query_tokens: int = 16
-    examples_tokens: int = 800
-    question_tokens: int = 60
-    answer_tokens: int = 143
 
 
 @dataclass(frozen=True)
@@ -88,6 +58,7 @@ class ModelNeed:
         flops: operations for a post.
         traffic: bytes that decoding reads for a post, over and over, beside the operations.
         measured: the share of a card's peak FLOP/s in half precision that it was seen to reach; none: nobody measured.
+        cpu_seconds: of a core, for a post: what its processor does to images before the model sees them.
     """
 
     stage: str
@@ -103,6 +74,7 @@ class ModelNeed:
     flops: float = 0
     traffic: float = 0
     measured: float | None = None
+    cpu_seconds: float = 0
 
     @property
     def utilisation(self) -> float:
@@ -135,6 +107,11 @@ class EngineNeed:
         return _process(self.models)
 
     @property
+    def kv_cache(self) -> int:
+        """Bytes that are left of what it has for cached keys and values."""
+        return self.held - self.memory + sum(model.kv_cache for model in self.models)
+
+    @property
     def held(self) -> int:
         """Bytes that it has: it fills its share with cached keys and values."""
         return max(self.memory, self.reserved)
@@ -147,14 +124,16 @@ class Need:
     Attributes:
         beside: models outside of engines.
         engines: each in a process of its own.
+        unknown: models that are not in it, with what is missing.
     """
 
     beside: tuple[ModelNeed, ...] = ()
     engines: tuple[EngineNeed, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     def __add__(self, other: Need) -> Need:
         """Both in one actor."""
-        return Need(self.beside + other.beside, self.engines + other.engines)
+        return Need(self.beside + other.beside, self.engines + other.engines, self.unknown + other.unknown)
 
     @property
     def models(self) -> tuple[ModelNeed, ...]:
@@ -189,6 +168,11 @@ class Need:
         """Estimated time of a whole card for a post."""
         return sum(model.seconds(card) for model in self.models)
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Of a core, for a post."""
+        return sum(model.cpu_seconds for model in self.models)
+
 
 def _process(models: Sequence[ModelNeed]) -> int:
     """Bytes of a process: all weights and caches stay, activations are given back between models."""
@@ -213,10 +197,10 @@ def pool_need(
         work: an average post.
 
     Raises:
-        ConfigError: a model is neither there nor known.
+        ConfigError: the files of a model cannot be read.
     """
-    asked = _Asked(config, batch_size, card_memory, work or Workload())
-    return sum((_NEEDS[name](asked) for name in stages if is_known(name)), Need())
+    asked = _Asked(config, batch_size, card_memory, (work or TWEETS).under(config))
+    return sum((_known(partial(_NEEDS[name], asked)) for name in stages if is_known(name)), Need())
 
 
 @dataclass(frozen=True)
@@ -232,11 +216,19 @@ class _Asked:
 def _knowledge(asked: _Asked) -> Need:
     config, work = asked.config, asked.work
     settings = config.knowledge
-    captioner = (_captioner(config, work),) if settings.captioner is not None else ()
+    captioner = _known(lambda: Need((_captioner(config, work),))) if settings.captioner is not None else Need()
     explainer = settings.explainer
     if explainer is None or explainer.engine == "endpoint":
-        return Need(captioner)
-    return Need(captioner, (_explainer(asked, explainer),))
+        return captioner
+    return captioner + _known(lambda: Need(engines=(_explainer(asked, explainer),)))
+
+
+def _known(need: Callable[[], Need]) -> Need:
+    """What a model needs, or that it is not known."""
+    try:
+        return need()
+    except UnknownModelError as error:
+        return Need(unknown=(str(error),))
 
 
 def _captioner(config: Config, work: Workload) -> ModelNeed:
@@ -259,6 +251,7 @@ def _captioner(config: Config, work: Workload) -> ModelNeed:
         kv_cache=batch * size * (prompt + _CAPTION_LIMIT) * language.kv_per_token,
         flops=images.flops + queries.flops + language.flops + 2 * work.caption_tokens * language.parameters,
         traffic=work.caption_tokens * language.parameters * size / batch,
+        processed=("blip2", work.with_images),
     )
 
 
@@ -335,10 +328,12 @@ def _rerank(asked: _Asked) -> Need:
     language = partial(stacks.llama, text)
     image_tokens = images.tokens - 1
     positions = settings.positions(image_tokens)
-    whole, shared = language(image_tokens + work.prompt_tokens), language(work.prompt_tokens)
+    prompt = work.prompt_tokens + (config.filter.k - USUAL_CANDIDATES) * _TOKENS_OF_A_CANDIDATE
+    whole, shared = language(image_tokens + prompt), language(prompt)
     model = partial(_model, facts, "rerank", "reranker", settings.dtype)
     # A post's questions share the image's prefix.
     flops = work.with_hard * (images.flops + whole.flops) + (work.hard - work.with_hard) * shared.flops
+    processed = ("llava", work.with_hard)
     if settings.engine == "transformers":
         per_request = language(positions).activations + images.activations + _logits(text)
         reranker = model(
@@ -346,6 +341,7 @@ def _rerank(asked: _Asked) -> Need:
             activations=settings.batch_size * size * per_request,
             flops=flops,
             measured=LLAVA_UTILISATION,
+            processed=processed,
         )
         return Need((reranker,))
     # vLLM runs as many tokens at once as it allows, and fills what is left of its share with cached keys and values.
@@ -354,11 +350,21 @@ def _rerank(asked: _Asked) -> Need:
         tokens // positions,
         activations=size * (language(tokens).activations + tokens / image_tokens * images.activations),
         kv_cache=size * positions * whole.kv_per_token,
-        flops=flops,
+        flops=flops + work.hard * _asked_again(config) * 2 * whole.parameters,
+        processed=processed,
     )
     adapter = _adapter(config, language(1), size)
     reserved = int(settings.gpu_memory_utilization * asked.card_memory)
     return Need(engines=(EngineNeed("reranker", (reranker, *adapter), reserved),))
+
+
+def _asked_again(config: Config) -> float:
+    """Tokens that vLLM reads again for an entity: a question for each place where the candidates' spellings part, each
+    with what its prefix cache, which keeps whole blocks, does not have.
+    """
+    if config.reranker.mode == "generate":
+        return _ANSWER_TOKENS
+    return config.filter.k * _QUESTIONS_OF_A_CANDIDATE * _UNCACHED_TOKENS
 
 
 def _logits(text: dict[str, int]) -> int:
@@ -383,20 +389,21 @@ def _adapter(config: Config, language: stacks.Stack, size: int) -> tuple[ModelNe
 def _ground(asked: _Asked) -> Need:
     config, work = asked.config, asked.work
     boxes = config.grounder.boxes
-    models = [_matcher(asked)]
+    need = _known(lambda: Need((_matcher(asked),)))
     if boxes.sam is not None:
-        models.append(_sam(config, work))
+        need += _known(lambda: Need((_sam(config, work),)))
     if boxes.text is not None:
-        models.append(_text_segmenter(config, work))
-    return Need(tuple(models))
+        need += _known(lambda: Need((_text_segmenter(config, work),)))
+    return need
 
 
 def _matcher(asked: _Asked) -> ModelNeed:
     config, work = asked.config, asked.work
     settings = config.grounder.matcher
     if settings.kind != "blip":
-        raise ConfigError(
-            f"grounder.matcher.kind: the plan does not know what {settings.kind} needs, only what blip does"
+        raise UnknownModelError(
+            f"grounder.matcher.kind: the plan does not know what {settings.kind} needs, only what blip does: what its "
+            "image and text encoders compute for an entity is not worked out"
         )
     facts = _facts(config, "grounder.matcher.model", settings.model, "Salesforce/blip-itm-base-coco")
     size = BYTES[settings.dtype]
@@ -416,8 +423,9 @@ def _matcher(asked: _Asked) -> ModelNeed:
         settings.dtype,
         settings.image_batch_size,
         activations=size * (kept + max(settings.image_batch_size * images.activations, settings.batch_size * traced)),
-        flops=work.with_entities * (images.flops + cross_attention) + work.entities * text.flops,
+        flops=work.judged * (images.flops + cross_attention) + work.entities * work.with_images * text.flops,
         measured=MATCHER_UTILISATION,
+        processed=("blip", work.judged),
     )
 
 
@@ -426,6 +434,7 @@ def _sam(config: Config, work: Workload) -> ModelNeed:
     assert settings is not None
     facts = _facts(config, "grounder.boxes.sam.model", settings.model, "sam_vit_h_4b8939.pth")
     layers = stacks.sam_encoder(facts.shape)
+    images = work.with_other_boxes if _persons_first(config) else work.with_boxes
     size = BYTES[settings.dtype]
     return _model(
         facts,
@@ -434,9 +443,9 @@ def _sam(config: Config, work: Workload) -> ModelNeed:
         settings.dtype,
         settings.batch_size,
         activations=settings.batch_size * size * max(stack.activations for stack in layers),
-        flops=(work.with_other_boxes if _persons_first(config) else work.with_boxes)
-        * sum(stack.flops for stack in layers),
+        flops=images * sum(stack.flops for stack in layers),
         measured=SAM_UTILISATION,
+        processed=("sam", images),
     )
 
 
@@ -445,6 +454,7 @@ def _text_segmenter(config: Config, work: Workload) -> ModelNeed:
     assert settings is not None
     facts = _facts(config, "grounder.boxes.text.model", settings.model, _TEXT_LIKE[settings.kind])
     layers, extra = _text_layers(settings.kind, facts)
+    prompts = work.person_prompts if _persons_first(config) else 0
     size = BYTES[settings.dtype]
     return _model(
         facts,
@@ -453,7 +463,8 @@ def _text_segmenter(config: Config, work: Workload) -> ModelNeed:
         settings.dtype,
         settings.batch_size,
         activations=settings.batch_size * size * (max(stack.activations for stack in layers) + extra),
-        flops=(work.person_prompts if _persons_first(config) else 0) * sum(stack.flops for stack in layers),
+        flops=prompts * sum(stack.flops for stack in layers),
+        processed=(settings.kind, prompts),
     )
 
 
@@ -492,7 +503,9 @@ def _model(
     flops: float = 0,
     traffic: float = 0,
     measured: float | None = None,
+    processed: tuple[str, float] | None = None,
 ) -> ModelNeed:
+    """`processed`: the kind of processor, and how many images of a post it takes."""
     weights = facts.parameters * BYTES[dtype]
     return ModelNeed(
         stage,
@@ -508,6 +521,7 @@ def _model(
         flops,
         traffic,
         measured,
+        processed[1] * image_seconds(processed[0]) if processed else 0.0,
     )
 
 

@@ -16,6 +16,10 @@ from gem_ray.planning.published import PUBLISHED, find_published
 _BYTES_OF_A_PTH_WEIGHT = 4  # SAM's are in float32
 
 
+class UnknownModelError(ConfigError):
+    """A model of which a plan cannot say what it needs; the message says what is missing."""
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a plan needs of a model.
@@ -43,7 +47,7 @@ def model_facts(key: str, reference: str, like: str, built_like: dict[str, str])
         built_like: what models that are not there are built like.
 
     Raises:
-        ConfigError: the model is neither there nor known.
+        UnknownModelError: the model is neither there nor known.
     """
     name = reference.rstrip("/").rpartition("/")[2]
     path = local(reference)
@@ -59,7 +63,7 @@ def model_facts(key: str, reference: str, like: str, built_like: dict[str, str])
     published = find_published(stand_in) if stand_in else None
     if published is not None:
         return ModelFacts(name, published.parameters, published.shape, f"not there yet; as {stand_in}")
-    raise ConfigError(
+    raise UnknownModelError(
         f"{key}: there is no model at {reference!r}, and it is none of the published models whose size is known; "
         f"get it, or say what it will be built like: "
         f"--set 'pipeline.built_like={{{reference}: {like}}}'"

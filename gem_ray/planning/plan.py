@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gem_ray.config import Config, ConfigError, StagePool
-from gem_ray.planning.allocation import PlannedPool, Source, allocate
-from gem_ray.planning.cards import GIB, Card, find_card
+from gem_ray.planning.advice import changes_that_fit, merged_config
+from gem_ray.planning.allocation import Cards, PlannedPool, Source, allocate
+from gem_ray.planning.cards import GIB, Fleet
 from gem_ray.planning.costs import is_known, pool_need
+from gem_ray.planning.cpu_costs import CARRYING_SECONDS, decoding_seconds
 from gem_ray.planning.published import find_published
 from gem_ray.planning.refusals import gib, too_large, too_many
+from gem_ray.planning.workload import TWEETS, Workload
 from gem_ray.pools import Pool, passes_of
 from gem_ray.redaction import redacted
-from gem_ray.stages import active_stages
-
-_USUAL_MEMORY_GB = 24
+from gem_ray.stages import LOAD_IMAGE, active_stages
 
 
 class PlanError(ConfigError):
@@ -27,9 +29,15 @@ class PlanError(ConfigError):
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Pools that run at once."""
+    """Pools that run at once.
+
+    Attributes:
+        pools: in order.
+        cpus: that all of them share with reading and writing; none: as many as it takes.
+    """
 
     pools: tuple[PlannedPool, ...]
+    cpus: int | None = None
 
     @property
     def stages(self) -> list[str]:
@@ -45,9 +53,29 @@ class PassPlan:
         return min(timed, key=_rate, default=None)
 
     @property
+    def cpu_seconds(self) -> float:
+        """Of a core, for a post: what the pools and the way between them take."""
+        return CARRYING_SECONDS + sum(pool.cpu_seconds for pool in self.pools)
+
+    @property
+    def is_cpu_bound(self) -> bool:
+        """Whether the CPUs are too few for what the slowest pool could do."""
+        slowest = self.bottleneck
+        return bool(self.cpus and slowest and _rate(slowest) * self.cpu_seconds > self.cpus)
+
+    @property
+    def limit(self) -> str | None:
+        """What keeps it from being faster; none: a speed is not known."""
+        if self.is_cpu_bound:
+            return f"the {self.cpus} CPUs"
+        return self.bottleneck.name if self.bottleneck else None
+
+    @property
     def posts_per_second(self) -> float | None:
-        """Of the slowest pool."""
-        return self.bottleneck.posts_per_second if self.bottleneck else None
+        """Of the slowest pool, or what the CPUs allow."""
+        if self.bottleneck is None:
+            return None
+        return self.cpus / self.cpu_seconds if self.is_cpu_bound and self.cpus else self.bottleneck.posts_per_second
 
 
 @dataclass(frozen=True)
@@ -55,22 +83,37 @@ class Plan:
     """What runs where. `check` raises if it cannot.
 
     Attributes:
-        gpus: cards.
-        gpu_memory_gb: of a card, in 2³⁰ bytes.
-        card: the name of the card whose speed is assumed.
+        fleet: cards.
         cpus: CPUs; none: not given, and not checked.
         passes: one execution after the other.
         problems: why it cannot run.
+        work: an average post.
         notes: what is not in it.
+        advice: of what does not fit, the changes with which it does, as configuration; none: nothing was found.
     """
 
-    gpus: int
-    gpu_memory_gb: float
-    card: str | None
+    fleet: Fleet
     cpus: int | None
     passes: tuple[PassPlan, ...]
     problems: tuple[str, ...]
+    work: Workload
     notes: tuple[str, ...] = ()
+    advice: dict[str, Any] | None = None
+
+    @property
+    def gpus(self) -> int:
+        """Cards."""
+        return self.fleet.count
+
+    @property
+    def gpu_memory_gb(self) -> float:
+        """Of the smallest card, in 2³⁰ bytes."""
+        return self.fleet.memory_gb
+
+    @property
+    def card(self) -> str | None:
+        """The name of the card whose speed is assumed."""
+        return self.fleet.name
 
     def check(self) -> None:
         """Refuse what cannot fit.
@@ -90,16 +133,25 @@ class Plan:
     def posts_per_hour(self) -> float | None:
         """Of all passes together; none: a speed is not known."""
         slowest = self._slowest()
-        return 3600 / sum(1 / _rate(pool) for pool in slowest) if slowest else None
+        return 3600 / sum(1 / (one.posts_per_second or 1) for one in self._timed()) if slowest else None
 
     @property
     def gpu_hours_per_million(self) -> float | None:
         """Hours of a card for a million posts, idle ones counted in."""
         return self.gpus * 1e6 / self.posts_per_hour if self.posts_per_hour and self.gpus else None
 
+    @property
+    def limit(self) -> str | None:
+        """What keeps the pass that takes longest from being faster; none: a speed is not known."""
+        return min(self._timed(), key=lambda one: one.posts_per_second or 0).limit if self._slowest() else None
+
+    def _timed(self) -> list[PassPlan]:
+        """Passes that do more than to wait for an endpoint."""
+        return [one for one in self.passes if any(pool.is_timed for pool in one.pools)]
+
     def _slowest(self) -> list[PlannedPool]:
         """The slowest pool of each pass, but for one that only waits for an endpoint; empty if one is not known."""
-        timed = [one for one in self.passes if any(pool.is_timed for pool in one.pools)]
+        timed = self._timed()
         slowest = [one.bottleneck for one in timed if one.bottleneck]
         return slowest if len(slowest) == len(timed) else []
 
@@ -107,7 +159,13 @@ class Plan:
         """The planned pools as configuration: `--config` of a run that shall be this plan."""
         pools = [pool for one in self.passes for pool in one.pools]
         placements = [pool.placement.model_copy(update={"max_actors": pool.actors}) for pool in pools]
-        return {"pipeline": {"pools": [each.model_dump() for each in placements]}}
+        changes: dict[str, Any] = {"pipeline": {"pools": [each.model_dump() for each in placements]}}
+        for engine in (engine for pool in pools for engine in pool.need.engines if self.gpus):
+            section = changes
+            for name in engine.key.split("."):
+                section = section.setdefault(name, {})
+            section["kv_cache_bytes"] = engine.kv_cache
+        return changes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON. Memory is in bytes."""
@@ -117,11 +175,13 @@ class Plan:
             "card": self.card,
             "cpus": self.cpus,
             "passes": [_pass_dict(each) for each in self.passes],
-            "bottleneck": self.bottleneck.name if self.bottleneck else None,
+            "bottleneck": self.limit,
             "posts_per_hour": self.posts_per_hour,
             "gpu_hours_per_million_posts": self.gpu_hours_per_million,
             "problems": list(self.problems),
             "notes": list(self.notes),
+            "advice": self.advice,
+            "workload": self.work.to_dict(),
             "config": self.overlay(),
         }
 
@@ -143,6 +203,7 @@ def _pass_dict(one: PassPlan) -> dict[str, Any]:
             "actors": each.actors,
             "posts_per_second": each.posts_per_second,
             "source": each.source,
+            "cpu_seconds_per_post": each.cpu_seconds,
         }
         for each in one.pools
     ]
@@ -151,46 +212,72 @@ def _pass_dict(one: PassPlan) -> dict[str, Any]:
 
 def make_plan(
     config: Config,
-    gpus: int = 0,
+    gpus: int | str | Fleet = 0,
     gpu_memory_gb: float | None = None,
     cpus: int | None = None,
     card: str | None = None,
     measured: Mapping[str, float] | None = None,
+    work: Workload = TWEETS,
 ) -> Plan:
     """Plan a run without starting anything.
 
     Speeds are seconds of one actor for a post: those of an earlier run where they are given; else, on a card whose data
-    sheet is known, the operations of an average post (`costs.Workload`) at each model's `utilisation` of its peak
-    FLOP/s, with a share of a card taken as that share of its speed; else unknown.
+    sheet is known, the operations of an average post at each model's `utilisation` of its peak FLOP/s, with a share of
+    a card taken as that share of its speed, and after what the models' processors do to images on a core; else unknown.
+    Images are decoded meanwhile.
 
     Args:
         config: models, batches, placement and passes.
-        gpus: cards.
+        gpus: cards; or of several kinds, as `8xl40s+4xa10g`.
         gpu_memory_gb: memory of each; none: the card's, else 24.
         cpus: CPUs; none: as many as are needed.
-        card: a name of `cards.CARDS`, for its speed; none: the first one with this memory.
+        card: a name of `cards.CARDS` or a description, for its speed; none: the first one with this memory.
         measured: stage -> seconds of an actor for a post.
+        work: an average post, before γ or a budget are looked at.
 
     Raises:
-        ConfigError: a model is neither there nor known, or the card is not.
+        ConfigError: the files of a model cannot be read, or the card is not known.
     """
-    name, facts = find_card(card, gpu_memory_gb or _USUAL_MEMORY_GB) if gpus else (None, None)
-    gpu_memory_gb = gpu_memory_gb or (facts.memory_gb if facts else _USUAL_MEMORY_GB)
-    memory = int(gpu_memory_gb * GIB) if gpus else 0
-    planned = [[_planned(pool, config, memory, facts, measured or {}) for pool in pools] for pools in passes_of(config)]
+    fleet = gpus if isinstance(gpus, Fleet) else Fleet.parse(gpus, gpu_memory_gb, card)
+    plan = _plan(config, fleet, cpus, measured or {}, work)
+    if not plan.problems:
+        return plan
+    changed = changes_that_fit(config, fleet)
+    if changed is None or _plan(merged_config(config, changed), fleet, cpus, measured or {}, work).problems:
+        return plan
+    return replace(plan, advice=changed)
+
+
+def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str, float], work: Workload) -> Plan:
+    planned = [[_planned(pool, config, fleet, measured, work) for pool in pools] for pools in passes_of(config)]
     passes: list[PassPlan] = []
     problems: list[str] = []
+    cores = cpus if cpus or fleet.count else os.cpu_count()  # without cards, this machine
     for number, pools in enumerate(planned, start=1):
-        found = [*too_many(number, planned, config, gpus, cpus)]
+        found = [*too_many(number, planned, config, fleet.count, cpus)]
         for pool in pools:
-            if gpus and pool.placement.num_gpus:
-                found += too_large(pool, config, gpu_memory_gb)
-        passes.append(PassPlan(tuple(pools) if found else allocate(pools, gpus, cpus)))
+            if fleet.count and pool.placement.num_gpus:
+                found += too_large(pool, config, fleet.memory_gb)
+        passes.append(PassPlan(tuple(pools) if found else allocate(pools, fleet.count, cpus), cores))
         problems += found
-    return Plan(gpus, gpu_memory_gb, name, cpus, tuple(passes), tuple(problems), tuple(_notes(config)))
+    notes = [*_notes(config, planned), *([] if problems else _unused(passes, fleet))]
+    return Plan(fleet, cpus, tuple(passes), tuple(problems), work.under(config), tuple(notes))
 
 
-def _notes(config: Config) -> Iterator[str]:
+def _unused(passes: Sequence[PassPlan], fleet: Fleet) -> Iterator[str]:
+    """Cards that are paid for, and idle while a pass runs."""
+    for number, one in enumerate(passes, start=1):
+        cards = Cards.holding(fleet.count, one.pools)
+        if cards is None or not cards.unused:
+            continue
+        bounded = [pool.name for pool in one.pools if pool.placement.num_gpus and pool.actors == pool.most]
+        remedy = f": raise max_actors of {', '.join(bounded)} under `pipeline.pools`" if bounded else ""
+        yield f"pass {number} leaves {cards.unused} of {fleet.count} cards unused{remedy}"
+
+
+def _notes(config: Config, passes: Sequence[Sequence[PlannedPool]]) -> Iterator[str]:
+    for message in dict.fromkeys(each for pools in passes for pool in pools for each in pool.need.unknown):
+        yield f"not in it: {message}"
     for spec in active_stages(config):
         if spec.has_model and not is_known(spec.name):
             yield f"not in it: the stage {spec.name}, of which the plan does not know what it needs"
@@ -203,18 +290,23 @@ def _notes(config: Config) -> Iterator[str]:
 
 
 def _planned(
-    pool: Pool[StagePool], config: Config, memory: int, card: Card | None, measured: Mapping[str, float]
+    pool: Pool[StagePool], config: Config, fleet: Fleet, measured: Mapping[str, float], work: Workload
 ) -> PlannedPool:
     """A pool with as few actors as it may have."""
     placement, names = pool.placement, [spec.name for spec in pool.stages]
-    need = pool_need(names, config, placement.batch_size, memory)
+    need = pool_need(names, config, placement.batch_size, int(fleet.memory_gb * GIB), work)
+    decoding = work.judged * decoding_seconds(work.megapixels) if LOAD_IMAGE in names else 0.0
+    cpu_seconds = need.cpu_seconds + decoding
     seconds: float | None = None
     source: Source = "unknown"
     if all(spec.name in measured for spec in pool.stages if spec.has_model):
         seconds, source = sum(measured.get(name, 0.0) for name in names), "measured"
-    elif card is not None and placement.num_gpus and need.models:
-        seconds, source = need.seconds(card) / min(placement.num_gpus, 1), "estimate"
-    return PlannedPool(pool, need, placement.min_actors, seconds, source)
+        cpu_seconds = cpu_seconds if placement.num_gpus else seconds * placement.threads
+    elif placement.num_gpus and need.models and not need.unknown:
+        on_card = fleet.seconds(need.seconds)
+        if on_card is not None:
+            seconds, source = on_card / min(placement.num_gpus, 1) + need.cpu_seconds, "estimate"
+    return PlannedPool(pool, need, placement.min_actors, seconds, source, cpu_seconds)
 
 
 def measured_seconds(run: Path) -> dict[str, float]:
@@ -228,6 +320,7 @@ def measured_seconds(run: Path) -> dict[str, float]:
     """
     try:
         facts = json.loads(run.read_text(encoding="utf-8"))
-        return {stage: seconds / facts["annotated"] for stage, seconds in facts["stage_seconds"].items()}
+        account = facts["account"]
+        return {stage: seconds / account["annotated"] for stage, seconds in account["stage_seconds"].items()}
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        raise ConfigError(f"--measured: {run} is no run.json of a run that annotated posts") from None
+        raise ConfigError(f"--like: {run} is no run.json of a run that annotated posts") from None

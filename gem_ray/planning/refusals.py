@@ -201,16 +201,48 @@ def _apart(pool: PlannedPool, config: Config, card: float) -> list[StagePool]:
 
 def _changes_that_fit(pool: PlannedPool, config: Config, card: float) -> list[str]:
     """The fewest first changes of `_SMALLER` with which the pool fits; empty if it does not fit with all of them."""
-    memory, changes = pool.need.memory, []
-    for key, value in [change for name in pool.stages for change in _SMALLER.get(name, ())]:
-        changed = _changed(config, key, value)
-        smaller = _need(pool, changed, card).memory
-        if smaller < memory:
-            config, memory = changed, smaller
-            changes.append(f"--set {key}={value}")
+    names = [spec.name for spec in pool.pool.stages]
+    found = _reduced(names, pool.placement.batch_size, config, card)
+    return [f"--set {key}={value}" for key, value in found[1]] if found else []
+
+
+def smaller(stages: Sequence[str], batch_size: int, config: Config, card: float) -> Config | None:
+    """A configuration with the fewest first changes of `_SMALLER` with which stages fit on a card together.
+
+    Args:
+        stages: names of the stages of an actor.
+        batch_size: posts that it works on at a time.
+        config: with which they may not fit.
+        card: its memory, in bytes.
+
+    Returns:
+        The configuration as it is where they fit already; None if they do not fit with all changes.
+    """
+    found = _reduced(stages, batch_size, config, card)
+    return found[0] if found else None
+
+
+def without(stages: Sequence[str], config: Config) -> Config:
+    """A configuration without what can be left out of stages."""
+    for key, value in [change for name in stages for change in _WITHOUT.get(name, ())]:
+        config = _changed(config, key, value)
+    return config
+
+
+def _reduced(
+    stages: Sequence[str], batch_size: int, config: Config, card: float
+) -> tuple[Config, list[tuple[str, Any]]] | None:
+    memory = pool_need(stages, config, batch_size, int(card)).memory
+    changes: list[tuple[str, Any]] = []
+    for key, value in [change for name in stages for change in _SMALLER.get(name, ())]:
         if memory <= USABLE * card:
-            return changes
-    return []
+            break
+        changed = _changed(config, key, value)
+        less = pool_need(stages, changed, batch_size, int(card)).memory
+        if less < memory:
+            config, memory = changed, less
+            changes.append((key, value))
+    return (config, changes) if memory <= USABLE * card else None
 
 
 def _changed(config: Config, key: str, value: Any) -> Config:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gem_ray.planning.allocation import PlannedPool
-from gem_ray.planning.cards import CARDS
-from gem_ray.planning.costs import BANDWIDTH_UTILISATION, PROCESS_OVERHEAD, UTILISATION, ModelNeed, Workload, is_known
+from gem_ray.planning.costs import PROCESS_OVERHEAD, ModelNeed, is_known
+from gem_ray.planning.estimate import Estimate
 from gem_ray.planning.plan import PassPlan, Plan
 from gem_ray.planning.refusals import gib
 
@@ -19,18 +20,18 @@ _MODEL_WIDTH = 22
 _COLUMNS = ("weights", "activ.", "KV", "total", "GPUs", "actors", "batch", "posts/s", "source")
 
 
-def print_plan(plan: Plan, price: float | None = None) -> None:
+def print_plan(plan: Plan, expected: Estimate | None = None) -> None:
     """Print what runs where, then what it comes to.
 
     Args:
         plan: also one that cannot run.
-        price: of an hour of a GPU, in any currency.
+        expected: how long it will take, and what it will cost.
     """
     terminal = Console()
     # Redirected output has no width of its own: what the table needs.
     console = terminal if terminal.is_terminal else Console(width=_WIDTH)
     console.print(_table(plan))
-    for line in _lines(plan, price):
+    for line in _lines(plan, expected):
         console.print(Text(line))
 
 
@@ -77,7 +78,7 @@ def _sizes(model: ModelNeed, pool: PlannedPool) -> list[str]:
     return [model.name, gib(model.weights), gib(model.activations), gib(cache) if cache else ""]
 
 
-def _lines(plan: Plan, price: float | None) -> Iterator[str]:
+def _lines(plan: Plan, expected: Estimate | None) -> Iterator[str]:
     yield ""
     where = f"{plan.gpus} × {plan.gpu_memory_gb:g} GB" if plan.gpus else "CPUs"
     yield f"on {where}" + (f" (speed of {plan.card})" if plan.card else "") + "; memory in GiB, of an actor;"
@@ -88,17 +89,36 @@ def _lines(plan: Plan, price: float | None) -> Iterator[str]:
     yield from plan.notes
     if plan.problems:
         yield "verdict: it does not fit"
+        if plan.advice is not None:
+            yield "with this configuration over it, it fits:"
+            yield yaml.safe_dump(plan.advice, sort_keys=False, allow_unicode=True)
         return
-    yield from _basis(plan)
     yield "verdict: it fits"
-    if plan.bottleneck is None or plan.posts_per_hour is None:
-        yield "bottleneck: not known; `--measured RUN` takes the speeds of an earlier run"
+    if plan.limit is None or plan.posts_per_hour is None:
+        yield "bottleneck: not known; --probe INPUT times what runs on CPUs, --like RUN takes an earlier run's speeds"
         return
-    yield f"bottleneck: {plan.bottleneck.name}; about {_rounded(plan.posts_per_hour)} posts an hour"
-    if plan.gpu_hours_per_million is not None:
-        hours = plan.gpu_hours_per_million
-        cost = f", {_rounded(hours * price)} at {price:g} an hour" if price is not None else ""
-        yield f"a million posts: about {_rounded(hours)} GPU-hours{cost}"
+    yield f"bottleneck: {plan.limit}; about {_rounded(plan.posts_per_hour)} posts an hour"
+    if expected is not None:
+        yield from _expected(expected)
+
+
+def _expected(expected: Estimate) -> Iterator[str]:
+    low, high = expected.hours_range
+    cards = f", {_rounded(expected.gpu_hours)} GPU-hours" if expected.gpu_hours else ""
+    yield (
+        f"{expected.posts:,} posts: about {_rounded(expected.hours)} hours ({_rounded(low)} to {_rounded(high)}){cards}"
+        f", {_rounded(expected.cpu_hours)} hours of a core"
+    )
+    if expected.money is not None and expected.money_range is not None:
+        least, most = expected.money_range
+        yield f"cost: about {_rounded(expected.money)} ({_rounded(least)} to {_rounded(most)})"
+    for what, hours in (("card", expected.hours_with_one_more_card), ("CPU", expected.hours_with_one_more_cpu)):
+        if hours is not None:
+            yield f"one {what} more: about {_rounded(hours)} hours"
+    yield "it rests on:"
+    for each in expected.assumptions:
+        kind = "measured" if each.is_measured else "assumed"
+        yield f"  {each.what}: {_rounded(each.value)} ({kind}: {each.source})"
 
 
 def _rounded(value: float, digits: int = 2) -> str:
@@ -107,31 +127,7 @@ def _rounded(value: float, digits: int = 2) -> str:
 
 
 def _slowest(one: PassPlan) -> str:
-    if one.bottleneck is None:
+    if one.limit is None:
         return ""
     rate = f"; {_rounded(one.posts_per_second or 0, 3)} posts/s"
-    return f"{rate}, the slowest is {one.bottleneck.name}" if len(one.pools) > 1 else rate
-
-
-def _shares(plan: Plan) -> str:
-    """What each model is planned with, and whether that was measured."""
-    models = [model for one in plan.passes for pool in one.pools for model in pool.need.models if model.flops]
-    measured = {f"{model.role} {model.utilisation:.0%}" for model in models if model.utilisation == model.measured}
-    assumed = f"{UTILISATION:.0%} assumed{' for others' if measured else ''}"
-    return f"{', '.join(sorted(measured))} measured on an H200, {assumed}" if measured else assumed
-
-
-def _basis(plan: Plan) -> Iterator[str]:
-    sources = {pool.source for one in plan.passes for pool in one.pools}
-    if "estimate" in sources and plan.card:
-        card, work = CARDS[plan.card], Workload()
-        yield (
-            "estimate: the models' operations at a share of the card's peak "
-            f"({card.half / 1e12:g} TFLOP/s in half, {card.single / 1e12:g} in single precision: {card.source}): "
-            f"{_shares(plan)}; "
-            f"decoding at {BANDWIDTH_UTILISATION:.0%} of its bandwidth, a share of a card as that share of its speed; "
-            f"for posts with {work.entities} entities, {work.hard} of them hard. Reading, decoding images and masks on "
-            "CPUs are not in it"
-        )
-    if "measured" in sources:
-        yield "measured: seconds inside each stage of an earlier run, for each of its posts"
+    return f"{rate}, the slowest is {one.limit}" if len(one.pools) > 1 or one.is_cpu_bound else rate

@@ -36,6 +36,11 @@ class EndpointEngine:
         assert config.reranker.endpoint is not None  # checked with the configuration
         return cls(config.reranker.endpoint)
 
+    @property
+    def trouble(self) -> str | None:
+        """As of `ChatClient`."""
+        return self._client.trouble
+
     def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
         """Answer each request; see `Engine.choose`. Whatever the mode, the answer is free, and its probability is 1.
 

@@ -33,6 +33,7 @@ from gem_ray.rerank.guardian import children_named, end_with_this_process
 from gem_ray.rerank.llava import merged
 from gem_ray.rerank.model_positions import model_positions
 from gem_ray.rerank.prompts import PromptFormat
+from gem_ray.turns import turn_at
 
 
 class VllmEngine:
@@ -207,7 +208,9 @@ def _merges(settings: RerankerConfig) -> bool:
 
 
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
-    return AsyncLLM.from_engine_args(arguments)  # within the loop that it will belong to
+    # An engine looks at what is free of the card, and fails where a neighbour takes or frees memory meanwhile.
+    with turn_at("engine"):
+        return AsyncLLM.from_engine_args(arguments)  # within the loop that it will belong to
 
 
 async def _stop(llm: AsyncLLM) -> None:
@@ -224,6 +227,7 @@ def _arguments(folder: str, settings: RerankerConfig, max_length: int, adapters:
         dtype=settings.dtype,
         max_model_len=max_length,
         gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_memory_bytes=settings.kv_cache_bytes,
         enable_lora=adapters > 0,
         max_loras=max(1, adapters),
         max_lora_rank=settings.max_lora_rank,

@@ -61,6 +61,11 @@ class Reranker:
         return cls(load_engine(config), labels, settings.mode, settings.candidate_order, scopes)
 
     @property
+    def trouble(self) -> str | None:
+        """Why an engine behind an endpoint does not answer at the moment; None while it does."""
+        return getattr(self._engine, "trouble", None)
+
+    @property
     def counts(self) -> Counter[str]:
         """So far: entities `asked` about, and the engine's `prompt_tokens` and `cached_tokens`."""
         return Counter(asked=self._asked) + self._engine.counts

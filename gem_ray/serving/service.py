@@ -36,7 +36,7 @@ class Service:
         self.keys = ApiKeys.from_config(config.serving)
         self._handles = handles
         self._run_id = run_id
-        self._metrics = PostMetrics()
+        self._metrics = PostMetrics(run_id)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over `gamma` and `k`; posts that are under way keep theirs.

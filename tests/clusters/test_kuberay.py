@@ -80,6 +80,7 @@ class Toleration(Part):
 
 class PodSpec(Part):
     serviceAccountName: str
+    automountServiceAccountToken: bool = True
     containers: Annotated[list[Container], Field(min_length=1)]
     nodeSelector: Strings = {}
     tolerations: list[Toleration] = []
@@ -266,6 +267,15 @@ def test_pods_have_no_privileges_and_are_under_the_network_policy(spec, clusters
             assert not container.securityContext.allowPrivilegeEscalation
             assert container.securityContext.runAsNonRoot
             assert not any("SECRET" in variable.name or "TOKEN" in variable.name for variable in container.env)
+
+
+def test_workers_have_an_account_of_their_own_and_no_token(spec):
+    """KubeRay binds the head's account to a role that may patch pods, for the autoscaler."""
+    head = spec.headGroupSpec.template.spec
+    for group in spec.workerGroupSpecs:
+        worker = group.template.spec
+        assert worker.serviceAccountName != head.serviceAccountName
+        assert not worker.automountServiceAccountToken
 
 
 def test_the_driver_is_alone_on_the_head_and_workers_have_a_gpu_and_come_and_go(spec):

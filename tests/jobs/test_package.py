@@ -55,10 +55,25 @@ def test_source_larger_than_the_cluster_takes_is_refused_with_the_numbers(checko
         job_environment(checkout)
 
 
-@pytest.mark.parametrize("name", ["configs/my.yaml", "../my.yaml", "/etc/passwd"])
+@pytest.mark.parametrize("name", ["configs/my.yaml", "../my.yaml", "/etc/passwd", "..", "."])
 def test_only_names_in_the_checkout_are_included(checkout, name):
     with pytest.raises(ValueError, match="--include takes a name"):
         job_environment(checkout, include=[name])
+
+
+def test_links_that_lead_out_of_the_checkout_are_refused(checkout, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.yaml"
+    secret.write_text("token")
+    (checkout / "link.yaml").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"link\.yaml is a link to .*secret\.yaml, outside of"):
+        job_environment(checkout, include=["link.yaml"])
+    (checkout / "configs").mkdir()
+    (checkout / "configs" / "inner").symlink_to(secret.parent)
+    with pytest.raises(ValueError, match="inner is a link to"):
+        job_environment(checkout, include=["configs"])
+    (checkout / "configs" / "inner").unlink()
+    (checkout / "configs" / "mine.yaml").symlink_to(checkout / "my.yaml")
+    assert job_environment(checkout, include=["configs"])
 
 
 def test_only_the_variables_that_are_asked_for_go(checkout, monkeypatch):

@@ -49,7 +49,7 @@ def test_budget_is_kept_and_the_most_uncertain_entities_are_those_that_go(
     entities = [entity for found in entities_of(tmp_path / "out").values() for entity in found]
     # The sample is the whole of so small an input, so the share is exact but for equal entropies.
     assert SHARE - 0.03 < facts["reranked_share"] <= SHARE
-    assert facts["stage_counts"]["rerank"]["asked"] == facts["reranked"]
+    assert facts["account"]["stage_counts"]["rerank"]["asked"] == facts["reranked"]
     assert [e["reranked"] for e in entities] == [e["entropy"] > facts["gamma"] for e in entities]
     # Every entity is decided by itself: the same γ, set by hand, gives the same rows.
     by_hand = config.model_copy(update={"filter": config.filter.model_copy(update={"gamma": facts["gamma"]})})

@@ -170,7 +170,7 @@ class InlineExecutor:
         self.late_task: Callable[[Storage], Any] = lambda storage: None
         InlineExecutor.last = self
 
-    def session(self, max_problem_share: float | None) -> Any:
+    def session(self, run_id: str, max_problem_share: float | None) -> Any:
         return nullcontext()
 
     def check_models(self, config: Config, models: dict[str, str]) -> None:
@@ -208,6 +208,9 @@ class InlineExecutor:
 
     def work(self) -> Progress:
         return Progress()
+
+    def units(self) -> float:
+        return 1.0
 
 
 def late_sink(sink: Any, storage: Storage) -> Any:

@@ -48,7 +48,7 @@ def posts_of(*texts: str, first: int = 0) -> list[Post]:
 
 @pytest.mark.parametrize("texts", [("a", "deadly", "b"), ("deadly",), ("a", "b")])
 def test_only_the_deadly_post_fails(local_ray, texts: tuple[str, ...]) -> None:
-    ledger = Ledger()  # the book lives as long as this handle
+    ledger = Ledger("run")  # the book lives as long as this handle
     posts = ray.get(restarting(ledger).run.remote(posts_of(*texts)))
     for post in posts:
         if post.text == "deadly":
@@ -60,7 +60,7 @@ def test_only_the_deadly_post_fails(local_ray, texts: tuple[str, ...]) -> None:
 
 
 def test_a_node_that_is_gone_with_all_its_processes_is_no_failure_of_a_stage(local_ray) -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     batches = [(number,) for number in range(30)]
     for batch in batches:
         ledger.begin("ground", batch)
@@ -69,7 +69,7 @@ def test_a_node_that_is_gone_with_all_its_processes_is_no_failure_of_a_stage(loc
 
 
 def test_batches_that_overlap_with_a_deadly_post_are_not_blamed(local_ray) -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     worker = restarting(ledger, at_once=4)
     batches = [posts_of("slow", text, "slow", first=10 * index) for index, text in enumerate(["a", "deadly", "b", "c"])]
     done = [post for posts in ray.get([worker.run.remote(posts) for posts in batches]) for post in posts]
@@ -78,7 +78,7 @@ def test_batches_that_overlap_with_a_deadly_post_are_not_blamed(local_ray) -> No
 
 
 def test_stage_that_dies_of_everything_gives_up(local_ray) -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     deadly = posts_of(*["deadly"] * 30)
     with pytest.raises(StageBrokenError, match="the processes of stage ground die one after the other"):
         ray.get(restarting(ledger).run.remote(deadly))

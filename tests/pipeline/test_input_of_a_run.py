@@ -39,7 +39,7 @@ class InlineExecutor:
     def __init__(self, config: Any, actor: Any = None) -> None:
         pass
 
-    def session(self, max_problem_share: float | None) -> Any:
+    def session(self, run_id: str, max_problem_share: float | None) -> Any:
         return nullcontext()
 
     def check_models(self, config: Any, models: Any) -> None:
@@ -57,6 +57,9 @@ class InlineExecutor:
 
     def work(self) -> Progress:
         return Progress()
+
+    def units(self) -> float:
+        return 1.0
 
 
 @pytest.fixture(autouse=True)

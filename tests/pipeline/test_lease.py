@@ -21,6 +21,7 @@ from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import load_config
 from gem_ray.data.storage import Storage, as_json
 from gem_ray.pipeline.lease import Lease
+from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.publishing import has_annotations
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
@@ -219,8 +220,8 @@ def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_p
     def staged_rows() -> int:
         return sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").rglob("staged/**/*.parquet"))
 
-    def take(done: int, total: int) -> None:
-        if done and not there:
+    def take(reading: Reading) -> None:
+        if reading.done and not there:
             storage.write(FILE, json.dumps({"owner": "another", "host": "elsewhere", "pid": 1}).encode())
             time.sleep(1)  # for what was being written
             there.append(staged_rows())
@@ -238,7 +239,7 @@ def test_second_run_to_an_output_is_refused_while_the_first_goes_on(local_ray: N
     config = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false"])
     refusals: list[str] = []
 
-    def begin_another(done: int, total: int) -> None:
+    def begin_another(reading: Reading) -> None:
         if not refusals:
             with pytest.raises(FileExistsError) as error:
                 annotate_dataset(tmp_path / "posts", tmp_path / "out", config, fresh=True, actor=PassThrough)

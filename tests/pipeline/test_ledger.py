@@ -16,7 +16,7 @@ from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.ledger import Ledger
-from gem_ray.pipeline.progress import reporting
+from gem_ray.pipeline.progress import reader, reporting
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.summary import Tally
 from gem_ray.records import Status
@@ -52,7 +52,11 @@ def test_a_run_whose_book_is_lost_again_and_again_writes_every_row_once(
 ) -> None:
     told: list[int] = []
     summary = annotate_dataset(
-        posts, tmp_path / "out", text_config, actor=losing_the_book(False), progress=lambda done, _: told.append(done)
+        posts,
+        tmp_path / "out",
+        text_config,
+        actor=losing_the_book(False),
+        progress=lambda reading: told.append(reading.done),
     )
     rows = rows_of(tmp_path / "out")
     assert [row["row_id"] for row in rows] == list(range(24))
@@ -68,7 +72,7 @@ def test_a_book_that_cannot_be_started_again_ends_the_run_with_a_sentence(
 
 
 def test_a_new_book_knows_nothing_and_refuses_nothing(local_ray: None) -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     batch = (1, 2)
     ledger.begin("ground", batch)
     assert ledger.begin("ground", batch).deaths == 1
@@ -85,7 +89,7 @@ def test_a_new_book_knows_nothing_and_refuses_nothing(local_ray: None) -> None:
 
 
 def test_what_is_known_of_a_book_that_is_gone_is_what_was_read_last(local_ray: None) -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     ledger.add_done(Tally(rows=5))
     assert ledger.read().tally.rows == 5
     ray.kill(ledger._book)
@@ -108,7 +112,7 @@ def test_progress_goes_on_after_a_poll_that_failed() -> None:
             raise RuntimeError("not now")
         return len(polls)
 
-    with reporting(lambda done, _: told.append(done), done, 100, every_s=0.01):
+    with reporting(lambda reading: told.append(reading.done), reader(done, 100), every_s=0.01):
         until = time.monotonic() + 10
         while len(told) < 3 and time.monotonic() < until:
             time.sleep(0.01)

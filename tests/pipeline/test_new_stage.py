@@ -50,7 +50,7 @@ def test_a_language_filter_is_a_class_and_an_entry(
     summary = annotate_dataset(tmp_path / "posts", tmp_path / "out", text_config)
     assert summary.tally.problems["filtered"] == 2
     assert summary.tally.statuses["rejected"] == 2
-    assert "language" in summary.stage_seconds
+    assert "language" in summary.account.stage_seconds
     rows = sorted(
         (
             row

@@ -13,10 +13,11 @@ import httpx
 import pytest
 import ray
 
-from gem_ray.metrics import PostMetrics, StageMetrics
+from gem_ray.metrics import PostMetrics, StageMetrics, WorkMetrics
+from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.logs import JsonFormatter, log_problems
-from gem_ray.pipeline.progress import json_lines
-from gem_ray.pipeline.summary import RunSummary
+from gem_ray.pipeline.progress import json_lines, reader
+from gem_ray.pipeline.summary import RunSummary, Tally
 from gem_ray.records import Box, Entity, Post, ProblemKind
 
 DASHBOARD = Path(__file__).parents[2] / "clusters" / "grafana-dashboard.json"
@@ -44,6 +45,30 @@ def samples(text: str, metric: str, *labels: str) -> list[float]:
     return [float(line.rsplit(" ", 1)[1]) for line in lines]
 
 
+def counted(text: str, metric: str, *labels: str) -> list[int]:
+    """The same of counters, which begin at a little more than nothing."""
+    return [round(value) for value in samples(text, metric, *labels)]
+
+
+def test_rates_of_prometheus_add_up_to_the_posts(local_ray) -> None:
+    """As `increase` does: what a series grows by between scrapes; what it has when it appears is no growth."""
+    posts, block, run_id = 5000, 64, "run-of-rates"
+    ledger = Ledger(run_id)
+    before: dict[str, float] = {}
+    increase, sent, deadline = 0.0, 0, time.monotonic() + 90
+    while increase < 0.99 * posts and time.monotonic() < deadline:
+        lines = [line for line in exported().splitlines() if line.startswith("ray_gem_ray_posts_total{")]
+        for series, value in (line.rsplit(" ", 1) for line in lines if f'run_id="{run_id}"' in line):
+            increase += float(value) - before.get(series, float(value))
+            before[series] = float(value)
+        if before and sent < posts:  # the run's first posts take longer than a scrape
+            rows = min(20 * block, posts - sent)
+            ledger.add_done(Tally(rows=rows, statuses={"ok": rows, "degraded": 0, "rejected": 0}))
+            sent += rows
+        time.sleep(0.5)
+    assert increase == pytest.approx(posts, rel=0.01)
+
+
 def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> None:
     # In a process of its own: one that other tests have used would count on.
     @ray.remote(num_cpus=0, runtime_env={"env_vars": {"GEM_RAY_TEST": "metrics"}})
@@ -55,23 +80,23 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
         stage.end(first, posts=5)
         time.sleep(1)  # not idle: one is still inside
         stage.end(second, posts=6)
-        stage.count({"asked": 3})
+        WorkMetrics("run-7").add("knowledge", 1.0, {"asked": 3})
         seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
-        PostMetrics().count([seen, failed_post("prepare", ProblemKind.TEXT_TOO_LONG)])
+        PostMetrics("run-7").count([seen, failed_post("prepare", ProblemKind.TEXT_TOO_LONG)])
         time.sleep(3)  # exported from time to time
 
     working = work.remote()
     deadline = time.monotonic() + 60
     text = ""
     # Until what was counted last is there; other tests' metrics may be there before.
-    while time.monotonic() < deadline and 2 not in samples(text, "ray_gem_ray_entities_total", 'what="found"'):
+    while time.monotonic() < deadline and 2 not in counted(text, "ray_gem_ray_entities_total", 'what="found"'):
         time.sleep(0.5)
         text = exported()
     ray.get(working)
-    assert 1 in samples(text, "ray_gem_ray_posts_total", 'status="rejected"')
-    assert 1 in samples(text, "ray_gem_ray_problems_total", 'kind="text_too_long"')
-    assert 2 in samples(text, "ray_gem_ray_entities_total", 'what="found"')
-    assert 1 in samples(text, "ray_gem_ray_entities_total", 'what="grounded"')
+    assert 1 in counted(text, "ray_gem_ray_posts_total", 'status="rejected"', 'run_id="run-7"')
+    assert 1 in counted(text, "ray_gem_ray_problems_total", 'kind="text_too_long"', 'run_id="run-7"')
+    assert 2 in counted(text, "ray_gem_ray_entities_total", 'what="found"', 'run_id="run-7"')
+    assert 1 in counted(text, "ray_gem_ray_entities_total", 'what="grounded"', 'run_id="run-7"')
     # Ray keeps buckets and no exact sum.
     assert samples(text, "ray_gem_ray_batch_posts_count", 'stage="knowledge"') == [2]
     assert samples(text, "ray_gem_ray_batch_posts_bucket", 'le="4.0",', 'stage="knowledge"') == [0]
@@ -108,15 +133,15 @@ def test_log_lines_name_run_post_and_reason() -> None:
 
 
 def test_progress_lines_have_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    report = json_lines(every_s=0)
-    report(10, 100)
-    time.sleep(0.01)
-    report(60, 100)
-    report(100, 100)
+    counts = iter([10, 20, 60, 100])
+    read, report = reader(lambda: next(counts), 100), json_lines(every_s=0)
+    for _ in range(4):
+        report(read())
+        time.sleep(0.01)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert [line["done"] for line in lines] == [10, 60, 100]
-    assert lines[0]["seconds_left"] is None
-    assert lines[1]["posts_per_second"] > 0
+    assert [line["done"] for line in lines] == [10, 20, 60, 100]
+    assert [line["seconds_left"] is None for line in lines] == [True, True, False, False]
+    assert lines[2]["posts_per_second"] > 0
     assert lines[-1]["seconds_left"] == 0
 
 

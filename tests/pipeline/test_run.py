@@ -103,8 +103,12 @@ def test_run_json_agrees_with_the_rows(run: Run, config: Config) -> None:
     assert facts["reranked"] == sum(entity["reranked"] for entity in entities)
     assert facts["reranked_share"] == pytest.approx(facts["reranked"] / facts["entities"])
     assert facts["rows_per_second"] == pytest.approx(facts["rows"] / facts["seconds"], rel=0.01)
-    assert set(facts["stage_seconds"]) == {"prepare", "tag", "load_image", "rerank", "ground"}
-    assert 0 < facts["stage_seconds"]["tag"] < facts["seconds"]
+    assert set(facts["account"]["stage_seconds"]) == {"prepare", "tag", "load_image", "rerank", "ground"}
+    assert 0 < facts["account"]["stage_seconds"]["tag"] < facts["seconds"]
+    (pool,) = facts["account"]["pools"].values()
+    assert pool["actors"] == 2
+    assert 0 < pool["busy"] < pool["busy"] + pool["idle"] + pool["loading"] < 2 * facts["account"]["seconds"]
+    assert facts["account"]["written_bytes"] > 0
     assert facts["models"] == models_of(config)
     assert Config.model_validate(facts["config"]) == config
     assert facts["versions"]["ray"]
@@ -150,7 +154,7 @@ def test_fresh_replaces_the_old_and_limit_takes_the_first_posts(local_ray, text_
         text_config,
         limit=8,
         fresh=True,
-        progress=lambda done, total: reports.append((done, total)),
+        progress=lambda reading: reports.append((reading.done, reading.total)),
     )
     rows = read_output(tmp_path / "out")
     assert {row["post_id"] for row in rows} == {post.post_id for post in read_posts(tmp_path / "posts", limit=8)}

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from gem_ray.commands.annotate import _about_abstaining
 from gem_ray.config import load_config
+from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.summary import RunSummary, Tally
 from gem_ray.pipeline.tables import annotations_table
 from gem_ray.records import Box, Entity, Post, Status
@@ -27,7 +28,7 @@ def tally(status: Status, *posts: Post) -> Tally:
 
 def summary(counts: Tally, *overrides: str) -> RunSummary:
     config = load_config(overrides=overrides).model_dump(mode="json")
-    return RunSummary("r", "posts", "out", "now", 1.0, counts.rows, {}, {}, 0.2, counts, {}, config)
+    return RunSummary("r", "posts", "out", "now", 1.0, counts.rows, Account(), 0.2, counts, {}, config)
 
 
 def test_what_was_not_judged_is_counted_apart_from_what_is_not_seen() -> None:

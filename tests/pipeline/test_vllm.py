@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
+from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.run import annotate_dataset
 
 pytestmark = pytest.mark.vllm
@@ -82,18 +83,18 @@ def test_run_whose_engine_is_killed_ends_with_every_row_once(
 ) -> None:
     killed: list[int] = []
 
-    def kill_once(done: int, total: int) -> None:
-        if 0 < done < total and not killed:
+    def kill_once(reading: Reading) -> None:
+        if 0 < reading.done < reading.total and not killed:
             (engine,) = engines()
             engine.kill()
-            killed.append(done)
+            killed.append(reading.done)
 
     annotate_dataset(posts, tmp_path / "out", config_of("reranker.engine=vllm"), progress=kill_once)
     assert killed
     assert rows_of(tmp_path / "out") == rows_of(plain)
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["statuses"]["ok"] == POSTS
-    counts = facts["stage_counts"]["rerank"]
+    counts = facts["account"]["stage_counts"]["rerank"]
     assert counts["asked"] >= facts["reranked"] > POSTS / 2
     assert counts["cached_tokens"] > 0.6 * counts["prompt_tokens"]
     assert engines() == []

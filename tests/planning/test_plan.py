@@ -35,6 +35,7 @@ from gem_ray.planning.costs import (
     Workload,
     pool_need,
 )
+from gem_ray.planning.cpu_costs import CARRYING_SECONDS
 from gem_ray.planning.model_facts import count_parameters, read_shape
 from gem_ray.planning.plan import Plan, PlanError, make_plan, measured_seconds
 from gem_ray.planning.published import PUBLISHED
@@ -590,15 +591,16 @@ def test_too_few_cpus_are_refused() -> None:
 
 def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run(tmp_path: Path) -> None:
     run = tmp_path / "run.json"
-    run.write_text(json.dumps({"annotated": 100, "stage_seconds": {"tag": 1, "rerank": 2, "ground": 8}}))
+    run.write_text(json.dumps({"account": {"annotated": 100, "stage_seconds": {"tag": 1, "rerank": 2, "ground": 8}}}))
     wide = [f"pipeline.pools.{stage}.max_actors=16" for stage in ("tag", "rerank", "ground")]
     plan = make_plan(load_config(overrides=[APART, *wide]), cpus=12, measured=measured_seconds(run))
     assert {name: pool.actors for name, pool in pools_of(plan).items()} == {"tag": 1, "rerank": 2, "ground": 8}
-    assert plan.passes[0].posts_per_second == pytest.approx(100)
-    assert plan.posts_per_hour == pytest.approx(360_000)
+    assert plan.passes[0].bottleneck.posts_per_second == pytest.approx(100)
+    assert plan.limit == "the 12 CPUs"  # which also read and write
+    assert plan.posts_per_hour == pytest.approx(3600 * 12 / (0.11 + CARRYING_SECONDS))
     shared = make_plan(load_config(), cpus=12, measured=measured_seconds(run))
     assert {name: pool.actors for name, pool in pools_of(shared).items()} == {"tag-rerank-ground": 11}
-    assert shared.passes[0].posts_per_second == pytest.approx(100)  # 0.11 seconds a post, one stage after the other
+    assert shared.passes[0].bottleneck.posts_per_second == pytest.approx(100)  # 11 actors, 0.11 s
 
 
 def test_a_pool_without_a_bound_is_bounded_by_what_it_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -617,9 +619,11 @@ def test_a_pool_without_a_bound_is_bounded_by_what_it_reserves(monkeypatch: pyte
 
 
 def test_an_unknown_model_is_named_with_its_key_and_a_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"tagger\.model: there is no model at 'models/none'") as caught:
-        make_plan(load_config(overrides=["tagger.model=models/none"]))
-    assert "pipeline.built_like={models/none: " in str(caught.value)
+    plan = make_plan(load_config(overrides=["tagger.model=models/none"]))
+    (note,) = plan.notes
+    assert note.startswith("not in it: tagger.model: there is no model at 'models/none'")
+    assert "pipeline.built_like={models/none: " in note
+    assert plan.posts_per_hour is None
     known = ["tagger.model=models/none", "pipeline.built_like={models/none: FacebookAI/roberta-base}"]
     (tagger,) = pools_of(make_plan(load_config(overrides=[APART, *known])))["tag"].need.models
     assert tagger.parameters == PUBLISHED["FacebookAI/roberta-base"].parameters
@@ -705,9 +709,9 @@ def test_a_captioner_and_an_explainer_that_no_card_holds_may_each_be_left_out() 
     assert says.endswith("or do without: --set knowledge.explainer=null")
 
 
-def test_an_explainer_of_unknown_size_is_refused_by_its_key() -> None:
-    with pytest.raises(ConfigError, match=r"knowledge\.explainer\.model"):
-        make_plan(load_config(overrides=["knowledge.explainer={engine: vllm, model: models/llm}"]))
+def test_an_explainer_of_unknown_size_is_noted_by_its_key() -> None:
+    plan = make_plan(load_config(overrides=["knowledge.explainer={engine: vllm, model: models/llm}"]))
+    assert "knowledge.explainer.model" in plan.notes[0]
 
 
 # The command
@@ -719,15 +723,15 @@ def gem_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_prints_a_table_that_a_terminal_of_100_columns_holds() -> None:
-    arguments = ["--preset", "one-gpu", "--gpus", "1", "--gpu-memory", "24", "--price-per-gpu-hour", "0.5"]
+    arguments = ["--preset", "one-gpu", "--gpus", "1", "--gpu-memory", "24", "--price", "0.5"]
     done = gem_ray(*arguments, *FULL_ARGUMENTS)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 100
     for words in (
         "pass 3",
         "llava-1.5-7b-hf",
-        "estimate: ",
-        "measured on an H200",
+        "measured: on an H200",
+        "assumed: ",
         "verdict: it fits",
         "bottleneck: rerank",
     ):
@@ -748,7 +752,7 @@ def test_the_table_says_what_shares_an_actor_and_what_is_behind_an_endpoint(caps
 
 
 def test_the_command_gives_json() -> None:
-    done = gem_ray("--preset", "cluster", "--gpus", "64", "--gpu-memory", "80", "--json", *FULL_ARGUMENTS)
+    done = gem_ray("--preset", "cluster", "--gpus", "64", "--gpu-memory", "80", "--json", "-", *FULL_ARGUMENTS)
     plan = json.loads(done.stdout)
     assert plan["problems"] == []
     assert [pool["name"] for pool in plan["passes"][0]["pools"]] == ["knowledge", "tag", "rerank", "ground"]
@@ -785,6 +789,7 @@ def test_a_reranker_that_reads_captions_is_as_large_as_its_language_model(tmp_pa
     assert reader.flops > 0
 
 
-def test_matchers_whose_needs_nobody_has_worked_out_are_refused_by_key() -> None:
-    with pytest.raises(ConfigError, match=r"grounder\.matcher\.kind"):
-        stage_need("ground", load_config(grounder={"matcher": {"kind": "llava"}}))
+def test_matchers_whose_needs_nobody_has_worked_out_are_noted_by_key() -> None:
+    need = stage_need("ground", load_config(grounder={"matcher": {"kind": "llava"}}))
+    assert "grounder.matcher.kind" in need.unknown[0]
+    assert [model.role for model in need.models] == ["sam", "text_segmenter"]

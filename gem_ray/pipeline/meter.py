@@ -1,0 +1,160 @@
+"""The meter of a start: how fast the run is, what it has cost, what it will cost; kept with the run for its account."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from gem_ray.pipeline.account import Account
+from gem_ray.pipeline.progress import Rate, Reading
+
+if TYPE_CHECKING:
+    from gem_ray.pipeline.execution import RayExecutor
+    from gem_ray.pipeline.lease import Claim
+    from gem_ray.pipeline.ledger import Progress
+    from gem_ray.pipeline.limits import Limits
+    from gem_ray.pipeline.run_directory import RunFolder
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 1.0
+_SAVED_EVERY_S = 10.0
+
+
+class Meter:
+    """Measures one start.
+
+    Args:
+        folder: of the run; keeps what each start has taken.
+        claim: on the output.
+        executor: does the work, and knows what has been done.
+        limits: of the run.
+        began: when the start began, by `time.perf_counter`.
+        trouble: what the run waits for, beside what its actors say.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        claim: Claim,
+        executor: RayExecutor,
+        limits: Limits,
+        began: float,
+        trouble: Callable[[], str | None],
+    ) -> None:
+        self._folder = folder
+        self._claim = claim
+        self._executor = executor
+        self._limits = limits
+        self._began = began
+        self._trouble = trouble
+        self._earlier = account_of(folder)
+        self._name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+        self._unit_seconds = 0.0
+        self._units = 0.0
+        self._counted = began
+        self._saved = time.perf_counter()
+        self._warned: set[str] = set()
+        self._done: Callable[[], int] = lambda: 0
+        self._total = 0
+        self._rate = Rate()
+
+    def begin(self, done: Callable[[], int], total: int) -> None:
+        """Measure another part of the start's work.
+
+        Args:
+            done: how many of its posts are through.
+            total: how many there are.
+        """
+        self._done, self._total, self._rate = done, total, Rate()
+
+    def tick(self) -> None:
+        """Count on; warn of limits that will be missed, end the run at its budget, and keep the account."""
+        try:
+            self._count_on()
+        except Exception:  # of one tick; the next one may succeed, and the run goes on without
+            logger.warning("the run is not metered", exc_info=True)
+
+    def _count_on(self) -> None:
+        now = time.perf_counter()
+        self._units = self._executor.units()
+        self._unit_seconds += self._units * (now - self._counted)
+        self._counted = now
+        reading = self.reading()
+        for warning in self._limits.warnings(reading, datetime.now(UTC)):
+            kind = warning.partition("about")[0]  # once, not with every new estimate
+            if kind not in self._warned:
+                self._warned.add(kind)
+                logger.warning(warning)
+        if reason := self._limits.exceeded(reading):
+            self._executor.stop(reason)
+        if now - self._saved > _SAVED_EVERY_S:
+            self._saved = now
+            try:
+                self.save()
+            except OSError as error:  # the next one may succeed
+                logger.info("the account is not kept: %s", error)
+
+    def reading(self) -> Reading:
+        """What the meter shows."""
+        work = self._executor.work()
+        done = min(self._done(), self._total)
+        rate = self._rate.of(done)
+        left = (self._total - done) / rate if rate else None
+        cost = (self._earlier + self._own(work)).money
+        price = self._limits.price
+        at_end = None
+        if cost is not None and price is not None and left is not None:
+            at_end = cost + price * self._units * left / 3600
+        return Reading(done, self._total, rate, left, cost, at_end, _busiest(work), self._waiting_for(work))
+
+    def save(self, written_bytes: int = 0) -> Account:
+        """Keep what this start has taken; gives back what all starts have taken together.
+
+        Args:
+            written_bytes: of annotations that this start has published.
+
+        Raises:
+            OSError: it cannot be written, or another process has taken the output.
+        """
+        own = self._own(self._executor.work(), written_bytes)
+        with self._claim.checked():
+            self._folder.keep_start(self._name, own.to_dict())
+        return self._earlier + own
+
+    def _own(self, work: Progress, written_bytes: int = 0) -> Account:
+        price = self._limits.price
+        return Account(
+            starts=1,
+            seconds=time.perf_counter() - self._began,
+            annotated=work.tally.rows,
+            stage_seconds=dict(work.stage_seconds),
+            stage_counts={stage: dict(counts) for stage, counts in work.stage_counts.items()},
+            pools=dict(work.pools),
+            unit_seconds=self._unit_seconds,
+            money=None if price is None else price * self._unit_seconds / 3600,
+            written_bytes=written_bytes,
+        )
+
+    def _waiting_for(self, work: Progress) -> str | None:
+        if trouble := self._trouble():
+            return trouble
+        said = Counter(work.troubles.values()).most_common(1)
+        return said[0][0] if said else None
+
+
+def account_of(folder: RunFolder) -> Account:
+    """What all starts of a run have taken until now."""
+    return sum((Account.from_dict(facts) for facts in folder.starts()), Account())
+
+
+def _busiest(work: Progress) -> str | None:
+    if not work.pools:
+        return None
+    name = max(work.pools, key=lambda each: work.pools[each].busy_share)
+    return f"{name} {work.pools[name].busy_share:.0%}"

@@ -1,0 +1,113 @@
+"""One changed configuration that fits, where the given one does not: smaller models, right shares, passes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from gem_ray.config import Config, StagePool, merge_trees, parse_config
+from gem_ray.planning.allocation import Cards
+from gem_ray.planning.cards import GIB
+from gem_ray.planning.costs import Need, pool_need
+from gem_ray.planning.refusals import USABLE, smaller, without
+from gem_ray.pools import Pool, passes_of
+from gem_ray.stages import active_stages
+
+if TYPE_CHECKING:
+    from gem_ray.planning.cards import Fleet
+
+_ROUNDS = 4  # a change of one pool moves what others need only once
+
+
+def changes_that_fit(config: Config, fleet: Fleet) -> dict[str, Any] | None:
+    """What to lay over a configuration so that it fits on cards; None if nothing was found.
+
+    Models are made smaller where one is larger than a card, or left out; a vLLM engine gets what it needs, each pool
+    the share that it holds, and pools that do not fit beside each other passes of their own.
+
+    Args:
+        config: that does not fit.
+        fleet: the cards.
+    """
+    if not fleet.count:
+        return None
+    card = fleet.memory_gb * GIB
+    fitting = config
+    for pool in _on_cards(config):
+        names = [spec.name for spec in pool.stages]
+        reduced = smaller(names, pool.placement.batch_size, fitting, card) or without(names, fitting)
+        fitting = _with_engines(pool, reduced, card)
+    fitting = _in_passes(_with_shares(fitting, card), fleet.count)
+    return _difference(config.model_dump(mode="json"), fitting.model_dump(mode="json"))
+
+
+def merged_config(config: Config, changes: dict[str, Any]) -> Config:
+    """A configuration with changes over it."""
+    return parse_config(merge_trees(config.model_dump(mode="json"), changes))
+
+
+def _on_cards(config: Config) -> list[Pool[StagePool]]:
+    return [pool for pools in passes_of(config) for pool in pools if pool.placement.num_gpus]
+
+
+def _need(pool: Pool[StagePool], config: Config, card: float) -> Need:
+    names = {spec.name for spec in pool.stages}
+    active = [spec.name for spec in active_stages(config) if spec.name in names]  # others may have been left out
+    return pool_need(active, config, pool.placement.batch_size, int(card))
+
+
+def _with_engines(pool: Pool[StagePool], config: Config, card: float) -> Config:
+    """Each engine takes what it needs, where it has asked for too little or the card has not as much."""
+    values = config.model_dump(mode="json")
+    need = _need(pool, config, card)
+    if not any(engine.reserved < engine.memory for engine in need.engines) and need.held <= USABLE * card:
+        return config
+    for engine in need.engines:
+        section = values
+        for name in engine.key.split("."):
+            section = section[name]
+        section["gpu_memory_utilization"] = _rounded_up(engine.memory / card)
+    return parse_config(values)
+
+
+def _with_shares(config: Config, card: float) -> Config:
+    """Each pool reserves what it holds, and no less than it did."""
+    values = config.model_dump(mode="json")
+    for pool in _on_cards(config):
+        share = _need(pool, config, card).held / (USABLE * card)
+        place = config.pipeline.pools.index(pool.placement)
+        listed = values["pipeline"]["pools"][place]
+        listed["num_gpus"] = max(listed["num_gpus"], min(1.0, _rounded_up(share)))
+    return parse_config(values)
+
+
+def _in_passes(config: Config, cards: int) -> Config:
+    """Pools run beside each other as long as the least of their actors fit on the cards."""
+    values = config.model_dump(mode="json")
+    number, together, before = 0, list[float](), 0
+    active = {id(pool.placement) for pool in _on_cards(config)}
+    for place, pool in enumerate(config.pipeline.pools):
+        shares = [pool.num_gpus] * pool.min_actors if id(pool) in active else []
+        fits = Cards.with_shares(cards, [*together, *shares])
+        if not fits or pool.pass_number != before or not number:
+            number, together = number + 1, []
+        before = pool.pass_number
+        together += shares
+        values["pipeline"]["pools"][place]["pass_number"] = number
+    return parse_config(values)
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of a tree that differ; lists as a whole."""
+    changed: dict[str, Any] = {}
+    for key, value in after.items():
+        if isinstance(value, dict) and isinstance(before.get(key), dict):
+            if inner := _difference(before[key], value):
+                changed[key] = inner
+        elif value != before.get(key):
+            changed[key] = value
+    return changed
+
+
+def _rounded_up(share: float) -> float:
+    return math.ceil(share * 100 - 1e-6) / 100

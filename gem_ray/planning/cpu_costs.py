@@ -1,0 +1,36 @@
+"""What the CPUs do for a post, in seconds of a core: `jobs/benchmark.py cpu-costs` measured it, and stores it here."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+# Reading a post, carrying it between processes, writing it, and Ray's own work for it: the pipeline's time for a post
+# less that of the same models in one process (docs/benchmarks/throughput.json: 2 cores / 35.8 - 2 cores / 51.5).
+CARRYING_SECONDS = 0.017
+# Until the first post of a run is through, beside loading models: `resume` of docs/bulk.md.
+STARTING_SECONDS = 10.0
+# Assumed: bytes a second in which weights come from a local disk onto a card.
+LOADING_RATE = 1e9
+
+
+@cache
+def _costs() -> dict[str, Any]:
+    return json.loads(files("gem_ray.planning").joinpath("cpu-costs.json").read_text(encoding="utf-8"))
+
+
+def machine() -> str:
+    """On which the costs were measured."""
+    return str(_costs()["machine"])
+
+
+def image_seconds(processor: str) -> float:
+    """For a photo of 1024 × 768 pixels, by a kind of processor; those that nobody measured cost nothing."""
+    return float(_costs()["image"].get(processor, 0.0))
+
+
+def decoding_seconds(megapixels: float) -> float:
+    """For an image of that size."""
+    return float(_costs()["decode_per_megapixel"]) * megapixels

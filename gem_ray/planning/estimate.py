@@ -1,0 +1,173 @@
+"""How long a run will take and what it will cost, by its plan; and what one card or CPU more would bring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from gem_ray.planning.cards import LIST_PRICES_SOURCE
+from gem_ray.planning.costs import BANDWIDTH_UTILISATION, UTILISATION
+from gem_ray.planning.cpu_costs import CARRYING_SECONDS, LOADING_RATE, STARTING_SECONDS, machine
+from gem_ray.planning.workload import HEAVY, LIGHT
+
+if TYPE_CHECKING:
+    from gem_ray.planning.cards import Fleet
+    from gem_ray.planning.plan import Plan
+    from gem_ray.planning.workload import Workload
+
+# A model of which nobody measured what it reaches of a card may reach from the least to the most that any was seen to:
+# SAM before its attention was fused, and the matcher's largest batches. Others were within a fifth.
+_LEAST_UTILISATION, _MOST_UTILISATION, _MEASURED_SPREAD = 0.17, 0.51, 0.2
+
+MakePlan = Callable[["Fleet", "int | None", "Workload"], "Plan"]
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A figure that an estimate rests on.
+
+    Attributes:
+        what: it is.
+        value: the figure.
+        source: where it is from.
+        is_measured: and not assumed.
+    """
+
+    what: str
+    value: float
+    source: str
+    is_measured: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a number of posts.
+
+    Attributes:
+        posts: how many.
+        hours: wall time.
+        hours_range: between which it lies, as far as is known.
+        starting_hours: of it, Ray and loading models, in every pass of every group.
+        gpu_hours: of all cards, used or not.
+        cpu_hours: of cores.
+        money: of the cards, or of the machine where there are none; none: no price is known.
+        money_range: likewise.
+        limit: what keeps it from being faster.
+        hours_with_one_more_card, hours_with_one_more_cpu: none: there are none, or they are not counted.
+        assumptions: what it rests on.
+    """
+
+    posts: int
+    hours: float
+    hours_range: tuple[float, float]
+    starting_hours: float
+    gpu_hours: float
+    cpu_hours: float
+    money: float | None
+    money_range: tuple[float, float] | None
+    limit: str | None
+    hours_with_one_more_card: float | None
+    hours_with_one_more_cpu: float | None
+    assumptions: tuple[Assumption, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def estimate(make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price: float | None) -> Estimate | None:
+    """Estimate a run; None where a speed is not known.
+
+    Args:
+        make: plans the same run on other cards, other CPUs or other posts.
+        plan: of the run.
+        posts: how many.
+        rows_per_group: as the configuration has it.
+        price: of an hour of a card, or of the machine where there are none; none: the list price, where there is one.
+    """
+    if plan.problems or plan.posts_per_hour is None:
+        return None
+
+    def hours(other: Plan) -> float:
+        return posts / (other.posts_per_hour or math.inf) + _starting_hours(other, posts, rows_per_group)
+
+    usual = hours(plan)
+    light = plan if plan.work.is_measured else make(plan.fleet, plan.cpus, LIGHT)
+    heavy = plan if plan.work.is_measured else make(plan.fleet, plan.cpus, HEAVY)
+    fast, slow = _spread(plan)
+    low, high = min(usual, hours(light)) * fast, max(usual, hours(heavy)) * slow
+    hourly = plan.fleet.list_price if price is None else price * (plan.gpus or 1)
+    more_cards = hours(make(plan.fleet.with_one_more(), plan.cpus, plan.work)) if plan.gpus else None
+    more_cpus = hours(make(plan.fleet, plan.cpus + 1, plan.work)) if plan.cpus else None
+    return Estimate(
+        posts=posts,
+        hours=usual,
+        hours_range=(low, high),
+        starting_hours=_starting_hours(plan, posts, rows_per_group),
+        gpu_hours=plan.gpus * usual,
+        cpu_hours=posts * sum(one.cpu_seconds for one in plan.passes) / 3600,
+        money=None if hourly is None else hourly * usual,
+        money_range=None if hourly is None else (hourly * low, hourly * high),
+        limit=plan.limit,
+        hours_with_one_more_card=more_cards,
+        hours_with_one_more_cpu=more_cpus,
+        assumptions=(*_assumptions(plan), *_price(hourly, given=price is not None)),
+    )
+
+
+def _price(hourly: float | None, given: bool) -> Iterator[Assumption]:
+    if hourly is not None:
+        yield Assumption("price of an hour", hourly, "as given" if given else LIST_PRICES_SOURCE, given)
+
+
+def _starting_hours(plan: Plan, posts: int, rows_per_group: int) -> float:
+    """One execution for all groups; with several passes, one for each pass of each group."""
+    times = 1 if len(plan.passes) == 1 else math.ceil(posts / rows_per_group)
+    weights = [max(sum(model.weights for model in pool.need.models) for pool in one.pools) for one in plan.passes]
+    loading = [size / LOADING_RATE for size in weights]
+    return times * sum(STARTING_SECONDS + seconds for seconds in loading) / 3600
+
+
+def _spread(plan: Plan) -> tuple[float, float]:
+    """How much faster or slower cards may be than they are planned."""
+    pools = [pool for one in plan.passes for pool in one.pools if pool.source == "estimate"]
+    models = [model for pool in pools for model in pool.need.models if model.flops]
+    if any(model.utilisation != model.measured for model in models):
+        return UTILISATION / _MOST_UTILISATION, UTILISATION / _LEAST_UTILISATION
+    return 1 - _MEASURED_SPREAD, 1 + _MEASURED_SPREAD
+
+
+def _assumptions(plan: Plan) -> Iterator[Assumption]:
+    work = plan.work
+    for what, value in (
+        ("entities in a post", work.entities),
+        ("share of posts with entities", work.with_entities),
+        ("share of entities that are hard", work.hard_share),
+        ("share of posts with an image", work.with_images),
+        ("megapixels of an image", work.megapixels),
+    ):
+        yield Assumption(what, value, work.source, work.is_measured)
+    for pool in (pool for one in plan.passes for pool in one.pools):
+        if pool.source == "measured" and pool.seconds:
+            yield Assumption(f"seconds of an actor for a post in {pool.name}", pool.seconds, "an earlier run", True)
+        for model in pool.need.models if pool.source == "estimate" else ():
+            if model.flops:
+                is_measured = model.utilisation == model.measured
+                source = "on an H200, docs/benchmarks" if is_measured else "what such models reach"
+                what = f"{model.role}: share of the card's peak FLOP/s"
+                yield Assumption(what, model.utilisation, source, is_measured)
+            if model.cpu_seconds:
+                yield Assumption(f"{model.role}: seconds of a core for a post", model.cpu_seconds, machine(), True)
+            if model.traffic:
+                yield Assumption(
+                    f"{model.role}: share of the card's bandwidth",
+                    BANDWIDTH_UTILISATION,
+                    "what decoding reaches",
+                    False,
+                )
+    source = "docs/benchmarks/throughput.json: the pipeline against one process"
+    yield Assumption("seconds of a core to read, carry and write a post", CARRYING_SECONDS, source, True)
+    yield Assumption("seconds until a pass begins", STARTING_SECONDS, "docs/bulk.md, resume", True)
+    yield Assumption("bytes a second in which weights are loaded", LOADING_RATE, "a local disk", False)

@@ -1,0 +1,143 @@
+"""The posts of a run as a plan sees them: measured on a sample, taken from an earlier run, or stated with a source."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gem_ray.config import ConfigError
+
+if TYPE_CHECKING:
+    from gem_ray.config import Config
+
+USUAL_CANDIDATES = 5  # with which prompts were measured
+_SEEN_SHARE = 0.402  # of the 11,779 gold entities in FMNERG's training tweets
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An average post. Entities and boxes: gold of the 7,000 training tweets of FMNERG (Wang et al. 2023).
+
+    Attributes:
+        entities: mentions in a post.
+        with_entities: share of posts that have any.
+        hard: hard mentions in a post: of the embedded tagger at γ = 0.2, on 600 of FMNERG's dev tweets.
+        with_hard: share of posts that have any; likewise.
+        with_images: share of posts with an image.
+        with_boxes: share of posts with an entity that is seen.
+        with_other_boxes: the same, persons aside, for whom the text prompt goes first.
+        person_prompts: categories of seen persons in a post.
+        megapixels: of an image, before it is reduced; assumed.
+        text_tokens: subwords of a tweet and of its knowledge: 16 words and 570 characters there, 4 to a subword.
+        caption_tokens: assumed; a batch goes on until its longest caption is done.
+        prompt_tokens: of the reranker's prompt without the image, with a tweet of 16 words and five candidates;
+            estimated.
+        query_tokens: of the matcher's sentence; estimated.
+        examples_tokens: of the explainer's worked examples, which vLLM reads once and keeps; estimated.
+        question_tokens: of its question, a tweet and a caption; estimated.
+        answer_tokens: of its answer: 570 characters, as above.
+        entropies: quantiles of the entities' entropies in nats, evenly spaced; empty: not known.
+        source: where these figures are from.
+        is_measured: on the posts of the run, or of one like it.
+    """
+
+    entities: float = 1.68
+    with_entities: float = 0.95
+    hard: float = 1.35
+    with_hard: float = 0.85
+    with_images: float = 1.0
+    with_boxes: float = 0.56
+    with_other_boxes: float = 0.19
+    person_prompts: float = 0.42
+    megapixels: float = 0.8
+    text_tokens: int = 165
+    caption_tokens: int = 15
+    prompt_tokens: int = 130
+    query_tokens: int = 16
+    examples_tokens: int = 800
+    question_tokens: int = 60
+    answer_tokens: int = 143
+    entropies: tuple[float, ...] = ()
+    source: str = "tweets of FMNERG, each with an image"
+    is_measured: bool = False
+
+    @property
+    def judged(self) -> float:
+        """Share of posts whose image is looked at."""
+        return self.with_entities * self.with_images
+
+    @property
+    def hard_share(self) -> float:
+        """Of the entities."""
+        return self.hard / self.entities if self.entities else 0.0
+
+    def under(self, config: Config) -> Workload:
+        """The same posts with as many hard entities as γ or the budget lets through, if their entropies are known."""
+        share = self.hard_share
+        if config.filter.max_share is not None:
+            share = config.filter.max_share
+        elif self.entropies:
+            places = np.linspace(0, 1, len(self.entropies))
+            share = 1 - float(np.interp(config.filter.gamma, self.entropies, places, left=0.0, right=1.0))
+        return self.with_hard_share(share)
+
+    def with_hard_share(self, share: float) -> Workload:
+        """The same posts with another share of hard entities, as if each were hard by chance."""
+        if not (self.entities and self.with_entities):
+            return self
+        each = self.entities / self.with_entities
+        expected = 1 - (1 - min(1.0, self.hard_share)) ** each
+        scale = (1 - (1 - share) ** each) / expected if expected else 1.0
+        most = min(self.with_entities, share * self.entities)
+        with_hard = self.with_hard * scale if self.with_hard else self.with_entities * (1 - (1 - share) ** each)
+        return replace(self, hard=share * self.entities, with_hard=min(most, with_hard))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self) | {"hard_share": self.hard_share}
+
+
+# Of the 971 entities that the embedded tagger finds in 600 of FMNERG's dev tweets, from least to largest.
+# fmt: off
+_ENTROPIES = (
+    0.0044, 0.0403, 0.0714, 0.1212, 0.178, 0.2405, 0.3243, 0.4166, 0.5278, 0.6416, 0.7498,
+    0.8375, 0.939, 1.0793, 1.2168, 1.3467, 1.5435, 1.7285, 1.9478, 2.2021, 3.0654,
+)
+# fmt: on
+TWEETS = Workload(entropies=_ENTROPIES)
+# Where nothing is measured, the truth may lie between these: generated posts had 37 % of hard entities at γ = 0.2,
+# tweets 81 %; and half of the posts may have no image, which is assumed.
+LIGHT = replace(TWEETS, hard=0.37 * 1.68, with_hard=0.5, with_images=0.5, entropies=())
+HEAVY = replace(TWEETS, hard=0.81 * 1.68, with_hard=0.86, entropies=())
+
+
+def workload_of_run(run: Path) -> Workload:
+    """The posts of a finished run, by its `run.json`.
+
+    Raises:
+        ConfigError: it is no such file, or that run annotated nothing.
+    """
+    try:
+        facts = json.loads(run.read_text(encoding="utf-8"))
+        rows, entities, seen = facts["rows"], facts["entities"], facts["grounded"]
+        usual = TWEETS
+        scale = seen / rows / (usual.entities * _SEEN_SHARE) if entities else 0.0
+        work = replace(
+            usual,
+            entities=entities / rows,
+            with_entities=min(1.0, usual.with_entities * entities / rows / usual.entities),
+            with_boxes=min(1.0, usual.with_boxes * scale),
+            with_other_boxes=min(1.0, usual.with_other_boxes * scale),
+            person_prompts=usual.person_prompts * scale,
+            hard=usual.hard_share * entities / rows,
+            entropies=(),
+            source=f"the {rows:,} posts of {run}",
+            is_measured=True,
+        )
+        return work.with_hard_share(facts["reranked"] / entities if entities else 0.0)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        raise ConfigError(f"--like: {run} is no run.json of a run that annotated posts") from None

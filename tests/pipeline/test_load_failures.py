@@ -1,0 +1,96 @@
+"""A stage that one node cannot load is done by the others; one that nobody can load ends the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+
+from gem_ray.benchmarks.memory import write_texts
+from gem_ray.config import Config
+from gem_ray.pipeline.graph import PoolActor
+from gem_ray.pipeline.ledger import Ledger
+from gem_ray.pipeline.run import RunError, annotate_dataset
+
+ACTORS = 3
+
+
+class Nodes:
+    """Gives each process a pretended node of its own, and counts what fails there."""
+
+    def __init__(self) -> None:
+        self.tries: Counter[int] = Counter()
+        self._numbers: dict[str, int] = {}
+
+    def number(self, process: str) -> int:
+        return self._numbers.setdefault(process, len(self._numbers))
+
+    def failed(self, number: int) -> None:
+        self.tries[number] += 1
+
+    def read(self) -> dict[int, int]:
+        return dict(self.tries)
+
+
+def loading_on(nodes: Any, broken: int) -> type:
+    """Actors whose models cannot be loaded on the first nodes, and that pass posts through."""
+
+    class Loading(PoolActor):
+        def _load(self, models: dict[str, str]) -> list[Any]:
+            from gem_ray.pipeline.graph import _LoadError
+
+            number = ray.get(nodes.number.remote(self._name))
+            if number < broken:
+                ray.get(nodes.failed.remote(number))
+                raise _LoadError("the stage tag cannot be loaded: CUDA error: device is lost")
+            return [lambda posts: None]
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            if self._failure:
+                return super().__call__(table)
+            return table
+
+    return Loading
+
+
+@pytest.fixture
+def nodes(local_ray: None) -> Any:
+    return ray.remote(num_cpus=0)(Nodes).remote()
+
+
+@pytest.fixture
+def run(text_config: Config, tmp_path: Path) -> list[Any]:
+    write_texts(tmp_path / "posts", 300)
+    bounds = {"min_actors": ACTORS, "max_actors": ACTORS, "num_cpus": 0.5}
+    pools = [pool.model_copy(update=bounds) for pool in text_config.pipeline.pools]
+    pipeline = text_config.pipeline.model_copy(update={"pools": pools})
+    return [tmp_path / "posts", tmp_path / "out", text_config.model_copy(update={"pipeline": pipeline})]
+
+
+def test_a_node_that_cannot_load_is_left_out_after_three_tries(nodes: Any, run: list[Any]) -> None:
+    summary = annotate_dataset(*run, actor=loading_on(nodes, broken=1))
+    assert summary.rows == 300
+    assert ray.get(nodes.read.remote()) == {0: 3}
+
+
+def test_a_model_that_no_node_can_load_ends_the_run(nodes: Any, run: list[Any]) -> None:
+    with pytest.raises(RunError, match="the stage tag cannot be loaded: CUDA error"):
+        annotate_dataset(*run, actor=loading_on(nodes, broken=100))
+
+
+def test_tries_are_counted_by_node_and_a_pool_that_works_goes_on(local_ray: None) -> None:
+    ledger = Ledger("run")
+    ledger.expect("ground", 2)
+    book = ledger._book
+    assert [ray.get(book.failed_load.remote("ground", "one", "broken")) for _ in range(4)] == [True, True, False, False]
+    assert ray.get(book.failure.remote()) == "broken"  # both actors were on that node
+    ledger = Ledger("run")
+    ledger.expect("ground", 2)
+    ledger.begin_actor("a", "ground", 1.0, 0.1)
+    for _ in range(5):
+        ray.get(ledger._book.failed_load.remote("ground", "one", "broken"))
+    assert ledger.read().failure is None

@@ -1,0 +1,250 @@
+"""What a run has cost adds up over its starts, and its limits are seen in time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gem_ray import chat
+from gem_ray.benchmarks.memory import write_texts
+from gem_ray.benchmarks.standins import PassThrough
+from gem_ray.config import Config, ConfigError, EndpointConfig
+from gem_ray.data.fetch import Fetcher, ImageError
+from gem_ray.pipeline import meter as meter_module
+from gem_ray.pipeline.account import Account, PoolTime
+from gem_ray.pipeline.lease import Lease
+from gem_ray.pipeline.ledger import Progress
+from gem_ray.pipeline.limits import Limits, parse_deadline
+from gem_ray.pipeline.meter import Meter, account_of
+from gem_ray.pipeline.progress import Reading
+from gem_ray.pipeline.run import RunError, annotate_dataset
+from gem_ray.pipeline.run_directory import RunDirectory
+from gem_ray.pipeline.summary import Tally
+from gem_ray.records import ProblemKind
+
+NOW = datetime(2026, 12, 1, tzinfo=UTC)
+SECONDS = st.integers(0, 10**6).map(float)
+POOLS = st.dictionaries(
+    st.sampled_from(["tag", "ground"]), st.builds(PoolTime, st.integers(1, 9), st.just(0.5), SECONDS, SECONDS, SECONDS)
+)
+COUNTS = st.dictionaries(st.sampled_from(["asked", "failed"]), st.integers(0, 99))
+ACCOUNTS = st.builds(
+    Account,
+    starts=st.integers(0, 9),
+    seconds=SECONDS,
+    annotated=st.integers(0, 9),
+    stage_seconds=st.dictionaries(st.sampled_from(["tag", "ground"]), SECONDS),
+    stage_counts=st.dictionaries(st.sampled_from(["knowledge", "rerank"]), COUNTS),
+    pools=POOLS,
+    unit_seconds=SECONDS,
+    money=st.none() | SECONDS,
+    written_bytes=st.integers(0, 9),
+)
+
+
+@given(ACCOUNTS, ACCOUNTS, ACCOUNTS)
+def test_accounts_add_up_in_any_order_and_are_stored_whole(one: Account, two: Account, three: Account) -> None:
+    assert (one + two) + three == one + (two + three)
+    assert one + two == two + one
+    assert Account.from_dict(one.to_dict()) == one
+    both = one + two
+    assert sum(pool.busy for pool in both.pools.values()) == sum(
+        pool.busy for each in (one, two) for pool in each.pools.values()
+    )
+
+
+class Work:
+    """An executor whose pool is busy for nine tenths of a time that a test sets, with two posts a second."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.reason: str | None = None
+
+    def units(self) -> float:
+        return 4.0
+
+    def stop(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def work(self) -> Progress:
+        now = self.seconds
+        pool = PoolTime(4, 1.0, 0.0, 3.6 * now, 0.4 * now)
+        counts = {"knowledge": Counter(asked=round(now), failed=0)}
+        return Progress({"ground": 3.6 * now}, counts, Tally(rows=int(2 * now)), {"ground": pool})
+
+
+class Claim:
+    def checked(self) -> Any:
+        return nullcontext()
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Meter, Work, Any]]:
+    """Begins a start; `go(seconds)` lets time pass, with a tick each second."""
+    clock = [1000.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("gem_ray.pipeline.progress.time.monotonic", lambda: clock[0])
+
+    def begin(limits: Limits, total: int = 1000, done_before: int = 0) -> tuple[Meter, Work, Any]:
+        work = Work()
+        folder = RunDirectory(str(tmp_path)).run("20261201T000000-00000000")
+        meter = Meter(folder, Claim(), work, limits, clock[0], lambda: None)
+        meter.begin(lambda: done_before + int(2 * work.seconds), total)
+
+        def go(seconds: int) -> None:
+            for _ in range(seconds):
+                clock[0] += 1
+                work.seconds += 1
+                meter.tick()
+
+        return meter, work, go
+
+    return begin
+
+
+def test_a_killed_and_resumed_run_has_the_account_of_an_undisturbed_one(start, tmp_path: Path) -> None:
+    meter, _, go = start(Limits(price=3.0))
+    go(100)
+    undisturbed = meter.save()
+    (tmp_path / "_run/20261201T000000-00000000/starts").rename(tmp_path / "kept")
+    _, _, go = start(Limits(price=3.0))
+    go(45)  # killed: it was last kept after 44 s
+    meter, _, go = start(Limits(price=3.0))
+    go(55)
+    resumed = meter.save()
+    assert (undisturbed.starts, resumed.starts) == (1, 2)
+    for name in ("seconds", "annotated", "unit_seconds", "money"):
+        assert getattr(resumed, name) == pytest.approx(getattr(undisturbed, name), rel=0.011)
+    assert resumed.pools["ground"].busy == pytest.approx(undisturbed.pools["ground"].busy, rel=0.011)
+    assert resumed.stage_counts["knowledge"]["asked"] == pytest.approx(100, abs=1)
+    assert undisturbed.money == pytest.approx(3.0 * 4 * 100 / 3600)
+    assert undisturbed.bottleneck == "ground"
+    assert account_of(RunDirectory(str(tmp_path)).run("20261201T000000-00000000")) == resumed
+
+
+def test_the_meter_shows_rate_time_left_and_cost_at_the_end(start) -> None:
+    meter, _, go = start(Limits(price=3.0))
+    go(100)
+    reading = meter.reading()
+    assert (reading.done, reading.total, reading.busiest) == (200, 1000, "ground 90%")
+    assert reading.posts_per_second == pytest.approx(2)
+    assert reading.seconds_left == pytest.approx(400)
+    assert reading.cost_at_end == pytest.approx(3.0 * 4 * 500 / 3600)
+    assert reading.remarks == "cost 0.33 of about 1.67, busiest: ground 90%"
+
+
+def test_limits_that_will_be_missed_are_said_at_once_and_once(start, caplog: pytest.LogCaptureFixture) -> None:
+    limits = Limits(price=3.0, budget=1.5, deadline=datetime.now(UTC) + timedelta(seconds=300))
+    with caplog.at_level(logging.WARNING):
+        _, work, go = start(limits)
+        go(10)
+    assert "will cost about 1.67, more than the budget of 1.50" in caplog.text
+    assert "after its deadline" in caplog.text
+    assert len(caplog.records) == 2
+    assert work.reason is None
+
+
+def test_the_run_ends_at_its_budget_whichever_start_has_spent_it(start) -> None:
+    limits = Limits(price=3.0, budget=1.0)
+    meter, work, go = start(limits)
+    go(200)
+    assert work.reason is None
+    meter.save()
+    _, work, go = start(limits, done_before=400)
+    go(99)
+    assert work.reason is None
+    go(2)
+    assert work.reason is not None
+    assert "the budget of 1.00 is spent, with 600 of 1,000 posts done" in work.reason
+
+
+def test_a_run_that_ended_at_its_budget_goes_on_with_a_larger_one(
+    local_ray: None, text_config: Config, tmp_path: Path
+) -> None:
+    class Slow(PassThrough):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            time.sleep(0.2)
+            return table
+
+    write_texts(tmp_path / "posts", 400)
+    run = [tmp_path / "posts", tmp_path / "out", text_config]
+    with pytest.raises(RunError, match=r"the budget of 0.30 is spent, with \d+ of 400 posts done"):
+        annotate_dataset(*run, actor=Slow, limits=Limits(price=180.0, budget=0.3))
+    summary = annotate_dataset(*run, actor=PassThrough, limits=Limits(price=180.0, budget=100))
+    assert (summary.rows, summary.account.starts) == (400, 2)
+    assert 400 <= summary.account.annotated < 600
+    assert summary.account.seconds > summary.seconds
+    assert summary.account.money == pytest.approx(180 * summary.account.unit_seconds / 3600)
+
+
+def test_deadlines_are_times_from_now_or_moments() -> None:
+    assert parse_deadline("2h30m", NOW) == NOW + timedelta(hours=2.5)
+    assert parse_deadline("1d", NOW) == NOW + timedelta(days=1)
+    assert parse_deadline("2026-12-31T18:00+02:00", NOW) == datetime(2026, 12, 31, 16, tzinfo=UTC)
+    for nonsense in ("soon", "", "5"):
+        with pytest.raises(ConfigError, match="--deadline takes"):
+            parse_deadline(nonsense, NOW)
+    with pytest.raises(ConfigError, match="--budget needs --price"):
+        Limits(budget=1)
+
+
+def test_a_server_that_is_asked_again_is_named_until_it_answers(
+    monkeypatch: pytest.MonkeyPatch, config: Config
+) -> None:
+    from gem_ray.data import fetch
+
+    fetcher = Fetcher(config.image)
+    told: list[str | None] = []
+    monkeypatch.setattr(fetch.time, "sleep", lambda _: told.append(fetcher.trouble))
+    answers = iter([b"", b"", b"image"])
+
+    def attempt() -> bytes:
+        if answer := next(answers):
+            return answer
+        raise fetch._TransientError(ProblemKind.IMAGE_UNREADABLE, "'s3://bucket/1.jpg' could not be read: timeout")
+
+    assert fetcher._persistently(attempt, (1, 2)) == b"image"
+    assert told == ["'s3://bucket/1.jpg' could not be read: timeout"] * 2
+    assert fetcher.trouble is None
+    assert fetcher.fetched == {"fetched": 1, "bytes": 5}
+    answers = iter([b"", b""])
+    with pytest.raises(ImageError):
+        fetcher._persistently(attempt, (1,))
+    assert fetcher.trouble is not None
+    assert Reading(1, 2, waiting_for=fetcher.trouble).remarks.startswith("waiting for 's3://bucket/1.jpg'")
+
+
+def test_an_endpoint_that_is_asked_again_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = chat.ChatClient(EndpointConfig(base_url="http://me:secret@127.0.0.1:9/v1", retries=2))
+    told: list[str | None] = []
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: told.append(client.trouble) if seconds else None)
+    answers = iter([False, True])
+
+    def request(messages: Any) -> str:
+        if next(answers):
+            return "yes"
+        raise chat._TransientError("HTTP 503")
+
+    monkeypatch.setattr(client, "_request", request)
+    assert client.complete([]) == "yes"
+    assert told[-1] == "http://***@127.0.0.1:9/v1: HTTP 503"
+    assert client.trouble is None
+    client.close()
+
+
+def test_an_output_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    lease = Lease(RunDirectory(str(tmp_path)))
+    assert lease.trouble is None
+    lease._last_beat -= 60
+    assert lease.trouble == f"{tmp_path} has not answered for 60 s"

@@ -1,0 +1,202 @@
+"""Hours and money of a plan: they follow what decides them, say what they rest on, and advice fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.planning.advice import changes_that_fit, merged_config
+from gem_ray.planning.cards import CARDS, Fleet, find_card
+from gem_ray.planning.cpu_costs import image_seconds
+from gem_ray.planning.estimate import Estimate, estimate
+from gem_ray.planning.plan import Plan, make_plan
+from gem_ray.planning.workload import TWEETS, Workload, workload_of_run
+
+POSTS = 1_000_000
+RERANKED = ["reranker.enabled=true", "reranker.adapter=models/lora"]
+
+
+def expected(config: Config, gpus: str = "8", card: str = "h100", work: Workload = TWEETS, **more: Any) -> Estimate:
+    def make(fleet: Fleet, cpus: int | None, work: Workload) -> Plan:
+        return make_plan(config, fleet, cpus=cpus, work=work)
+
+    plan = make(Fleet.parse(gpus, None, card), more.get("cpus"), work)
+    plan.check()
+    found = estimate(make, plan, more.get("posts", POSTS), config.pipeline.rows_per_group, more.get("price", 2.0))
+    assert found is not None
+    return found
+
+
+def reranked(*overrides: str) -> Config:
+    """A cluster whose bottleneck is the reranker."""
+    few = ["pipeline.pools.rerank.max_actors=1", *RERANKED]
+    return load_config("cluster", overrides=[*few, *overrides])
+
+
+def test_the_price_falls_with_the_budget_of_hard_entities() -> None:
+    costs = [expected(reranked(f"filter.max_share={share}")).money for share in (0.8, 0.4, 0.15)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[2] < 0.6 * costs[0]
+
+
+def test_the_price_falls_with_gamma() -> None:
+    costs = [expected(reranked(f"filter.gamma={gamma}")).money for gamma in (0.2, 1.0, 3.0)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[2] < 0.6 * costs[0]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_the_price_rises_with_the_number_of_candidates(engine: str) -> None:
+    costs = [expected(reranked(f"reranker.engine={engine}", f"filter.k={k}")).money for k in (2, 5, 10)]
+    assert costs[0] < costs[1] < costs[2]
+
+
+def test_on_vllm_scores_cost_more_than_an_answer() -> None:
+    scored, generated = (expected(reranked(f"reranker.mode={mode}")).money for mode in ("score", "generate"))
+    assert generated < scored
+
+
+def test_a_measured_workload_narrows_the_range() -> None:
+    measured = Workload(entropies=TWEETS.entropies, source="400 posts", is_measured=True)
+    unknown, known = (expected(reranked(), work=work) for work in (TWEETS, measured))
+    assert unknown.hours == known.hours
+    assert unknown.hours_range[0] < known.hours_range[0] < known.hours < known.hours_range[1]
+    assert {each.is_measured for each in known.assumptions if each.source == "400 posts"} == {True}
+
+
+def test_starting_again_for_each_group_and_pass_is_in_the_time() -> None:
+    config = load_config("one-gpu")
+    one, ten = (expected(config, "1", "rtx-4090", posts=posts) for posts in (10**6, 10**7))
+    assert ten.starting_hours == pytest.approx(10 * one.starting_hours)
+    streamed = [expected(load_config("cluster"), posts=posts).starting_hours for posts in (10**6, 10**7)]
+    assert streamed[0] == streamed[1]
+
+
+def test_too_few_cpus_are_the_bottleneck_and_one_more_is_worth_something() -> None:
+    config = load_config("cluster", overrides=["pipeline.pools.ground.num_cpus=0.2"])  # more actors than cores
+    few, many = (expected(config, cpus=cpus) for cpus in (12, 4000))
+    assert few.limit == "the 12 CPUs"
+    assert few.hours > 2 * many.hours
+    assert few.hours_with_one_more_cpu < few.hours
+    assert few.hours_with_one_more_card == pytest.approx(few.hours)
+    assert many.hours_with_one_more_card < many.hours
+    # Owlv2's processor alone keeps a core busy for longer than a card needs for a post.
+    assert few.cpu_hours > POSTS * TWEETS.person_prompts * image_seconds("owlv2") / 3600
+
+
+def test_the_command_prints_hours_money_and_assumptions() -> None:
+    from gem_ray.commands.annotate import app
+
+    command = "plan --preset one-gpu --gpus 1 --gpu-memory 24 --posts 10000000 --price 0.5 --json -"
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)["estimate"]
+    assert facts["money"] == pytest.approx(0.5 * facts["hours"])
+    assert facts["hours_range"][0] < facts["hours"] < facts["hours_range"][1]
+    sources = {each["what"]: each["is_measured"] for each in facts["assumptions"]}
+    assert sources["sam: share of the card's peak FLOP/s"]
+    assert not sources["share of entities that are hard"]
+
+
+def test_cards_may_be_mixed_or_described() -> None:
+    fleet = Fleet.parse("8xl40s+4xa10g", None, None)
+    assert (fleet.count, fleet.memory_gb, fleet.name) == (12, 24, "8xl40s+4xa10g")
+    need = {"l40s": 1.0, "a10g": 2.0}
+    seconds = fleet.seconds(lambda card: next(need[name] for name in need if CARDS[name] is card))
+    assert 12 / seconds == pytest.approx(8 / 1 + 4 / 2)
+    name, card = find_card("mine:memory=32,tflops=100", None)
+    assert (name, card.memory_gb, card.half) == ("mine", 32, 100e12)
+    assert Fleet.parse("2", None, "mine:memory=32,tflops=100").memory_gb == 32
+    for wrong in ("mine:memory=32", "mine:tflops=x,memory=1", "mine:memory=1,tflops=1,speed=2"):
+        with pytest.raises(ConfigError, match="--card"):
+            find_card(wrong, None)
+    for wrong in ("8xl40s+", "many", "xl40s"):
+        with pytest.raises(ConfigError, match="--gpus takes"):
+            Fleet.parse(wrong, None, None)
+    slow, mixed, fast = (
+        make_plan(load_config("cluster"), gpus).posts_per_hour for gpus in ("12xa10g", "8xl40s+4xa10g", "12xl40s")
+    )
+    assert slow < mixed < fast
+
+
+def test_cards_that_nobody_uses_are_said() -> None:
+    notes = make_plan(load_config("one-gpu"), gpus=4, card="rtx-4090").notes
+    assert "pass 2 leaves 3 of 4 cards unused: raise max_actors of ground under `pipeline.pools`" in notes
+    assert not make_plan(load_config("one-gpu"), gpus=1, card="rtx-4090").notes
+
+
+def test_a_matcher_that_the_plan_does_not_know_is_a_warning() -> None:
+    plan = make_plan(load_config("one-gpu", overrides=["grounder.matcher.kind=llava"]), gpus=1, card="rtx-4090")
+    plan.check()
+    assert any("does not know what llava needs" in note for note in plan.notes)
+    assert plan.posts_per_hour is None
+
+
+SHARES = st.sampled_from([0.05, 0.1, 0.3, 0.5, 1.0])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    preset=st.sampled_from(["one-gpu", "cluster"]),
+    cards=st.integers(1, 8),
+    memory_gb=st.sampled_from([16, 24, 48, 80]),
+    engine=st.sampled_from(["vllm", "transformers"]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    utilisation=st.sampled_from([0.1, 0.4, 0.9]),
+    shares=st.tuples(SHARES, SHARES, SHARES),
+)
+def test_who_takes_the_advice_has_a_plan_that_fits(
+    preset: str, cards: int, memory_gb: int, engine: str, dtype: str, utilisation: float, shares: tuple[float, ...]
+) -> None:
+    pools = zip(("tag", "rerank", "ground"), shares, strict=True)
+    config = load_config(
+        preset,
+        overrides=[
+            *RERANKED,
+            f"reranker.engine={engine}",
+            f"reranker.dtype={dtype}",
+            f"reranker.gpu_memory_utilization={utilisation}",
+            *(f"pipeline.pools.{name}.num_gpus={share}" for name, share in pools),
+        ],
+    )
+    plan = make_plan(config, gpus=cards, gpu_memory_gb=memory_gb)
+    if not plan.problems:
+        assert plan.advice is None
+        return
+    assert plan.advice is not None, plan.problems
+    changed = yaml.safe_load(yaml.safe_dump(plan.advice))
+    assert not make_plan(merged_config(config, changed), gpus=cards, gpu_memory_gb=memory_gb).problems
+
+
+def test_without_cards_there_is_no_advice() -> None:
+    assert changes_that_fit(load_config("one-gpu"), Fleet()) is None
+
+
+def test_a_finished_run_says_what_its_posts_were(tmp_path: Path) -> None:
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps({"rows": 200, "entities": 100, "grounded": 10, "reranked": 25}))
+    work = workload_of_run(run)
+    assert (work.entities, work.hard_share, work.is_measured) == (0.5, pytest.approx(0.25), True)
+    assert work.with_boxes < TWEETS.with_boxes
+    assert work.under(load_config(overrides=["filter.max_share=0.1"])).hard_share == pytest.approx(0.1)
+    run.write_text("{}")
+    with pytest.raises(ConfigError, match=r"--like: .* is no run\.json"):
+        workload_of_run(run)
+
+
+def test_the_planned_configuration_fixes_what_engines_cache() -> None:
+    config = reranked()
+    plan = make_plan(config, gpus=8, card="h100")
+    fixed = plan.overlay()["reranker"]["kv_cache_bytes"]
+    (engine,) = next(pool for one in plan.passes for pool in one.pools if pool.name == "rerank").need.engines
+    assert 0 < fixed < engine.reserved
+    assert fixed + sum(model.weights + model.activations for model in engine.models) <= engine.held
+    assert merged_config(config, plan.overlay()).reranker.kv_cache_bytes == fixed
