@@ -187,7 +187,10 @@ def _check_cards(config: Config, gpus: int) -> None:
     memory_gb = _card_memory_gb() if _reserved(config)["GPU"] else None
     if memory_gb is not None:
         _fetch_unknown(config)
-        make_plan(config, gpus, memory_gb).check()
+        plan = make_plan(config, gpus, memory_gb)
+        plan.check()
+        for note in plan.notes:
+            logger.warning(note)
 
 
 def _fetch_unknown(config: Config) -> None:
