@@ -111,8 +111,9 @@ def _workload(posts: list[Post], sizes: list[int], megapixels: list[float], path
     usual = TWEETS
     entities = [entity for post in posts for entity in post.entities]
     count, per_post = len(posts), len(entities) / len(posts)
-    rising = np.sort([entity.entropy for entity in entities])
-    entropies = np.quantile(rising, np.linspace(0, 1, _QUANTILES)).tolist() if entities else []
+    entropies: np.ndarray = np.empty(0)
+    if entities:
+        entropies = np.asarray(np.quantile([entity.entropy for entity in entities], np.linspace(0, 1, _QUANTILES)))
     with_images = sum(post.image_bytes is not None or post.image_uri is not None for post in posts) / count
     scale = per_post / usual.entities * with_images
     return replace(
@@ -127,7 +128,7 @@ def _workload(posts: list[Post], sizes: list[int], megapixels: list[float], path
         person_prompts=usual.person_prompts * scale,
         megapixels=float(np.mean(megapixels)) if megapixels else usual.megapixels,
         text_tokens=round((np.mean(sizes) + np.mean([len(post.knowledge or "") for post in posts])) / 4) + 1,
-        entropies=tuple(entropies),
+        entropies=tuple(map(float, entropies)),
         source=f"{count} posts of {path}",
         is_measured=True,
     )
