@@ -58,9 +58,9 @@ def rows_of(output: Path) -> dict[str, list[tuple[str, str, bool]]]:
     return {row["post_id"]: [(e["text"], e["fine"], e["reranked"]) for e in row["entities"]] for row in rows}
 
 
-def engines() -> list[psutil.Process]:
-    """The engines' processes under this one."""
-    return [child for child in psutil.Process().children(recursive=True) if "EngineCore" in _command(child)]
+def engines() -> set[psutil.Process]:
+    """The engines' processes under this one, those of other tests' fixtures included."""
+    return {child for child in psutil.Process().children(recursive=True) if "EngineCore" in _command(child)}
 
 
 def _command(process: psutil.Process) -> str:
@@ -82,10 +82,11 @@ def test_run_whose_engine_is_killed_ends_with_every_row_once(
     ray_for_vllm: None, posts: Path, plain: Path, tmp_path: Path
 ) -> None:
     killed: list[int] = []
+    others = engines()
 
     def kill_once(reading: Reading) -> None:
         if 0 < reading.done < reading.total and not killed:
-            (engine,) = engines()
+            (engine,) = engines() - others
             engine.kill()
             killed.append(reading.done)
 
@@ -97,4 +98,4 @@ def test_run_whose_engine_is_killed_ends_with_every_row_once(
     counts = facts["account"]["stage_counts"]["rerank"]
     assert counts["asked"] >= facts["reranked"] > POSTS / 2
     assert counts["cached_tokens"] > 0.6 * counts["prompt_tokens"]
-    assert engines() == []
+    assert engines() <= others
