@@ -9,9 +9,9 @@ import subprocess
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import psutil
 from ray.cluster_utils import Cluster
 
 from gem_ray.benchmarks.driver import committed_rows, start_driver, wait_for
@@ -116,11 +116,11 @@ def _kill(
 
 
 def _an_actor() -> int:
-    """The process of an actor that runs a stage with a model."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
-            if b"PoolActor" in (folder / "cmdline").read_bytes():
-                return int(folder.name)
+    """The process of an actor that runs a stage with a model, in a Ray that this process has started."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if any("PoolActor" in part for part in process.cmdline()):
+                return process.pid
     raise RuntimeError("no actor's process was found")
 
 
