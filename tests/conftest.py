@@ -33,7 +33,7 @@ _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of a file stay in one process, and so do those of folders that share a Ray."""
+    """Of tests that run side by side, those of a file stay together, and so do those of folders that share a Ray."""
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         item.add_marker(pytest.mark.xdist_group(folder if folder in _ONE_RAY else str(item.path)))
