@@ -107,7 +107,7 @@ def test_run_json_agrees_with_the_rows(run: Run, config: Config) -> None:
     assert set(facts["account"]["stage_seconds"]) == {"prepare", "tag", "load_image", "rerank", "ground"}
     assert 0 < facts["account"]["stage_seconds"]["tag"] < facts["seconds"]
     (pool,) = facts["account"]["pools"].values()
-    assert pool["actors"] == 2
+    assert pool["actors"] in (1, 2)  # as many as the work asked for
     assert 0 < pool["busy"] < pool["busy"] + pool["idle"] + pool["loading"] < 2 * facts["account"]["seconds"]
     assert facts["account"]["written_bytes"] > 0
     assert facts["models"] == models_of(config)
