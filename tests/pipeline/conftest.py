@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
+from gem_ray.pipeline.graph import PoolActor, _WatchedStage
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.summary import RunSummary
-from gem_ray.records import Post
+from gem_ray.records import Entity, Post, Status
+from gem_ray.stages import StageSpec
 
 GOOD_POSTS = 24
 
@@ -49,6 +53,34 @@ def text_config(config: Config) -> Config:
             "pipeline": config.pipeline.model_copy(update={"pools": pools}),
         }
     )
+
+
+@pytest.fixture(scope="session")
+def quick_actor() -> type[PoolActor]:
+    """The actor of `text_config` without its models, which take most of a short run to load.
+
+    In place of the tagger, words with a capital letter are people.
+    """
+
+    def find_capitals(posts: list[Post]) -> None:
+        for post in posts:
+            if post.status is Status.REJECTED:
+                continue
+            found = enumerate(re.finditer(r"\b[A-Z]\w*", post.text))
+            post.entities = [
+                Entity(word[0], *word.span(), number, number + 1, "person", "other", score=0.5)
+                for number, word in found
+            ]
+
+    class QuickActor(PoolActor):  # in a function, so that it travels to other processes by value
+        def _load(self, models: dict[str, str]) -> list[_WatchedStage]:
+            def stage(spec: StageSpec) -> GuardedStage:
+                is_tagger = spec.name == "tag"
+                return GuardedStage("tag", find_capitals) if is_tagger else build_stage(spec, self._config, models)
+
+            return [_WatchedStage(stage(spec), self._ledger, is_shared=True) for spec in self._pool.stages]
+
+    return QuickActor
 
 
 @pytest.fixture(scope="session")

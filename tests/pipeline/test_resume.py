@@ -20,12 +20,17 @@ from gem_ray.data.generated import generate
 from gem_ray.data.listing import MARKER
 from gem_ray.data.output import run_ids
 from gem_ray.data.shards import ROWS_BITS, write_posts
-from gem_ray.pipeline.graph import PoolActor
+from gem_ray.pipeline import graph
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory, RunFolder
 from gem_ray.records import Status
 
 Same = Callable[[Any, Any], None]
+
+
+@pytest.fixture(autouse=True)
+def _without_models(quick_actor: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gem_ray.pipeline.graph.PoolActor", quick_actor)
 
 
 def rows_of(output: Path) -> dict[int, dict[str, Any]]:
@@ -48,7 +53,7 @@ def files_of(output: Path) -> set[Path]:
 def breaking_at(file: int) -> type:
     """Actors that fail with the first row of a file of the input, counted from 0."""
 
-    class Breaking(PoolActor):
+    class Breaking(graph.PoolActor):
         def __call__(self, table: pa.Table) -> pa.Table:
             if (table["row_id"].to_numpy() >> ROWS_BITS == file).any():
                 self._ledger.set_failure("the card fell off the bus")
@@ -105,7 +110,7 @@ def test_groups_share_actors(local_ray, text_config: Config, posts: Path, tmp_pa
     loaded = tmp_path / "loaded"
     loaded.mkdir()
 
-    class Counted(PoolActor):
+    class Counted(graph.PoolActor):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             (loaded / str(os.getpid())).touch()
             super().__init__(*arguments, **named)
