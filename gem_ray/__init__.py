@@ -4,8 +4,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name == "Client":  # imported when it is used: it needs Arrow and httpx
-        from gem_ray.client import Client
+    if name in ("Client", "AsyncClient"):  # imported when they are used: they need httpx
+        from gem_ray import client
 
-        return Client
+        return getattr(client, name)
     raise AttributeError(f"module 'gem_ray' has no attribute {name!r}")

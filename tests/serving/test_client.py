@@ -1,56 +1,113 @@
-"""The package's client, against the real service, and against one that is out of order."""
+"""The package's clients, against the real service, against its API alone, and against one that is out of order."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import isawaitable
+from pathlib import Path
 
 import pytest
 
 import gem_ray
-from gem_ray.client import Annotation, ClientError
+from gem_ray.client import Annotation, ClientError, Limits
 from gem_ray.taxonomy import FMNERG_TREE
 
-TEXT = "Taylor Swift is in Paris tonight"
+TEXT = "Paris tonight"
+ROOT = Path(__file__).parents[2]
+
+
+class InALoop:
+    """The asynchronous client, asked as the other."""
+
+    def __init__(self, *args, **options):
+        self._runner = asyncio.Runner()
+        self._client = self._runner.run(self._call(gem_ray.AsyncClient, *args, **options))
+
+    @staticmethod
+    async def _call(function, *args, **options):
+        value = function(*args, **options)
+        if isinstance(value, AsyncIterator):
+            return [item async for item in value]
+        return await value if isawaitable(value) else value
+
+    def __getattr__(self, name):
+        return lambda *args, **options: self._runner.run(self._call(getattr(self._client, name), *args, **options))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+        self._runner.close()
+
+
+KINDS = {"sync": gem_ray.Client, "async": InALoop}
+
+
+@pytest.fixture(params=KINDS)
+def make(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module")
+def api(endpoint):
+    with endpoint(max_batch_posts=3, max_body_bytes=10_000) as api:
+        yield api
 
 
 @pytest.fixture
-def client(service):
-    with gem_ray.Client(service.url) as client:
+def client(api, make):
+    with make(f"http://127.0.0.1:{api.port}", retries=0) as client:
         yield client
 
 
-def test_a_post_with_an_image_in_memory_or_in_a_file(client, posts, tmp_path):
+def test_a_post_with_an_image_in_memory_or_in_a_file(service, posts, tmp_path, make):
     file = tmp_path / "image"
     file.write_bytes(posts[0].image_bytes)
-    first = client.annotate(posts[0].text, posts[0].image_bytes, post_id="a", heatmaps=True)
-    second = client.annotate(posts[0].text, file, post_id="a", heatmaps=True)
+    with make(service.url) as client:
+        answers = [
+            client.annotate(posts[0].text, image, post_id="a", heatmaps=True)
+            for image in (posts[0].image_bytes, file, str(file))
+        ]
+    first, *others = answers
     assert isinstance(first, Annotation)
-    assert found(first) == found(second)
-    assert first.post.post_id == "a"
+    assert all(found(other) == found(first) for other in others)
+    assert first.post_id == "a"
     assert first.models["tagger"].startswith("nano:tagger@")
-    seen = [entity for entity in first.post.entities if entity.point]
+    seen = [entity for entity in first.entities if entity.point]
     assert seen
     assert all(len(entity.heatmap.data) == entity.heatmap.height * entity.heatmap.width for entity in seen)
 
 
-def test_batches_and_streams(client, posts):
-    asked = [{"text": post.text, "image": post.image_bytes, "post_id": post.post_id} for post in posts[:8]]
-    batch = client.annotate_batch(asked)
-    assert [annotation.post.post_id for annotation in batch] == [post.post_id for post in posts[:8]]
-    streamed = dict(client.stream(asked))
-    assert [found(streamed[index]) for index in range(8)] == [found(annotation) for annotation in batch]
-
-
 def found(annotation):
-    return [(entity.text, entity.fine, entity.box is not None) for entity in annotation.post.entities]
+    return [(entity.text, entity.fine, entity.box) for entity in annotation.entities]
+
+
+def test_batches_of_any_number_are_cut_to_the_limits(api, client):
+    """Of posts, and of bytes: a post of 4,000 characters leaves no room for a third."""
+    asked = [{"text": f"{TEXT} {index}", "post_id": str(index)} for index in range(8)]
+    asked += [{"text": f"{TEXT} {'a' * 4000}", "post_id": str(index)} for index in range(8, 12)]
+    batch = client.annotate_batch(asked)
+    assert [annotation.post_id for annotation in batch] == [str(index) for index in range(12)]
+    assert all(annotation.entities[0].fine == "city" for annotation in batch)
+    streamed = dict(client.stream(asked))
+    assert [streamed[index].post_id for index in range(12)] == [str(index) for index in range(12)]
+    assert client.annotate_batch([]) == []
+    assert list(client.stream([])) == []
 
 
 def test_facts(client):
     assert client.taxonomy() == {name: list(fine) for name, fine in FMNERG_TREE.items()}
-    assert client.limits()["k"] == 2
+    limits = client.limits()
+    assert isinstance(limits, Limits)
+    assert (limits.max_batch_posts, limits.max_body_bytes) == (3, 10_000)
 
 
 def test_a_refusal_is_an_error_with_the_services_words(client):
@@ -58,8 +115,32 @@ def test_a_refusal_is_an_error_with_the_services_words(client):
         client.annotate("   ")
     assert caught.value.status == 422
     with pytest.raises(ClientError) as caught:
-        list(client.stream([]))
-    assert caught.value.status == 422
+        client.annotate_batch([{"text": "a" * 20_000}])
+    assert caught.value.status == 413
+
+
+def test_an_answer_may_say_more_than_is_known(api):
+    row = api.client.post("/v1/annotate", json={"text": TEXT}).json()
+    row["entities"][0]["colour"] = row["mood"] = "blue"
+    assert found(Annotation.from_json(row)) == [("Paris", "city", None)]
+
+
+def test_the_client_alone_needs_httpx_alone(tmp_path):
+    """The distribution `gem-ray-client`, which is one module; nothing of Ray, torch or Arrow is there."""
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", target]
+    subprocess.run([*command, ROOT / "client"], check=True, timeout=120, capture_output=True)
+    assert (target / "gem_ray_client" / "py.typed").exists()
+    code = """
+import sys
+import gem_ray_client
+assert gem_ray_client.Client and gem_ray_client.AsyncClient
+heavy = {"torch", "ray", "transformers", "pyarrow", "numpy", "pydantic", "gem_ray"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=target, timeout=60)
+    code = code.replace("gem_ray_client", "gem_ray.client").replace(', "gem_ray"}', "}")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 class OutOfOrder(BaseHTTPRequestHandler):
@@ -70,7 +151,9 @@ class OutOfOrder(BaseHTTPRequestHandler):
         status, headers = self.server.plan.pop(0)
         if status is None:
             return  # hangs up
-        body = json.dumps({"k": 2} if status == 200 else {"title": "No", "status": status, "detail": "why"}).encode()
+        body = json.dumps(
+            {"coarse": {"k": []}} if status == 200 else {"title": "No", "status": status, "detail": "why"}
+        ).encode()
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
@@ -82,46 +165,46 @@ class OutOfOrder(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def flaky(monkeypatch):
+def flaky(monkeypatch, make):
     monkeypatch.setattr("gem_ray.client._FIRST_PAUSE_S", 0.01)
     server = ThreadingHTTPServer(("127.0.0.1", 0), OutOfOrder)
     server.plan, server.times = [], []
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    server.client = gem_ray.Client(f"http://127.0.0.1:{server.server_port}", retries=3)
-    yield server
-    server.client.close()
+    server.client = make(f"http://127.0.0.1:{server.server_port}", retries=3)
+    with server.client:
+        yield server
     server.shutdown()
     server.server_close()
 
 
 def test_what_will_pass_is_tried_again(flaky):
     flaky.plan += [(503, {}), (None, {}), (429, {}), (200, {})]
-    assert flaky.client.limits() == {"k": 2}
+    assert flaky.client.taxonomy() == {"k": []}
 
 
 def test_the_service_says_how_long_to_wait(flaky):
     flaky.plan += [(429, {"Retry-After": "1"}), (200, {})]
-    flaky.client.limits()
+    flaky.client.taxonomy()
     assert flaky.times[1] - flaky.times[0] >= 1
 
 
 def test_there_is_an_end_to_trying(flaky):
     flaky.plan += [(503, {})] * 9
     with pytest.raises(ClientError, match="503 No: why"):
-        flaky.client.limits()
+        flaky.client.taxonomy()
     assert len(flaky.times) == 4
 
 
 def test_what_will_not_pass_is_not_tried_again(flaky):
     flaky.plan += [(401, {}), (200, {})]
     with pytest.raises(ClientError, match="401"):
-        flaky.client.limits()
+        flaky.client.taxonomy()
     assert len(flaky.times) == 1
 
 
-def test_nobody_there():
-    with gem_ray.Client("http://127.0.0.1:9", retries=0) as client, pytest.raises(ClientError, match="no answer"):
-        client.limits()
+def test_nobody_there(make):
+    with make("http://127.0.0.1:9", retries=0) as client, pytest.raises(ClientError, match="no answer"):
+        client.taxonomy()
 
 
 def test_the_package_has_nothing_else():
