@@ -39,7 +39,19 @@ function models(answer) {
 
 function sources(answer, text, image) {
   return card("The answer itself", null,
+    html("div", { class: "line" }, download("annotation.json", answer)),
     source("JSON", JSON.stringify(answer, null, 2)), source("The same with curl", curlCommand(text, image)));
+}
+
+/** A button that saves an answer as a file. */
+function download(name, answer) {
+  const button = html("button", { type: "button", class: "button", "data-download": name }, "Download JSON");
+  button.addEventListener("click", () => {
+    const url = URL.createObjectURL(new Blob([JSON.stringify(answer, null, 2)], { type: "application/json" }));
+    html("a", { href: url, download: name }).click();
+    URL.revokeObjectURL(url);
+  });
+  return button;
 }
 
 function source(title, content) {
