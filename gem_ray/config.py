@@ -400,13 +400,27 @@ class ServingConfig(_Section):
     api_keys_file: Path | None = Field(None, description="SHA-256 of the API keys in hex, a line each")
     api_keys_env: str = Field("GEM_RAY_API_KEYS", description="environment variable with such hashes, besides the file")
     max_body_bytes: PositiveInt = Field(24 * 2**20, description="body of a request")
+    max_bodies_bytes: PositiveInt = Field(
+        256 * 2**20, description="bodies of all requests that an ingress replica holds at once; above it answers 429"
+    )
+    body_timeout_s: float = Field(5, gt=0, description="time for a body to come; `min_body_rate` adds to it")
+    min_body_rate: PositiveInt = Field(
+        64 * 2**10,
+        description="bytes of a body for each of which `body_timeout_s` grows by a second, up to `timeout_s`",
+    )
     max_image_pixels: PositiveInt = Field(
         25_000_000,
         description="width × height over which a request's image is refused; `image.max_pixels` holds besides",
     )
     max_batch_posts: PositiveInt = Field(32, description="posts of a batch request")
     max_in_flight: PositiveInt = Field(64, description="posts in each ingress replica, above which it answers 429")
-    retry_after_s: PositiveInt = Field(1, description="what an answer of 429 or 503 asks its client to wait")
+    max_in_flight_per_key: PositiveInt | None = Field(
+        None,
+        description="posts of one API key in each ingress replica; null: three quarters of `max_in_flight`, "
+        "and at least a batch",
+    )
+    retry_after_s: PositiveInt = Field(1, description="what an answer of 429 or 503 asks its client to wait, at least")
+    access_log: Path | None = Field(None, description="file to which an ingress replica adds a line for each request")
     timeout_s: float = Field(60, gt=0, description="time for a post")
     image_hosts: list[str] = Field(
         default_factory=list, description="hosts from which `image_url` is fetched; empty: image URLs are refused"
@@ -436,6 +450,11 @@ class ServingConfig(_Section):
     @classmethod
     def _are_consecutive(cls, pools: list[ReplicaPool]) -> list[ReplicaPool]:
         return _consecutive(pools)
+
+    @property
+    def places_of_a_key(self) -> int:
+        """Posts of one API key in each ingress replica."""
+        return self.max_in_flight_per_key or max(self.max_batch_posts, self.max_in_flight * 3 // 4)
 
     @model_validator(mode="after")
     def _admits_a_batch(self) -> ServingConfig:

@@ -28,7 +28,7 @@ def serve(
 ) -> None:
     """Annotate over HTTP, with a page to try it, until the command is stopped (Ctrl-C, SIGTERM).
 
-    With `--config`, SIGHUP reads the file again: `user_config` changes without a restart.
+    SIGHUP reads the file of API keys again and, with `--config`, that file: `user_config` changes without a restart.
     """
     import signal
     from queue import SimpleQueue
@@ -38,7 +38,7 @@ def serve(
 
     prepare_own_ray()
     from gem_ray.serving.schemas import file_schema, preset_schema
-    from gem_ray.serving.session import redeploy, serving
+    from gem_ray.serving.session import redeploy, reload_keys, serving
 
     if config is None:
         schema = preset_schema(preset, set_ or (), host or "127.0.0.1", port or 8000)
@@ -57,6 +57,7 @@ def serve(
             try:
                 if config is not None:
                     redeploy(file_schema(config))
+                reload_keys(schema)
             except ConfigError as error:
                 typer.secho(f"nothing changes: {redacted(str(error))}", fg="red", err=True)
         typer.echo("finishing what has begun")
@@ -67,14 +68,18 @@ def new_key(
     to: Annotated[
         Path | None, typer.Option(help="Append the hash here, for serving.api_keys_file; else it is printed.")
     ] = None,
+    name: Annotated[str, typer.Option(help="Whose key it is, for metrics and the access log; one word.")] = "",
 ) -> None:
     """Make an API key: the key for a client, and its hash for the server."""
+    from gem_ray.serving.keys import ApiKeys
     from gem_ray.serving.keys import new_key as make
 
     key, digest = make()
+    line = f"{digest} {name}".strip()
+    ApiKeys(line)  # raises on a name that is none
     if to is not None:  # before the key is shown, which is worth nothing if its hash cannot be written
         with to.open("a", encoding="utf-8") as file:
-            file.write(f"{digest}\n")
+            file.write(f"{line}\n")
     typer.echo(f"key, for the client:   {key}")
     if to is None:
-        typer.echo(f"hash, for the server:  {digest}")
+        typer.echo(f"hash, for the server:  {line}")

@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
 from typing import Annotated as Typed
 from typing import Any
 from uuid import uuid4
 
 import httpx
-from fastapi import FastAPI, Query, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 import gem_ray
 from gem_ray.data.fetch import ImageError
-from gem_ray.records import Post, ProblemKind, Status
-from gem_ray.serving.bodies import BATCH_BODY, POST_BODY, read_batch, read_post
+from gem_ray.records import Post, ProblemKind, Status, model_rows
+from gem_ray.serving.bodies import read_batch, read_post
 from gem_ray.serving.flow import Flow, UnavailableError
-from gem_ray.serving.messages import AnnotationOut, BatchOut, Limits, PostIn, Taxonomy
-from gem_ray.serving.problems import (
-    MEDIA_TYPE,
-    ProblemDetails,
-    ProblemError,
-    add_problem_handlers,
-    problem_of,
-)
+from gem_ray.serving.messages import AnnotationOut, BatchOut, Limits, ModelOut, Models, PostIn, Taxonomy, Version
+from gem_ray.serving.openapi import BATCH_BODY, LINES, NDJSON, POST_BODY, add_openapi, problems
+from gem_ray.serving.problems import ProblemError, add_problem_handlers, problem_of
 from gem_ray.serving.scrape import METRICS_TYPE, scrape
 from gem_ray.serving.service import Service
 from gem_ray.taxonomy import LABEL_SETS
 
-_NDJSON = "application/x-ndjson"
 _DESCRIPTION = """Fine-grained entities of social posts, and where they are seen in the image.
 
 Every error is a problem (RFC 9457). A post that cannot be annotated for its own fault is an error of `/v1/annotate`
 (422; 403 and 413 for what `image_url` leads to), and a `rejected` or `degraded` row of `/v1/annotate/batch`."""
+_SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
 _FETCH_STATUS = {ProblemKind.IMAGE_FORBIDDEN: 403, ProblemKind.IMAGE_TOO_LARGE: 413}
 
 HeatMaps = Typed[bool, Query(description="Give the heat map of each entity that is seen.")]
@@ -51,36 +46,54 @@ def create_api(service: Service) -> FastAPI:
         description=_DESCRIPTION,
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # the guard takes them away: a redirect would leave a TLS proxy's scheme behind
     )
-    add_problem_handlers(api, service.config.serving.retry_after_s)
+    add_problem_handlers(api, service.flow)
+    add_openapi(api)
     _add_annotate(api, service)
     _add_batch(api, service)
     _add_facts(api, service)
     _add_state(api, service)
-    # Last: what no route above has is a file of the page, or nothing.
-    api.mount("/", StaticFiles(directory=str(resources.files("gem_ray.serving") / "page"), html=True))
+    _add_page(api)
     return api
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    content = {MEDIA_TYPE: {"schema": ProblemDetails.model_json_schema()}}
-    return {status: {"content": content, "description": "A problem"} for status in statuses}
+def _add_page(api: FastAPI) -> None:
+    """A route for each file: files that were mounted at the root would take requests of a wrong method for theirs."""
+    page = StaticFiles(packages=[("gem_ray.serving", "page")])
+    names = [file.name for file in (resources.files("gem_ray.serving") / "page").iterdir()]
+    paths = {"/": "index.html", "/docs": "docs.html"} | {f"/{name}": name for name in names}
+    swagger = StaticFiles(packages=[("fastapi_offline", "static")])
+    for files, shown in ((page, paths), (swagger, {f"/docs/{name}": name for name in _SWAGGER})):
+        for path, name in shown.items():
+            api.add_route(path, _answer_with(files, name), ["GET"], include_in_schema=False)
 
 
-_REFUSALS = _problems(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
+def _answer_with(files: StaticFiles, name: str) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return await files.get_response(name, request.scope)
+
+    return answer
+
+
+_REFUSALS = problems(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 def _add_annotate(api: FastAPI, service: Service) -> None:
     @api.post(
         "/v1/annotate",
+        operation_id="annotate",
+        tags=["annotate"],
         summary="Annotate a post",
         responses={200: {"model": AnnotationOut}, **_REFUSALS},
         openapi_extra=POST_BODY,
     )
     async def annotate(request: Request, heatmaps: HeatMaps = False) -> JSONResponse:
-        with service.flow.admitted(1):
-            asked = await read_post(request, service.config)
-            post = asked.to_post(uuid4().hex)
+        key = request.state.caller.key
+        service.flow.check_room(1, key)
+        asked = await read_post(request, service.config)
+        with service.flow.admitted(1, key):
+            post = asked.to_post(uuid4().hex, service.config.text.max_chars)
             if asked.image_url:
                 await _fetch_or_refuse(service.flow, post, asked.image_url)
             done = await service.flow.annotate(post)
@@ -105,20 +118,21 @@ def _refusal(post: Post) -> ProblemError:
 
 
 def _add_batch(api: FastAPI, service: Service) -> None:
-    lines = {"schema": {"type": "string", "description": "an annotation a line, as it is done, with its `index`"}}
-
     @api.post(
         "/v1/annotate/batch",
+        operation_id="annotate_batch",
+        tags=["annotate"],
         summary="Annotate posts; with `Accept: application/x-ndjson` each is answered as soon as it is done",
-        responses={200: {"model": BatchOut, "content": {_NDJSON: lines}}, **_REFUSALS},
+        responses={200: {"model": BatchOut, "content": {NDJSON: LINES}}, **_REFUSALS},
         openapi_extra=BATCH_BODY,
     )
     async def annotate_batch(request: Request, heatmaps: HeatMaps = False) -> Response:
-        with service.flow.admitted(1):  # so many bodies are read at once, at most
-            asked = (await read_batch(request, service.config)).posts
-        if _NDJSON in request.headers.get("accept", ""):
-            return _Lines(service, asked, heatmaps)
-        with service.flow.admitted(len(asked)):
+        key = request.state.caller.key
+        service.flow.check_room(1, key)
+        asked = (await read_batch(request, service.config)).posts
+        if NDJSON in request.headers.get("accept", ""):
+            return _Lines(service, asked, heatmaps, key)
+        with service.flow.admitted(len(asked), key):
             answers = await asyncio.gather(
                 *(_row(service, each, heatmaps) for each in asked), return_exceptions=True
             )  # none is left behind when another fails
@@ -130,7 +144,7 @@ def _add_batch(api: FastAPI, service: Service) -> None:
 
 async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any]:
     """A post of a batch: what is wrong with it is in its row."""
-    post = asked.to_post(uuid4().hex)
+    post = asked.to_post(uuid4().hex, service.config.text.max_chars)
     if asked.image_url:
         try:
             await service.flow.fetch_image(post, asked.image_url)
@@ -145,14 +159,15 @@ async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any
 class _Lines(StreamingResponse):
     """A line of JSON for each post, in the order in which they are done: its row, or a `problem`, and its `index`."""
 
-    def __init__(self, service: Service, asked: list[PostIn], heatmaps: bool) -> None:
-        super().__init__(self._lines(), media_type=_NDJSON)
+    def __init__(self, service: Service, asked: list[PostIn], heatmaps: bool, key: str | None) -> None:
+        super().__init__(self._lines(), media_type=NDJSON)
         self._service = service
         self._asked = asked
         self._heatmaps = heatmaps
+        self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.flow.admitted(len(self._asked)):
+        with self._service.flow.admitted(len(self._asked), self._key):
             await super().__call__(scope, receive, send)
 
     async def _lines(self) -> AsyncIterator[str]:
@@ -168,32 +183,46 @@ class _Lines(StreamingResponse):
         try:
             answer = await _row(self._service, asked, self._heatmaps)
         except Exception as error:
-            answer = {"problem": problem_of(error, self._service.config.serving.retry_after_s).to_dict()}
+            answer = {"problem": problem_of(error, self._service.flow.retry_after_s).to_dict()}
         return json.dumps({"index": index} | answer) + "\n"
 
 
 def _add_facts(api: FastAPI, service: Service) -> None:
-    @api.get("/v1/taxonomy", summary="The categories", responses=_problems(401, 403))
+    facts = APIRouter(tags=["facts"], responses=problems(400, 401, 403))
+
+    @facts.get("/v1/taxonomy", summary="The categories", operation_id="get_taxonomy")
     async def taxonomy() -> Taxonomy:
         labels = LABEL_SETS[service.config.labels]
         coarse = {name: list(fine) for name, fine in labels.tree.items()}
         return Taxonomy(labels=service.config.labels, coarse=coarse)
 
-    @api.get("/v1/limits", summary="What a request may hold", responses=_problems(401, 403))
+    @facts.get("/v1/limits", summary="What a request may hold", operation_id="get_limits")
     async def limits() -> Limits:
         return Limits.of(service.config, service.flow.filter, bool(service.keys))
 
+    @facts.get("/v1/models", summary="What annotates", operation_id="get_models")
+    async def models() -> Models:
+        return Models(models=[ModelOut(**row) for row in model_rows(await service.models())])
+
+    @facts.get("/version", summary="What answers", operation_id="get_version")
+    async def version() -> Version:
+        return Version(version=gem_ray.__version__, run_id=service.run_id)
+
+    api.include_router(facts)
+
 
 def _add_state(api: FastAPI, service: Service) -> None:
-    @api.get("/healthz", summary="Whether this process answers", response_class=PlainTextResponse)
+    state = APIRouter(tags=["operations"], default_response_class=PlainTextResponse, responses=problems(400))
+
+    @state.get("/healthz", summary="Whether this process answers", operation_id="get_health")
     async def healthz() -> str:
         return "ok\n"
 
-    @api.get(
+    @state.get(
         "/readyz",
         summary="Whether every pool of stages has a process",
-        response_class=PlainTextResponse,
-        responses=_problems(503),
+        operation_id="get_readiness",
+        responses=problems(503),
     )
     async def readyz() -> str:
         missing = await service.missing_pools()
@@ -201,11 +230,13 @@ def _add_state(api: FastAPI, service: Service) -> None:
             raise UnavailableError(f"no process of {', '.join(missing)}")
         return "ready\n"
 
-    @api.get(
+    @state.get(
         "/metrics",
         summary="Of all nodes, for Prometheus",
-        response_class=PlainTextResponse,
-        responses=_problems(401, 403, 503),
+        operation_id="get_metrics",
+        responses=problems(401, 403, 503),
     )
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(await scrape(), media_type=METRICS_TYPE)
+
+    api.include_router(state)

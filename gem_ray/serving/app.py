@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from gem_ray.config import Config, ReplicaPlacement, ReplicaPool, load_config
 from gem_ray.pools import Pool, serving_pools
+from gem_ray.serving.access import Access
 from gem_ray.serving.api import create_api
 from gem_ray.serving.guard import Guard
 from gem_ray.serving.replica import PoolReplica
@@ -24,6 +25,13 @@ from gem_ray.serving.settings import INGRESS, pool_settings
 
 # Requests beyond `max_in_flight` that still get in, to be refused with a problem rather than with Serve's plain text.
 _TO_REFUSE = 1024
+
+
+def guarded(service: Service) -> ASGIApp:
+    """The API of a service, and all that stands before it."""
+    serving = service.config.serving
+    guard = Guard(create_api(service), service.keys, serving)
+    return Access(guard, service.flow, serving.access_log, serving.max_in_flight)
 
 
 @serve.ingress()
@@ -37,15 +45,18 @@ class Ingress:
     """
 
     def __init__(self, config: Config, run_id: str, pools: Mapping[str, DeploymentHandle]) -> None:
-        self._config = config
         self._service = Service(config, pools, run_id)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return Guard(create_api(self._service), self._service.keys, self._config.serving)
+        return guarded(self._service)
 
     async def drain(self) -> None:
         """As `Flow.drain`."""
         await self._service.flow.drain()
+
+    def reload_keys(self) -> None:
+        """As `ApiKeys.reload`."""
+        self._service.keys.reload()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """As `Service.reconfigure`."""

@@ -3,59 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import re
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from gem_ray.config import Config
 from gem_ray.plurals import counted
-from gem_ray.serving.messages import BatchIn, PostIn
+from gem_ray.serving.messages import MAX_TOKENS, BatchIn, PostIn
 from gem_ray.serving.problems import ProblemError
 
 _Model = TypeVar("_Model", bound=BaseModel)
-_JSON, _FORM = "application/json", "multipart/form-data"
+JSON, FORM = "application/json", "multipart/form-data"
 _SHOWN_ERRORS = 5
-
-
-def _documented(schemas: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    content = {media_type: {"schema": schema} for media_type, schema in schemas.items()}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _form_schema() -> dict[str, Any]:
-    schema = PostIn.model_json_schema()
-    schema["properties"]["image"] = {"type": "string", "format": "binary", "description": "an encoded image, as a file"}
-    return schema
-
-
-def _batch_schema() -> dict[str, Any]:
-    schema = BatchIn.model_json_schema()
-    del schema["$defs"]
-    schema["properties"]["posts"]["items"] = PostIn.model_json_schema()
-    return schema
-
-
-# For the OpenAPI document: FastAPI knows no endpoint that takes one of two kinds of body.
-POST_BODY = _documented({_JSON: PostIn.model_json_schema(), _FORM: _form_schema()})
-BATCH_BODY = _documented({_JSON: _batch_schema()})
+_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_COUNTED_AT_ONCE = 2**14
+_VALUES_OF_A_POST = MAX_TOKENS + 64  # fields, and room for some that are wrong
 
 
 async def read_post(request: Request, config: Config) -> PostIn:
     """The post of a request.
 
     Raises:
-        ProblemError: 408 for a body that does not come, 413 for an image that is too large, 415 for another type of
-            content, 422 for a wrong body.
+        ProblemError: 413 for an image that is too large, 415 for another type of content, 422 for a wrong body.
     """
-    is_form = _content_type(request, _JSON, _FORM) == _FORM
-    async with _in_time(config):
-        asked = await _from_form(request) if is_form else _parse(PostIn, await request.body())
-    _check_limits(asked, config)
+    is_form = _content_type(request, JSON, FORM) == FORM
+    asked = await (_from_form(request) if is_form else _from_json(request, PostIn, posts=1))
+    size, limit = len(asked.image or b""), config.image.max_bytes
+    if size > limit:
+        raise ProblemError(413, f"the image has {size:,} bytes; {limit:,} are allowed")
     return asked
 
 
@@ -65,32 +45,75 @@ async def read_batch(request: Request, config: Config) -> BatchIn:
     Raises:
         ProblemError: as `read_post`, and 413 for too many posts.
     """
-    _content_type(request, _JSON)
-    async with _in_time(config):
-        asked = _parse(BatchIn, await request.body())
-    if len(asked.posts) > config.serving.max_batch_posts:
-        raise ProblemError(413, f"{counted(len(asked.posts), 'post')}; {config.serving.max_batch_posts:,} allowed")
-    for post in asked.posts:
-        _check_limits(post, config)
-    return asked
+    _content_type(request, JSON)
+    return await _from_json(request, BatchIn, config.serving.max_batch_posts)
 
 
-@asynccontextmanager
-async def _in_time(config: Config) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(config.serving.timeout_s):
-            yield
-    except TimeoutError:
-        raise ProblemError(408, f"the body did not come within {config.serving.timeout_s:g} s") from None
+async def _from_json(request: Request, model: type[_Model], posts: int) -> _Model:
+    """What a JSON body holds.
+
+    Raises:
+        ProblemError: 413 for more values than a request can need, 422 for a wrong body.
+    """
+    counter = _JsonCounter(posts)
+    parts = []
+    async for part in request.stream():
+        parts.append(part)
+        for start in range(0, len(part), _COUNTED_AT_ONCE):
+            counter.add(part[start : start + _COUNTED_AT_ONCE])
+            await asyncio.sleep(0)  # others have their turn
+    return await asyncio.to_thread(_parse, model, b"".join(parts))
 
 
-def _check_limits(asked: PostIn, config: Config) -> None:
-    size, limit = len(asked.image or b""), config.image.max_bytes
-    if size > limit:
-        raise ProblemError(413, f"the image has {size:,} bytes; {limit:,} are allowed")
-    for name in ("caption", "knowledge"):  # the text's length is checked with the text, as in bulk
-        if len(getattr(asked, name) or "") > config.text.max_chars:
-            raise ProblemError(422, f"{name} has more than {config.text.max_chars:,} characters")
+class _JsonCounter:
+    """Counts what a JSON body holds while it comes: a parser makes an object of each value before it checks any.
+
+    Only strings and structure are told apart. (ijson, which counts as well, takes seconds for a string of megabytes: it
+    reads what it has of it again with every part.)
+
+    Args:
+        posts: that the body may hold.
+    """
+
+    def __init__(self, posts: int) -> None:
+        self._posts = posts
+        self._objects = 0
+        self._values = 0
+        self._is_in_string = False
+        self._escape = b""
+
+    def add(self, part: bytes) -> None:
+        """Count another part of the body.
+
+        Raises:
+            ProblemError: 413 for more posts, or more values than they can need.
+        """
+        part = self._escape + part
+        self._escape = b""
+        position = 0
+        while position < len(part):
+            position = self._end_of_string(part, position) if self._is_in_string else self._string(part, position)
+
+    def _end_of_string(self, part: bytes, start: int) -> int:
+        end = part.find(b'"', start) % (len(part) + 1)  # the part's own where there is none
+        if part.find(b"\\", start, end) >= 0:
+            end = _IN_STRING.match(part, start).end()  # type: ignore[union-attr]  # it matches nothing, too
+        self._is_in_string = part[end : end + 1] != b'"'
+        if part[end:] == b"\\":  # what it escapes is in the next part
+            self._escape = b"\\"
+        return end + 1
+
+    def _string(self, part: bytes, start: int) -> int:
+        end = part.find(b'"', start)
+        self._is_in_string = end >= 0
+        structure = part[start : end if end >= 0 else None]
+        self._objects += structure.count(b"{")
+        self._values += sum(map(structure.count, (b",", b":", b"[", b"{")))
+        if self._objects > self._posts + 1:  # the batch itself is one
+            raise ProblemError(413, f"more than {counted(self._posts, 'post')} in the body")
+        if self._values > self._posts * _VALUES_OF_A_POST:
+            raise ProblemError(413, "the body holds more JSON values than so many posts can")
+        return end + 1 if end >= 0 else len(part)
 
 
 def _parse(model: type[_Model], body: bytes) -> _Model:
@@ -102,7 +125,7 @@ def _parse(model: type[_Model], body: bytes) -> _Model:
 
 async def _from_form(request: Request) -> PostIn:
     try:
-        form = await request.form(max_files=1, max_fields=2000)
+        form = await request.form(max_files=1, max_fields=MAX_TOKENS + 8)
     except HTTPException as error:  # Starlette's, of a form that it cannot parse
         raise ProblemError(422, f"the form cannot be read: {error.detail}") from None
     except UnicodeError:
@@ -141,11 +164,19 @@ def _fields(form: FormData) -> dict[str, Any]:
 
 
 def _content_type(request: Request, *allowed: str) -> str:
-    given = request.headers.get("content-type", "")
-    media_type = given.partition(";")[0].strip().lower()
-    if media_type not in allowed:
-        raise ProblemError(415, f"the body must be {' or '.join(allowed)}, not {media_type or 'untyped'}")
-    return media_type
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise ProblemError(
+            415, f"the body must not be compressed; {encoding} is not read", {"Accept-Encoding": "identity"}
+        )
+    media_type, options = parse_options_header(request.headers.get("content-type", ""))
+    name = media_type.decode("latin-1").strip().lower()
+    if name not in allowed:
+        raise ProblemError(415, f"the body must be {' or '.join(allowed)}, not {name or 'untyped'}")
+    charset = options.get(b"charset", b"utf-8").lower()
+    if name == JSON and charset not in (b"utf-8", b"utf8"):
+        raise ProblemError(415, "JSON must be in UTF-8")
+    return name
 
 
 def _unprocessable(error: ValidationError) -> ProblemError:

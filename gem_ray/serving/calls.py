@@ -27,11 +27,13 @@ class Answer(NamedTuple):
         post: as the pool leaves it, without its image.
         models: role -> `reference@hash` of what the process that answered has loaded for the stages that it needed.
         seconds: of its batch in each of these stages.
+        began: when each of these began, in seconds since the epoch; None: not known.
     """
 
     post: Post
     models: dict[str, str]
     seconds: dict[str, float]
+    began: dict[str, float] | None = None
 
 
 class PoolHandle(Protocol):
@@ -95,6 +97,11 @@ class PoolCalls:
         self._alone = asyncio.Lock()
         self._lingering: asyncio.TimerHandle | None = None
         self._last_call_s = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Posts for which no call has begun."""
+        return len(self._waiting)
 
     async def __call__(self, post: Post, settings: FilterConfig) -> Answer:
         """The pool's answer about a post; a post over which two processes died has failed in the stage that did it.
@@ -191,7 +198,12 @@ class PoolCalls:
                 if name == LOAD_IMAGE or done.post.is_rejected:
                     break  # the stages that look at the image would load it, and end in the same way
             else:
-                done = Answer(answer.post, done.models | answer.models, done.seconds | answer.seconds)
+                done = Answer(
+                    answer.post,
+                    done.models | answer.models,
+                    done.seconds | answer.seconds,
+                    (done.began or {}) | (answer.began or {}),
+                )
         return done
 
     async def _call(self, posts: list[Post], settings: FilterConfig, only: str | None) -> list[Answer]:

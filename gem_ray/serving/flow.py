@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,13 +18,16 @@ from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.plurals import counted
 from gem_ray.pools import Pool, serving_pools
 from gem_ray.records import Post, ProblemKind
+from gem_ray.serving.access import REQUEST_ID
 from gem_ray.serving.calls import BusyError, PoolCalls, PoolHandle, UnavailableError
+from gem_ray.serving.tracing import add_stage_spans
 
 logger = logging.getLogger(__name__)
 
 UNTOLD = (ProblemKind.STAGE_FAILED, ProblemKind.KNOWLEDGE_FAILED)
 """Kinds of problems whose messages are for the owner of the service alone."""
 
+_NEWEST = 0.1  # the weight of the newest in the mean of the posts' times
 _POLL_S = 0.05
 _LAST_ANSWERS_S = 0.5  # they are still on their way through the proxy
 
@@ -67,6 +72,9 @@ class Flow:
         self._fetcher = Fetcher(config.image.model_copy(update=limits))
         self._fetchers = ThreadPoolExecutor(config.image.fetch_concurrency, "fetch")
         self.in_flight = 0
+        self._of_keys: Counter[str] = Counter()
+        self._begun: dict[int, float] = {}
+        self._seconds = 0.0
         self.is_closed = False
         self.set_filter(config.filter)
 
@@ -74,9 +82,17 @@ class Flow:
         """Route posts that come from now on by other settings."""
         self.filter = settings
 
-    @contextmanager
-    def admitted(self, posts: int) -> Iterator[None]:
-        """Room for posts, for as long as the block runs.
+    @property
+    def waiting(self) -> int:
+        """Posts that wait for a call of a pool."""
+        return sum(calls.waiting for calls in self._calls.values())
+
+    def check_room(self, posts: int, key: str | None = None) -> None:
+        """Refuse posts for which there is no place, before their body is read and after.
+
+        Args:
+            posts: how many.
+            key: name of the API key that they came with.
 
         Raises:
             BusyError: there is none.
@@ -84,13 +100,26 @@ class Flow:
         """
         if self.is_closed:
             raise UnavailableError("the service is being stopped")
-        if self.in_flight + posts > self._config.serving.max_in_flight:
+        serving = self._config.serving
+        if self.in_flight + posts > serving.max_in_flight:
             raise BusyError(f"{counted(self.in_flight, 'post is', 'posts are')} being annotated")
-        self.in_flight += posts
+        if key is not None and self._of_keys[key] + posts > serving.places_of_a_key:
+            raise BusyError(f"{counted(self._of_keys[key], 'post')} of this API key are being annotated")
+
+    @contextmanager
+    def admitted(self, posts: int, key: str | None = None) -> Iterator[None]:
+        """Room for posts, for as long as the block runs; as `check_room`."""
+        self.check_room(posts, key)
+        self._count(posts, key)
         try:
             yield
         finally:
-            self.in_flight -= posts
+            self._count(-posts, key)
+
+    def _count(self, posts: int, key: str | None) -> None:
+        self.in_flight += posts
+        if key is not None:
+            self._of_keys[key] += posts
 
     def _calls_of(self, pool: Pool[ReplicaPool], handle: PoolHandle) -> PoolCalls:
         names = [spec.name for spec in pool.stages]
@@ -138,18 +167,43 @@ class Flow:
             UnavailableError: a pool has no process.
         """
         done = Annotated(post, self.filter)
-        async with asyncio.timeout(self._config.serving.timeout_s):
-            await self._annotate(done)
+        with self._timed(post):
+            async with asyncio.timeout(self._config.serving.timeout_s):
+                await self._annotate(done)
         for problem in done.post.problems:
             if problem.kind in UNTOLD:
-                logger.error("post %s, stage %s: %s", post.post_id, problem.stage, problem.message)
+                logger.error(
+                    "request %s, post %s, stage %s: %s",
+                    REQUEST_ID.get(), post.post_id, problem.stage, problem.message,
+                )  # fmt: skip
         return done
+
+    @contextmanager
+    def _timed(self, post: Post) -> Iterator[None]:
+        started = self._begun[id(post)] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._begun[id(post)]
+            self._seconds += _NEWEST * (time.monotonic() - started - self._seconds)
+
+    @property
+    def retry_after_s(self) -> int:
+        """When a post that is refused now would find a place: those that have one leave after as long as the last did.
+
+        Where none leaves any more, after as long as the oldest has been there.
+        """
+        now, serving = time.monotonic(), self._config.serving
+        seconds = max(self._seconds if self._begun else 0, now - next(iter(self._begun.values()), now))
+        return math.ceil(min(max(seconds, serving.retry_after_s), serving.timeout_s))
 
     async def _annotate(self, done: Annotated) -> None:
         for stage in self._own:
-            started = time.perf_counter()
+            began, started = time.time(), time.perf_counter()
             stage([done.post])
-            done.add({stage.name: time.perf_counter() - started})
+            seconds = {stage.name: time.perf_counter() - started}
+            add_stage_spans({stage.name: began}, seconds)
+            done.add(seconds)
         for pool in self._pools:
             if pool.is_needed_by(done.post, self._config):
                 await self._visit(pool, done)
@@ -162,4 +216,5 @@ class Flow:
         elapsed = time.perf_counter() - started
         done.post = replace(answer.post, image_bytes=encoded)
         done.models |= answer.models
+        add_stage_spans(answer.began or {}, answer.seconds)
         done.add(answer.seconds | {"waiting": max(0.0, elapsed - sum(answer.seconds.values()))})

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 
 from gem_ray.config import ServingConfig
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.problems import ProblemError, problem_of
+from gem_ray.serving.uploads import Uploads
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _PROTECTED = ("/v1/", "/metrics")
 # Somebody stands between, and asks for others.
-_PROXIED = {"forwarded", "x-forwarded-for"}
+_PROXIED = re.compile(r"forwarded|via|x-forwarded-.*|x-original-.*|.*-client-ip|.*-connecting-ip|x-(real|cluster)-.*ip")
+_SAFE = ("GET", "HEAD", "OPTIONS")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:",
     "X-Content-Type-Options": "nosniff",
@@ -27,10 +29,23 @@ _HEADERS = {
 }
 
 
+class Caller(NamedTuple):
+    """Who asks.
+
+    Attributes:
+        host: address of the peer.
+        key: name of the API key; None where the server has none.
+    """
+
+    host: str
+    key: str | None
+
+
 class Guard:
     """ASGI middleware, outermost.
 
-    Without keys only this machine is served, whatever address the proxy listens on.
+    Without keys only this machine is served, whatever address the proxy listens on. `HEAD` is answered as `GET` without
+    the body, and a path with a slash at its end as the one without.
 
     Args:
         app: the API.
@@ -42,6 +57,7 @@ class Guard:
         self._app = app
         self._keys = keys
         self._max_body_bytes = limits.max_body_bytes
+        self._uploads = Uploads(limits)
         self._retry_after_s = limits.retry_after_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,6 +65,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_head = scope["method"] == "HEAD"
         has_begun = False
 
         async def send_guarded(message: Message) -> None:
@@ -56,66 +73,83 @@ class Guard:
             if message["type"] == "http.response.start":
                 has_begun = True
                 MutableHeaders(raw=message.setdefault("headers", [])).update(_HEADERS)
+            elif is_head:
+                message = message | {"body": b""}
             await send(message)
 
+        asked = scope | {"path": _path(scope), "method": "GET" if is_head else scope["method"]}
+        asked.setdefault("state", {})
         try:
-            self._check(scope)
-            await self._app(scope, self._counting(receive), send_guarded)
+            caller = self._check(asked)
+            asked["state"]["caller"] = caller
+            with self._uploads.limited(receive, caller.key or caller.host) as limited:
+                await self._app(asked, limited, send_guarded)
         except Exception as error:
             if has_begun:
                 raise
             await problem_of(error, self._retry_after_s).response()(scope, receive, send_guarded)
+        finally:
+            route = asked.get("route")
+            if route is not None:
+                asked["state"]["endpoint"] = route.path
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> Caller:
         headers = Headers(scope=scope)
-        if scope["path"].removeprefix(scope.get("root_path", "")).startswith(_PROTECTED):
-            self._check_key(scope, headers)
+        is_protected = scope["path"].removeprefix(scope.get("root_path", "")).startswith(_PROTECTED)
+        caller = Caller(_host(scope), self._key(scope, headers) if is_protected else None)
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             raise ProblemError(400, "Content-Length is no number")
         if int(length) > self._max_body_bytes:
-            raise self._too_large()
+            raise self._uploads.too_large()
+        return caller
 
-    def _check_key(self, scope: Scope, headers: Headers) -> None:
+    def _key(self, scope: Scope, headers: Headers) -> str | None:
+        """The name of the key that a request brings, if the server has any."""
         if not self._keys:
-            # The name too: another site's may resolve to this machine, and its scripts would be let in.
-            if not (_is_loopback(scope) and _names_loopback(headers.get("host", ""))) or _PROXIED & set(headers.keys()):
-                raise ProblemError(403, "this server has no API keys, so it serves its own machine only")
-            return
+            self._check_is_local(scope, headers)
+            return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or key.strip() not in self._keys:
+        name = self._keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
+        if name is None:
             raise ProblemError(401, "send a valid API key: Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+        return name
 
-    def _counting(self, receive: Receive) -> Receive:
-        """Bodies without a length, or of another one than they claim."""
-        received = 0
+    def _check_is_local(self, scope: Scope, headers: Headers) -> None:
+        # The name too: another site's may resolve to this machine, and its scripts would be let in.
+        is_local = _is_loopback(_host(scope)) and _names_loopback(headers.get("host", ""))
+        if not is_local or any(_PROXIED.fullmatch(name) for name in headers):
+            raise ProblemError(403, "this server has no API keys, so it serves its own machine only")
+        if scope["method"] not in _SAFE and not _is_same_origin(headers):
+            raise ProblemError(403, "a page of another site sent this; a server without API keys serves its own only")
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise self._too_large()
-            return message
 
-        return counted
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.rstrip("/") or "/"
 
-    def _too_large(self) -> ProblemError:
-        return ProblemError(413, f"the body has more than {self._max_body_bytes:,} bytes", {"Connection": "close"})
+
+def _host(scope: Scope) -> str:
+    client = scope.get("client")
+    return client[0] if client else ""
+
+
+def _is_same_origin(headers: Headers) -> bool:
+    """Whether no browser says that another site's page sends this; programs that are no browsers say nothing."""
+    if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        return False
+    origin = headers.get("origin")
+    return origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
 
 
 def _names_loopback(host: str) -> bool:
     """Whether a `Host` header names this machine as itself."""
     name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
-    try:
-        return name.lower() == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return name.lower() == "localhost" or _is_loopback(name.strip("[]"))
 
 
-def _is_loopback(scope: Scope) -> bool:
-    client = scope.get("client")
+def _is_loopback(address: str) -> bool:
     try:
-        return client is not None and ipaddress.ip_address(client[0]).is_loopback
+        return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return False

@@ -5,46 +5,89 @@ from __future__ import annotations
 import base64
 import binascii
 from typing import Annotated as Typed
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from gem_ray.config import Config, FilterConfig
+from gem_ray.data.images import BYTES_PER_PIXEL
 from gem_ray.data.prepare import post_from_row
 from gem_ray.records import Post, ProblemKind, model_rows
 from gem_ray.serving.flow import UNTOLD, Annotated
 
+MAX_TOKENS = 2000
+"""Words of a post that brings its own."""
+_BASE64_PART = 2**20
+_BYTES_OF_A_CHAR = 12  # \\ud83d\\ude00
+_BODY_FRAME = 2048  # names, quotes and the post's id
+
 
 def _from_base64(value: Any) -> Any:
+    """Bytes of base64, which may stand in a data URL."""
     if not isinstance(value, str):
         return value
+    if value[:5].lower() == "data:":
+        head, _, value = value.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise ValueError("a data URL must be base64: data:image/png;base64,…")
     try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
+        if "=" in value[:-2]:
+            raise ValueError
+        # In parts, because each call keeps the interpreter's lock: other requests get it in between.
+        parts = (value[start : start + _BASE64_PART] for start in range(0, len(value), _BASE64_PART))
+        return b"".join(binascii.a2b_base64(part, strict_mode=True) for part in parts)
+    except ValueError:  # binascii.Error is one
         raise ValueError("it is not base64 (RFC 4648, with padding, without line breaks)") from None
 
 
-Base64 = Typed[
-    bytes,
-    BeforeValidator(_from_base64),
-    WithJsonSchema({"type": "string", "contentEncoding": "base64", "pattern": "^[A-Za-z0-9+/]*={0,2}$"}),
-]
+class BadImage(NamedTuple):
+    """In the place of an image that cannot be read from its request."""
+
+    reason: str
+
+
+def _from_base64_or_bad(value: Any) -> Any:
+    try:
+        return _from_base64(value)
+    except ValueError as error:
+        return BadImage(str(error))
+
+
+_PATTERN = "^(data:[^,]*;base64,)?[A-Za-z0-9+/]*={0,2}$"
+_BASE64_SCHEMA = {"type": "string", "contentEncoding": "base64"}
+Base64 = Typed[bytes, BeforeValidator(_from_base64), WithJsonSchema(_BASE64_SCHEMA | {"pattern": _PATTERN})]
+Base64OrBad = Typed[bytes | BadImage, BeforeValidator(_from_base64_or_bad), WithJsonSchema(_BASE64_SCHEMA)]
 
 
 class PostIn(BaseModel):
     """A post to annotate."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"text": "Taylor Swift is in Paris tonight"}]}
+    )
 
     text: str = Field(min_length=1, description="not blank; `GET /v1/limits` says how long it may be")
     post_id: str | None = Field(
         None, min_length=1, max_length=512, description="comes back in the answer; none: one is made up"
     )
-    tokens: list[str] | None = Field(None, description="the text's words in order; none: the text is cut into words")
+    tokens: Typed[list[str], Field(max_length=MAX_TOKENS, fail_fast=True)] | None = Field(
+        None, description="the text's words in order; none: the text is cut into words"
+    )
     caption: str | None = Field(None, description="of the image, for the tagger")
     knowledge: str | None = Field(None, description="auxiliary knowledge, for the tagger")
-    image: Base64 | None = Field(None, description="an encoded image, in base64")
-    image_url: str | None = Field(None, description="https:// address on a host that the server's owner has allowed")
+    image: Base64 | None = Field(None, description="an encoded image, in base64, or a data URL of that")
+    image_url: str | None = Field(
+        None, description="https:// address on a host that the server's owner has allowed, or a data URL"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_data_url(cls, values: Any) -> Any:
+        """A data URL is an image, wherever it stands."""
+        url = values.get("image_url") if isinstance(values, dict) else None
+        if isinstance(url, str) and url[:5].lower() == "data:" and values.get("image") is None:
+            return values | {"image": url, "image_url": None}
+        return values
 
     @model_validator(mode="after")
     def _has_one_image(self) -> PostIn:
@@ -52,18 +95,42 @@ class PostIn(BaseModel):
             raise ValueError("give image or image_url, not both")
         return self
 
-    def to_post(self, post_id: str) -> Post:
-        """As `post_from_row` makes it of an input row; `image_url` is left for the caller to fetch."""
-        row = self.model_dump(include={"text", "tokens", "caption", "knowledge", "image"})
-        return post_from_row(row | {"post_id": self.post_id or post_id})
+    def to_post(self, post_id: str, max_chars: int) -> Post:
+        """As `post_from_row` makes it of an input row; `image_url` is left for the caller to fetch.
+
+        Args:
+            post_id: where it has none of its own.
+            max_chars: of text, caption and knowledge; a post with longer ones is rejected, without a look at them.
+        """
+        name = post_id if self.post_id is None else self.post_id
+        for field in ("text", "caption", "knowledge"):
+            if (size := len(getattr(self, field) or "")) > max_chars:
+                post = Post(name, self.text)
+                message = f"{field} has {size:,} characters; {max_chars:,} are allowed"
+                post.fail("prepare", ProblemKind.TEXT_TOO_LONG, message)
+                return post
+        bad = self.image.reason if isinstance(self.image, BadImage) else None
+        row = self.model_dump(include={"text", "tokens", "caption", "knowledge"})
+        post = post_from_row(row | {"post_id": name, "image": None if bad else self.image})
+        if bad:
+            post.fail("load_image", ProblemKind.IMAGE_UNREADABLE, bad)
+        return post
+
+
+class BatchPostIn(PostIn):
+    """A post of a batch: an image that is no base64 costs its row, not the batch."""
+
+    image: Base64OrBad | None = Field(None, description="an encoded image, in base64, or a data URL of that")  # type: ignore[assignment]
 
 
 class BatchIn(BaseModel):
     """Posts to annotate in one request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"posts": [{"text": "Taylor Swift is in Paris tonight"}]}]}
+    )
 
-    posts: list[PostIn] = Field(min_length=1, description="`GET /v1/limits` says how many there may be")
+    posts: list[BatchPostIn] = Field(min_length=1, description="`GET /v1/limits` says how many there may be")
 
 
 class CandidateOut(BaseModel):
@@ -162,6 +229,26 @@ class BatchOut(BaseModel):
     annotations: list[AnnotationOut]
 
 
+class AnnotationLine(AnnotationOut):
+    """A line of a batch that is answered as posts are done."""
+
+    index: int = Field(description="of the post in the batch")
+
+
+class Models(BaseModel):
+    """What annotates here."""
+
+    models: list[ModelOut]
+
+
+class Version(BaseModel):
+    """What answers."""
+
+    version: str = Field(description="of gem-ray")
+    api: Literal["v1"] = "v1"
+    run_id: str = Field(description="of this deployment of the service")
+
+
 class Taxonomy(BaseModel):
     """Categories: coarse -> fine."""
 
@@ -172,10 +259,13 @@ class Taxonomy(BaseModel):
 class Limits(BaseModel):
     """What a request may hold."""
 
-    max_body_bytes: int = Field(description="of a whole request")
-    max_image_bytes: int = Field(description="of an encoded image")
-    max_image_pixels: int = Field(description="width × height")
+    max_body_bytes: int = Field(description="of a whole request, all images of a batch included")
+    max_image_bytes: int = Field(
+        description="of an encoded image; it fits into a body beside the longest text, in base64"
+    )
+    max_image_pixels: int = Field(description="width × height, in every format")
     max_text_chars: int = Field(description="of text, caption and knowledge, each")
+    max_tokens: int = Field(description="words of a post that brings its own")
     max_batch_posts: int
     timeout_s: float = Field(description="time for a post")
     image_urls: bool = Field(description="whether `image_url` is fetched at all")
@@ -186,13 +276,17 @@ class Limits(BaseModel):
     @classmethod
     def of(cls, config: Config, settings: FilterConfig, api_key: bool) -> Limits:
         """From the configuration, and the filter's settings of now."""
-        serving = config.serving
+        serving, image = config.serving, config.online_image
+        beside_texts = serving.max_body_bytes - 3 * _BYTES_OF_A_CHAR * config.text.max_chars - _BODY_FRAME
         return cls(
             max_body_bytes=serving.max_body_bytes,
-            max_image_bytes=config.image.max_bytes,
-            max_image_pixels=config.online_image.max_pixels,
+            max_image_bytes=max(0, min(image.max_bytes, beside_texts * 3 // 4)),
+            max_image_pixels=min(image.max_pixels, image.max_decoding_bytes // max(BYTES_PER_PIXEL.values())),
             max_text_chars=config.text.max_chars,
-            max_batch_posts=serving.max_batch_posts,
+            max_tokens=MAX_TOKENS,
+            max_batch_posts=min(serving.max_batch_posts, serving.places_of_a_key)
+            if api_key
+            else serving.max_batch_posts,
             timeout_s=serving.timeout_s,
             image_urls=bool(serving.image_hosts),
             gamma=settings.gamma,

@@ -8,11 +8,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from gem_ray.serving.flow import BusyError, UnavailableError
+from gem_ray.serving.access import REQUEST_ID
+from gem_ray.serving.flow import BusyError, Flow, UnavailableError
 
 MEDIA_TYPE = "application/problem+json"
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ class ProblemDetails(BaseModel):
     status: int
     detail: str
     instance: str | None = None
+    request_id: str | None = Field(None, description="`X-Request-ID`, which the server's logs have, too")
 
 
 class ProblemError(Exception):
@@ -40,14 +43,15 @@ class ProblemError(Exception):
     def to_dict(self) -> dict[str, Any]:
         """The members of `ProblemDetails`."""
         title = HTTPStatus(self.status).phrase
-        return ProblemDetails(title=title, status=self.status, detail=self.detail).model_dump(exclude_none=True)
+        details = ProblemDetails(title=title, status=self.status, detail=self.detail, request_id=REQUEST_ID.get())
+        return details.model_dump(exclude_none=True)
 
     def response(self) -> JSONResponse:
         """The answer."""
         return JSONResponse(self.to_dict(), self.status, self.headers, MEDIA_TYPE)
 
 
-def problem_of(error: BaseException, retry_after_s: int) -> ProblemError:
+def problem_of(error: BaseException, retry_after_s: float) -> ProblemError:
     """What a client is told of an error; of a bug, nothing: the log has it."""
     later = {"Retry-After": str(retry_after_s)}
     if isinstance(error, ProblemError):
@@ -58,29 +62,42 @@ def problem_of(error: BaseException, retry_after_s: int) -> ProblemError:
         return ProblemError(503, f"{error}; try again later", later)
     if isinstance(error, TimeoutError):
         return ProblemError(504, "the post was not annotated in time", later)
-    logger.error("a request failed", exc_info=error)
+    if isinstance(error, ClientDisconnect):
+        return ProblemError(400, "the connection was closed before the body was there")
+    logger.error("request %s failed", REQUEST_ID.get(), exc_info=error)
     return ProblemError(500, "the server failed on this request; its log says why")
 
 
-def add_problem_handlers(api: FastAPI, retry_after_s: int) -> None:
+def allowed(methods: str) -> str:
+    """An `Allow` header: what a route does itself, and what is done for every route."""
+    own = {method.strip() for method in methods.split(",")}
+    return ", ".join(sorted(own | {"OPTIONS"} | ({"HEAD"} if "GET" in own else set())))
+
+
+def add_problem_handlers(api: FastAPI, flow: Flow) -> None:
     """Answer with problems where endpoints, routes, parameters and methods fail."""
 
     async def of_error(_: Request, error: Exception) -> JSONResponse:
-        return problem_of(error, retry_after_s).response()
+        return problem_of(error, flow.retry_after_s).response()
 
     async def of_parameters(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         return ProblemError(422, "; ".join(lines)).response()
 
-    async def of_route(request: Request, error: Exception) -> JSONResponse:
+    async def of_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        if "Allow" in headers:
+            headers["Allow"] = allowed(headers["Allow"])
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         details = {
             404: f"there is nothing at {request.url.path}",
             405: f"{request.method} is not a method of {request.url.path}",
         }
         detail = details.get(error.status_code, HTTPStatus(error.status_code).phrase.lower())
-        return ProblemError(error.status_code, detail, dict(error.headers or {})).response()
+        return ProblemError(error.status_code, detail, headers).response()
 
     for kind in (ProblemError, BusyError, UnavailableError, TimeoutError, Exception):
         api.add_exception_handler(kind, of_error)

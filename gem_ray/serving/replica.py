@@ -69,13 +69,14 @@ class _Loaded:
 
     def run(self, answers: list[Answer]) -> None:
         """Do the stage's work on the posts of some answers, and say in these what it took."""
-        started = self.metrics.begin()
+        began, started = time.time(), self.metrics.begin()
         self.stage([answer.post for answer in answers])
         self.metrics.end(started, len(answers))
         seconds = time.perf_counter() - started
         for answer in answers:
             answer.models.update(self.models)
             answer.seconds[self.spec.name] = seconds
+            answer.began[self.spec.name] = began
 
 
 class PoolReplica:
@@ -187,7 +188,7 @@ class PoolReplica:
             del self._running[id(call)]
 
     def _annotate(self, call: _Call) -> list[Answer]:
-        answers = [Answer(post, {}, {}) for post in call.posts]
+        answers = [Answer(post, {}, {}, {}) for post in call.posts]
         for each in self._loaded:
             if not self._is_asked(each, call.only):
                 continue

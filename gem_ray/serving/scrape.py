@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import httpx
 import ray
@@ -10,7 +11,14 @@ import ray
 from gem_ray.serving.flow import UnavailableError
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_OURS = ("ray_gem_ray_", "ray_serve_")
+_OURS = "ray_gem_ray_"
+# What one asks of Serve itself. Its other families, mostly histograms by route and replica, are most of its lines.
+_OF_SERVE = re.compile(
+    "ray_serve_("
+    "deployment_(replica_healthy|status|replica_starts|error_counter|queued_queries|request_counter)"
+    "|replica_(processing_queries|utilization_percent)|proxy_status|application_status|health_check_failures_total"
+    "|autoscaling_(desired|target)_replicas)(_total)?"
+)
 _TIMEOUT_S = 3
 
 
@@ -39,6 +47,6 @@ def merge(pages: list[str]) -> str:
             if line.startswith("# HELP "):
                 name = line.split(" ", 3)[2]
                 is_known = name in families
-            if name.startswith(_OURS) and not (is_known and line.startswith("#")):
+            if (name.startswith(_OURS) or _OF_SERVE.fullmatch(name)) and not (is_known and line.startswith("#")):
                 families.setdefault(name, []).append(line)
     return "".join(f"{line}\n" for lines in families.values() for line in lines)

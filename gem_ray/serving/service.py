@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from gem_ray.annotator import models_of
 from gem_ray.config import Config
 from gem_ray.metrics import PostMetrics
 from gem_ray.serving.flow import Annotated, Flow
@@ -35,7 +36,7 @@ class Service:
         self.flow = Flow(config, handles)
         self.keys = ApiKeys.from_config(config.serving)
         self._handles = handles
-        self._run_id = run_id
+        self.run_id = run_id
         self._metrics = PostMetrics(run_id)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -49,7 +50,11 @@ class Service:
     def row(self, done: Annotated, heatmaps: bool) -> dict[str, Any]:
         """The answer about a post, which is counted."""
         self._metrics.count([done.post])
-        return answer_row(done, self._run_id, heatmaps)
+        return answer_row(done, self.run_id, heatmaps)
+
+    async def models(self) -> dict[str, str]:
+        """Role -> `reference@hash` of every model of the configuration."""
+        return await asyncio.to_thread(models_of, self.config)
 
     async def missing_pools(self) -> list[str]:
         """Pools of which no process runs."""

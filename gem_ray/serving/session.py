@@ -7,9 +7,10 @@ import ipaddress
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 from ray import serve
@@ -42,6 +43,11 @@ def redeploy(schema: ServeDeploySchema) -> None:
     _get_global_client().deploy_apps(schema)  # as `serve deploy` does
 
 
+def reload_keys(schema: ServeDeploySchema) -> None:
+    """Every ingress reads the file of its API keys again; also by itself, as soon as the file looks changed."""
+    asyncio.run(_tell_ingresses(schema, "reload_keys"))
+
+
 @contextmanager
 def serving(schema: ServeDeploySchema) -> Iterator[str]:
     """The service, ready; yields its URL. Posts that are under way when the block ends are finished first.
@@ -51,12 +57,14 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
     Raises:
         ConfigError: it would listen beyond this machine without API keys, or reserves GPUs that are not there.
         FileNotFoundError: a model is not there.
-        ServingError: a deployment does not start.
+        ServingError: the port is in use, or a deployment does not start.
     """
     configs = [config for _, config in ours(schema)]
     address = os.environ.get("RAY_ADDRESS")
+    port = None
     if address is None:
         _check_keys(schema.http_options.host, configs)
+        port = hold_port(schema.http_options.host, schema.http_options.port)
         for config in configs:
             models_of(config)  # Serve would try to start a replica without its model over and over
         _start([placement for config in configs for placement in _placements(config)])
@@ -67,6 +75,32 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
     finally:
         asyncio.run(_end(schema, is_own_ray=address is None))
         ray.shutdown()
+        if port is not None:
+            port.close()
+
+
+def hold_port(host: str, port: int) -> socket.socket:
+    """Keep a port from other services; only Serve's proxy, which asks for it to be shared, can still listen on it.
+
+    Proxies share ports: two services on one would each get some of the other's requests.
+
+    Raises:
+        ServingError: it is in use, or may not be.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:  # does not share, so that any listener is in its way
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+        held = socket.socket(family, kind, protocol)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with suppress(OSError):  # connections of another program that has just ended; the probe has found no listener
+            held.bind(address)
+    except OSError as error:
+        raise ServingError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another with --port"
+        ) from None
+    return held
 
 
 def _check_keys(host: str, configs: Sequence[Config]) -> None:
@@ -130,11 +164,15 @@ async def _end(schema: ServeDeploySchema, is_own_ray: bool) -> None:
 
 async def _drain(schema: ServeDeploySchema) -> None:
     """Serve finishes what a replica has begun when it stops a replica, but not when it ends itself."""
+    await _tell_ingresses(schema, "drain")
+
+
+async def _tell_ingresses(schema: ServeDeploySchema, method: str) -> None:
     states = serve.status().applications
     for application, _ in ours(schema):
         state = states.get(application.name)
         if state is not None and state.status == ApplicationStatus.RUNNING:
-            await serve.get_deployment_handle(INGRESS, application.name).broadcast("drain").results_async()
+            await serve.get_deployment_handle(INGRESS, application.name).broadcast(method).results_async()
 
 
 def _wait_for(application: ServeApplicationSchema) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -293,3 +294,88 @@ def _assert_problem(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert problem["status"] == status
     assert not any(word in answer.text for word in ("Traceback", "gem_ray/", "site-packages", ".py"))
     return problem
+
+
+class Tagger:
+    """In the place of the tagger's deployment: finds Paris, after a pause."""
+
+    def __init__(self) -> None:
+        self.pause_s = 0.0
+        self.posts: list[Post] = []
+
+    async def remote(self, posts: list[Post], settings: Any, only: str | None) -> list[Any]:
+        from gem_ray.records import Entity
+        from gem_ray.serving.calls import Answer
+
+        self.posts += posts
+        await asyncio.sleep(self.pause_s)
+        for post in posts:
+            start = post.text.find("Paris")
+            post.entities = [Entity("Paris", start, start + 5, 0, 1, "location", "city", 0.9)] if start >= 0 else []
+        return [Answer(post, {"tagger": "stand-in@1"}, {"tag": 0.1}) for post in posts]
+
+
+@dataclass
+class Endpoint:
+    """The API on a real socket in this process, as a Serve proxy serves it, without Ray and models."""
+
+    port: int
+    tagger: Tagger
+    service: Any
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+
+    def connect(self, sent: bytes = b"") -> socket.socket:
+        """A connection of its own, on which something was sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection.sendall(sent)
+        return connection
+
+    @contextmanager
+    def health_watched(self, every_s: float = 0.02) -> Iterator[list[float]]:
+        """Asks `/healthz` on and on while the block runs; gives the seconds that each answer took."""
+        seconds: list[float] = []
+        stopped = threading.Event()
+
+        def watch() -> None:
+            with httpx.Client(base_url=self.client.base_url, timeout=30) as client:
+                while True:
+                    started = time.perf_counter()
+                    assert client.get("/healthz").status_code == 200
+                    seconds.append(time.perf_counter() - started)
+                    if stopped.wait(every_s):
+                        return
+
+        with ThreadPoolExecutor(1) as pool:
+            watching = pool.submit(watch)
+            try:
+                yield seconds
+            finally:
+                stopped.set()
+                watching.result()
+
+
+@contextmanager
+def _endpoint(**serving: Any) -> Iterator[Endpoint]:
+    from gem_ray.config import load_config
+    from gem_ray.serving.app import guarded
+    from gem_ray.serving.proxy import middlewares
+    from gem_ray.serving.service import Service
+
+    text_only = {"reranker": {"enabled": False}, "grounder": {"enabled": False}}
+    config = load_config(serving=serving, **text_only)
+    tagger = Tagger()
+    service = Service(config, {"tag": tagger}, "run")
+    app = guarded(service)
+    for middleware in middlewares():
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    with _listening(app) as port:
+        yield Endpoint(port, tagger, service)
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Callable[..., AbstractContextManager[Endpoint]]:
+    """The API by settings of `serving`."""
+    return _endpoint

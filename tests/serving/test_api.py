@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from importlib import resources
+from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from gem_ray.data.tokenize import tokenize
 from gem_ray.serving.messages import AnnotationOut
 from gem_ray.serving.scrape import merge
 from gem_ray.taxonomy import FMNERG_TREE
 
+DASHBOARD = Path(__file__).parents[2] / "clusters" / "grafana-dashboard.json"
 TEXT = "Taylor Swift is in Paris tonight"
 
 
@@ -138,7 +142,7 @@ def test_no_answer_lets_other_sites_in(service):
     answer = service.client.options(
         "/v1/annotate", headers={"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     )
-    assert answer.status_code == 405
+    assert not any(name.startswith("access-control") for name in answer.headers)
     answer = service.client.get("/v1/limits", headers={"Origin": "https://elsewhere.example"})
     assert not any(name.startswith("access-control") for name in answer.headers)
     assert answer.headers["content-security-policy"] == "default-src 'self'; img-src 'self' blob: data:"
@@ -234,21 +238,37 @@ def test_a_body_without_length_is_cut_off_at_the_limit(service, assert_problem):
     assert service.client.get("/healthz").status_code == 200
 
 
-def test_metrics_of_the_stages_are_one_page(service, posts):
+def test_metrics_are_one_page_of_what_one_asks_for(service, posts):
     service.annotate(posts[0])
+    asked = {*re.findall(r"ray_gem_ray_(?:http|posts_)\w+", DASHBOARD.read_text()), "ray_gem_ray_batch_posts_count"}
     deadline = time.monotonic() + 30
-    while "ray_gem_ray_batch_posts_count" not in (page := service.client.get("/metrics")).text:
+    while not all(f"{name}{{" in (page := service.client.get("/metrics")).text for name in asked):
         assert time.monotonic() < deadline  # exported from time to time
         time.sleep(0.5)
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
-    families = [line.split()[2] for line in page.text.splitlines() if line.startswith("# TYPE")]
-    assert len(families) == len(set(families))
+    assert page.text.count("\n") < 600
+    families = {family.name: family for family in text_string_to_metric_families(page.text)}
+    assert len(families) == sum(line.startswith("# TYPE") for line in page.text.splitlines())
+    for name, family in families.items():
+        # As `promtool check metrics`: help for each, counters end with _total, and nobody else does.
+        assert family.documentation, name
+        assert all(
+            sample.name.endswith(("_total", "_created")) == (family.type == "counter") for sample in family.samples
+        )
+        assert family.type != "unknown", name
+        known = [(sample.name, tuple(sorted(sample.labels.items()))) for sample in family.samples]
+        assert len(known) == len(set(known)), name
     assert any(name.startswith("ray_serve_") for name in families)
+    requests = families["ray_gem_ray_http_requests"].samples
+    assert {sample.labels["endpoint"] for sample in requests} >= {"/v1/annotate", "/metrics"}
+    (limit,) = families["ray_gem_ray_posts_limit"].samples
+    assert limit.value == 40
 
 
 def test_pages_of_several_nodes_are_merged_family_by_family():
     ours = ["# HELP ray_gem_ray_a x", "# TYPE ray_gem_ray_a counter"]
-    serves = ["# HELP ray_serve_b y", "# TYPE ray_serve_b gauge", "ray_serve_b 5.0"]
+    name = "ray_serve_proxy_status"
+    serves = [f"# HELP {name} y", f"# TYPE {name} gauge", f"{name} 5.0"]
     first = [*ours, 'ray_gem_ray_a{n="1"} 1.0', "# HELP other x", "other 3"]
     second = [*serves, *ours, 'ray_gem_ray_a{n="2"} 2.0']
     merged = merge(["\n".join(first), "\n".join(second)]).splitlines()

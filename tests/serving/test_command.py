@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import pytest
+from ray.serve._private.http_util import set_socket_reuse_port
 
 from gem_ray.config import ServingConfig
 from gem_ray.serving.keys import ApiKeys, new_key
+from gem_ray.serving.session import ServingError, hold_port
 
 TEXT = "Taylor Swift is in Paris tonight"
 TEXT_ONLY = ("--set", "reranker.enabled=false", "--set", "grounder.enabled=false")
@@ -47,6 +53,41 @@ def test_cards_that_are_not_there_are_not_waited_for(command, port):
     assert "the replicas reserve 0.5 + 0.5 GPUs (num_gpus of each of min_replicas); there are 0 here" in out
 
 
+def test_a_port_in_use_is_refused_before_anything_starts(command, port, tmp_path):
+    """Whether or not its owner shares it, as Serve's proxies do."""
+    number = port()
+    for is_shared in (False, True):
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, is_shared)
+            other.bind(("127.0.0.1", number))
+            other.listen()
+            started = time.monotonic()
+            process = command("serve", "--port", number, *TEXT_ONLY)
+            out, _ = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert f"cannot listen on 127.0.0.1, port {number}: Address already in use" in out
+            assert time.monotonic() - started < 30
+
+
+def test_a_port_is_kept_while_a_service_starts(port):
+    """Two that are started together do not share it either, and one can be started again at once."""
+    number = port()
+    with hold_port("127.0.0.1", number):
+        with pytest.raises(ServingError, match="in use"):
+            hold_port("127.0.0.1", number)
+        with socket.socket() as proxy:
+            set_socket_reuse_port(proxy)
+            proxy.bind(("127.0.0.1", number))
+            proxy.listen()
+            with socket.create_connection(("127.0.0.1", number)) as client:
+                server, _ = proxy.accept()
+                server.close()  # first, so that its end of the connection is what lingers
+                assert client.recv(1) == b""
+    hold_port("127.0.0.1", number).close()
+    with pytest.raises(ServingError, match="cannot listen on 203"):
+        hold_port("203.0.113.1", number)
+
+
 def test_the_ray_of_the_service_is_closed_by_a_token(service):
     """Its ports are open to the network, and Ray runs what it is sent."""
     servers = [*service.running("raylet/raylet"), *service.running("gcs_server")]
@@ -65,20 +106,25 @@ def test_the_ray_of_the_service_is_closed_by_a_token(service):
 def test_a_new_key_is_told_and_its_hash_is_kept(command, tmp_path):
     file = tmp_path / "keys.txt"
     keys = []
-    for _ in range(2):
-        out, _ = command("new-key", "--to", file).communicate(timeout=60)
+    for number in (1, 2):
+        out, _ = command("new-key", "--to", file, "--name", f"newsroom-{number}").communicate(timeout=60)
         keys.append(out.split()[-1])
     known = ApiKeys.from_config(ServingConfig(api_keys_file=file))
-    assert all(key in known for key in keys)
+    assert [known.name_of(key) for key in keys] == ["newsroom-1", "newsroom-2"]
     assert len(set(keys)) == 2
 
 
-def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(command, port, until_up):
+def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(command, port, until_up, tmp_path):
+    """Beside it, what only the whole service has: slow senders at Serve's proxy, and SIGHUP."""
     key, digest = new_key()
+    file = tmp_path / "keys"
+    file.write_text(digest)
     number = port()
-    process = command("serve", "--port", number, *TEXT_ONLY, GEM_RAY_API_KEYS=digest)
+    process = command("serve", "--port", number, *TEXT_ONLY, "--set", f"serving.api_keys_file={file}")
     try:
         until_up(process)
+        _check_slow_senders(number, key)
+        _check_reload(process, number, key, file)
         url = f"http://127.0.0.1:{number}/v1/annotate/batch"
         headers = {"Authorization": f"Bearer {key}"}
         batch = {"posts": [{"text": f"{TEXT} {index}"} for index in range(30)]}
@@ -93,3 +139,41 @@ def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(comma
         assert process.wait(60) == 0
     finally:
         process.kill()
+
+
+def _check_slow_senders(port, key):
+    sent = "POST /v1/annotate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    body = f"{sent}Authorization: Bearer {key}\r\n\r\n{{"
+    with ExitStack() as stack, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        for text in [sent] * 70 + [body] * 70:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.sendall(text.encode())
+        time.sleep(0.5)
+        seconds = []
+        for _ in range(20):
+            started = time.perf_counter()
+            assert client.get("/healthz").status_code == 200
+            seconds.append(time.perf_counter() - started)
+        assert sorted(seconds)[10] < 0.1
+        answer = client.post(
+            "/v1/annotate", json={"text": TEXT}, headers={"Authorization": f"Bearer {key}"}, timeout=60
+        )
+        assert answer.status_code == 200
+        connection.settimeout(30)
+        assert b" 408 " in connection.recv(100)
+
+
+def _check_reload(process, port, key, file):
+    """Of a file that looks as before: SIGHUP reads it all the same."""
+    url, headers = f"http://127.0.0.1:{port}/v1/limits", {"Authorization": f"Bearer {key}"}
+    assert httpx.get(url, headers=headers).status_code == 200
+    before, digest = file.stat(), file.read_text()
+    file.write_text("0" * 64)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    process.send_signal(signal.SIGHUP)
+    deadline = time.monotonic() + 20
+    while httpx.get(url, headers=headers).status_code != 401:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    file.write_text(digest)
+    assert httpx.get(url, headers=headers).status_code == 200

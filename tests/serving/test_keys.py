@@ -23,7 +23,7 @@ async def hello(scope, receive, send):
 @pytest.fixture
 def ask(listening):
     def ask(keys, path="/v1/annotate", host="127.0.0.1", **headers):
-        with listening(Guard(hello, ApiKeys(keys), ServingConfig()), host="0.0.0.0") as port:
+        with listening(Guard(hello, ApiKeys("\n".join(keys)), ServingConfig()), host="0.0.0.0") as port:
             return httpx.get(f"http://{host}:{port}{path}", headers=headers)
 
     return ask
@@ -35,14 +35,49 @@ def test_keys_are_known_by_their_hashes(tmp_path, monkeypatch):
     file.write_text(f"# of the newsroom\n{HASH.upper()}\n\n")
     monkeypatch.setenv("KEYS", f"{other}, {hashlib.sha256(b'third').hexdigest()}")
     keys = ApiKeys.from_config(ServingConfig(api_keys_file=file, api_keys_env="KEYS"))
-    assert all(key in keys for key in (KEY, "other", "third"))
-    assert not any(key in keys for key in ("", HASH, KEY[:-1], f"{KEY} ", "\ud800"))
+    assert all(keys.name_of(key) for key in (KEY, "other", "third"))
+    assert not any(keys.name_of(key) for key in ("", HASH, KEY[:-1], f"{KEY} ", "\ud800"))
     assert KEY not in file.read_text()
 
 
 def test_without_hashes_there_are_no_keys(monkeypatch):
     monkeypatch.delenv("GEM_RAY_API_KEYS", raising=False)
     assert not ApiKeys.from_config(ServingConfig())
+
+
+def test_keys_have_names_or_the_first_digits_of_their_hashes(tmp_path):
+    (first, one), (second, two), (third, three) = new_key(), new_key(), new_key()
+    file = tmp_path / "keys"
+    file.write_text(f"{one} newsroom\n{two}   j.doe@example.com\n")
+    keys = ApiKeys(three, file)
+    assert [keys.name_of(key) for key in (first, second, third)] == ["newsroom", "j.doe@example.com", three[:8]]
+    with pytest.raises(ConfigError):
+        ApiKeys(f"{one} two words")
+
+
+def test_a_change_of_the_file_is_taken_over_at_once(tmp_path, endpoint):
+    """A key that was revoked must not work until somebody restarts the service."""
+    (revoked, first), (stays, second), (late, third) = new_key(), new_key(), new_key()
+    file = tmp_path / "keys"
+    file.write_text(f"{first} a\n{second} b\n")
+    with endpoint(api_keys_file=str(file)) as api:
+
+        def statuses():
+            headers = [{"Authorization": f"Bearer {key}"} for key in (revoked, stays, late)]
+            return [api.client.get("/v1/limits", headers=each).status_code for each in headers]
+
+        assert statuses() == [200, 200, 401]
+        (tmp_path / "new").write_text(f"{third} c\n{second} b\n")
+        (tmp_path / "new").rename(file)
+        assert statuses() == [401, 200, 200]
+        file.write_text(KEY)  # somebody has put the key there, not its hash
+        assert statuses() == [401, 200, 200]
+        file.unlink()
+        assert statuses() == [401, 200, 200]
+        file.write_text("")  # the last key is revoked: this opens the service to nobody
+        assert statuses() == [401, 401, 401]
+        file.write_text(f"{second}\n")
+        assert statuses() == [401, 200, 401]
 
 
 def test_what_is_no_hash_is_named(tmp_path):
@@ -93,7 +128,7 @@ def test_without_keys_other_machines_are_not_served(ask, assert_problem):
     ],
 )
 def test_without_keys_a_name_that_leads_here_and_a_proxy_are_not_served(listening, headers, status):
-    with listening(Guard(hello, ApiKeys([]), ServingConfig())) as port:
+    with listening(Guard(hello, ApiKeys(), ServingConfig())) as port:
         assert httpx.get(f"http://127.0.0.1:{port}/v1/limits", headers=headers).status_code == status
 
 
@@ -109,6 +144,6 @@ async def failing(scope, receive, send):
 
 
 def test_a_bug_is_a_problem_that_tells_nothing(listening, assert_problem):
-    with listening(Guard(failing, ApiKeys([]), ServingConfig())) as port:
+    with listening(Guard(failing, ApiKeys(), ServingConfig())) as port:
         answer = httpx.get(f"http://127.0.0.1:{port}/")
     assert "secret" not in assert_problem(answer, 500)["detail"]

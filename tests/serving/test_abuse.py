@@ -1,0 +1,234 @@
+"""Hostile bodies, floods and slow senders: what they cost the others is bounded."""
+
+from __future__ import annotations
+
+import base64
+import json
+import resource
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+
+import httpx
+import pytest
+
+from gem_ray.serving import proxy, uploads
+
+TEXT = "Paris tonight"
+POST = b"POST /v1/annotate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+PROMPT_S = 0.1
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def api(endpoint):
+    with endpoint(body_timeout_s=1, max_in_flight=32) as api:
+        assert api.client.post("/v1/annotate", json={"text": TEXT}).status_code == 200
+        yield api
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def json_of(size, start, item, end):
+    return start + b",".join([item] * ((size - len(start) - len(end)) // (len(item) + 1))) + end
+
+
+SIZE = 23 * MIB
+HOSTILE = {
+    "posts": json_of(SIZE, b'{"posts":[', b'{"text":"a"}', b"]}"),
+    "tokens": json_of(SIZE, b'{"posts":[{"text":"a","tokens":[', b'"a"', b"]}]}"),
+    "numbers": json_of(SIZE, b'{"posts":[', b"0", b"]}"),
+    "fields": json_of(SIZE, b'{"posts":[{"text":"a"}],', b'"a":0', b"}"),
+    "after NaN": json_of(SIZE, b'{"posts":[NaN,', b'{"text":"a"}', b"]}"),
+    "depth": b'{"posts":' + b"[" * SIZE,
+    "objects": b'{"posts":' + b'{"a":' * (SIZE // 5),
+    "a number": b'{"posts":' + b"9" * SIZE + b"}",
+    "a string": b'{"posts":"' + b"a" * SIZE + b'"}',
+    "a text": b'{"posts":[{"text":"' + rb"\u0061" * (SIZE // 6) + b'"}]}',
+    "an image": b'{"posts":[{"text":"a","image":"' + b"A" * SIZE + b'"}]}',
+    "spaces": b'{"posts":' + b" " * SIZE + b"[]}",
+    "no end": b'{"posts":[{"text":"' + b"a" * SIZE,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("path", ["/v1/annotate", "/v1/annotate/batch"])
+def test_a_hostile_body_holds_nobody_up_and_takes_little(api, assert_problem, name, path):
+    body = HOSTILE[name]
+    before = peak_bytes()
+    with api.health_watched() as seconds:
+        answer = api.client.post(path, content=body, headers={"Content-Type": "application/json"})
+    if answer.status_code != 200:
+        assert_problem(answer, answer.status_code)
+        assert answer.status_code in (413, 422)
+    else:
+        assert len(answer.json()["annotations"]) == 1
+    assert max(seconds) < PROMPT_S
+    assert peak_bytes() - before < 8 * len(body)
+
+
+def test_posts_are_counted_before_they_are_parsed(api, assert_problem):
+    limit = api.client.get("/v1/limits").json()["max_batch_posts"]
+    posts = [{"text": TEXT, "image": base64.b64encode(b"{" * 1000).decode(), "caption": '{"posts": [{'}] * limit
+    assert api.client.post("/v1/annotate/batch", json={"posts": posts}).status_code == 200
+    assert_problem(api.client.post("/v1/annotate/batch", json={"posts": [*posts, posts[0]]}), 413)
+
+
+def test_form_parts_are_counted(api, assert_problem):
+    parts = b"".join(b'--y\r\nContent-Disposition: form-data; name="tokens"\r\n\r\na\r\n' for _ in range(300_000))
+    headers = {"Content-Type": "multipart/form-data; boundary=y"}
+    with api.health_watched() as seconds:
+        assert_problem(api.client.post("/v1/annotate", content=parts + b"--y--\r\n", headers=headers), 422)
+    assert max(seconds) < PROMPT_S
+
+
+def first_line(connection):
+    return connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_bodies_that_do_not_come_take_no_place_and_are_cut_off(api):
+    """Places are for posts that are there."""
+    with ExitStack() as stack, api.health_watched() as seconds:
+        slow = [stack.enter_context(api.connect(POST % 100 + b"{")) for _ in range(100)]
+        started = time.monotonic()
+        answers = [api.client.post("/v1/annotate", json={"text": TEXT}) for _ in range(20)]
+        assert {answer.status_code for answer in answers} == {200}
+        assert time.monotonic() - started < 1
+        assert {first_line(connection) for connection in slow} == {b"HTTP/1.1 408 Request Timeout"}
+        assert 0.5 < time.monotonic() - started < 3
+    assert max(seconds) < PROMPT_S
+
+
+def test_a_body_that_comes_byte_by_byte_is_cut_off(api):
+    """However regularly: it is the rate that counts."""
+    with api.connect(POST % 1000 + b"{") as connection:
+        connection.settimeout(0.05)
+        started = time.monotonic()
+        while time.monotonic() - started < 10:
+            try:
+                assert first_line(connection) == b"HTTP/1.1 408 Request Timeout"
+                break
+            except TimeoutError:
+                connection.sendall(b" ")
+        assert time.monotonic() - started < 3
+
+
+def test_a_large_body_over_a_slow_line_arrives(api):
+    """Four times slower than the time for a small body allows."""
+    body = json.dumps({"text": TEXT, "image": base64.b64encode(b"x" * 300_000).decode()}).encode()
+
+    def slowly():
+        for start in range(0, len(body), len(body) // 20):
+            time.sleep(0.15)
+            yield body[start : start + len(body) // 20]
+
+    headers = {"Content-Type": "application/json"}
+    assert api.client.post("/v1/annotate", content=slowly(), headers=headers).status_code == 200
+
+
+def test_bodies_on_their_way_are_bounded_in_number_and_in_bytes(endpoint, monkeypatch, assert_problem):
+    monkeypatch.setattr(uploads, "MAX_READ_AT_ONCE", 3)
+    post = {"text": TEXT, "image": base64.b64encode(b"x" * 600_000).decode()}
+    with endpoint(max_bodies_bytes=MIB) as api, ExitStack() as stack:
+        assert api.client.post("/v1/annotate", json=post).status_code == 200
+        for _ in range(3):
+            stack.enter_context(api.connect(POST % MIB + b" " * 150_000))
+        time.sleep(0.2)
+        assert_problem(api.client.post("/v1/annotate", json={"text": TEXT}), 429)
+        stack.close()
+        time.sleep(0.2)
+        assert api.client.post("/v1/annotate", json=post).status_code == 200
+        stack.enter_context(api.connect(POST % MIB + b" " * 700_000))
+        time.sleep(0.2)
+        assert_problem(api.client.post("/v1/annotate", json=post), 429)
+        assert api.client.post("/v1/annotate", json={"text": TEXT}).status_code == 200
+
+
+@pytest.fixture
+def short_heads(monkeypatch):
+    monkeypatch.setattr(proxy, "HEAD_TIMEOUT_S", 0.5)
+
+
+def wait_until_closed(connection):
+    with suppress(ConnectionError):
+        while connection.recv(4096):
+            pass
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"])
+def test_a_head_that_does_not_come_is_not_waited_for(api, short_heads, sent):
+    with ExitStack() as stack:
+        slow = [stack.enter_context(api.connect(sent)) for _ in range(50)]
+        started = time.monotonic()
+        for _ in range(3):
+            for connection in slow[:25] if sent else []:
+                send(connection, b"a")
+            time.sleep(0.1)
+        assert api.client.get("/healthz").status_code == 200
+        for connection in slow:
+            wait_until_closed(connection)
+        assert time.monotonic() - started < 2
+
+
+def test_a_connection_may_rest_between_requests(api, short_heads):
+    with httpx.Client(base_url=api.client.base_url) as client:
+        assert client.get("/healthz").status_code == 200
+        network = client.get("/healthz").extensions["network_stream"]
+        time.sleep(1)
+        assert client.get("/healthz").extensions["network_stream"] is network
+
+
+def test_a_head_of_any_size_is_not_kept(api):
+    with api.connect(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n") as connection:
+        sent = 0
+        while sent < 16 * MIB and send(connection, b"X-A: " + b"a" * 1000 + b"\r\n"):
+            sent += 1007
+        assert sent < 8 * MIB  # what the sockets hold besides
+
+
+def send(connection, data):
+    try:
+        connection.sendall(data)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("value", [b"\xff", b"a" * 500, b"a b", b""])
+def test_a_request_id_that_is_no_word_is_replaced(api, value):
+    sent = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: %s\r\nConnection: close\r\n\r\n" % value
+    with api.connect(sent) as connection:
+        assert first_line(connection) == b"HTTP/1.1 200 OK"
+
+
+def test_one_key_leaves_places_to_the_others(endpoint, monkeypatch, assert_problem):
+    from gem_ray.serving.keys import new_key
+
+    (one, first), (other, second) = new_key(), new_key()
+    monkeypatch.setenv("GEM_RAY_API_KEYS", f"{first} one, {second} other")
+    with endpoint(max_in_flight=40, max_batch_posts=30) as api:
+        api.tagger.pause_s = 1
+        batch = {"posts": [{"text": TEXT}] * 30}
+
+        def ask(key, **body):
+            path = "/v1/annotate/batch" if "posts" in body else "/v1/annotate"
+            return httpx.post(api.client.base_url.join(path), json=body, headers={"Authorization": f"Bearer {key}"})
+
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(ask, one, **batch)
+            while not api.service.flow.in_flight:
+                time.sleep(0.01)
+            assert_problem(ask(one, text=TEXT), 429)
+            assert ask(other, text=TEXT).status_code == 200
+            assert under_way.result().status_code == 200
+
+
+def test_sockets_are_given_back(api):
+    """After all of that."""
+    time.sleep(0.3)
+    assert not api.service.flow.in_flight
+    with socket.create_connection(("127.0.0.1", api.port)):
+        assert api.client.get("/healthz").status_code == 200

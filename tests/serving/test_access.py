@@ -1,0 +1,148 @@
+"""What is told of requests: their numbers, a line each, their ids, and when to come back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gem_ray.serving import access
+from gem_ray.serving.keys import new_key
+
+TEXT = "Paris tonight"
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """(metric, labels) -> what was counted; Ray's own metrics need a Ray."""
+    values = Counter()
+
+    class Metric:
+        def __init__(self, name, *_):
+            self.name = name
+
+        def inc(self, value, labels):
+            values[self.name, *labels.items()] += value
+
+        def observe(self, value, labels):
+            values[self.name, *labels.items()] += 1
+
+        def set(self, value):
+            values[self.name] = value
+
+    for name in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(access, name, Metric)
+    return values
+
+
+def test_requests_are_counted_by_endpoint_status_and_key(counted, endpoint, monkeypatch):
+    key, digest = new_key()
+    monkeypatch.setenv("GEM_RAY_API_KEYS", f"{digest} newsroom")
+    headers = {"Authorization": f"Bearer {key}"}
+    with endpoint(max_in_flight=40) as api:
+        for _ in range(2):
+            api.client.post("/v1/annotate", json={"text": TEXT}, headers=headers)
+        api.client.post("/v1/annotate/", json={"text": " "}, headers=headers)
+        api.client.post("/v1/annotate", json={"text": TEXT})
+        for number in range(20):
+            api.client.get(f"/wp-{number}.php")
+        api.client.head("/v1/annotate", headers=headers)
+    requests = {
+        tuple(dict(labels).values()): count
+        for (name, *labels), count in ((k, v) for k, v in counted.items() if isinstance(k, tuple))
+        if name == "gem_ray_http_requests"
+    }
+    assert requests == {
+        ("/v1/annotate", "POST", "200", "newsroom"): 2,
+        ("/v1/annotate", "POST", "422", "newsroom"): 1,
+        ("other", "POST", "401", ""): 1,
+        ("other", "GET", "404", ""): 20,
+        ("/v1/annotate", "HEAD", "405", "newsroom"): 1,
+    }
+    assert (counted["gem_ray_posts_limit"], counted["gem_ray_posts_in_flight"]) == (40, 0)
+    assert counted["gem_ray_http_seconds", ("endpoint", "/v1/annotate")] == 4
+
+
+def test_each_request_has_a_line_which_outlives_a_rotation(endpoint, monkeypatch, tmp_path):
+    key, digest = new_key()
+    monkeypatch.setenv("GEM_RAY_API_KEYS", f"{digest} newsroom")
+    log = tmp_path / "access.jsonl"
+    with endpoint(access_log=str(log)) as api:
+        headers = {"Authorization": f"Bearer {key}", "X-Request-ID": "a-1"}
+        answer = api.client.post("/v1/annotate?heatmaps=true", json={"text": TEXT}, headers=headers)
+        first = json.loads(log.read_text())
+        log.rename(tmp_path / "old")
+        api.client.get('/v1/nothing\n"{}', headers=headers)
+        second = json.loads(log.read_text())
+    assert first.pop("time").endswith("+00:00")
+    assert 0 <= first.pop("seconds") < 5
+    assert first == {
+        "request_id": "a-1", "peer": "127.0.0.1", "key": "newsroom", "method": "POST", "path": "/v1/annotate",
+        "status": 200, "bytes": len(answer.content),
+    }  # fmt: skip
+    assert (second["status"], second["path"]) == (404, '/v1/nothing\n"{}')
+    assert key not in log.read_text() + (tmp_path / "old").read_text()
+
+
+def test_a_problem_and_the_log_have_the_id_of_the_request(endpoint, assert_problem, caplog):
+    with endpoint() as api:
+        headers = {"X-Request-ID": "a-1"}
+        assert assert_problem(api.client.get("/v1/nothing", headers=headers), 404)["request_id"] == "a-1"
+        refused = api.client.get("/v1/limits", headers=headers | {"Via": "x"})
+        assert assert_problem(refused, 403)["request_id"] == "a-1"
+        assert len(assert_problem(api.client.get("/v1/nothing"), 404)["request_id"]) == 32
+        api.tagger.remote = None  # a bug
+        with caplog.at_level(logging.ERROR):
+            failed = api.client.post("/v1/annotate", json={"text": TEXT}, headers=headers)
+        assert assert_problem(failed, 500)["request_id"] == "a-1"
+        assert "request a-1 failed" in caplog.text
+
+
+def test_a_refusal_says_when_a_place_will_be_free(endpoint, assert_problem):
+    """From how long the posts take that have one; not always the same second."""
+    with endpoint(max_in_flight=2, max_batch_posts=2) as api, ThreadPoolExecutor(2) as pool:
+
+        def refused_after(seconds):
+            asking = [pool.submit(api.client.post, "/v1/annotate", json={"text": TEXT}) for _ in range(2)]
+            while api.service.flow.in_flight < 2:
+                time.sleep(0.01)
+            time.sleep(seconds)
+            refused = api.client.post("/v1/annotate", json={"text": TEXT})
+            assert_problem(refused, 429)
+            assert {each.result().status_code for each in asking} == {200}
+            return int(refused.headers["retry-after"])
+
+        api.tagger.pause_s = 0.3
+        assert refused_after(0) == 1
+        api.tagger.pause_s = 2.5
+        assert refused_after(2.1) == 3
+
+
+def test_facts_about_the_server(endpoint):
+    with endpoint() as api:
+        version = api.client.get("/version").json()
+        assert version == {"version": "0.1.0", "api": "v1", "run_id": "run"}
+        models = {model["role"]: model["reference"] for model in api.client.get("/v1/models").json()["models"]}
+        assert models.keys() == {"tagger", "tagger_encoder"}
+        assert models["tagger"].startswith("nano:tagger@")
+
+
+def test_the_limits_promise_what_fits(endpoint):
+    """The largest image beside the longest texts, in the longest form of both, is taken."""
+    with endpoint(max_body_bytes=2**20) as api:
+        limits = api.client.get("/v1/limits").json()
+        size = limits["max_image_bytes"]
+        assert size < 2**20 < api.service.config.image.max_bytes
+        text = "\U0001f600" * limits["max_text_chars"]
+        import base64
+
+        body = {"text": text, "caption": text, "knowledge": text, "post_id": "a" * 512}
+        body["image"] = base64.b64encode(b"x" * size).decode()
+        sent = json.dumps(body).encode()  # four bytes of UTF-8 become twelve
+        assert len(sent) <= limits["max_body_bytes"]
+        answer = api.client.post("/v1/annotate", content=sent, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 200, answer.text
