@@ -65,8 +65,8 @@ def _service(url: str | None, preset: str, overrides: list[str] | None) -> Itera
     from gem_ray.serving.schemas import preset_schema
     from gem_ray.serving.session import serving
 
-    with serving(preset_schema(preset, overrides or (), "127.0.0.1", 8321)) as address:
-        yield address
+    with serving(preset_schema(preset, overrides or (), "127.0.0.1", 8321)) as service:
+        yield service.url
 
 
 if __name__ == "__main__":

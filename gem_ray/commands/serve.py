@@ -38,7 +38,7 @@ def serve(
 
     prepare_own_ray()
     from gem_ray.serving.schemas import file_schema, preset_schema
-    from gem_ray.serving.session import redeploy, reload_keys, serving
+    from gem_ray.serving.session import redeploy, serving
 
     if config is None:
         schema = preset_schema(preset, set_ or (), host or "127.0.0.1", port or 8000)
@@ -48,16 +48,18 @@ def serve(
         schema = file_schema(config)
         changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         schema.http_options = schema.http_options.model_copy(update=changes)
-    with serving(schema) as url:
+    with serving(schema) as service:
         signals: SimpleQueue[int] = SimpleQueue()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # now, because Ray has set its own
             signal.signal(number, lambda number, _: signals.put(number))
-        typer.echo(f"gem-ray listens on {url}; the page is there, the API's description at {url}/openapi.json")
+        typer.echo(
+            f"gem-ray listens on {service.url}; the page is there, the API's description at {service.url}/openapi.json"
+        )
         while signals.get() == signal.SIGHUP:
             try:
                 if config is not None:
                     redeploy(file_schema(config))
-                reload_keys(schema)
+                service.reload_keys()
             except ConfigError as error:
                 typer.secho(f"nothing changes: {redacted(str(error))}", fg="red", err=True)
         typer.echo("finishing what has begun")

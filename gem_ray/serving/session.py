@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import ray
 from ray import serve
@@ -43,14 +44,26 @@ def redeploy(schema: ServeDeploySchema) -> None:
     _get_global_client().deploy_apps(schema)  # as `serve deploy` does
 
 
-def reload_keys(schema: ServeDeploySchema) -> None:
-    """Every ingress reads the file of its API keys again; also by itself, as soon as the file looks changed."""
-    asyncio.run(_tell_ingresses(schema, "reload_keys"))
+@dataclass(frozen=True)
+class Served:
+    """A service that is ready.
+
+    Attributes:
+        url: where.
+    """
+
+    url: str
+    _schema: ServeDeploySchema
+    _runner: asyncio.Runner
+
+    def reload_keys(self) -> None:
+        """Every ingress reads the file of its API keys again; by itself it does as soon as the file looks changed."""
+        self._runner.run(_tell_ingresses(self._schema, "reload_keys"))
 
 
 @contextmanager
-def serving(schema: ServeDeploySchema) -> Iterator[str]:
-    """The service, ready; yields its URL. Posts that are under way when the block ends are finished first.
+def serving(schema: ServeDeploySchema) -> Iterator[Served]:
+    """The service, ready. Posts that are under way when the block ends are finished first.
 
     Uses the cluster that `RAY_ADDRESS` names, whose applications it replaces, else a Ray of its own.
 
@@ -70,13 +83,15 @@ def serving(schema: ServeDeploySchema) -> Iterator[str]:
         _start([placement for config in configs for placement in _placements(config)])
     elif not ray.is_initialized():
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    try:
-        yield _deploy(schema)
-    finally:
-        asyncio.run(_end(schema, is_own_ray=address is None))
-        ray.shutdown()
-        if port is not None:
-            port.close()
+    # One event loop: Serve keeps the handle to the ingress, which lives on the loop that has first used it.
+    with asyncio.Runner() as runner:
+        try:
+            yield Served(_deploy(schema), schema, runner)
+        finally:
+            runner.run(_end(schema, is_own_ray=address is None))
+            ray.shutdown()
+            if port is not None:
+                port.close()
 
 
 def hold_port(host: str, port: int) -> socket.socket:
@@ -153,7 +168,6 @@ def _deploy(schema: ServeDeploySchema) -> str:
 
 
 async def _end(schema: ServeDeploySchema, is_own_ray: bool) -> None:
-    """In one event loop, on which the handle to the ingress lives until Serve forgets it."""
     await _drain(schema)
     if is_own_ray:
         await serve.shutdown_async()
