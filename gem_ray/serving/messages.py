@@ -47,6 +47,8 @@ class BadImage(NamedTuple):
 
 
 def _from_base64_or_bad(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("it is no string")
     try:
         return _from_base64(value)
     except ValueError as error:

@@ -31,6 +31,7 @@ CHECKS = (
 
 OPERATIONS = [
     ("POST", "/v1/annotate"), ("POST", "/v1/annotate/batch"), ("GET", "/v1/taxonomy"), ("GET", "/v1/limits"),
+    ("GET", "/v1/models"), ("GET", "/version"),
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"),
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from gem_ray.annotator import Annotator, GuardedStage, build_stage
 from gem_ray.config import Config, FilterConfig, load_config
 from gem_ray.pools import serving_pools
 from gem_ray.records import Post, ProblemKind
-from gem_ray.serving.api import create_api
+from gem_ray.serving.app import guarded
 from gem_ray.serving.calls import Answer
 from gem_ray.serving.flow import Annotated, Flow
 from gem_ray.serving.replica import PoolReplica
@@ -369,7 +369,7 @@ def test_what_no_stage_could_annotate_is_an_error_of_the_service_and_says_no_mor
 
     config = load_config()
     service = Service(config, {"tag-rerank-ground": Handle(fails)}, "run")
-    with listening(create_api(service)) as port:
+    with listening(guarded(service)) as port:
         url = f"http://127.0.0.1:{port}/v1/annotate"
         answer = httpx.post(url, json={"text": TEXT})
         batch = httpx.post(f"{url}/batch", json={"posts": [{"text": TEXT}]})

@@ -127,6 +127,11 @@ def test_one_bad_image_costs_its_row_and_not_the_batch(api, assert_problem, name
     assert all(row["entities"] for row in rows)
 
 
+@pytest.mark.parametrize("image", [7, True, ["QUJD"], {"reason": "x"}])
+def test_an_image_of_another_type_is_a_wrong_batch(api, assert_problem, image):
+    assert_problem(api.client.post("/v1/annotate/batch", json={"posts": [{"text": TEXT, "image": image}]}), 422)
+
+
 @pytest.mark.parametrize("field", ["text", "caption", "knowledge"])
 def test_one_long_text_costs_its_row_and_not_the_batch(api, assert_problem, field):
     long = {"text": TEXT} | {field: "a" * 10_001}
