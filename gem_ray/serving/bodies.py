@@ -135,15 +135,14 @@ async def _from_form(request: Request) -> PostIn:
         if image is not None and not isinstance(image, UploadFile):
             raise ProblemError(422, "image: the part must be a file")
         values = _fields(form)
-        data = await image.read() if isinstance(image, UploadFile) else None
+        if image is not None and (data := await image.read()):  # where no file was chosen, there is an empty one
+            values["image"] = data
     finally:
         await form.close()
     try:
-        post = PostIn.model_validate(values)
+        return PostIn.model_validate(values)
     except ValidationError as error:
         raise _unprocessable(error) from None
-    # A form in which no file was chosen holds an empty one.
-    return post.model_copy(update={"image": data or None})
 
 
 def _fields(form: FormData) -> dict[str, Any]:

@@ -12,8 +12,12 @@ from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gem_ray.serving import proxy, uploads
+from gem_ray.serving.bodies import _JsonCounter
+from gem_ray.serving.problems import ProblemError
 
 TEXT = "Paris tonight"
 POST = b"POST /v1/annotate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -75,6 +79,36 @@ def test_posts_are_counted_before_they_are_parsed(api, assert_problem):
     posts = [{"text": TEXT, "image": base64.b64encode(b"{" * 1000).decode(), "caption": '{"posts": [{'}] * limit
     assert api.client.post("/v1/annotate/batch", json={"posts": posts}).status_code == 200
     assert_problem(api.client.post("/v1/annotate/batch", json={"posts": [*posts, posts[0]]}), 413)
+
+
+json_values = st.recursive(
+    st.none() | st.integers() | st.text('"\\\\{}[],:u00a\u00e9', max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('"\\\\{a', max_size=4), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(value=json_values, size=st.integers(1, 9), is_ascii=st.booleans())
+def test_objects_are_counted_wherever_the_parts_of_a_body_end(value, size, is_ascii):
+    """With quotes, escapes and braces in strings; `size` bytes at a time."""
+    body = json.dumps(value, ensure_ascii=is_ascii).encode()
+    dictionaries = 0
+
+    def count(pairs):
+        nonlocal dictionaries
+        dictionaries += 1
+
+    json.loads(body, object_pairs_hook=count)
+
+    def feed(posts):
+        counter = _JsonCounter(posts)
+        for start in range(0, len(body), size):
+            counter.add(body[start : start + size])
+
+    feed(max(dictionaries - 1, 1))
+    if dictionaries > 2:
+        with pytest.raises(ProblemError):
+            feed(dictionaries - 2)
 
 
 def test_form_parts_are_counted(api, assert_problem):

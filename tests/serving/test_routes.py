@@ -106,6 +106,15 @@ def test_an_image_may_be_a_data_url(api, fields):
         assert not row.lacks_image
 
 
+def test_a_form_has_one_image_too(api, assert_problem):
+    url = f"data:image/png;base64,{IN_BASE64}"
+    file = ("image", ("x", IMAGE))
+    assert_problem(api.client.post("/v1/annotate", data={"text": TEXT, "image_url": "https://a"}, files=[file]), 422)
+    api.tagger.posts.clear()
+    assert api.client.post("/v1/annotate", files={"text": (None, TEXT), "image_url": (None, url)}).status_code == 200
+    assert not api.tagger.posts[0].lacks_image
+
+
 BAD = {
     "no base64": {"image": "???"},
     "cut off": {"image": IN_BASE64[:-1]},
