@@ -104,7 +104,7 @@ class Flow:
         if self.in_flight + posts > serving.max_in_flight:
             raise BusyError(f"{counted(self.in_flight, 'post is', 'posts are')} being annotated")
         if key is not None and self._of_keys[key] + posts > serving.places_of_a_key:
-            raise BusyError(f"{counted(self._of_keys[key], 'post')} of this API key are being annotated")
+            raise BusyError(f"{counted(self._of_keys[key], 'post is', 'posts are')} being annotated for this API key")
 
     @contextmanager
     def admitted(self, posts: int, key: str | None = None) -> Iterator[None]:
