@@ -56,7 +56,7 @@ class Access:
         started = time.perf_counter()
         status, size = 500, 0
         REQUEST_ID.set(Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex)
-        asked = scope | {"state": dict(scope.get("state", {}))}
+        asked: Scope = {**scope, "state": dict(scope.get("state", {}))}
 
         async def send_seen(message: Message) -> None:
             nonlocal status, size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Annotated as Typed
 from typing import Any
@@ -159,7 +159,7 @@ async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any
 class _Lines(StreamingResponse):
     """A line of JSON for each post, in the order in which they are done: its row, or a `problem`, and its `index`."""
 
-    def __init__(self, service: Service, asked: list[PostIn], heatmaps: bool, key: str | None) -> None:
+    def __init__(self, service: Service, asked: Sequence[PostIn], heatmaps: bool, key: str | None) -> None:
         super().__init__(self._lines(), media_type=NDJSON)
         self._service = service
         self._asked = asked

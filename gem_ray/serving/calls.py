@@ -27,13 +27,13 @@ class Answer(NamedTuple):
         post: as the pool leaves it, without its image.
         models: role -> `reference@hash` of what the process that answered has loaded for the stages that it needed.
         seconds: of its batch in each of these stages.
-        began: when each of these began, in seconds since the epoch; None: not known.
+        began: when each of these began, in seconds since the epoch.
     """
 
     post: Post
     models: dict[str, str]
     seconds: dict[str, float]
-    began: dict[str, float] | None = None
+    began: dict[str, float]
 
 
 class PoolHandle(Protocol):
@@ -188,7 +188,7 @@ class PoolCalls:
     async def _stage_by_stage(self, post: Post, settings: FilterConfig) -> Answer:
         """So that the stage that ends the process is known, and what the others do still counts."""
         encoded = post.image_bytes
-        done = Answer(replace(post, image_bytes=None, problems=[*post.problems]), {}, {})
+        done = Answer(replace(post, image_bytes=None, problems=[*post.problems]), {}, {}, {})
         for name in self._stages:
             try:
                 (answer,) = await self._call([replace(done.post, image_bytes=encoded)], settings, name)
@@ -202,7 +202,7 @@ class PoolCalls:
                     answer.post,
                     done.models | answer.models,
                     done.seconds | answer.seconds,
-                    (done.began or {}) | (answer.began or {}),
+                    done.began | answer.began,
                 )
         return done
 

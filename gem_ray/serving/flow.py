@@ -216,5 +216,5 @@ class Flow:
         elapsed = time.perf_counter() - started
         done.post = replace(answer.post, image_bytes=encoded)
         done.models |= answer.models
-        add_stage_spans(answer.began or {}, answer.seconds)
+        add_stage_spans(answer.began, answer.seconds)
         done.add(answer.seconds | {"waiting": max(0.0, elapsed - sum(answer.seconds.values()))})

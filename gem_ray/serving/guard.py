@@ -74,11 +74,10 @@ class Guard:
                 has_begun = True
                 MutableHeaders(raw=message.setdefault("headers", [])).update(_HEADERS)
             elif is_head:
-                message = message | {"body": b""}
+                message = {**message, "body": b""}
             await send(message)
 
-        asked = scope | {"path": _path(scope), "method": "GET" if is_head else scope["method"]}
-        asked.setdefault("state", {})
+        asked: Scope = {"state": {}, **scope, "path": _path(scope), "method": "GET" if is_head else scope["method"]}
         try:
             caller = self._check(asked)
             asked["state"]["caller"] = caller

@@ -312,7 +312,7 @@ class Tagger:
         for post in posts:
             start = post.text.find("Paris")
             post.entities = [Entity("Paris", start, start + 5, 0, 1, "location", "city", 0.9)] if start >= 0 else []
-        return [Answer(post, {"tagger": "stand-in@1"}, {"tag": 0.1}) for post in posts]
+        return [Answer(post, {"tagger": "stand-in@1"}, {"tag": 0.1}, {"tag": 0.0}) for post in posts]
 
 
 @dataclass

@@ -45,7 +45,7 @@ class Pool:
         if any(self.kills.get(post.post_id) in ((only,) if only else self.kills.values()) for post in posts):
             raise RayActorError
         done = [replace(post, text=post.text.upper(), image_bytes=None) for post in posts]
-        return [Answer(post, {f"model of {only}": "x@1"}, {str(only): 0.5}) for post in done]
+        return [Answer(post, {f"model of {only}": "x@1"}, {str(only): 0.5}, {str(only): 0.0}) for post in done]
 
 
 SETTINGS = FilterConfig()

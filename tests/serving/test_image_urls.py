@@ -37,7 +37,7 @@ class TagAndLoad:
     async def remote(self, posts, settings, only):
         for post in posts:
             post.entities = [Entity("Paris", 19, 24, 4, 5, "location", "city", 0.9)]
-        return [Answer(post, {"tagger": "stand-in"}, {"tag": 0.1}) for post in self._load(posts)]
+        return [Answer(post, {"tagger": "stand-in"}, {"tag": 0.1}, {"tag": 0.0}) for post in self._load(posts)]
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_python_client_is_generated_without_a_warning(api, tmp_path):
     if not (generator := folder / "openapi-python-client").exists():
         pytest.skip("openapi-python-client is not installed")
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"  # where it finds ruff
-    url = f"{api.client.base_url}openapi.json"
+    url = f"{api.client.base_url}/openapi.json"
     command = [generator, "generate", "--url", url, "--output-path", tmp_path / "client", "--fail-on-warning"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -365,7 +365,7 @@ def test_what_no_stage_could_annotate_is_an_error_of_the_service_and_says_no_mor
     async def fails(posts: list[Post], *_: object) -> list[Answer]:
         for post in posts:
             post.fail("tag", ProblemKind.STAGE_FAILED, "RuntimeError: secret")
-        return [Answer(post, {}, {}) for post in posts]
+        return [Answer(post, {}, {}, {}) for post in posts]
 
     config = load_config()
     service = Service(config, {"tag-rerank-ground": Handle(fails)}, "run")
