@@ -67,6 +67,15 @@ def test_requests_are_counted_by_endpoint_status_and_key(counted, endpoint, monk
     assert counted["gem_ray_http_seconds", ("endpoint", "/v1/annotate")] == 4
 
 
+def line_of(log):
+    """It is written once the answer is sent."""
+    deadline = time.monotonic() + 10
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return json.loads(log.read_text())
+
+
 def test_each_request_has_a_line_which_outlives_a_rotation(endpoint, monkeypatch, tmp_path):
     key, digest = new_key()
     monkeypatch.setenv("GEM_RAY_API_KEYS", f"{digest} newsroom")
@@ -74,10 +83,10 @@ def test_each_request_has_a_line_which_outlives_a_rotation(endpoint, monkeypatch
     with endpoint(access_log=str(log)) as api:
         headers = {"Authorization": f"Bearer {key}", "X-Request-ID": "a-1"}
         answer = api.client.post("/v1/annotate?heatmaps=true", json={"text": TEXT}, headers=headers)
-        first = json.loads(log.read_text())
+        first = line_of(log)
         log.rename(tmp_path / "old")
         api.client.get("/v1/nothing%0A%22", headers=headers)
-        second = json.loads(log.read_text())
+        second = line_of(log)
     assert first.pop("time").endswith("+00:00")
     assert 0 <= first.pop("seconds") < 5
     assert first == {
