@@ -22,6 +22,7 @@ JSON, FORM = "application/json", "multipart/form-data"
 _SHOWN_ERRORS = 5
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _COUNTED_AT_ONCE = 2**14
+_ESCAPES_OF_A_CHAR = 6  # two for one outside the basic plane, in text, caption and knowledge
 _VALUES_OF_A_POST = MAX_TOKENS + 64  # fields, and room for some that are wrong
 
 
@@ -32,7 +33,7 @@ async def read_post(request: Request, config: Config) -> PostIn:
         ProblemError: 413 for an image that is too large, 415 for another type of content, 422 for a wrong body.
     """
     is_form = _content_type(request, JSON, FORM) == FORM
-    asked = await (_from_form(request) if is_form else _from_json(request, PostIn, posts=1))
+    asked = await (_from_form(request) if is_form else _from_json(request, PostIn, 1, config))
     size, limit = len(asked.image or b""), config.image.max_bytes
     if size > limit:
         raise ProblemError(413, f"the image has {size:,} bytes; {limit:,} are allowed")
@@ -46,16 +47,16 @@ async def read_batch(request: Request, config: Config) -> BatchIn:
         ProblemError: as `read_post`, and 413 for too many posts.
     """
     _content_type(request, JSON)
-    return await _from_json(request, BatchIn, config.serving.max_batch_posts)
+    return await _from_json(request, BatchIn, config.serving.max_batch_posts, config)
 
 
-async def _from_json(request: Request, model: type[_Model], posts: int) -> _Model:
+async def _from_json(request: Request, model: type[_Model], posts: int, config: Config) -> _Model:
     """What a JSON body holds.
 
     Raises:
         ProblemError: 413 for more values than a request can need, 422 for a wrong body.
     """
-    counter = _JsonCounter(posts)
+    counter = _JsonCounter(posts, config.text.max_chars)
     parts = []
     async for part in request.stream():
         parts.append(part)
@@ -73,10 +74,12 @@ class _JsonCounter:
 
     Args:
         posts: that the body may hold.
+        chars: of the longest text.
     """
 
-    def __init__(self, posts: int) -> None:
+    def __init__(self, posts: int, chars: int) -> None:
         self._posts = posts
+        self._escapes_left = posts * chars * _ESCAPES_OF_A_CHAR
         self._objects = 0
         self._values = 0
         self._is_in_string = False
@@ -98,6 +101,9 @@ class _JsonCounter:
         end = part.find(b'"', start) % (len(part) + 1)  # the part's own where there is none
         if part.find(b"\\", start, end) >= 0:
             end = _IN_STRING.match(part, start).end()  # type: ignore[union-attr]  # it matches nothing, too
+            self._escapes_left -= part.count(b"\\", start, end)
+            if self._escapes_left < 0:
+                raise ProblemError(413, "the body holds more escapes than texts can")
         self._is_in_string = part[end : end + 1] != b'"'
         if part[end:] == b"\\":  # what it escapes is in the next part
             self._escape = b"\\"
