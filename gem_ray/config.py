@@ -416,8 +416,8 @@ class ServingConfig(_Section):
     max_in_flight: PositiveInt = Field(64, description="posts in each ingress replica, above which it answers 429")
     max_in_flight_per_key: PositiveInt | None = Field(
         None,
-        description="posts of one API key in each ingress replica; null: three quarters of `max_in_flight`, "
-        "and at least a batch",
+        description="posts of one API key in each ingress replica; null: where there are several, "
+        "three quarters of `max_in_flight`, and at least a batch",
     )
     retry_after_s: PositiveInt = Field(1, description="what an answer of 429 or 503 asks its client to wait, at least")
     access_log: Path | None = Field(None, description="file to which an ingress replica adds a line for each request")

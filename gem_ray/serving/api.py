@@ -89,7 +89,7 @@ def _add_annotate(api: FastAPI, service: Service) -> None:
         openapi_extra=POST_BODY,
     )
     async def annotate(request: Request, heatmaps: HeatMaps = False) -> JSONResponse:
-        key = request.state.caller.key
+        key = service.sharing_key(request.state.caller)
         service.flow.check_room(1, key)
         asked = await read_post(request, service.config)
         with service.flow.admitted(1, key):
@@ -127,7 +127,7 @@ def _add_batch(api: FastAPI, service: Service) -> None:
         openapi_extra=BATCH_BODY,
     )
     async def annotate_batch(request: Request, heatmaps: HeatMaps = False) -> Response:
-        key = request.state.caller.key
+        key = service.sharing_key(request.state.caller)
         service.flow.check_room(1, key)
         asked = (await read_batch(request, service.config)).posts
         if NDJSON in request.headers.get("accept", ""):

@@ -44,6 +44,10 @@ class ApiKeys:
         """Whether a key is wanted. A file that names none lets nobody in: its last key may just have been revoked."""
         return bool(self._given) or self._file is not None
 
+    def __len__(self) -> int:
+        """Names of keys that are known."""
+        return len(set(self._names.values()))
+
     def name_of(self, key: str) -> str | None:
         """The name of a key, or the first digits of its hash; None for one that is not known, or not any more."""
         if self._file is not None and self._stamp_of_now() != self._stamp:

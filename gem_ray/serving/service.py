@@ -19,6 +19,8 @@ from gem_ray.serving.settings import filter_settings
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from gem_ray.serving.guard import Caller
+
 _RUNNING = ("RUNNING", "UPDATING")  # the latter take over a `user_config`
 
 
@@ -51,6 +53,11 @@ class Service:
         """The answer about a post, which is counted."""
         self._metrics.count([done.post])
         return answer_row(done, self.run_id, heatmaps)
+
+    def sharing_key(self, caller: Caller) -> str | None:
+        """The key whose posts are bounded, so that they leave places to other keys; None: there is nobody else."""
+        is_bounded = self.config.serving.max_in_flight_per_key is not None or len(self.keys) > 1
+        return caller.key if is_bounded else None
 
     async def models(self) -> dict[str, str]:
         """Role -> `reference@hash` of every model of the configuration."""
