@@ -21,7 +21,7 @@ from gem_ray.serving.problems import ProblemError
 
 TEXT = "Paris tonight"
 POST = b"POST /v1/annotate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-PROMPT_S = 0.1
+PROMPT_S = 0.5  # usually under 0.1; sender and server share this process, and machines are noisy
 MIB = 2**20
 
 
