@@ -26,17 +26,8 @@ import pytest
 # Small models gain nothing from a second thread, and threads that share cores with Ray's processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-_ONE_RAY = ("pipeline", "serving")  # folders whose files share a Ray, or a service that runs
-
 _REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests that run side by side, those of a file stay together, and so do those of folders that share a Ray."""
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder in _ONE_RAY else str(item.path)))
 
 
 @dataclass(frozen=True)
