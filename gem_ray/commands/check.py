@@ -90,11 +90,9 @@ def _print(found: InputCheck) -> None:
         ("repeated", +sample.repeated),
         ("script", sample.scripts),
     ]
-    without_image = sample.images["none"]
-    for what, count in (("cannot be annotated", sample.rejected.total()), ("have no image", without_image)):
-        if count > MAX_PROBLEM_SHARE * sample.posts:
-            share = f"{count / sample.posts:.0%}"
-            typer.secho(f"{share} of the sample {what}: annotate it with --max-problem-share 1", fg="yellow")
+    if sample.rejected.total() > MAX_PROBLEM_SHARE * sample.posts:
+        share = f"{sample.rejected.total() / sample.posts:.0%}"
+        typer.secho(f"{share} of the sample cannot be annotated: see --max-problem-share of annotate", fg="yellow")
     for what, counts in parts:
         for name, count in Counter(counts).most_common(_SHOWN):
             table.add_row(f"{what}: {name}", f"{count:,}", f"{count / sample.posts:.0%}")

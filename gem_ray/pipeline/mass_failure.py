@@ -23,6 +23,8 @@ def mass_failure(tally: Tally, max_share: float) -> str | None:
         max_share: of posts that may have problems of one kind.
     """
     counts = {kind: count for kind, count in tally.problems.items() if kind not in _HARMLESS}
+    if missing := counts.get(ProblemKind.IMAGE_MISSING):
+        counts[ProblemKind.IMAGE_MISSING] = missing - tally.without_image
     kind = max(counts, key=counts.__getitem__, default=None)
     if kind is None or counts[kind] <= max_share * tally.rows:
         return None

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gem_ray.pipeline.account import Account
-from gem_ray.records import Post, Status
+from gem_ray.records import Post, ProblemKind, Status
 
 _LIBRARIES = ("gem-ray", "ray", "torch", "transformers", "pyarrow")
 _EXAMPLES = 5  # kept of each kind of problem
@@ -29,6 +29,7 @@ class Tally:
         rows: posts.
         statuses: posts by status; every status is there.
         problems: posts that have a problem, by its kind; a post may have several kinds.
+        without_image: those of `image_missing` that name no image: a text alone, with which nothing went wrong.
         entities: mentions found.
         grounded: mentions with a box: those that are seen.
         not_judged: mentions of which nobody has said whether they are seen: their `seen` is null.
@@ -41,6 +42,7 @@ class Tally:
     rows: int = 0
     statuses: dict[str, int] = field(default_factory=lambda: {str(status): 0 for status in Status})
     problems: Counter[str] = field(default_factory=Counter)
+    without_image: int = 0
     entities: int = 0
     grounded: int = 0
     not_judged: int = 0
@@ -93,6 +95,8 @@ class Tally:
     def _count_problems(self, row: Mapping[str, Any], status: Status) -> None:
         for problem in {each["kind"]: each for each in row["problems"]}.values():
             self.problems[problem["kind"]] += 1
+            # An image that is named and is not there is missed by the stage that fetches it.
+            self.without_image += problem["kind"] == ProblemKind.IMAGE_MISSING and problem["stage"] == "prepare"
             examples = self.examples.setdefault(problem["kind"], [])
             if len(examples) < _EXAMPLES:
                 shown = {"post_id": row["post_id"], "row_id": row["row_id"], "text": row["text"][:_EXAMPLE_CHARS]}
@@ -105,6 +109,7 @@ class Tally:
             rows=self.rows + other.rows,
             statuses={status: count + other.statuses[status] for status, count in self.statuses.items()},
             problems=self.problems + other.problems,
+            without_image=self.without_image + other.without_image,
             entities=self.entities + other.entities,
             grounded=self.grounded + other.grounded,
             not_judged=self.not_judged + other.not_judged,

@@ -169,7 +169,7 @@ def test_shards_name_the_images_that_cannot_be_used(tmp_path: Path):
 
 
 def test_what_annotate_would_give_up_is_said(tmp_path: Path):
-    write_posts([Post("1", "Lyon"), Post("2", "Paris"), Post("3", "Oslo", image_uri="s3://b/a.jpg")], tmp_path / "p")
-    assert "67% of the sample have no image: annotate it with --max-problem-share 1" in run_check(tmp_path / "p")[1]
-    write_posts([Post("1", "Lyon"), Post("2", "Paris", image_uri="s3://b/a.jpg")], tmp_path / "half")
-    assert "--max-problem-share" not in run_check(tmp_path / "half")[1]
+    write_posts([Post("1", "Lyon"), Post("2", " "), Post("3", " ")], tmp_path / "p")
+    assert "67% of the sample cannot be annotated: see --max-problem-share of annotate" in run_check(tmp_path / "p")[1]
+    write_posts([Post("1", "Lyon"), Post("2", "Paris"), Post("3", "Oslo")], tmp_path / "texts")
+    assert "--max-problem-share" not in run_check(tmp_path / "texts")[1]

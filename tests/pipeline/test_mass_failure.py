@@ -14,12 +14,13 @@ import typer
 from gem_ray.benchmarks.memory import write_texts
 from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.commands import annotate as command
-from gem_ray.config import Config
+from gem_ray.config import Config, TextConfig
+from gem_ray.data.prepare import Preparer
 from gem_ray.pipeline.mass_failure import mass_failure
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.summary import Tally
 from gem_ray.pipeline.tables import annotations_table, posts_to_table, table_to_posts
-from gem_ray.records import Box, Entity, Post, ProblemKind, Status
+from gem_ray.records import Box, Entity, Post, Problem, ProblemKind, Status
 
 
 def post_with(*kinds: ProblemKind) -> Post:
@@ -57,9 +58,18 @@ def test_posts_that_a_stage_of_the_users_own_left_out_are_no_failures() -> None:
     assert mass_failure(tally_of(*[post_with(ProblemKind.FILTERED)] * 5), 0.5) is None
 
 
+def test_posts_that_name_no_image_are_no_failures() -> None:
+    texts = [Post(str(number), "Lyon", row_id=number) for number in range(5)]
+    Preparer(TextConfig())(texts)
+    assert {problem.kind for post in texts for problem in post.problems} == {ProblemKind.IMAGE_MISSING}
+    assert mass_failure(tally_of(*texts), 0.5) is None
+    assert mass_failure(tally_of(*texts, *[post_with(ProblemKind.IMAGE_MISSING)] * 6), 0.5) is not None
+
+
 @pytest.mark.parametrize(
     ("posts", "status"),
     [
+        ([Post("9", "x", problems=[Problem("prepare", ProblemKind.IMAGE_MISSING, "none")])], Status.DEGRADED),
         ([post_with(), Post("8", "x", row_id=4)], Status.OK),
         ([post_with(ProblemKind.IMAGE_MISSING), post_with(*[ProblemKind.STAGE_FAILED] * 2)], Status.DEGRADED),
     ],
