@@ -10,7 +10,7 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 	$(BIN)/gem-ray demo --out out/demo
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/python -m pytest -m "not vllm" -n 2 --dist loadfile --durations 20
+	$(BIN)/python -m pytest -m "not vllm" --durations 20
 	$(BIN)/python -m pytest -m vllm tests/rerank tests/nano tests/pipeline
 	$(BIN)/python -m pytest -m vllm tests/knowledge/test_explainer_vllm.py
 

@@ -46,7 +46,8 @@ class Access:
         self._seconds = Histogram("gem_ray_http_seconds", "Time of a request.", _SECONDS, ("endpoint",))
         self._in_flight = Gauge("gem_ray_posts_in_flight", "Posts that have a place in an ingress.")
         self._waiting = Gauge("gem_ray_posts_waiting", "Of these, posts that wait for a call of a pool.")
-        Gauge("gem_ray_posts_limit", "Places of an ingress.").set(max_in_flight)
+        self._limit = Gauge("gem_ray_posts_limit", "Places of an ingress.")
+        self._max_in_flight = max_in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -79,6 +80,7 @@ class Access:
         self._seconds.observe(seconds, {"endpoint": endpoint})
         self._in_flight.set(self._flow.in_flight)
         self._waiting.set(self._flow.waiting)
+        self._limit.set(self._max_in_flight)  # again: what is set once is exported once
         if self._log is not None:
             peer = scope.get("client")
             line: dict[str, Any] = {
