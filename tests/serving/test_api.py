@@ -240,9 +240,10 @@ def test_a_body_without_length_is_cut_off_at_the_limit(service, assert_problem):
 
 def test_metrics_are_one_page_of_what_one_asks_for(service, posts):
     service.annotate(posts[0])
-    asked = {*re.findall(r"ray_gem_ray_(?:http|posts_)\w+", DASHBOARD.read_text()), "ray_gem_ray_batch_posts_count"}
+    names = {*re.findall(r"ray_gem_ray_(?:http|posts_)\w+", DASHBOARD.read_text()), "ray_gem_ray_batch_posts_count"}
+    asked = [*(f"{name}{{" for name in names), 'endpoint="/metrics"', 'endpoint="/v1/annotate"']
     deadline = time.monotonic() + 30
-    while missing := [name for name in asked if f"{name}{{" not in (page := service.client.get("/metrics")).text]:
+    while missing := [part for part in asked if part not in (page := service.client.get("/metrics")).text]:
         assert time.monotonic() < deadline, missing  # exported from time to time
         time.sleep(0.5)
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
