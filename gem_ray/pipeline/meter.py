@@ -106,12 +106,13 @@ class Meter:
         done = min(self._done(), self._total)
         rate = self._rate.of(done)
         left = (self._total - done) / rate if rate else None
-        cost = (self._earlier + self._own(work)).money
+        own = self._own(work)
+        cost = (self._earlier + own).money
         price = self._limits.price
         at_end = None
         if cost is not None and price is not None and left is not None:
             at_end = cost + price * self._units * left / 3600
-        return Reading(done, self._total, rate, left, cost, at_end, _busiest(work), self._waiting_for(work))
+        return Reading(done, self._total, rate, left, cost, at_end, _busiest(own), self._waiting_for(work))
 
     def save(self, written_bytes: int = 0) -> Account:
         """Keep what this start has taken; gives back what all starts have taken together.
@@ -153,8 +154,6 @@ def account_of(folder: RunFolder) -> Account:
     return sum((Account.from_dict(facts) for facts in folder.starts()), Account())
 
 
-def _busiest(work: Progress) -> str | None:
-    if not work.pools:
-        return None
-    name = max(work.pools, key=lambda each: work.pools[each].busy_share)
-    return f"{name} {work.pools[name].busy_share:.0%}"
+def _busiest(own: Account) -> str | None:
+    pool = own.bottleneck
+    return f"{pool} {own.pools[pool].busy_share:.0%}" if pool else None
