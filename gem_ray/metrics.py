@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter as Counts
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Histogram
 
-from gem_ray.records import Post, ProblemKind, Status
+from gem_ray.records import ProblemKind, Status
+
+if TYPE_CHECKING:
+    from gem_ray.tally import Tally
 
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 _ENTITIES = ("found", "hard", "grounded", "not_judged")
@@ -70,29 +73,18 @@ class PostMetrics:
         self._entities = Counter("gem_ray_entities", "Entities; hard ones went to the reranker.", ("what", "run_id"))
         for counter in (self._posts, self._problems, self._entities):
             counter.set_default_tags({"run_id": run_id})
-        self.add(
+        self._add(
             dict.fromkeys(map(str, Status), _NOTHING),
             dict.fromkeys(map(str, ProblemKind), _NOTHING),
             dict.fromkeys(_ENTITIES, _NOTHING),
         )
 
-    def count(self, posts: Sequence[Post]) -> None:
+    def add(self, tally: Tally) -> None:
         """Add posts that are done."""
-        entities = [entity for post in posts for entity in post.entities]
-        found = (
-            len(entities),
-            sum(entity.reranked for entity in entities),
-            sum(entity.box is not None for entity in entities),
-            sum(entity.seen is None for entity in entities),
-        )
-        self.add(
-            Counts(str(post.status) for post in posts),
-            Counts(str(kind) for post in posts for kind in {problem.kind for problem in post.problems}),
-            dict(zip(_ENTITIES, found, strict=True)),
-        )
+        found = (tally.entities, tally.reranked, tally.grounded, tally.not_judged)
+        self._add(tally.statuses, tally.problems, dict(zip(_ENTITIES, found, strict=True)))
 
-    def add(self, statuses: Mapping[str, float], problems: Mapping[str, float], entities: Mapping[str, float]) -> None:
-        """Add posts that are done: by status, by kind of problem, and their entities by what became of them."""
+    def _add(self, statuses: Mapping[str, float], problems: Mapping[str, float], entities: Mapping[str, float]) -> None:
         _add(self._posts, "status", statuses)
         _add(self._problems, "kind", problems)
         _add(self._entities, "what", entities)

@@ -39,6 +39,7 @@ LAYERS = [
         "client",
         "strict",
         "plurals",
+        "tally",
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},

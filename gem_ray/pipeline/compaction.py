@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from gem_ray.data.output import PublishedFile, merged_name
 from gem_ray.data.storage import Storage
 from gem_ray.pipeline.staging import StagedFile, read_ids, rows_once
-from gem_ray.pipeline.summary import Tally
 from gem_ray.records import ANNOTATION_SCHEMA, Status
+from gem_ray.tally import Tally
 
 _FILE_BYTES = 128 * 2**20  # of a published file, about
 _ROW_GROUP_ROWS = 10_000

@@ -26,11 +26,11 @@ from gem_ray.model_references import ModelChangedError
 from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.logs import log_as_json, log_problems
 from gem_ray.pipeline.polling import polling
-from gem_ray.pipeline.summary import Tally
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.pools import CPUS_FOR_TASKS
 from gem_ray.records import Post, ProblemKind
 from gem_ray.stages import LOAD_IMAGE
+from gem_ray.tally import Tally
 
 if TYPE_CHECKING:
     from gem_ray.config import Config, StagePool

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gem_ray.metrics import PostMetrics, WorkMetrics
 from gem_ray.pipeline.account import PoolTime
 from gem_ray.pipeline.mass_failure import JUDGED_FROM, mass_failure
-from gem_ray.pipeline.summary import Tally
+from gem_ray.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +100,7 @@ class _Book:
     def add_done(self, tally: Tally) -> str | None:
         progress = self._progress
         progress.tally += tally
-        found = {
-            "found": tally.entities,
-            "hard": tally.reranked,
-            "grounded": tally.grounded,
-            "not_judged": tally.not_judged,
-        }
-        self._posts.add(tally.statuses, tally.problems, found)
+        self._posts.add(tally)
         if self._max_problem_share is not None and progress.tally.rows >= JUDGED_FROM:
             progress.failure = progress.failure or mass_failure(progress.tally, self._max_problem_share)
         return progress.failure

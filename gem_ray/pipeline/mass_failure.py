@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gem_ray.records import ProblemKind
 
 if TYPE_CHECKING:
-    from gem_ray.pipeline.summary import Tally
+    from gem_ray.tally import Tally
 
 JUDGED_FROM = 1000  # posts of a run that goes on: of fewer, too many may fail by chance
 _EXAMPLES = 3

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from gem_ray.data.output import ANNOTATIONS, SUCCESS, Publication, PublishedFile, live_files, merged_name
 from gem_ray.data.storage import as_json, side_by_side
 from gem_ray.pipeline.staging import is_rows, read_ids
-from gem_ray.pipeline.summary import Tally
 from gem_ray.records import Status
+from gem_ray.tally import Tally
 
 if TYPE_CHECKING:
     from gem_ray.data.storage import Storage

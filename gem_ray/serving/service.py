@@ -15,6 +15,7 @@ from gem_ray.serving.flow import Annotated, Flow
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.messages import answer_row
 from gem_ray.serving.settings import filter_settings
+from gem_ray.tally import Tally
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -51,7 +52,7 @@ class Service:
 
     def row(self, done: Annotated, heatmaps: bool) -> dict[str, Any]:
         """The answer about a post, which is counted."""
-        self._metrics.count([done.post])
+        self._metrics.add(Tally.of_posts([done.post]))
         return answer_row(done, self.run_id, heatmaps)
 
     def sharing_key(self, caller: Caller) -> str | None:

@@ -18,8 +18,8 @@ from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.progress import reader, reporting
 from gem_ray.pipeline.run import RunError, annotate_dataset
-from gem_ray.pipeline.summary import Tally
 from gem_ray.records import Status
+from gem_ray.tally import Tally
 
 
 @pytest.fixture(scope="module")

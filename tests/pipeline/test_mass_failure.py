@@ -18,9 +18,9 @@ from gem_ray.config import Config, TextConfig
 from gem_ray.data.prepare import Preparer
 from gem_ray.pipeline.mass_failure import mass_failure
 from gem_ray.pipeline.run import RunError, annotate_dataset
-from gem_ray.pipeline.summary import Tally
 from gem_ray.pipeline.tables import annotations_table, posts_to_table, table_to_posts
 from gem_ray.records import Box, Entity, Post, Problem, ProblemKind, Status
+from gem_ray.tally import Tally
 
 
 def post_with(*kinds: ProblemKind) -> Post:

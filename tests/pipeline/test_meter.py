@@ -30,8 +30,8 @@ from gem_ray.pipeline.meter import Meter, account_of
 from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.run_directory import RunDirectory
-from gem_ray.pipeline.summary import Tally
 from gem_ray.records import ProblemKind
+from gem_ray.tally import Tally
 
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
 SECONDS = st.integers(0, 10**6).map(float)

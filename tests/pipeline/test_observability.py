@@ -18,8 +18,9 @@ from gem_ray.metrics import PostMetrics, StageMetrics, WorkMetrics
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.logs import JsonFormatter, log_problems
 from gem_ray.pipeline.progress import json_lines, reader
-from gem_ray.pipeline.summary import RunSummary, Tally
+from gem_ray.pipeline.summary import RunSummary
 from gem_ray.records import Box, Entity, Post, ProblemKind
+from gem_ray.tally import Tally
 
 DASHBOARD = Path(__file__).parents[2] / "clusters" / "grafana-dashboard.json"
 
@@ -83,7 +84,7 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
         stage.end(second, posts=6)
         WorkMetrics("run-7").add("knowledge", 1.0, {"asked": 3})
         seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
-        PostMetrics("run-7").count([seen, failed_post("prepare", ProblemKind.TEXT_TOO_LONG)])
+        PostMetrics("run-7").add(Tally.of_posts([seen, failed_post("prepare", ProblemKind.TEXT_TOO_LONG)]))
         time.sleep(3)  # exported from time to time
 
     working = work.remote()

@@ -7,9 +7,10 @@ import pyarrow as pa
 from gem_ray.commands.annotate import _about_abstaining
 from gem_ray.config import load_config
 from gem_ray.pipeline.account import Account
-from gem_ray.pipeline.summary import RunSummary, Tally
+from gem_ray.pipeline.summary import RunSummary
 from gem_ray.pipeline.tables import annotations_table
 from gem_ray.records import Box, Entity, Post, Status
+from gem_ray.tally import Tally
 
 
 def post(*verdicts: bool | None, width: int | None = 640) -> Post:
