@@ -143,6 +143,11 @@ class Entity:
     # (C_f,) mean fine logits over the words: from the tagger to the filter, never written.
     logits: np.ndarray | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def certainty(self) -> float:
+        """`confidence`, or `score` where nothing has calibrated it."""
+        return self.score if self.confidence is None else self.confidence
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values of `ENTITY_TYPE`."""
         return asdict(replace(self, logits=None), dict_factory=_without_logits)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,6 +15,7 @@ from gem_ray.records import Post, ProblemKind, Status
 
 _EXAMPLES = 5  # kept of each kind of problem
 _EXAMPLE_CHARS = 200
+_TENTHS = 10
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Tally:
         not_judged_with_image: those of them whose post is `ok`, with an image: they are outside of what the models
             know, or there is no grounder.
         reranked: mentions that the reranker decided.
+        confidences: mentions by their confidence, in tenths; by their score where nothing has calibrated it.
         examples: by kind of problem, a few rows that have it.
     """
 
@@ -43,6 +46,7 @@ class Tally:
     not_judged: int = 0
     not_judged_with_image: int = 0
     reranked: int = 0
+    confidences: list[int] = field(default_factory=lambda: [0] * _TENTHS)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
@@ -55,6 +59,9 @@ class Tally:
         tally.reranked = pc.sum(entities.field("reranked")).as_py() or 0
         tally.grounded = len(entities) - entities.field("box").null_count
         tally.not_judged = entities.field("seen").null_count
+        tally.confidences = _by_tenth(
+            pc.coalesce(entities.field("confidence"), entities.field("score")).to_numpy(False)
+        )
         if status is Status.OK:
             with_image = table.filter(pc.is_valid(table["image_width"]))
             tally.not_judged_with_image = _entities(with_image).field("seen").null_count
@@ -72,6 +79,7 @@ class Tally:
             grounded=sum(entity.box is not None for entity in entities),
             not_judged=sum(entity.seen is None for entity in entities),
             reranked=sum(entity.reranked for entity in entities),
+            confidences=_by_tenth(np.array([entity.certainty for entity in entities])),
         )
         for post in posts:
             tally.statuses[post.status] += 1
@@ -110,6 +118,7 @@ class Tally:
             not_judged=self.not_judged + other.not_judged,
             not_judged_with_image=self.not_judged_with_image + other.not_judged_with_image,
             reranked=self.reranked + other.reranked,
+            confidences=[mine + its for mine, its in zip(self.confidences, other.confidences, strict=True)],
             examples={
                 kind: (self.examples.get(kind, []) + other.examples.get(kind, []))[:_EXAMPLES] for kind in sorted(kinds)
             },
@@ -128,3 +137,9 @@ class Tally:
 
 def _entities(table: pa.Table) -> pa.StructArray:
     return pc.list_flatten(table["entities"]).combine_chunks()
+
+
+def _by_tenth(values: np.ndarray) -> list[int]:
+    """How many of the values, from 0 to 1, lie in each tenth; 1 is in the last."""
+    counts: list[int] = np.histogram(values.astype(np.float32), _TENTHS, (0, 1))[0].tolist()
+    return counts

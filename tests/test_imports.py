@@ -40,6 +40,7 @@ LAYERS = [
         "strict",
         "plurals",
         "tally",
+        "look",
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},

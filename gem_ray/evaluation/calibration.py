@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from gem_ray.evaluation.shares import Share
 from gem_ray.noise import between
 from gem_ray.rerank.uncertainty import gamma_above, gamma_for_share
-
-_Z = 1.96  # 95 %
 
 
 @dataclass(frozen=True)
@@ -35,33 +33,6 @@ class JudgedEntity:
     def gain(self) -> int:
         """What asking the reranker changes: 1 right category more, 1 fewer, or nothing."""
         return 0 if self.reranked_right is None else int(self.reranked_right) - int(self.right)
-
-
-@dataclass(frozen=True)
-class Share:
-    """`right` of `total`."""
-
-    right: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """From 0 to 1; 0 of nothing is 0."""
-        return self.right / self.total if self.total else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the probability behind the share."""
-        if not self.total:
-            return 0.0, 1.0
-        shrink = 1 + _Z**2 / self.total
-        middle = (self.value + _Z**2 / (2 * self.total)) / shrink
-        half = _Z / shrink * math.sqrt(self.value * (1 - self.value) / self.total + (_Z / (2 * self.total)) ** 2)
-        return min(max(0.0, middle - half), self.value), max(min(1.0, middle + half), self.value)  # 1 is not 1 - 1e-16
-
-    def to_dict(self) -> dict[str, Any]:
-        """Counts, share and interval."""
-        return {**asdict(self), "value": self.value, "interval": list(self.interval)}
 
 
 @dataclass(frozen=True)

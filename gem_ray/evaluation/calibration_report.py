@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from gem_ray.data.files import whole_file, whole_text
-from gem_ray.evaluation.calibration import Bin, Calibration, Share, Threshold
-from gem_ray.evaluation.report import percent
+from gem_ray.evaluation.calibration import Bin, Calibration, Threshold
+from gem_ray.evaluation.shares import Share
+from gem_ray.look.pages import percent
+from gem_ray.look.plots import INK, LINE, QUIET, SERIES, Series, dress, new_figure
 
 THRESHOLD_TITLES: dict[str, str] = {
     "configured": "as configured",
     "budget": "within the budget",
     "crossing": "most right categories",
 }
-# Shapes and strokes, not colours: they are told apart in grey print, too.
-_BLACK, _DARK, _MIDDLE, _LIGHT = "0.0", "0.25", "0.45", "0.8"
 _FEWEST = 5  # entities of a point in the plot: fewer say nothing; the table has them
 _THRESHOLD_STROKES = {"configured": ":", "budget": "--", "crossing": "-"}
 
@@ -73,22 +73,25 @@ def write_calibration(calibration: Calibration, folder: Path) -> None:
 
 def plot(calibration: Calibration) -> Figure:
     """Figure 5: accuracy, top-K recall and the reranker's accuracy over entropy, above the share of entities."""
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    figure = new_figure(height=5.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = calibration.bins
-    _curve(upper, bins, [entry.top_recall for entry in bins], f"top-{calibration.k} recall", "^--", _MIDDLE, -0.1)
-    _curve(upper, bins, [entry.accuracy for entry in bins], "tagger", "o-", _BLACK, 0.0)
-    _curve(upper, bins, [entry.reranked for entry in bins], "reranker", "s-.", _DARK, 0.1)
+    curves = (
+        ("tagger", [entry.accuracy for entry in bins], 0.0),
+        ("reranker", [entry.reranked for entry in bins], 0.1),
+        (f"top-{calibration.k} recall", [entry.top_recall for entry in bins], -0.1),
+    )
+    for series, (label, shares, shift) in zip(SERIES, curves, strict=False):
+        _curve(upper, bins, shares, label, series, shift)
     for name, threshold in calibration.thresholds.items():
         _mark(upper, lower, name, threshold)
     upper.set(ylabel="right categories", ylim=(-0.02, 1.02))
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small")
     middles, widths = [_middle(entry) for entry in bins], [entry.high - entry.low for entry in bins]
-    lower.bar(middles, [entry.share.value for entry in bins], widths, color=_LIGHT, edgecolor=_BLACK)
+    lower.bar(middles, [entry.share.value for entry in bins], widths, color=LINE, edgecolor=QUIET)
     lower.set(xlabel="entropy of the categories, nats", ylabel="share of entities", xlim=(0, bins[-1].high))
     for axes in (upper, lower):
-        axes.grid(color=_LIGHT, linewidth=0.5)
-        axes.set_axisbelow(True)
+        dress(axes)
     return figure
 
 
@@ -98,9 +101,7 @@ def _cells(entry: Bin, with_reranker: bool) -> list[str]:
     return counts + [percent(share.value) if share.total else "–" for share in shares]
 
 
-def _curve(
-    axes: Axes, bins: Sequence[Bin], shares: Sequence[Share], label: str, stroke: str, grey: str, shift: float
-) -> None:
+def _curve(axes: Axes, bins: Sequence[Bin], shares: Sequence[Share], label: str, series: Series, shift: float) -> None:
     """Shares with their 95 % intervals, where there are enough entities. `shift` is in widths of a bin."""
     points = [
         (_middle(entry) + shift * (entry.high - entry.low), share.value, *share.interval)
@@ -110,13 +111,14 @@ def _curve(
     if points:
         x, y, low, high = (list(column) for column in zip(*points, strict=True))
         errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-        axes.errorbar(x, y, errors, fmt=stroke, color=grey, label=label, capsize=2, elinewidth=0.7, markersize=4)
+        fmt = series.mark + series.stroke
+        axes.errorbar(x, y, errors, fmt=fmt, color=series.colour, label=label, capsize=2, elinewidth=0.7, markersize=4)
 
 
 def _mark(upper: Axes, lower: Axes, name: str, threshold: Threshold) -> None:
     label = f"γ = {threshold.gamma:g}, {THRESHOLD_TITLES[name]}: {100 * threshold.share.value:.0f} % reranked"
     for axes in (upper, lower):
-        axes.axvline(threshold.gamma, color=_BLACK, linewidth=1, linestyle=_THRESHOLD_STROKES[name], label=label)
+        axes.axvline(threshold.gamma, color=INK, linewidth=1, linestyle=_THRESHOLD_STROKES[name], label=label)
 
 
 def _middle(entry: Bin) -> float:

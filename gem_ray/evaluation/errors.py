@@ -8,9 +8,13 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from gem_ray.evaluation.metrics import Report, Scores, evaluate
+from gem_ray.evaluation.shares import Share
 from gem_ray.evaluation.rules import Mention, Rules, judge, words_of
 from gem_ray.records import Post
 from gem_ray.taxonomy import FMNERG, LabelSet
+
+TENTHS = 10
+"""Of confidence, from 0 to 1."""
 
 BANDS = ((0, 25), (25, 100), (100, 400), (400, None))
 """Training mentions of a category: from, below. A band gathers categories that are about as rare."""
@@ -65,6 +69,7 @@ class Errors:
         report: the scores.
         confusion: (gold category, predicted category) → mentions whose span is right; equal pairs are right ones.
         spans: kind of mistake → how many.
+        confidence: for each tenth of confidence the mentions in it, and those of them whose span and category are right.
         boundary_words: words that a mention cut wrongly has too many (positive) or too few → how many such mentions.
         categories: those that gold has, by falling number of training mentions.
         bands: the same, gathered.
@@ -74,6 +79,7 @@ class Errors:
     report: Report
     confusion: Counter[tuple[str, str]] = field(default_factory=Counter)
     spans: Counter[SpanError] = field(default_factory=Counter)
+    confidence: list[Share] = field(default_factory=lambda: [Share(0, 0)] * TENTHS)
     boundary_words: Counter[int] = field(default_factory=Counter)
     categories: Sequence[CategoryErrors] = ()
     bands: Sequence[Band] = ()
@@ -132,6 +138,9 @@ def _count(post: Post, truth: Post, rules: Rules, errors: Errors) -> float:
     mentions = rules.predicted_mentions(post, words_of(truth))
     verdicts, _ = judge(post, truth.gold or (), rules)
     weight = 0.0
+    for entity, verdict in zip(post.entities, verdicts, strict=True):
+        tenth = min(TENTHS - 1, int(TENTHS * entity.certainty))
+        errors.confidence[tenth] = errors.confidence[tenth].with_one(verdict.span and verdict.category)
     for mention, verdict in zip(mentions, verdicts, strict=True):
         if verdict.gold is not None:
             errors.confusion[verdict.gold.category, mention.category] += 1

@@ -1,14 +1,17 @@
-// The page of the gallery: totals, filters and the order of the posts. The cards are made in gallery_cards.js, which
-// comes before this file.
+// The page of the gallery: totals, filters and the order of the posts.
+
+import { $, counted, html, listenToTheme, named } from "./elements.js";
+import { card, data, hideTip, moveTip, posts, row, showMention } from "./gallery_cards.js";
+import { certainty, judgement, JUDGED } from "./mentions.js";
 
 // ---- Facets: what each mention can be filtered by
 
-const hasGold = posts.some((post) => post.missed.length || post.entities.some((entity) => entity.verdict));
+const hasGold = posts.some((post) => post.missed.length || post.verdicts.some(Boolean));
 const facets = {
   coarse: { title: "Category", options: data.coarse.map((name) => [name, named(name)]) },
   fine: { title: "Fine category", options: [] },
   status: { title: "Post", options: [["ok", "ok"], ["degraded", "degraded"], ["rejected", "rejected"]] },
-  grounded: { title: "In the image", options: [["yes", "seen"], ["no", "not seen"], ["unknown", "not judged"]] },
+  grounded: { title: "In the image", options: Object.entries(JUDGED) },
   reranked: { title: "Route", options: [["yes", "reranked"], ["no", "not reranked"]] },
   verdict: {
     title: "Against gold",
@@ -19,15 +22,12 @@ const facets = {
 if (!hasGold) delete facets.verdict;
 const keys = Object.keys(facets);
 
-function verdictsOf(entity) {
-  const verdict = entity.verdict;
+function verdictsOf(verdict) {
   if (!verdict) return [];
   if (!verdict.span) return ["wrong", "spurious"];
   if (verdict.category && verdict.region) return ["right"];
   return ["wrong", ...(verdict.category ? [] : ["category"]), ...(verdict.region ? [] : ["region"])];
 }
-
-const judgement = ({ seen }) => (seen === null ? "unknown" : seen ? "yes" : "no");
 
 // One item a mention, in the posts' order; a post without mentions is one item, so that its status can be chosen.
 const items = [];
@@ -35,30 +35,38 @@ posts.forEach((post, position) => {
   const add = (values, mention) => items.push({ position, mention, values: { status: [post.status], ...values } });
   post.entities.forEach((entity, index) => add({
     coarse: [entity.coarse], fine: [entity.fine], grounded: [judgement(entity)],
-    reranked: [entity.reranked ? "yes" : "no"], verdict: verdictsOf(entity),
+    reranked: [entity.reranked ? "yes" : "no"], verdict: verdictsOf(post.verdicts[index]),
   }, index));
   post.missed.forEach((gold, index) => add({
-    coarse: [gold.coarse], fine: [gold.fine], grounded: [gold.boxes.length ? "yes" : "no"], reranked: [],
+    coarse: [gold.coarse], fine: [gold.fine], grounded: [gold.boxes.length ? "seen" : "absent"], reranked: [],
     verdict: ["wrong", "missed"],
   }, post.entities.length + index));
   if (!post.entities.length && !post.missed.length) {
     add({ coarse: [], fine: [], grounded: [], reranked: [], verdict: [] }, null);
   }
 });
-const haystacks = posts.map((post) => [post.text, post.caption || "", post.id].join("\n").toLowerCase());
+const haystacks = posts.map((post) => [post.text, post.caption || "", post.post_id].join("\n").toLowerCase());
 const parents = new Map(items.flatMap((item) => item.values.fine.map((fine) => [fine, item.values.coarse[0]])));
 facets.fine.options = [...parents.keys()]
   .sort((a, b) => data.coarse.indexOf(parents.get(a)) - data.coarse.indexOf(parents.get(b)) || a.localeCompare(b))
   .map((name) => [name, named(name)]);
 
-// ---- State, kept in the address: #status=degraded&coarse=person,event&q=rally
+// ---- State, kept in the address: #status=degraded&coarse=person,event&q=rally, or #post=ID for one alone with its row
 
-const state = { q: "", sort: "", chosen: {} };
+const state = { q: "", sort: "", post: null, chosen: {} };
+
+// What orders posts, the lowest first; posts without mentions have nothing to be unsure of.
+const ORDERS = {
+  "": { title: "low confidence first", of: (post) => Math.min(Infinity, ...post.entities.map(certainty)) },
+  entropy: { title: "high entropy first", of: (post) => -Math.max(-1, ...post.entities.map((entity) => entity.entropy)) },
+  input: { title: "as in the input", of: () => 0 },
+};
 
 function readHash() {
   const parameters = new URLSearchParams(location.hash.slice(1));
   state.q = parameters.get("q") || "";
-  state.sort = parameters.get("sort") || "";
+  state.sort = parameters.get("sort") in ORDERS ? parameters.get("sort") : "";
+  state.post = parameters.get("post");
   for (const key of keys) state.chosen[key] = new Set((parameters.get(key) || "").split(",").filter(Boolean));
 }
 
@@ -67,6 +75,7 @@ function writeHash() {
   for (const key of keys) if (state.chosen[key].size) parameters.set(key, [...state.chosen[key]].join(","));
   if (state.q) parameters.set("q", state.q);
   if (state.sort) parameters.set("sort", state.sort);
+  if (state.post !== null) parameters.set("post", state.post);
   const hash = parameters.toString().replaceAll("%2C", ",");
   history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
 }
@@ -83,6 +92,7 @@ function filter() {
   let mentions = 0;
   for (const item of items) {
     if (found && !found[item.position]) continue;
+    if (state.post !== null && posts[item.position].post_id !== state.post) continue;
     const failed = active.filter((key) => !item.values[key].some((value) => state.chosen[key].has(value)));
     if (failed.length > 1) continue;
     for (const key of failed.length ? failed : keys) {
@@ -101,11 +111,8 @@ function filter() {
       mentions += 1;
     }
   }
-  const order = [...matches.keys()];
-  if (state.sort === "uncertain") {
-    const doubt = (position) => Math.max(-1, ...posts[position].entities.map((entity) => entity.entropy));
-    order.sort((a, b) => doubt(b) - doubt(a) || a - b);
-  }
+  const places = posts.map(ORDERS[state.sort].of);
+  const order = [...matches.keys()].sort((a, b) => (places[a] === places[b] ? a - b : places[a] - places[b]));
   return { order, matches, counts, mentions, onMentions: active.some((key) => key !== "status") };
 }
 
@@ -113,21 +120,23 @@ let result = null;
 
 function update() {
   result = filter();
-  const [all, found] = [plural(posts.length, "post"), result.order.length];
+  const [all, found] = [counted(posts.length, "post"), result.order.length];
   $("count").textContent = found === posts.length
     ? all
-    : `${found.toLocaleString("en")} of ${all}, ${plural(result.mentions, "mention")}`;
-  $("clear").hidden = !state.q && keys.every((key) => !state.chosen[key].size);
+    : `${found.toLocaleString("en")} of ${all}, ${counted(result.mentions, "mention")}`;
+  $("clear").hidden = !state.q && state.post === null && keys.every((key) => !state.chosen[key].size);
   $("empty").hidden = result.order.length > 0;
   showCounts();
   hideTip();
   $("grid").replaceChildren();
   appendCards();
+  if (state.post !== null) $("grid").append(...result.order.map(row));
 }
 
 // ---- Controls
 
 function buildControls() {
+  $("sort").append(...Object.entries(ORDERS).map(([value, { title }]) => html("option", { value }, title)));
   for (const key of keys) {
     const facet = facets[key];
     $("facets").append(key === "fine" ? fineMenu(facet) : choices(key, facet));
@@ -191,7 +200,7 @@ function changed() {
 const PAGE = 24;
 
 function appendCards() {
-  const shown = $("grid").children.length;
+  const shown = $("grid").querySelectorAll("article").length;
   $("grid").append(...result.order.slice(shown, shown + PAGE).map((position) => {
     const mentions = result.matches.get(position);
     return card(position, (mention) => result.onMentions && !mentions.has(mention));
@@ -230,22 +239,19 @@ function listen() {
   });
   $("clear").addEventListener("click", () => {
     state.q = $("q").value = "";
+    state.post = null;
     for (const key of keys) state.chosen[key].clear();
     changed();
   });
   $("sort").addEventListener("change", () => { state.sort = $("sort").value; changed(); });
   $("toggle").addEventListener("click", () => openFilters($("facets").hidden));
-  $("theme").addEventListener("click", () => {
-    const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
-      || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-    document.documentElement.dataset.theme = dark ? "light" : "dark";
-  });
+  listenToTheme();
   for (const name of ["pointerover", "focusin", "click"]) {
     $("grid").addEventListener(name, (event) => showMention(event.target));
   }
   $("grid").addEventListener("pointerleave", hideTip);
   $("grid").addEventListener("focusout", hideTip);
-  addEventListener("scroll", () => { if (shown) placeTip(shown); }, { passive: true });
+  addEventListener("scroll", () => { moveTip(); }, { passive: true });
   addEventListener("keydown", (event) => {
     if (event.key === "Escape") hideTip();
     if (event.key === "/" && document.activeElement !== $("q")) { event.preventDefault(); $("q").focus(); }

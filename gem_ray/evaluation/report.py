@@ -12,6 +12,7 @@ from rich.table import Table
 from gem_ray.data.files import whole_text
 from gem_ray.evaluation.metrics import Report, Scores
 from gem_ray.evaluation.significance import Difference
+from gem_ray.look.pages import percent
 from gem_ray.plurals import counted
 
 TASK_TITLES: dict[str, str] = {
@@ -23,11 +24,6 @@ TASK_TITLES: dict[str, str] = {
     "small": "EEG, small boxes",
     "large": "EEG, large boxes",
 }
-
-
-def percent(ratio: float) -> str:
-    """A ratio as the field prints it: 0.5955 is `59.55`."""
-    return f"{100 * ratio:.2f}"
 
 
 def score_table(report: Report) -> Table:

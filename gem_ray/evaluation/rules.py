@@ -102,7 +102,7 @@ class Rules:
         """EEG's condition, beyond the span: both unseen, or the box overlaps a gold box by more than the threshold."""
         if not gold.boxes or not predicted.boxes:
             return not gold.boxes and not predicted.boxes
-        return any(box.iou(other) > self.iou for box in predicted.boxes for other in gold.boxes)
+        return overlap(predicted, gold) > self.iou
 
     def same_mention(self, predicted: Mention, gold: Mention) -> bool:
         """MNERG's condition, beyond the span."""
@@ -114,12 +114,16 @@ class Rules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rules say of one predicted entity: each part that is right, and the gold of its span if there is one."""
+    """What the rules say of one predicted entity: each part that is right, and the gold of its span if there is one.
+
+    `iou` is that of its region with gold's; None where one of both sees nothing.
+    """
 
     span: bool
     category: bool
     region: bool
     gold: Mention | None = None
+    iou: float | None = None
 
 
 def judge(post: Post, gold: Sequence[GoldEntity], rules: Rules) -> tuple[list[Verdict], list[GoldEntity]]:
@@ -144,8 +148,14 @@ def judge(post: Post, gold: Sequence[GoldEntity], rules: Rules) -> tuple[list[Ve
             verdicts.append(Verdict(span=False, category=False, region=False))
         else:
             right = rules.same_category(mention, other), rules.same_region(mention, other)
-            verdicts.append(Verdict(True, *right, gold=other))
+            iou = overlap(mention, other) if mention.boxes and other.boxes else None
+            verdicts.append(Verdict(True, *right, gold=other, iou=iou))
     return verdicts, [entity for entity, mention in zip(gold, mentions, strict=True) if mention.place not in found]
+
+
+def overlap(predicted: Mention, gold: Mention) -> float:
+    """The greatest intersection over union of a predicted box with a gold one; 0 where there are none."""
+    return max((box.iou(other) for box in predicted.boxes for other in gold.boxes), default=0.0)
 
 
 def words_of(post: Post) -> list[str]:

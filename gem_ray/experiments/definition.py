@@ -97,8 +97,8 @@ class Published(_Part):
 class Plot(_Part):
     """What the plot shows."""
 
-    kind: Literal["bars", "line", "scatter", "entropy"] = Field(
-        "bars", description="`line` over the variants' `at`; `scatter` of quality over `x`; `entropy`: figure 5"
+    kind: Literal["points", "line", "scatter", "entropy"] = Field(
+        "points", description="`line` over the variants' `at`; `scatter` of quality over `x`; `entropy`: figure 5"
     )
     columns: list[str] = Field(default_factory=list, description="labels of the table's columns; none: all ratios")
     x: str = Field("", description="line: name of the axis; scatter: label of a column")
@@ -120,7 +120,7 @@ class Experiment(_Part):
     against: str | None = Field(None, description="label of the row that the others are compared with, by bootstrap")
     metric: str = Field("mner.f1", pattern=f"^{_TASK}$", description="the figure that is compared")
     published: list[Published] = Field(default_factory=list)
-    plot: Plot = Field(default_factory=lambda: Plot(kind="bars"))
+    plot: Plot = Field(default_factory=lambda: Plot(kind="points"))
 
     @model_validator(mode="after")
     def _names_what_is_there(self) -> Experiment:

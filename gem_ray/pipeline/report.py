@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, Template
-
 from gem_ray.data.storage import as_json
-from gem_ray.plurals import counted
+from gem_ray.look.pages import page
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.run_directory import RunDirectory
 
-_FACTS = ("run_id", "rows", "statuses", "problems", "examples", "left_out", "unread", "unread_rows", "account")
+_FACTS = (
+    "run_id",
+    "rows",
+    "statuses",
+    "problems",
+    "examples",
+    "confidences",
+    "left_out",
+    "unread",
+    "unread_rows",
+    "account",
+)
 
 
 def write_report(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
@@ -25,11 +33,5 @@ def write_report(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
         summary: what `run.json` says.
     """
     directory.storage.write("_run/report.json", as_json({name: summary[name] for name in _FACTS}))
-    directory.storage.write("_run/report.html", _page().render(run=summary).encode())
-
-
-@cache
-def _page() -> Template:
-    environment = Environment(loader=PackageLoader("gem_ray.pipeline", "."), autoescape=True, trim_blocks=True)
-    environment.globals["counted"] = counted
-    return environment.get_template("report.html.j2")
+    html = page("gem_ray.pipeline", "report.html.j2").render(title=f"Run {summary['run_id']}", run=summary)
+    directory.storage.write("_run/report.html", html.encode())

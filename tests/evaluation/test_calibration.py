@@ -22,7 +22,6 @@ from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.evaluation.calibration import (
     JudgedEntity,
-    Share,
     calibrate,
     gamma_at_crossing,
     gamma_for_budget,
@@ -31,6 +30,7 @@ from gem_ray.evaluation.calibration import (
 from gem_ray.evaluation.calibration_report import print_calibration, write_calibration
 from gem_ray.evaluation.dev_set import judge_dev_set
 from gem_ray.evaluation.rules import EvaluationError
+from gem_ray.evaluation.shares import Share
 from gem_ray.records import ANNOTATION_SCHEMA, Post
 
 # The tagger is right where it is sure, the reranker where the tagger is not; two spans are not gold's.

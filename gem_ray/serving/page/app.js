@@ -1,9 +1,9 @@
 // The page: a post goes in by hand, drop, paste or example; its annotation or a kind word comes out.
 
 import { annotate, Failure, fetchLimits, fetchTaxonomy, useKey } from "./client.js";
-import { $, bytes, counted, html, svg } from "./elements.js";
+import { $, bytes, counted, html, listenToTheme, svg } from "./elements.js";
 import { clearFacts, showFacts } from "./facts.js";
-import { hideImage, imageSize, showImage } from "./picture.js";
+import { hideImage, imageSize, listenToZoom, showImage } from "./picture.js";
 import { clearResult, listenToMentions, showResult, showTaxonomy } from "./result.js";
 
 let image = null; // the file to send
@@ -46,6 +46,14 @@ function takeFile(files) {
   return Boolean(file);
 }
 
+/** The fields besides text and image, as they are named there and in the API. */
+const MORE = ["caption", "knowledge", "tokens"];
+
+const postNow = () => ({
+  text: $("text").value, caption: $("caption").value.trim(), knowledge: $("knowledge").value.trim(),
+  tokens: $("tokens").value.split(/\s+/).filter(Boolean), image,
+});
+
 function countCharacters() {
   const count = Array.from($("text").value).length;
   const over = limits.max_text_chars && count > limits.max_text_chars;
@@ -58,8 +66,8 @@ function countCharacters() {
 
 async function run() {
   if (running) return;
-  const text = $("text").value;
-  const refusal = refusalOf(text);
+  const post = postNow();
+  const refusal = refusalOf(post.text);
   if (refusal) {
     showFailure(refusal);
     $("text").focus();
@@ -72,10 +80,10 @@ async function run() {
   $("status").textContent = "Annotating…";
   const started = performance.now();
   try {
-    const answer = await annotate(text, image, request.signal);
+    const answer = await annotate(post, request.signal);
     if (running !== request) return;
     $("status").textContent = showResult(answer);
-    showFacts(answer, (performance.now() - started) / 1000, text, image);
+    showFacts(answer, (performance.now() - started) / 1000, post);
     showContext(answer);
     $("key-form").hidden = true;
     reveal();
@@ -143,11 +151,18 @@ function showFailure(failure) {
     showFailure(new Failure(0, "This page failed", String(failure)));
     throw failure;
   }
-  const wait = failure.retryAfter === null ? null : html("p", {}, waitFor(failure.retryAfter));
+  const wait = failure.retryAfter ? html("p", {}, waitFor(failure.retryAfter)) : null;
   $("error").append(html("div", { class: "card notice" }, html("b", {}, failure.title),
     failure.detail && html("p", {}, failure.detail), wait));
   if (wait) countDown(wait, failure.retryAfter);
+  else if (failure.retryAfter === 0) offerRetry();
   if (failure.status === 401) askForKey();
+}
+
+function offerRetry() {
+  const button = html("button", { type: "button", class: "button" }, "Try again");
+  button.addEventListener("click", () => { $("text").focus(); run(); });
+  $("error").firstElementChild.append(button);
 }
 
 const waitFor = (seconds) => `Please try again in ${counted(seconds, "second")}. Your post is still here.`;
@@ -162,6 +177,7 @@ function countDown(node, seconds) {
     if (left > 0) return;
     clearInterval(waiting);
     $("status").textContent = node.textContent;
+    offerRetry();
   }, 500);
 }
 
@@ -206,6 +222,7 @@ async function tryExample(example) {
   if (tried !== example) return;
   removeImage();
   $("text").value = text;
+  for (const name of MORE) $(name).value = "";
   countCharacters();
   if (blob) await setImage(new File([blob], name, { type: blob.type }));
   run();
@@ -230,11 +247,6 @@ function listen() {
     await greet();
     if ($("text").value.trim()) run();
   });
-  $("theme").addEventListener("click", () => {
-    const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
-      || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-    document.documentElement.dataset.theme = dark ? "light" : "dark";
-  });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); run(); }
   });
@@ -245,6 +257,8 @@ function listen() {
   });
   listenToDrops();
   listenToMentions();
+  listenToTheme();
+  listenToZoom();
 }
 
 function listenToDrops() {

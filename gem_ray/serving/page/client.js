@@ -7,7 +7,8 @@ export function useKey(key) {
   apiKey = key;
 }
 
-/** What went wrong, for a person. `status` is 0 when there was no answer; `retryAfter` is in seconds, or null. */
+/** What went wrong, for a person. `status` is 0 when there was no answer; after `retryAfter` seconds the same request may
+    go well, null is never. */
 export class Failure extends Error {
   constructor(status, title, detail, retryAfter = null) {
     super(title);
@@ -23,7 +24,7 @@ async function call(path, options = {}) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Failure(0, "The service does not answer",
-      "It may have stopped, or you may be offline. Your post is still here: try again in a moment.");
+      "It may have stopped, or you may be offline. Your post is still here.", 0);
   }
   if (!response.ok) throw failure(response, await response.json().catch(() => ({})));
   return response.json();
@@ -42,7 +43,8 @@ const TITLES = {
 
 function failure(response, problem) {
   const { status } = response;
-  const retryAfter = waitOf(response.headers.get("Retry-After"));
+  const mayPass = status === 408 || status === 429 || status >= 500;
+  const retryAfter = waitOf(response.headers.get("Retry-After")) ?? (mayPass ? 0 : null);
   const title = TITLES[status] || (status >= 500 ? "Something went wrong in the service" : problem.title)
     || `The service refused (${status})`;
   const detail = typeof problem.detail === "string" ? problem.detail : problem.title;
@@ -59,20 +61,39 @@ function waitOf(value) {
 export const fetchTaxonomy = () => call("v1/taxonomy");
 export const fetchLimits = () => call("v1/limits");
 
-/** Annotate a post: its text, and its image as a `File` or null. */
-export function annotate(text, image, signal) {
+/** Annotate a post: { text, caption, knowledge, tokens, image }, where all but the text may be empty, and the image is a
+    `File` or null. */
+export function annotate(post, signal) {
   const body = new FormData();
-  body.append("text", text);
-  if (image) body.append("image", image, image.name);
+  for (const [name, value] of fieldsOf(post)) body.append(name, value);
+  if (post.image) body.append("image", post.image, post.image.name);
   return call("v1/annotate?heatmaps=true", { method: "POST", body, signal });
 }
 
+/** Pairs of name and text; each token is one. */
+const fieldsOf = ({ text, caption, knowledge, tokens }) => [["text", text],
+  ...Object.entries({ caption, knowledge }).filter(([, value]) => value),
+  ...tokens.map((token) => ["tokens", token])];
+
 /** The same call for a terminal. `--form-string`, because `-F` reads files where a text begins with @ or <. */
-export function curlCommand(text, image) {
+export function curlCommand(post) {
   const quoted = (value) => `'${value.replaceAll("'", "'\\''")}'`;
   const parts = [`curl ${quoted(new URL("v1/annotate", document.baseURI).href)}`];
   if (apiKey) parts.push('-H "Authorization: Bearer $GEM_RAY_API_KEY"');
-  parts.push(`--form-string ${quoted(`text=${text}`)}`);
-  if (image) parts.push(`-F ${quoted(`image=@"${image.name.replaceAll(/["\\]/g, "\\$&")}"`)}`);
+  for (const [name, value] of fieldsOf(post)) parts.push(`--form-string ${quoted(`${name}=${value}`)}`);
+  if (post.image) parts.push(`-F ${quoted(`image=@"${post.image.name.replaceAll(/["\\]/g, "\\$&")}"`)}`);
   return parts.join(" \\\n  ");
+}
+
+/** The same call in Python. A JSON string is a string of Python, too. */
+export function pythonCode(post) {
+  const { text, caption, knowledge, tokens, image } = post;
+  const given = { image: image && image.name, caption, knowledge, tokens: tokens.length && tokens };
+  const options = Object.entries(given).filter(([, value]) => value).map(([name, value]) =>
+    `    ${name}=${JSON.stringify(value)},\n`);
+  const address = JSON.stringify(new URL(".", document.baseURI).href);
+  return `${apiKey ? "import os\n\n" : ""}from gem_ray_client import Client  # where gem-ray itself is installed: from gem_ray\n\n`
+    + `client = Client(${address}${apiKey ? ', api_key=os.environ["GEM_RAY_API_KEY"]' : ""})\n`
+    + `annotation = client.annotate(\n    ${JSON.stringify(text)},\n${options.join("")})\n`
+    + "for entity in annotation.entities:\n    print(entity.text, entity.fine, entity.score, entity.box)\n";
 }

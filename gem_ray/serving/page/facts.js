@@ -1,7 +1,8 @@
 // What is known of an answer besides its annotation: time, models, and the answer itself.
 
-import { curlCommand } from "./client.js";
+import { curlCommand, pythonCode } from "./client.js";
 import { $, bar, html, named, seconds } from "./elements.js";
+import { pictureWithBoxes } from "./picture.js";
 
 export function clearFacts() {
   $("times").replaceChildren();
@@ -9,9 +10,9 @@ export function clearFacts() {
 }
 
 /** Show the facts of an answer that came `elapsed` seconds after its request. */
-export function showFacts(answer, elapsed, text, image) {
+export function showFacts(answer, elapsed, post) {
   $("times").replaceChildren(times(answer, elapsed));
-  $("facts").replaceChildren(models(answer), sources(answer, text, image));
+  $("facts").replaceChildren(models(answer), sources(answer, post));
 }
 
 const card = (title, note, ...children) => html("section", { class: "card", "aria-label": title },
@@ -37,17 +38,20 @@ function models(answer) {
       + "the real world; the tagger works on any English post."));
 }
 
-function sources(answer, text, image) {
+function sources(answer, post) {
+  const json = () => new Blob([JSON.stringify(answer, null, 2)], { type: "application/json" });
   return card("The answer itself", null,
-    html("div", { class: "line" }, download("annotation.json", answer)),
-    source("JSON", JSON.stringify(answer, null, 2)), source("The same with curl", curlCommand(text, image)));
+    html("div", { class: "line" }, download("Download JSON", "annotation.json", json),
+      answer.image_width && download("Download picture", "annotation.png", () => pictureWithBoxes(answer))),
+    source("JSON", JSON.stringify(answer, null, 2)), source("The same with Python", pythonCode(post)),
+    source("The same with curl", curlCommand(post)));
 }
 
-/** A button that saves an answer as a file. */
-function download(name, answer) {
-  const button = html("button", { type: "button", class: "button", "data-download": name }, "Download JSON");
-  button.addEventListener("click", () => {
-    const url = URL.createObjectURL(new Blob([JSON.stringify(answer, null, 2)], { type: "application/json" }));
+/** A button that saves what `make` gives as a file. */
+function download(title, name, make) {
+  const button = html("button", { type: "button", class: "button", "data-download": name }, title);
+  button.addEventListener("click", async () => {
+    const url = URL.createObjectURL(await make());
     html("a", { href: url, download: name }).click();
     URL.revokeObjectURL(url);
   });

@@ -1,11 +1,12 @@
 // The post's image as it will be annotated, with boxes, labels and heat maps over it.
 
-import { $, html, styled, svg } from "./elements.js";
+import { drawBoxes, drawHeat, keepTags, placeTags } from "./boxes.js";
+import { $, styled } from "./elements.js";
 
 const MAX_SIDE = 2048; // of what is shown; the file itself is sent as it is
-const RAMP = [[20, 22, 90], [110, 30, 150], [225, 70, 90], [255, 160, 50], [255, 245, 160]];
+const MOST_ZOOM = 12;
+const SMALL = 0.3; // of the image's longer side: a box under it is worth a closer look
 
-let tags = []; // pairs of a label and the box it names
 let shown = 0; // counts what was to be shown, so that what is decoded late does not replace what came after it
 let size = null; // of the upright original, in pixels; null when it is not known
 
@@ -46,19 +47,19 @@ export function hideImage() {
 export const imageSize = () => size;
 
 function setStage() {
-  $("stage").hidden = size === null;
+  $("window").hidden = size === null;
   $("invite").hidden = size !== null;
-  if (size) styled($("stage"), { "--ratio": size.join(" / ") });
+  if (size) styled($("window"), { "--ratio": size.join(" / ") });
 }
 
 export function clearBoxes() {
   $("boxes").replaceChildren();
-  tags = [];
   unheat();
+  offerZoom(null);
 }
 
 /** Draw the boxes of an annotation; its pixels are those of the upright original. */
-export function drawBoxes(answer) {
+export function showBoxes(answer) {
   clearBoxes();
   if (!answer.image_width) return;
   if (!size) { // an image that this browser cannot show: the boxes stand on an empty ground of its shape
@@ -66,66 +67,76 @@ export function drawBoxes(answer) {
     size = [answer.image_width, answer.image_height];
     setStage();
   }
-  const [width, height] = [answer.image_width, answer.image_height];
-  const layer = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" });
-  const area = ({ box }) => (box.x2 - box.x1) * (box.y2 - box.y1);
-  const boxed = [...answer.entities.entries()].filter(([, entity]) => entity.box);
-  boxed.sort((a, b) => area(b[1]) - area(a[1])); // small boxes stay within reach
-  for (const [index, { box, coarse, point }] of boxed) {
-    const rectangle = { x: box.x1, y: box.y1, width: box.x2 - box.x1, height: box.y2 - box.y1 };
-    const outside = `M0 0H${width}V${height}H0ZM${box.x1} ${box.y1}H${box.x2}V${box.y2}H${box.x1}Z`;
-    layer.append(svg("g", { "data-coarse": coarse, "data-mention": index },
-      svg("path", { class: "veil", "fill-rule": "evenodd", d: outside }),
-      svg("rect", { ...rectangle, class: "halo" }), svg("rect", { ...rectangle, class: "box" }),
-      point && svg("circle", { class: "peak", cx: point.x, cy: point.y, r: Math.max(width, height) / 80 })));
-  }
-  tags = boxed.map(([index, { box, coarse, text }]) => {
-    const node = html("span", { class: "tag", "data-coarse": coarse, "data-mention": index }, text);
-    return [node, [box.x1 / width, box.y1 / height, box.x2 / width, box.y2 / height]];
-  });
-  $("boxes").append(layer, ...tags.map(([node]) => node));
-  placeTags();
+  const mentions = answer.entities.map((mention, index) => ({ mention, index }));
+  $("boxes").append(...drawBoxes([answer.image_width, answer.image_height], mentions));
+  placeTags($("stage"));
+}
+keepTags($("stage"));
+
+// ---- A closer look at a small box
+
+let zoomed = null; // the box that may be looked at
+
+/** Offer a closer look at a box, if it is small; null: at none. A look that is taken goes on, at the new box. */
+export function offerZoom(box) {
+  zoomed = box && Math.max((box.x2 - box.x1), (box.y2 - box.y1)) < SMALL * Math.max(...size) ? box : null;
+  $("zoom").hidden = !zoomed;
+  zoom(zoomed !== null && $("zoom").getAttribute("aria-pressed") === "true");
 }
 
-/** Put each label at its box, inside the image, and where it can be over no other: they keep their size at any zoom. */
-function placeTags() {
-  const { clientWidth: width, clientHeight: height } = $("stage");
-  const taken = [];
-  for (const [node, [x1, y1, x2, y2]] of tags) {
-    const [wide, high] = [node.offsetWidth, node.offsetHeight];
-    const [left, top, right, bottom] = [x1 * width, y1 * height, x2 * width, y2 * height];
-    const places = [[left, top - high - 1], [left, bottom + 1], [right - wide, top - high - 1],
-      [right - wide, bottom + 1], [left + 3, top + 3], [left + 3, bottom - high - 3]]
-      .map(([x, y]) => [Math.max(0, Math.min(x, width - wide)), y])
-      .filter(([, y]) => y >= 0 && y + high <= height);
-    const isFree = ([x, y]) => taken.every((other) =>
-      x >= other.x + other.wide || other.x >= x + wide || y >= other.y + other.high || other.y >= y + high);
-    const [x, y] = places.find(isFree) ?? places[0] ?? [0, 0];
-    taken.push({ x, y, wide, high });
-    styled(node, { translate: `${x}px ${y}px` });
-  }
+function zoom(isClose) {
+  $("zoom").setAttribute("aria-pressed", isClose);
+  const [scale, x, y] = isClose ? closeUp(zoomed) : [1, 0, 0];
+  styled($("stage"), { "--zoom": scale, "--x": x, "--y": y });
 }
-new ResizeObserver(placeTags).observe($("stage"));
 
-/** Lay a heat map over the image: `height` × `width` bytes, row by row, in base64. */
-export function heat({ height, width, data }) {
-  const values = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
-  const image = new ImageData(width, height);
-  values.forEach((value, cell) => {
-    const place = (value / 255) * (RAMP.length - 1);
-    const low = Math.min(RAMP.length - 2, Math.floor(place));
-    for (let channel = 0; channel < 3; channel += 1) {
-      const [from, to] = [RAMP[low][channel], RAMP[low + 1][channel]];
-      image.data[4 * cell + channel] = from + (place - low) * (to - from);
-    }
-    image.data[4 * cell + 3] = 60 + 0.62 * value;
-  });
-  const canvas = $("heat");
-  [canvas.width, canvas.height] = [width, height];
-  canvas.getContext("2d").putImageData(image, 0, 0);
+/** The scale at which a box takes half the window, and the window's place in the image, in shares of the window. */
+function closeUp({ x1, y1, x2, y2 }) {
+  const [width, height] = size;
+  const scale = Math.min(MOST_ZOOM, width / (2 * (x2 - x1)), height / (2 * (y2 - y1)));
+  const within = (middle) => Math.max(0, Math.min(scale - 1, scale * middle - 0.5));
+  return [scale, within((x1 + x2) / 2 / width), within((y1 + y2) / 2 / height)];
+}
+
+export function listenToZoom() {
+  $("zoom").addEventListener("click", () => zoom($("zoom").getAttribute("aria-pressed") !== "true"));
+}
+
+// ---- Heat
+
+export function heat(map) {
+  drawHeat($("heat"), map);
   $("stage").classList.add("heated");
 }
 
 export function unheat() {
   $("stage").classList.remove("heated");
+}
+
+// ---- The picture as a file
+
+/** The image with its boxes and labels, as a PNG `Blob`. */
+export function pictureWithBoxes(answer) {
+  const [from, picture] = [$("pixels"), document.createElement("canvas")];
+  [picture.width, picture.height] = [from.width, from.height];
+  const context = picture.getContext("2d");
+  context.drawImage(from, 0, 0);
+  const scale = from.width / answer.image_width;
+  const line = Math.max(2, Math.max(from.width, from.height) / 250);
+  context.font = `600 ${6 * line}px system-ui, sans-serif`;
+  for (const rectangle of $("boxes").querySelectorAll(".box")) {
+    const { text, box } = answer.entities[rectangle.parentNode.dataset.mention];
+    const place = [scale * box.x1, scale * box.y1, scale * (box.x2 - box.x1), scale * (box.y2 - box.y1)];
+    for (const [stroke, width] of [["#fff", 2 * line], [getComputedStyle(rectangle).stroke, line]]) {
+      Object.assign(context, { strokeStyle: stroke, lineWidth: width });
+      context.strokeRect(...place);
+    }
+    const wide = Math.min(context.measureText(text).width + 3 * line, picture.width);
+    const [x, y] = [Math.min(place[0], picture.width - wide), Math.max(0, place[1] - 9 * line)];
+    context.fillStyle = getComputedStyle(rectangle).stroke;
+    context.fillRect(x, y, wide, 8 * line);
+    context.fillStyle = "#fff";
+    context.fillText(text, x + 1.5 * line, y + 6 * line, wide - 3 * line);
+  }
+  return new Promise((done) => { picture.toBlob(done, "image/png"); });
 }

@@ -1,7 +1,8 @@
 // An annotation as a person reads it: the text with its mentions, and what the system thought of each.
 
-import { $, bar, fixed, html, named, percent, styled } from "./elements.js";
-import { clearBoxes, drawBoxes, heat, unheat } from "./picture.js";
+import { $, counted, html, named, percent } from "./elements.js";
+import { certainty, details, judgement, JUDGED, markedText, pill, rowParts } from "./mentions.js";
+import { clearBoxes, heat, offerZoom, showBoxes, unheat } from "./picture.js";
 
 const EXPLAINED = {
   image_missing: "There is no image: only the text was annotated.",
@@ -15,6 +16,8 @@ const EXPLAINED = {
 };
 
 let answer = null;
+let groups = []; // mentions that say the same, as lists of their indices: a row each
+let groupOf = []; // index of a mention -> of its group
 let chosen = 0; // the mention that the inspector shows when none is pointed at
 let pinned = false; // whether the image shows the chosen mention alone
 let pointed = null; // the mention under the pointer
@@ -30,6 +33,7 @@ export function showResult(newAnswer) {
   answer = newAnswer;
   [chosen, pinned, pointed] = [0, false, null];
   const { entities } = answer;
+  groupMentions(entities);
   const unjudged = entities.filter((entity) => entity.seen === null).length;
   const counts = [[entities.length, entities.length === 1 ? "entity" : "entities"],
     [entities.filter((entity) => entity.seen).length, "seen in the image"],
@@ -40,11 +44,11 @@ export function showResult(newAnswer) {
     html("div", { class: "totals" }, ...counts.map(([count, noun]) =>
       html("span", {}, html("b", {}, count), ` ${noun}`))),
     ...answer.problems.map(problem),
-    markedText(),
+    markedText(answer.text, entities, (index) => ({ "data-mention": index }), (index) => named(entities[index].fine)),
     ...(entities.length ? [mentionList(), html("div", {
-      id: "inspector", class: "inspector", role: "tabpanel", tabindex: 0,
+      id: "inspector", class: "details inspector", role: "tabpanel", tabindex: 0,
     })] : []));
-  drawBoxes(answer);
+  showBoxes(answer);
   if (entities.length) update();
   else $("result").append(html("p", { class: "said" }, "No entity was found in this text."));
   return [...answer.problems.map(({ kind }) => EXPLAINED[kind] || named(kind)),
@@ -57,33 +61,35 @@ const problem = ({ kind, stage, message }) => html("p", {
   EXPLAINED[kind] || named(kind),
   kind !== "image_missing" && html("small", {}, `${message} (${named(kind)}, in ${named(stage)})`));
 
-/** The text with its mentions marked. Offsets count code points, as Python does, so the text is cut into those. */
-function markedText() {
-  const characters = Array.from(answer.text);
-  const paragraph = html("p", { class: "text", dir: "auto" });
-  let end = 0;
-  const marks = [...answer.entities.entries()].sort((a, b) => a[1].start - b[1].start);
-  for (const [index, entity] of marks) {
-    if (entity.start < end) continue; // a mark cannot overlap the one before; the list shows it all the same
-    paragraph.append(characters.slice(end, entity.start).join(""),
-      html("mark", { "data-coarse": entity.coarse, "data-mention": index },
-        characters.slice(entity.start, entity.end).join(""), html("small", {}, ` ${named(entity.fine)}`)));
-    end = entity.end;
-  }
-  paragraph.append(characters.slice(end).join(""));
-  return paragraph;
+function groupMentions(entities) {
+  const byWhatTheySay = new Map();
+  groupOf = entities.map(({ text, fine, seen }) => {
+    const key = JSON.stringify([text.toLowerCase(), fine, seen]);
+    if (!byWhatTheySay.has(key)) byWhatTheySay.set(key, byWhatTheySay.size);
+    return byWhatTheySay.get(key);
+  });
+  groups = [...byWhatTheySay.values()].map(() => []);
+  groupOf.forEach((group, index) => groups[group].push(index));
 }
 
 function mentionList() {
   return html("div", { class: "mentions", role: "tablist", "aria-orientation": "vertical", "aria-label": "Entities" },
-    ...answer.entities.map((entity, index) => html("button", {
-      type: "button", role: "tab", id: `mention-${index}`, "aria-controls": "inspector",
-      class: `mention${entity.seen ? " seen" : ""}${entity.seen === null ? " unjudged" : ""}`, "data-coarse": entity.coarse, "data-mention": index,
-    },
-      html("span", { class: "name" }, html("bdi", {}, entity.text), " ", html("small", {}, named(entity.fine))),
-      entity.reranked ? html("span", { class: "pill" }, "reranked") : html("span"), " ",
-      html("span", { class: "sure" }, percent(entity.score)),
-      html("span", { class: "unseen" }, { true: " seen in the image", null: " not judged" }[entity.seen] ?? ""))));
+    ...groups.map((members, group) => {
+      const entity = answer.entities[members[0]];
+      return html("button", {
+        type: "button", role: "tab", id: `mention-${group}`, "aria-controls": "inspector",
+        class: `mention ${judgement(entity)}`, "data-coarse": entity.coarse, "data-mention": members[0],
+      }, ...rowParts(entity.text, named(entity.fine),
+        members.length > 1 && pill(`${members.length} times`), members.length > 1 && " ",
+        members.some((index) => answer.entities[index].reranked) && pill("reranked"), " ",
+        html("span", { class: "sure" }, range(members.map((index) => percent(certainty(answer.entities[index]))))),
+        html("span", { class: "unseen" }, ` ${JUDGED[judgement(entity)]}`)));
+    }));
+}
+
+function range(values) {
+  const sorted = [...new Set(values)].sort((a, b) => Number.parseInt(a, 10) - Number.parseInt(b, 10));
+  return sorted.length > 1 ? `${Number.parseInt(sorted[0], 10)}–${sorted.at(-1)}` : sorted[0];
 }
 
 // ---- The mention that is pointed at, or chosen
@@ -91,16 +97,17 @@ function mentionList() {
 function update() {
   const alone = pointed ?? (pinned ? chosen : null);
   for (const node of document.querySelectorAll("[data-mention]")) {
-    node.classList.toggle("active", Number(node.dataset.mention) === alone);
+    node.classList.toggle("active", alone !== null && groupOf[node.dataset.mention] === groupOf[alone]);
   }
-  for (const tab of document.querySelectorAll(".mention")) {
-    const isChosen = Number(tab.dataset.mention) === chosen;
+  for (const [group, tab] of document.querySelectorAll(".mention").entries()) {
+    const isChosen = group === groupOf[chosen];
     tab.setAttribute("aria-selected", isChosen);
     tab.tabIndex = isChosen ? 0 : -1;
   }
   const map = alone === null ? null : answer.entities[alone].heatmap;
   if (map && answer.image_width) heat(map);
   else unheat();
+  if (answer.image_width && pointed === null) offerZoom(answer.entities[chosen].box);
   inspect(alone ?? chosen);
 }
 
@@ -108,37 +115,25 @@ function inspect(index) {
   const entity = answer.entities[index];
   const panel = $("inspector");
   panel.dataset.coarse = entity.coarse;
-  panel.setAttribute("aria-labelledby", `mention-${index}`);
-  panel.replaceChildren(
-    html("h3", {}, entity.text),
-    html("p", { class: "path" }, [...new Set([entity.coarse, entity.fine])].map(named).join(" › ")),
-    html("div", { class: "columns" }, candidates(entity), readings(entity)),
-    html("p", { class: "said" }, said(entity)));
+  panel.setAttribute("aria-labelledby", `mention-${groupOf[index]}`);
+  const hadFocus = panel.contains(document.activeElement) && document.activeElement.dataset.turn;
+  panel.replaceChildren(...[turns(index), ...details(entity, answer.gamma), html("p", { class: "said" }, said(entity))]
+    .filter(Boolean));
+  if (hadFocus) panel.querySelector(`[data-turn="${hadFocus}"]`)?.focus();
 }
 
-const candidates = (entity) => html("div", {}, html("h4", {}, "The tagger’s candidates"),
-  html("ol", { class: "bars" }, ...entity.candidates.map(({ fine, probability }) => html("li", {
-    class: fine === entity.fine ? "chosen" : null,
-  },
-    html("span", {}, named(fine)), bar(probability), html("span", {}, fixed(probability))))));
-
-function readings(entity) {
-  const rows = [["score", fixed(entity.score)]];
-  rows.push(entity.seen === null ? ["in the image", "not judged"] : ["in the image (P_T)", fixed(entity.match_score)]);
-  if (entity.box) rows.push(["box from", entity.box_source || "unknown"]);
-  if (entity.box_score !== null) rows.push(["box score", fixed(entity.box_score)]);
-  return html("dl", { class: "readings" },
-    html("dt", {}, "entropy"), html("dd", {}, `${fixed(entity.entropy)} nats`), gauge(entity.entropy, answer.gamma),
-    ...rows.flatMap(([name, value]) => [html("dt", {}, name), html("dd", {}, value)]));
-}
-
-/** Entropy as a bar, γ as a line across it. */
-function gauge(entropy, gamma) {
-  const full = Math.max(3 * gamma, entropy, 0.1);
-  const line = styled(html("b", { "data-label": `γ ${gamma}` }), { left: `${(100 * gamma) / full}%` });
-  const meter = bar(entropy / full);
-  meter.append(line);
-  return html("dd", { class: "gauge", "aria-hidden": "true" }, styled(meter, { display: "block" }));
+/** Where an entity is mentioned several times: which mention this is, and the way to the others. */
+function turns(index) {
+  const members = groups[groupOf[index]];
+  if (members.length === 1) return null;
+  const at = members.indexOf(index);
+  const turn = (step, sign, words) => {
+    const button = html("button", { type: "button", class: "button", "aria-label": words, "data-turn": step }, sign);
+    button.addEventListener("click", () => choose(members[(at + step + members.length) % members.length]));
+    return button;
+  };
+  return html("span", { class: "turns" }, turn(-1, "‹", "Previous mention"),
+    html("span", {}, `${at + 1} of ${counted(members.length, "mention")}`), turn(1, "›", "Next mention"));
 }
 
 const unjudgedBecause = () => (answer.problems.some(({ stage }) => stage === "ground")
@@ -196,12 +191,12 @@ export function listenToMentions() {
   });
   $("result").addEventListener("keydown", (event) => {
     if (!event.target.matches(".mention")) return;
-    const last = answer.entities.length - 1;
-    const next = { ArrowDown: chosen === last ? 0 : chosen + 1, ArrowUp: chosen === 0 ? last : chosen - 1,
+    const [at, last] = [groupOf[chosen], groups.length - 1];
+    const next = { ArrowDown: at === last ? 0 : at + 1, ArrowUp: at === 0 ? last : at - 1,
       Home: 0, End: last }[event.key];
     if (next === undefined) return;
     event.preventDefault();
-    choose(next);
+    choose(groups[next][0]);
     $(`mention-${next}`).focus();
   });
   $("result").addEventListener("focusin", (event) => {

@@ -36,3 +36,12 @@ export function bytes(count) {
   if (count < 1e6) return `${Math.max(1, Math.round(count / 1e3))} kB`;
   return `${(count / 1e6).toFixed(1)} MB`;
 }
+
+/** The button `#theme` switches between light and dark. */
+export function listenToTheme() {
+  $("theme").addEventListener("click", () => {
+    const { dataset } = document.documentElement;
+    const dark = dataset.theme ? dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    dataset.theme = dark ? "light" : "dark";
+  });
+}
