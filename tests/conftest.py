@@ -1,4 +1,4 @@
-"""S3 and the hub on this machine: moto's server, a proxy in front of it that fails as S3 does, and a stand-in."""
+"""Stand-ins on this machine for S3 (moto behind a proxy that fails as S3 does) and for the hub; a browser."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import socket
 import struct
 import threading
@@ -26,6 +27,7 @@ import pytest
 # Small models gain nothing from a second thread, and threads that share cores with Ray's processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
 
@@ -415,3 +417,21 @@ def _assert_same(left: Any, right: Any, where: str = "") -> None:
         assert left == pytest.approx(right, abs=1e-4, rel=2.001 * GRAIN), where
     else:
         assert left == right, where
+
+
+# Of a module: while Playwright runs, it holds the event loop of the thread, and other tests have loops of their own.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: the page is not driven")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["gpu", "quic", "background-networking", "component-update", "sync", "extensions"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            chromium_sandbox=False,
+            args=["--no-first-run", *(f"--disable-{flag}" for flag in flags)],
+        )
+        yield browser
+        browser.close()

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from gem_ray.evaluation.metrics import Report, Scores, evaluate
-from gem_ray.evaluation.shares import Share
 from gem_ray.evaluation.rules import Mention, Rules, judge, words_of
+from gem_ray.evaluation.shares import Share
 from gem_ray.records import Post
 from gem_ray.taxonomy import FMNERG, LabelSet
 
@@ -69,7 +69,7 @@ class Errors:
         report: the scores.
         confusion: (gold category, predicted category) → mentions whose span is right; equal pairs are right ones.
         spans: kind of mistake → how many.
-        confidence: for each tenth of confidence the mentions in it, and those of them whose span and category are right.
+        confidence: for each tenth of it the mentions there, and those of them whose span and category are right.
         boundary_words: words that a mention cut wrongly has too many (positive) or too few → how many such mentions.
         categories: those that gold has, by falling number of training mentions.
         bands: the same, gathered.

@@ -6,8 +6,8 @@ A page is a Jinja template beside its caller, over the theme that all share:
     {% import "look/charts.html.j2" as charts %}
     {% block main %} … {{ charts.bars(rows) }} … {% endblock %}
 
-`page.html.j2` has the blocks `lead` (under the title), `style` and `main`. The service's own page is static files, which
-take the same `theme.css` and modules from `static`.
+`page.html.j2` has the blocks `lead` (under the title), `style`, `main`, and for pages with a script `data`. The
+service's page is static files, which take the same `theme.css` and modules from `static`.
 """
 
 from __future__ import annotations

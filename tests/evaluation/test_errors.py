@@ -93,14 +93,37 @@ def test_the_page_holds_everything_and_its_pictures(gold: list[Post], prediction
     errors = find_errors(gold, predictions, training={"musician": 500})
     write_error_report(errors, out, images={"worst": buffer.getvalue()})
     page = out.read_text(encoding="utf-8")
-    assert page.count("<article>") == 2
+    assert page.count('<li class="card">') == 2
     assert page.count("data:image/jpeg;base64,") == 1
     assert 'x="2" y="3" width="5" height="8"' in page  # predicted
-    assert re.search(r'x="1" y="1" width="8" height="8"[^>]*stroke-dasharray', page)  # gold
-    assert re.search(r"boundary .*?</td><td>1</td>", page)
+    assert re.search(r"boundary: .*?</th>\s*<td[^>]*>1</td>", page)
     assert "musician" in page
     assert "400 and more" in page
+    assert "a box is predicted, and gold sees it nowhere" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)  # nothing is fetched
+
+
+def test_a_wrong_region_is_shown_with_both_boxes_and_their_overlap(gold: list[Post], tmp_path) -> None:
+    half = Post("worst", TEXT, TOKENS, entities=[entity(2, 4, "athlete", 0.6, Box(1, 1, 5, 5))])
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(buffer, "PNG")
+    write_error_report(find_errors(gold[:1], [half]), tmp_path / "errors.html", images={"worst": buffer.getvalue()})
+    page = (tmp_path / "errors.html").read_text(encoding="utf-8")
+    assert re.search(r'x="1" y="1" width="8" height="8" class="gold"', page)
+    assert re.search(r'x="1" y="1" width="4" height="4" class="box"', page)
+    assert f"IoU {16 / 64:.2f} with gold" in page
+
+
+def test_confidence_is_compared_with_what_is_right(gold: list[Post], predictions: list[Post]) -> None:
+    confidence = find_errors(gold, predictions).confidence
+    assert sum(share.total for share in confidence) == 5
+    # 0.5 twice, both right; 0.7, 0.8 and 0.9 wrong.
+    assert [(tenth, share.right, share.total) for tenth, share in enumerate(confidence) if share.total] == [
+        (5, 2, 2),
+        (7, 0, 1),
+        (8, 0, 1),
+        (9, 0, 1),
+    ]
 
 
 def test_hostile_text_stays_text(tmp_path) -> None:

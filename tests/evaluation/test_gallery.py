@@ -109,7 +109,9 @@ def test_every_post_is_in_the_page(tmp_path):
     posts = [Post(f"p{i}", f"text {i}") for i in range(300)]
     page = Page(write(tmp_path / "g.html", posts, images={}, gold=None))
     _, data = page.by_id("data")
-    assert [(post["id"], post["text"]) for post in json.loads(data)["posts"]] == [(p.post_id, p.text) for p in posts]
+    assert [(post["post_id"], post["text"]) for post in json.loads(data)["posts"]] == [
+        (p.post_id, p.text) for p in posts
+    ]
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -164,11 +166,13 @@ def test_an_unreadable_image_leaves_the_post_without(tmp_path):
 def test_verdicts_follow_the_scoring_rules(tmp_path):
     _, data = Page(write(tmp_path / "g.html")).by_id("data")
     seen, degraded, hostile = json.loads(data)["posts"]
-    city, agency = (entity["verdict"] for entity in seen["entities"])
-    assert (city["span"], city["category"], city["region"], city["boxes"]) == (True, True, True, [[110, 50, 300, 150]])
+    city, agency = seen["verdicts"]
+    gold_box = {"x1": 110, "y1": 50, "x2": 300, "y2": 150}
+    assert (city["span"], city["category"], city["region"], city["boxes"]) == (True, True, True, [gold_box])
+    assert city["iou"] == pytest.approx(0.95)
     assert (agency["span"], agency["category"], agency["region"], agency["gold"]) == (True, False, True, "company")
     assert [(gold["start"], gold["end"], gold["fine"]) for gold in degraded["missed"]] == [(7, 12, "country")]
-    assert hostile["entities"][0]["verdict"] is None
+    assert hostile["verdicts"] == [None]
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -197,7 +201,7 @@ def test_the_page_of_a_run_has_its_order_its_facts_and_its_scores(tmp_path):
     write_gallery_of_run(tmp_path / "out", tmp_path / "posts", tmp_path / "g.html")
     page = Page(tmp_path / "g.html")
     _, data = page.by_id("data")
-    assert [post["id"] for post in json.loads(data)["posts"]] == ["seen", "degraded"]
+    assert [post["post_id"] for post in json.loads(data)["posts"]] == ["seen", "degraded"]
     assert page.by_id("picture-0") is not None
     text = "".join("".join(text) for _, _, text in page.elements)
     assert "run-7" in text
@@ -206,7 +210,7 @@ def test_the_page_of_a_run_has_its_order_its_facts_and_its_scores(tmp_path):
 
     write_gallery_of_run(tmp_path / "out", tmp_path / "posts", tmp_path / "one.html", limit=1)
     _, data = Page(tmp_path / "one.html").by_id("data")
-    assert [post["id"] for post in json.loads(data)["posts"]] == ["seen"]
+    assert [post["post_id"] for post in json.loads(data)["posts"]] == ["seen"]
 
     write_posts([Post("another", "text", image_bytes=encoded(40, 20))], tmp_path / "others")
     with pytest.raises(EvaluationError, match="none of the posts at"):
@@ -249,9 +253,9 @@ def test_the_browser_shows_a_card_for_each_post(shown):
 
 def test_the_browser_marks_the_entities_behind_emoji(shown):
     # An astronaut is one grapheme, three code points and five UTF-16 units.
-    marks = re.findall(r'<mark[^>]*data-label="([^"]*)"[^>]*>([^<]*)</mark>', shown)
-    assert marks[:3] == [("city", "New York"), ("government agency", "NASA"), ("city", "Paris")]
-    assert marks[3] == ("missed: country", "Paris")
+    marks = re.findall(r"<mark[^>]*>([^<]*)<small> ([^<]*)</small></mark>", shown)
+    assert marks[:3] == [("New York", "city"), ("NASA", "government agency"), ("Paris", "city")]
+    assert marks[3] == ("Paris", "missed: country")
 
 
 def test_the_browser_draws_boxes_in_the_originals_pixels(shown):
@@ -272,12 +276,32 @@ def test_the_browser_runs_nothing_of_a_hostile_post(shown):
     ("fragment", "expected"),
     [
         ("#status=degraded", ["1"]),
-        ("#grounded=unknown", ["1", "2"]),
-        ("#coarse=location,organization&grounded=no&verdict=category&q=nasa", ["0"]),
+        ("#grounded=unjudged", ["1", "2"]),
+        ("#post=degraded", ["1"]),
+        ("#coarse=location,organization&grounded=absent&verdict=category&q=nasa", ["0"]),
     ],
 )
 def test_the_address_sets_the_filters(tmp_path, fragment, expected):
     assert [position for position, _ in cards(dom(write(tmp_path / "g.html"), tmp_path, fragment))] == expected
+
+
+@in_browser
+def test_posts_with_low_confidence_come_first_and_each_leads_to_its_row(tmp_path):
+    def post(number, score, confidence=None):
+        entity = mention("Paris", "Paris", score=score, confidence=confidence)
+        return Post(f"p{number}", "Paris", entities=[entity], row_id=2**32 + number)
+
+    posts = [post(0, 0.9), post(1, 0.2, 0.8), post(2, 0.7), Post("none", "nothing", row_id=9)]
+    path = write(tmp_path / "g.html", posts, images={}, gold=None, annotations="out/annotations")
+    page = dom(path, tmp_path)
+    assert [position for position, _ in cards(page)] == ["2", "1", "0", "3"]
+    assert 'href="#post=p2"' in page
+    assert "file 1, row 2" in page
+    page = dom(path, tmp_path, "#post=p2")
+    assert [position for position, _ in cards(page)] == ["2"]
+    assert "WHERE row_id = 4294967298" in page
+    shown = html.unescape(re.search(r'<pre[^>]*aria-label="Output row">(.*?)</pre>', page, re.DOTALL).group(1))
+    assert Post.from_annotation(json.loads(shown)) == posts[2]
 
 
 @in_browser

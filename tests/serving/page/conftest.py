@@ -1,6 +1,5 @@
 """The page in a real browser, in front of a real HTTP service with the embedded models."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,31 +8,12 @@ import pytest
 from gem_ray.data.generated import make_post
 
 PAGE = Path(__file__).parents[3] / "gem_ray" / "serving" / "page"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="session")
 def address(service):
     """Base URL of the service."""
     return f"{service.url}/"
-
-
-# Of a module: while Playwright runs, it holds the event loop of the thread, and other tests have loops of their own.
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: the page is not driven")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["gpu", "quic", "background-networking", "component-update", "sync", "extensions"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            chromium_sandbox=False,
-            args=["--no-first-run", *(f"--disable-{flag}" for flag in flags)],
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import base64
 import re
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 
 
 def transfer(page, kind, target, image=None, text=None):
@@ -169,3 +170,29 @@ def test_nothing_sticks_out_sideways(visit, width, annotate, post):
     assert page.locator(".heated").count() == 1
     page.locator("summary").first.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1440)])
+def test_axe_finds_nothing(visit, scheme, width, annotate, post):
+    page = visit(color_scheme=scheme, viewport={"width": width, "height": 900})
+    violations = []
+    for state in ("empty", "annotated", "refused"):
+        if state == "annotated":
+            annotate(page, post.text, post.image_bytes)
+        elif state == "refused":
+            page.fill("#text", " ")
+            page.click("#annotate")
+            page.locator("#error .notice").wait_for()
+        found = Axe().run(page).response["violations"]
+        violations += [(state, each["id"], [node["html"] for node in each["nodes"]]) for each in found]
+    assert violations == []
+
+
+def test_high_contrast_keeps_bars(visit, annotate, post):
+    page = visit(forced_colors="active")
+    annotate(page, post.text, post.image_bytes)
+    colours = page.locator(".meter i").evaluate_all(
+        "nodes => nodes.map((node) => getComputedStyle(node).backgroundColor)"
+    )
+    assert len(colours) > 8
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") not in colours

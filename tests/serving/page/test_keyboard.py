@@ -31,13 +31,8 @@ def test_from_an_empty_page_to_a_downloaded_result(page, post, tmp_path):
 
 
 def test_the_details_stay_on_the_screen_beside_forty_entities(page, annotate):
-    def many(route):
-        answer = route.fetch().json()
-        (entity,) = answer["entities"]
-        answer["entities"] = [entity] * 40
-        route.fulfill(json=answer)
-
-    page.route("**/v1/annotate*", many)
+    names = [f"Paris{number}" for number in range(40)]
+    changed_answer(page, lambda entity: [entity | {"text": name} for name in names])
     annotate(page, "Paris")
     assert page.locator(".mention").count() == 40
     for key in ("Home", "End"):
@@ -48,3 +43,35 @@ def test_the_details_stay_on_the_screen_beside_forty_entities(page, annotate):
         assert 0 <= top < bottom <= page.viewport_size["height"]
         chosen = page.locator(".mention[aria-selected=true]")
         assert chosen.evaluate("node => node.checkVisibility() && node === document.activeElement")
+
+
+def test_repeats_are_one_row_and_each_can_be_reached(page, annotate):
+    def twice_and_another(entity):
+        second = entity | {"start": 10, "end": 15, "score": 0.25, "confidence": None}
+        return [entity | {"score": 0.75, "confidence": None}, second, entity | {"text": "Lyon", "start": 20, "end": 24}]
+
+    changed_answer(page, twice_and_another)
+    annotate(page, "Paris and Paris and Lyon")
+    assert page.locator(".mention").count() == 2
+    row = page.locator(".mention").first
+    assert "2 times" in row.inner_text()
+    assert "25–75%" in row.inner_text()
+    row.press("Home")
+    assert page.locator("mark.active").count() == 2
+    assert "1 of 2 mentions" in page.inner_text("#inspector")
+    tab_to(page, "[data-turn='1']")
+    page.keyboard.press("Enter")
+    assert "2 of 2 mentions" in page.inner_text("#inspector")
+    assert "0.250" in page.inner_text("#inspector")
+    assert page.evaluate("document.activeElement.dataset.turn") == "1"
+
+
+def changed_answer(page, entities_of):
+    """The service's answer, with other entities made of its only one."""
+
+    def fulfill(route):
+        answer = route.fetch().json()
+        (entity,) = [each for each in answer["entities"] if each["start"] == 0]
+        route.fulfill(json=answer | {"entities": entities_of(entity)})
+
+    page.route("**/v1/annotate*", fulfill)

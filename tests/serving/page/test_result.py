@@ -3,9 +3,12 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,14 +26,15 @@ def test_the_examples_are_posts_of_the_generated_corpus(files, corpus_post):
 
 
 def test_the_page_refers_to_its_own_files_only(files):
-    for file in files.glob("*.*"):
+    shared = files.parents[1] / "look" / "static"
+    for file in [*files.glob("*.*"), *shared.glob("*.*")]:
         if file.suffix in {".html", ".css", ".js"}:
             code = file.read_text(encoding="utf-8")
             assert not re.search(r"//[\w-]+\.\w|url\(|@import", code.replace("http://www.w3.org/", "")), file.name
     html = (files / "index.html").read_text("utf-8")
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
     for name in re.findall(r'(?:src|href)="([^"#]+)"', html):
-        assert (files / name).is_file() or name == "openapi.json"
+        assert (files / name).is_file() or (shared / name).is_file() or name == "openapi.json"
 
 
 def rectangles(page, selector):
@@ -192,8 +196,62 @@ def test_the_curl_command_gives_the_same(page, tmp_path, annotate, post):
     text = f"@home 'quoted' \"twice\" $HOME {post.text}"
     answer = annotate(page, text, post.image_bytes)
     page.get_by_text("The same with curl").click()
-    command = page.inner_text("#facts details:last-child code")
+    command = page.inner_text("[aria-label='The same with curl'] code")
     (tmp_path / "post.jpg").write_bytes(post.image_bytes)
     run = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(run.stdout)["text"] == text
     assert json.loads(run.stdout)["entities"][0]["box"] == answer["entities"][0]["box"]
+
+
+def test_the_python_code_gives_the_same_with_caption_knowledge_and_tokens(page, tmp_path, annotate):
+    text = "@home 'quoted' \"twice\" \\n Paris 🏆"
+    page.get_by_text("Caption, knowledge, words").click()
+    page.fill("#caption", "a tower")
+    page.fill("#knowledge", "Paris is a city.\nIn France.")
+    page.fill("#tokens", " ".join(text.split()))
+    answer = annotate(page, text)
+    assert (answer["caption"], answer["knowledge"]) == ("a tower", "Paris is a city.\nIn France.")
+    assert answer["tokens"] == text.split()
+    page.get_by_text("The same with Python").click()
+    code = page.locator("[aria-label='The same with Python'] code").inner_text()
+    client = Path(__file__).parents[3] / "client"
+    command = [sys.executable, "-c", f"{code}\nprint(annotation.tokens == {text.split()!r}, annotation.caption)"]
+    env = os.environ | {"PYTHONPATH": str(client)}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=True)
+    lines = run.stdout.splitlines()
+    assert lines[-1] == "True a tower"
+    assert len(lines) == 1 + len(answer["entities"]) > 1
+    assert all(line.startswith(entity["text"]) for line, entity in zip(lines, answer["entities"], strict=False))
+
+
+def test_a_small_box_can_be_looked_at_closely(page, annotate, post):
+    def small(route):
+        answer = route.fetch().json()
+        answer["entities"][0]["box"] = {"x1": 300, "y1": 200, "x2": 312, "y2": 208}
+        route.fulfill(json=answer)
+
+    page.route("**/v1/annotate*", small)
+    annotate(page, post.text, post.image_bytes)
+    page.locator(".mention").first.click()
+    page.get_by_role("button", name="Zoom in").click()
+    (window,), (box,) = rectangles(page, "#window"), rectangles(page, "g[data-mention='0'] .box")
+    assert (box[:2] >= window[:2] - 1).all()
+    assert (box[2:] <= window[2:] + 1).all()
+    assert (box[2:] - box[:2]).max() > 0.4 * (window[2] - window[0])
+    page.get_by_role("button", name="Zoom in").click()
+    (box,) = rectangles(page, "g[data-mention='0'] .box")
+    assert (box[2:] - box[:2]).max() < 0.1 * (window[2] - window[0])
+
+
+def test_the_picture_is_saved_with_its_boxes(page, annotate, post, tmp_path):
+    answer = annotate(page, post.text, post.image_bytes)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download picture").click()
+    download.value.save_as(tmp_path / "annotation.png")
+    shown = np.asarray(Image.open(tmp_path / "annotation.png").convert("RGB")).astype(int)
+    original = np.asarray(Image.open(io.BytesIO(post.image_bytes)).convert("RGB")).astype(int)
+    assert shown.shape == original.shape
+    for entity in answer["entities"]:
+        box = {name: int(value) for name, value in entity["box"].items()}
+        middle = (box["y1"] + box["y2"]) // 2
+        assert abs(shown[middle, box["x1"]] - original[middle, box["x1"]]).max() > 40

@@ -1,0 +1,25 @@
+"""Labels of points."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.text import Text
+
+from gem_ray.look.plots import label_points, new_figure
+
+places = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(points=places)
+def test_labels_lie_over_no_other_label(points: list[tuple[int, int]]) -> None:
+    axes = new_figure().subplots()
+    axes.set(xlim=(-1, 7), ylim=(-1, 7))
+    notes = label_points(axes, points, [f"no. {number}" for number in range(len(points))])
+    extents = [Text.get_window_extent(note) for note in notes]
+    assert not any(one.overlaps(other) for one, other in combinations(extents, 2))
+    middles = axes.transData.transform(points)
+    assert not any(extent.contains(x, y) for extent in extents for x, y in middles)
