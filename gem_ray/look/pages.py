@@ -1,10 +1,13 @@
 """Self-contained HTML pages: one file each, which asks the network for nothing and runs no script but its own.
 
-A page is a Jinja template beside its caller, over the theme that all share:
+A page is a Jinja template beside its caller (and in `package-data` of pyproject.toml), over the theme that all share;
+`page("gem_ray.pipeline", "report.html.j2").render(title="Run 7", run=run)` gives its HTML:
 
     {% extends "look/page.html.j2" %}
     {% import "look/charts.html.j2" as charts %}
-    {% block main %} … {{ charts.bars(rows) }} … {% endblock %}
+    {% block main %}
+    <div class="report"><section class="card"><h2>…</h2> {{ charts.bars(rows, ["kind", "posts"]) }}</section></div>
+    {% endblock %}
 
 `page.html.j2` has the blocks `lead` (under the title), `style`, `main`, and for pages with a script `data`. The
 service's page is static files, which take the same `theme.css` and modules from `static`.

@@ -52,7 +52,6 @@ def test_a_busy_service_says_when_to_come_back(page):
     page.fill("#text", "Paris")
     page.press("#text", "Control+Enter")
     page.locator("#error", has_text="try again in 2 seconds").wait_for()
-    assert page.get_by_role("button", name="Try again").count() == 0
     page.locator("#error", has_text="You can try again now.").wait_for()
     page.get_by_role("button", name="Try again").click()
     page.locator("mark").wait_for()
