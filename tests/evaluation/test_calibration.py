@@ -142,7 +142,6 @@ def test_table_json_and_plot_show_it(tmp_path: Path) -> None:
     }
     pixels = np.asarray(Image.open(tmp_path / "calibration.png").convert("RGB"))
     assert pixels.std() > 10
-    assert (pixels.max(axis=2) - pixels.min(axis=2)).max() == 0, "it is not grey"
 
 
 @pytest.fixture(scope="module")

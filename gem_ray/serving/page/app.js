@@ -238,6 +238,11 @@ function listen() {
   });
   $("text").addEventListener("input", countCharacters);
   $("file").addEventListener("change", () => takeFile($("file").files));
+  $("file").addEventListener("keydown", (event) => { // some browsers open it by the space bar alone
+    if (event.key !== "Enter" || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    $("file").click();
+  });
   $("remove").addEventListener("click", () => { removeImage(); $("file").focus(); });
   $("key-form").addEventListener("submit", async (event) => {
     event.preventDefault();

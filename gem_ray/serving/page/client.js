@@ -64,9 +64,12 @@ export const fetchLimits = () => call("v1/limits");
 /** Annotate a post: { text, caption, knowledge, tokens, image }, where all but the text may be empty, and the image is a
     `File` or null. */
 export function annotate(post, signal) {
-  const body = new FormData();
-  for (const [name, value] of fieldsOf(post)) body.append(name, value);
-  if (post.image) body.append("image", post.image, post.image.name);
+  const boundary = `gem-ray-${Math.random().toString(36).slice(2)}`;
+  const part = (name, value) => [`--${boundary}\r\nContent-Disposition: form-data; name="${name}"\r\n\r\n`, value, "\r\n"];
+  const parts = fieldsOf(post).flatMap(([name, value]) => part(name, value));
+  if (post.image) parts.push(...part('image"; filename="image', post.image));
+  // A `FormData` would send each line feed as two characters: offsets and answers would not be those of the text.
+  const body = new Blob([...parts, `--${boundary}--\r\n`], { type: `multipart/form-data; boundary=${boundary}` });
   return call("v1/annotate?heatmaps=true", { method: "POST", body, signal });
 }
 
