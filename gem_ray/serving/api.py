@@ -61,7 +61,7 @@ def create_api(service: Service) -> FastAPI:
 def _add_page(api: FastAPI) -> None:
     """A route for each file: files that were mounted at the root would take requests of a wrong method for theirs."""
     folders = [("gem_ray.serving", "page"), ("gem_ray.look", "static")]
-    page = StaticFiles(packages=folders)
+    page = StaticFiles(packages=[*folders])
     names = [file.name for package, folder in folders for file in (resources.files(package) / folder).iterdir()]
     paths = {"/": "index.html", "/docs": "docs.html"} | {f"/{name}": name for name in names}
     swagger = StaticFiles(packages=[("fastapi_offline", "static")])
