@@ -24,7 +24,7 @@ from gem_ray.records import ANNOTATION_SCHEMA, Entity, Post, ProblemKind
 
 
 def gem_ray(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "gem_ray", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -231,7 +231,7 @@ def test_a_terminal_that_lacks_characters_loses_no_scores(tmp_path: Path, encodi
     (tmp_path / "out" / "annotations").mkdir(parents=True)
     rows = pa.Table.from_pylist([post.annotation() for post in posts], ANNOTATION_SCHEMA)
     pq.write_table(rows, tmp_path / "out" / "annotations" / "a.parquet")
-    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", "evaluate", "posts", "out"]
+    command = [sys.executable, "-m", "gem_ray", "evaluate", "posts", "out"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run(
         [*command, "--json", "scores.json"], cwd=tmp_path, env=environment, capture_output=True, timeout=120

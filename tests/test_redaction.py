@@ -158,7 +158,7 @@ def test_logs_problems_and_errors_hide_it(url: str) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--debug"]])
 def test_the_command_hides_it(tmp_path: Path, arguments: list[str]) -> None:
-    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", *arguments, "plan"]
+    command = [sys.executable, "-m", "gem_ray", *arguments, "plan"]
     override = f"knowledge.explainer.base_url=ftp://user:{MARK}@host/v1"
     done = subprocess.run([*command, "--set", override], capture_output=True, text=True)
     assert done.returncode == 2

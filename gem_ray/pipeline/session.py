@@ -18,6 +18,7 @@ import ray
 from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
 from gem_ray import checkpoints
 from gem_ray.config import Config
@@ -146,6 +147,10 @@ def _own_settings() -> Iterator[None]:
             setattr(context, name, value)
         # By default queues are bounded only when memory is short, which short texts never make it.
         DownstreamCapacityBackpressurePolicy.OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
+        # What an actor starts with is small and travels by value: from the object store it could be lost before the
+        # actor is started again, and Ray prints an error at every start (ray-project/ray#53727).
+        ActorPoolMapOperator._map_transformer_ref = property(lambda operator: operator._map_transformer)
+        ActorPoolMapOperator._data_context_ref = property(lambda operator: operator.data_context)
         for console in consoles:
             console.setLevel(logging.CRITICAL)
         yield

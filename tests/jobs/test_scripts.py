@@ -46,7 +46,7 @@ def test_a_stopped_job_says_so_and_fails():
 
 
 def test_nothing_at_the_address_is_said_in_one_sentence():
-    submit = ("-c", "from gem_ray.cli import main; main()", "submit", "evaluate", "--address")
+    submit = ("-m", "gem_ray", "submit", "evaluate", "--address")
     done = python(*submit, "http://127.0.0.1:9")
     assert done.returncode == 1
     assert "no Ray dashboard answers at http://127.0.0.1:9" in done.stderr

@@ -87,7 +87,7 @@ def annotate(hub: Path, posts: Path, tmp_path: Path) -> Run:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["annotate", str(posts), str(tmp_path / "out"), *arguments]
         return subprocess.run(
-            [sys.executable, "-c", "from gem_ray.cli import main; main()", *command],
+            [sys.executable, "-m", "gem_ray", *command],
             capture_output=True,
             text=True,
             timeout=500,

@@ -46,7 +46,7 @@ def write_corpus(s3: Any, bucket: str) -> str:
 
 def annotate(posts: str, output: str) -> None:
     """In a process of its own, whose Ray finds the server that the environment names now."""
-    start = [sys.executable, "-c", "from gem_ray.cli import main; main()"]
+    start = [sys.executable, "-m", "gem_ray"]
     command = [*start, "annotate", posts, output, "--set", "pipeline.rows_per_block=8"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -46,7 +46,7 @@ WANTED = {
 
 
 def command(*arguments):
-    start = [sys.executable, "-c", "from gem_ray.cli import main; main()", "models"]
+    start = [sys.executable, "-m", "gem_ray", "models"]
     return subprocess.run(
         [*start, *arguments, *(part for each in OVERRIDES for part in ("--set", each))], capture_output=True, text=True
     )

@@ -718,7 +718,7 @@ def test_an_explainer_of_unknown_size_is_noted_by_its_key() -> None:
 
 
 def gem_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", "plan", *arguments]
+    command = [sys.executable, "-m", "gem_ray", "plan", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

@@ -155,7 +155,7 @@ def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
     """The command `gem-ray`, with this checkout's source."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
-    command = [sys.executable, "-c", "from gem_ray.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "gem_ray", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
