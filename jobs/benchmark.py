@@ -73,6 +73,19 @@ def plan(
     write_result(out, "plan", measure_plan(out / "plan", load_config(preset, overrides=set_ or ()), posts, seed))
 
 
+@app.command("planned-clusters")
+def planned_clusters(
+    out: OutOption = Path("out/benchmark"),
+    only: Annotated[list[str] | None, typer.Option(help="One cluster, by name; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(help="Stretched time of work of each.", min=10)] = 120.0,
+) -> None:
+    """What `gem-ray plan` says of five GPU clusters, against runs on pretended ones."""
+    from gem_ray.benchmarks.planned_clusters import CLUSTERS, measure_planned_clusters
+
+    folder = out / "planned-clusters"
+    write_result(out, "planned-clusters", measure_planned_clusters(folder, only or [*CLUSTERS], seconds))
+
+
 @app.command("cpu-costs")
 def cpu_costs(out: OutOption = Path("gem_ray/planning")) -> None:
     """What one core does for a post beside the models; `gem-ray plan` reads it where it is written by default."""

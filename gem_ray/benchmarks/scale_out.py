@@ -41,7 +41,7 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float, groups: int
     per_group = gpus * _BATCHES_PER_ACTOR * _ROWS_PER_BATCH
     rows = groups * per_group
     write_texts(folder / "posts", rows, per_file=per_group // _FILES_PER_GROUP)
-    cluster = _start_cluster(gpus)
+    cluster = start_cluster(gpus)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         diary: Any = ray.remote(num_cpus=0)(Diary).remote(gpus)
@@ -61,7 +61,8 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float, groups: int
     }
 
 
-def _start_cluster(gpus: int) -> Cluster:
+def start_cluster(gpus: int) -> Cluster:
+    """A head without cards, and nodes of eight cards."""
     head = {"num_cpus": 4, "num_gpus": 0, "_system_config": _PATIENCE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for first in range(0, gpus, _GPUS_PER_NODE):

@@ -7,9 +7,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-# Reading a post, carrying it between processes, writing it, and Ray's own work for it: the pipeline's time for a post
-# less that of the same models in one process (docs/benchmarks/throughput.json: 2 cores / 35.8 - 2 cores / 51.5).
-CARRYING_SECONDS = 0.017
+# Reading a post, carrying it between processes, writing it, and Ray's own work for it: 19 % of a core at 35.9 posts a
+# second of `jobs/benchmark.py throughput`, by the processes' times in steady state.
+CARRYING_SECONDS = 0.005
 # Until the first post of a run is through, beside loading models: `resume` of docs/bulk.md.
 STARTING_SECONDS = 10.0
 # Assumed: bytes a second in which weights come from a local disk onto a card.
