@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from inspect import isawaitable
 from pathlib import Path
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 
 import gem_ray
+from gem_ray import client as client_module
 from gem_ray.client import Annotation, ClientError, Limits
+from gem_ray.serving import messages
 from gem_ray.taxonomy import FMNERG_TREE
 
 TEXT = "Paris tonight"
@@ -124,6 +127,14 @@ def test_an_answer_may_say_more_than_is_known(api):
     row = api.client.post("/v1/annotate", json={"text": TEXT}).json()
     row["entities"][0]["colour"] = row["mood"] = "blue"
     assert found(Annotation.from_json(row)) == [("Paris", "city", None)]
+
+
+def test_the_client_knows_every_field_of_an_answer():
+    told = {"Problem": messages.PostProblemOut, "Limits": messages.Limits}
+    for name in ("Annotation", "Entity", "Candidate", "Point", "Box", "HeatMap"):
+        told[name] = getattr(messages, f"{name}Out")
+    for name, model in told.items():
+        assert {field.name for field in fields(getattr(client_module, name))} == {*model.model_fields}, name
 
 
 def test_the_client_alone_needs_httpx_alone(tmp_path):
