@@ -10,8 +10,9 @@ from typing import Any
 # Reading a post, carrying it between processes, writing it, and Ray's own work for it: 19 % of a core at 35.9 posts a
 # second of `jobs/benchmark.py throughput`, by the processes' times in steady state.
 CARRYING_SECONDS = 0.005
-# Until the first post of a run is through, beside loading models: `resume` of docs/bulk.md.
-STARTING_SECONDS = 10.0
+# Until the first post of a run is through: Ray's start and an actor's, with models that load in no time (`nano` on two
+# cores, `seconds_to_first_post` in docs/benchmarks/throughput.json).
+STARTING_SECONDS = 25.0
 # Assumed: bytes a second in which weights come from a local disk onto a card.
 LOADING_RATE = 1e9
 

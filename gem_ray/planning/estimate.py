@@ -169,5 +169,5 @@ def _assumptions(plan: Plan) -> Iterator[Assumption]:
                 )
     source = "process times of `jobs/benchmark.py throughput` in steady state"
     yield Assumption("seconds of a core to read, carry and write a post", CARRYING_SECONDS, source, True)
-    yield Assumption("seconds until a pass begins", STARTING_SECONDS, "docs/bulk.md, resume", True)
+    yield Assumption("seconds until a pass begins", STARTING_SECONDS, "docs/benchmarks/throughput.json", True)
     yield Assumption("bytes a second in which weights are loaded", LOADING_RATE, "a local disk", False)
