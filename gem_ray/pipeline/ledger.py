@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
@@ -184,10 +186,22 @@ class Ledger:
     def __init__(self, run_id: str, max_problem_share: float | None = None) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         restarts = {"max_restarts": _MOST_RESTARTS, "max_task_retries": -1}
-        self._book = ray.remote(num_cpus=0, scheduling_strategy=here, **restarts)(_Book).remote(
-            run_id, max_problem_share
-        )
+        self._name = uuid.uuid4().hex
+        book = ray.remote(num_cpus=0, scheduling_strategy=here, name=self._name, **restarts)(_Book)
+        self._book = book.remote(run_id, max_problem_share)
         self._last = Progress()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: an actor whose arguments hold a handle is one that Ray does not promise to start again.
+        return Ledger.named, (self._name,)
+
+    @classmethod
+    def named(cls, name: str) -> Ledger:
+        """One that another process has begun."""
+        ledger = cls.__new__(cls)
+        ledger._name, ledger._last = name, Progress()
+        ledger._book = ray.get_actor(name)
+        return ledger
 
     def add_work(self, stage: str, seconds: float, counts: Mapping[str, int] | None = None) -> None:
         """Add time spent inside a stage, and what it has counted meanwhile."""
