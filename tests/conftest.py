@@ -26,6 +26,8 @@ import pytest
 
 # Small models gain nothing from a second thread, and threads that share cores with Ray's processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's processes export their metrics every ten seconds, which tests that read them would wait for.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
