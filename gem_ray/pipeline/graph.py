@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 WRITING_CPUS = 0.1
 _READING_CPUS = 0.5
 _SLOW_STAGES = {"knowledge", "rerank", "ground"}
-_LEAST_ROWS, _FEW_ROWS, _MANY_ROWS = 32, 64, 512  # in a block
+_FEW_ROWS, _MANY_ROWS = 64, 512  # in a block
 _MANY_BLOCKS = 64
 _TROUBLE_S = 2.0  # between two looks at what a stage waits for
 
@@ -68,8 +68,7 @@ def build_graph(
         actor: takes the place of `PoolActor`, with its signature.
     """
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks), num_cpus=_READING_CPUS)
-    most = max(pool.placement.max_actors or _room_for(pool, pools) for pool in pools)
-    rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, pools, most)
+    rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, pools)
     dataset = dataset.repartition(target_num_rows_per_block=rows)
     # It has no argument for it, and would wait for a whole CPU while reading holds the last one.
     dataset._logical_plan.dag.ray_remote_args["num_cpus"] = WRITING_CPUS
@@ -89,15 +88,14 @@ def build_graph(
     return dataset
 
 
-def _rows_per_block(rows: int, pools: Sequence[Pool[StagePool]], actors: int) -> int:
+def _rows_per_block(rows: int, pools: Sequence[Pool[StagePool]]) -> int:
     """Blocks are bounded by rows, not by bytes as Ray does: a block of short rows would be hours of work.
 
-    Few where a post takes long, and fewer where the last actors would get none; else as many as still spread over the
-    actors, because the driver keeps a few kilobytes for every block.
+    Few where a post takes long; else as many as still spread over the actors, because the driver keeps a few kilobytes
+    for every block.
     """
-    if any(spec.name in _SLOW_STAGES for pool in pools for spec in pool.stages):
-        return min(max(_LEAST_ROWS, -(-rows // max(1, actors))), _FEW_ROWS)
-    return min(max(_FEW_ROWS, rows // _MANY_BLOCKS), _MANY_ROWS)
+    is_slow = any(spec.name in _SLOW_STAGES for pool in pools for spec in pool.stages)
+    return _FEW_ROWS if is_slow else min(max(_FEW_ROWS, rows // _MANY_BLOCKS), _MANY_ROWS)
 
 
 def _actors(pool: Pool[StagePool], pools: Sequence[Pool[StagePool]], config: Config, blocks: int) -> ActorPoolStrategy:
