@@ -591,16 +591,16 @@ def test_too_few_cpus_are_refused() -> None:
 
 def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run(tmp_path: Path) -> None:
     run = tmp_path / "run.json"
-    run.write_text(json.dumps({"account": {"annotated": 100, "stage_seconds": {"tag": 1, "rerank": 2, "ground": 8}}}))
+    run.write_text(json.dumps({"account": {"annotated": 1000, "stage_seconds": {"tag": 1, "rerank": 2, "ground": 8}}}))
     wide = [f"pipeline.pools.{stage}.max_actors=16" for stage in ("tag", "rerank", "ground")]
     plan = make_plan(load_config(overrides=[APART, *wide]), cpus=12, measured=measured_seconds(run))
     assert {name: pool.actors for name, pool in pools_of(plan).items()} == {"tag": 1, "rerank": 2, "ground": 8}
-    assert plan.passes[0].bottleneck.posts_per_second == pytest.approx(100)
+    assert plan.passes[0].bottleneck.posts_per_second == pytest.approx(1000)
     assert plan.limit == "the 12 CPUs"  # which also read and write
-    assert plan.posts_per_hour == pytest.approx(3600 * 12 / (0.11 + CARRYING_SECONDS))
+    assert plan.posts_per_hour == pytest.approx(3600 * 12 / (0.011 + CARRYING_SECONDS))
     shared = make_plan(load_config(), cpus=12, measured=measured_seconds(run))
     assert {name: pool.actors for name, pool in pools_of(shared).items()} == {"tag-rerank-ground": 11}
-    assert shared.passes[0].bottleneck.posts_per_second == pytest.approx(100)  # 11 actors, 0.11 s
+    assert shared.passes[0].bottleneck.posts_per_second == pytest.approx(1000)  # 11 actors, 0.011 s
 
 
 def test_a_pool_without_a_bound_is_bounded_by_what_it_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
