@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +15,14 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from gem_ray.annotator import GuardedStage, build_stage
+from gem_ray.annotator import build_stage
 from gem_ray.clock import BusyClock
-from gem_ray.metrics import StageMetrics
 from gem_ray.model_references import ModelChangedError
-from gem_ray.pipeline.gate import Gate
 from gem_ray.pipeline.logs import log_as_json, log_problems
 from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
+from gem_ray.pipeline.watching import WatchedStage
 from gem_ray.pools import CPUS_FOR_TASKS
-from gem_ray.records import Post, ProblemKind
 from gem_ray.stages import LOAD_IMAGE
 from gem_ray.tally import Tally
 
@@ -199,7 +193,7 @@ class PoolActor:
         self._config = config
         self._ledger = ledger
         self._failure: str | None = None
-        self._stages: list[_WatchedStage] = []
+        self._stages: list[WatchedStage] = []
         while not self._stages and not self._failure:
             try:
                 self._stages = self._load(models)
@@ -212,7 +206,7 @@ class PoolActor:
         if not self._failure:
             ledger.begin_actor(self._name, pool.name, pool.placement.num_gpus, time.perf_counter() - began)
 
-    def _load(self, models: dict[str, str]) -> list[_WatchedStage]:
+    def _load(self, models: dict[str, str]) -> list[WatchedStage]:
         stages = []
         for spec in self._pool.stages:
             try:
@@ -220,7 +214,7 @@ class PoolActor:
             except Exception as error:
                 raise _LoadError(f"the stage {spec.name} cannot be loaded: {error}") from error
             is_shared = not spec.has_model or spec.overlapping(self._config) > 1
-            stages.append(_WatchedStage(stage, self._ledger, is_shared))
+            stages.append(WatchedStage(stage, self._ledger, is_shared))
         return stages
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -256,93 +250,3 @@ class PoolActor:
 
 class _LoadError(RuntimeError):
     """A stage that cannot be loaded."""
-
-
-class _WatchedStage:
-    """A stage in an actor: what it does and what kills it is in the ledger.
-
-    Args:
-        stage: does the work.
-        ledger: of the run.
-        is_shared: whether overlapping batches may be inside together.
-    """
-
-    def __init__(self, stage: GuardedStage, ledger: Ledger, is_shared: bool) -> None:
-        self._stage = stage
-        self._ledger = ledger
-        self._gate = Gate()
-        self._turn = nullcontext() if is_shared else threading.Lock()
-        self._reported = _Work(0.0, Counter())
-        self._lock = threading.Lock()
-        self._metrics = StageMetrics(stage.name)
-
-    @property
-    def trouble(self) -> str | None:
-        return self._stage.trouble
-
-    def __call__(self, posts: list[Post]) -> None:
-        with self._turn:
-            started = self._metrics.begin()
-            try:
-                run_watched(self._stage, posts, self._ledger, self._gate)
-            except StageBrokenError:
-                raise
-            except Exception as error:
-                # The engine or the card is gone. A retry must not come back to this process: Ray starts another.
-                logger.exception("the process of stage %s ends", self._stage.name)
-                self._ledger.note_death(self._stage.name, f"{type(error).__name__}: {error}")
-                os._exit(1)
-            self._report()
-            self._metrics.end(started, len(posts))
-
-    def _report(self) -> None:
-        """Tell the ledger of the work since the last report, by whichever batch."""
-        with self._lock:
-            before, self._reported = self._reported, _Work(self._stage.seconds, Counter(self._stage.counts))
-        # Also while other batches are inside: theirs is in what comes next.
-        counts = self._reported.counts - before.counts
-        self._ledger.add_work(self._stage.name, self._reported.seconds - before.seconds, counts)
-
-
-@dataclass(frozen=True)
-class _Work:
-    seconds: float
-    counts: Counter[str]
-
-
-class StageBrokenError(RuntimeError):
-    """A stage whose processes die one after the other, whatever the rows; or a run that must not go on."""
-
-
-def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger, gate: Gate) -> None:
-    """Run a stage on a batch so that a post which kills its process, as no exception handler can see, is found.
-
-    A batch over which a process has died is done again post by post, with no other batch beside it; a post that kills a
-    second one, alone, fails.
-
-    Raises:
-        StageBrokenError: processes of the stage died many times in a row, or the run has failed.
-    """
-    rows = tuple(post.row_id or 0 for post in posts)
-    with gate.shared():
-        attempt = ledger.begin(stage.name, rows)
-        if attempt.failure:
-            ledger.set_failure(attempt.failure)
-            raise StageBrokenError(attempt.failure)
-        if not attempt.deaths:
-            stage(posts)
-    if attempt.deaths:
-        with gate.alone():
-            for post in posts:
-                _run_alone(stage, post, ledger)
-    ledger.end(stage.name, rows, worked=not attempt.deaths)
-
-
-def _run_alone(stage: GuardedStage, post: Post, ledger: Ledger) -> None:
-    alone = (-1, post.row_id or 0)  # not the key of a batch that happens to have one row
-    died = ledger.begin(stage.name, alone).deaths
-    if died:
-        post.fail(stage.name, ProblemKind.STAGE_FAILED, "the process of this stage died on this post, twice")
-    else:
-        stage([post])
-    ledger.end(stage.name, alone, worked=not died)

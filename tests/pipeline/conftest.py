@@ -18,9 +18,10 @@ from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
-from gem_ray.pipeline.graph import PoolActor, _WatchedStage
+from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.summary import RunSummary
+from gem_ray.pipeline.watching import WatchedStage
 from gem_ray.records import Entity, Post, Status
 from gem_ray.stages import StageSpec
 
@@ -73,12 +74,12 @@ def quick_actor() -> type[PoolActor]:
             ]
 
     class QuickActor(PoolActor):  # in a function, so that it travels to other processes by value
-        def _load(self, models: dict[str, str]) -> list[_WatchedStage]:
+        def _load(self, models: dict[str, str]) -> list[WatchedStage]:
             def stage(spec: StageSpec) -> GuardedStage:
                 is_tagger = spec.name == "tag"
                 return GuardedStage("tag", find_capitals) if is_tagger else build_stage(spec, self._config, models)
 
-            return [_WatchedStage(stage(spec), self._ledger, is_shared=True) for spec in self._pool.stages]
+            return [WatchedStage(stage(spec), self._ledger, is_shared=True) for spec in self._pool.stages]
 
     return QuickActor
 

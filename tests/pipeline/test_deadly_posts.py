@@ -10,8 +10,8 @@ import ray
 
 from gem_ray.annotator import GuardedStage
 from gem_ray.pipeline.gate import Gate
-from gem_ray.pipeline.graph import StageBrokenError, run_watched
 from gem_ray.pipeline.ledger import Ledger
+from gem_ray.pipeline.watching import StageBrokenError, run_watched
 from gem_ray.records import Post, ProblemKind
 
 
