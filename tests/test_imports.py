@@ -52,6 +52,7 @@ LAYERS = [
     {"nano"},
     {"commands"},
     {"cli"},
+    {"__main__"},
     {"jobs"},
 ]
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
