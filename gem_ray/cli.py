@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands import annotate, check, evaluate, export, models, reranker, serve, shards, train
+from gem_ray.commands import annotate, check, evaluate, export, models, reranker, review, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
 from gem_ray.redaction import RedactingFormatter, redacted
 
@@ -27,6 +27,7 @@ app.add_typer(evaluate.app)
 app.add_typer(export.app)
 app.add_typer(models.app, name="models")
 app.add_typer(reranker.app)
+app.add_typer(review.app, name="review")
 app.add_typer(shards.app, name="shards")
 app.add_typer(train.app, name="train")
 app.add_typer(train.nano, name="nano")

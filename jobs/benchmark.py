@@ -51,6 +51,21 @@ def tagger(
 
 
 @app.command()
+def review(
+    run: Annotated[str, typer.Argument(help="An output folder of `annotate`, over posts with gold.")],
+    gold: Annotated[str, typer.Argument(help="The posts with gold: shards, or a Twitter10000 root for its dev split.")],
+    out: OutOption = Path("out/benchmark"),
+    audits: Annotated[int, typer.Option(help="Simulated audits of each kind.", min=50)] = 1000,
+) -> None:
+    """Whether certificates keep their promise, and how many posts they take, in simulated audits of a known run."""
+    from gem_ray.data.twitter10000 import is_root
+    from gem_ray.evaluation.predictions import read_gold
+    from gem_ray.review.audits import measure_review
+
+    write_result(out, "review", measure_review(read_gold(gold, "dev" if is_root(gold) else None), run, audits))
+
+
+@app.command()
 def decoding(out: OutOption = Path("out/benchmark")) -> None:
     """Peak memory of the largest images that the limits admit, one at a time and 32 at once."""
     from gem_ray.benchmarks.decoding import measure_decoding

@@ -49,7 +49,7 @@ LAYERS = [
     {"pipeline", "serving", "evaluation"},
     {"cluster"},
     {"benchmarks", "experiments", "export"},
-    {"nano"},
+    {"nano", "review"},
     {"commands"},
     {"cli"},
     {"__main__"},

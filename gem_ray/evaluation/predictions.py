@@ -50,21 +50,36 @@ def iterate_predictions(path: Path | str) -> Iterator[Post]:
     return map(Post.from_annotation, iterate_rows(path, _COLUMNS))
 
 
-def iterate_rows(path: Path | str, columns: Sequence[str] = ANNOTATION_SCHEMA.names) -> Iterator[dict[str, Any]]:
+def iterate_rows(
+    path: Path | str, columns: Sequence[str] = ANNOTATION_SCHEMA.names, row_ids: Collection[int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Annotations as plain values that `Post.from_annotation` reads, a batch of rows in memory at a time.
 
     Args:
         path: as for `read_predictions`; also one Parquet file of it.
         columns: of the output row; those that the files do not have are left out.
+        row_ids: only these rows; all if None.
+
+    Raises:
+        FileNotFoundError, EvaluationError: as `read_predictions`.
+    """
+    for batch in iterate_batches(path, columns, row_ids):
+        yield from map(_second_edition, batch.to_pylist())
+
+
+def iterate_batches(
+    path: Path | str, columns: Sequence[str], row_ids: Collection[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Annotations as Arrow's columns, a batch of rows in memory at a time; the arguments are those of `iterate_rows`.
 
     Raises:
         FileNotFoundError, EvaluationError: as `read_predictions`.
     """
     dataset = _open_annotations(path)
     there = [name for name in columns if name in dataset.schema.names]
+    wanted = None if row_ids is None else ds.field("row_id").isin(pa.array(sorted(row_ids), pa.int64()))
     for file in dataset.get_fragments():
-        for batch in file.to_batches(columns=there, batch_size=_ROWS_PER_BATCH):
-            yield from map(_second_edition, batch.to_pylist())
+        yield from file.to_batches(columns=there, filter=wanted, batch_size=_ROWS_PER_BATCH)
 
 
 def count_rows(path: Path | str) -> int:

@@ -13,8 +13,8 @@ from gem_ray.export.writing import JsonArray, Tally
 from gem_ray.records import Box, Entity, Post
 from gem_ray.taxonomy import LabelSet
 
-# Names of the setup's tags, which the predictions refer to.
-_TEXT, _IMAGE, _ENTITY, _BOX = "text", "image", "entity", "box"
+# Names of the setup's tags, which regions refer to.
+TEXT, IMAGE, ENTITY, BOX = "text", "image", "entity", "box"
 
 _LOCAL_FILES = "/data/local-files/?d="  # where Label Studio serves files of its document root
 _SEEN = {True: "seen in the image", False: "not seen in the image", None: "not judged against the image"}
@@ -36,7 +36,7 @@ def write_label_studio(
     """
     tasks = JsonArray(file)
     for row in rows:
-        post = _without_nul(Post.from_annotation(row))
+        post = without_nul(Post.from_annotation(row))
         image = _address(references.find(post)) if references else ""
         result = [part for number, entity in enumerate(post.entities) for part in _parts(post, entity, number)]
         tasks.append(_task(post, image, row.get("run_id"), result))
@@ -53,19 +53,19 @@ def labelling_setup(labels: LabelSet) -> str:
     """The XML that a project needs for these tasks, with every category for spans and for boxes."""
     choices = "\n".join(f'    <Label value="{fine}"/>' for fine in labels.fine)
     return f"""<View>
-  <Image name="{_IMAGE}" value="${_IMAGE}"/>
-  <RectangleLabels name="{_BOX}" toName="{_IMAGE}">
+  <Image name="{IMAGE}" value="${IMAGE}"/>
+  <RectangleLabels name="{BOX}" toName="{IMAGE}">
 {choices}
   </RectangleLabels>
-  <Text name="{_TEXT}" value="${_TEXT}"/>
-  <Labels name="{_ENTITY}" toName="{_TEXT}">
+  <Text name="{TEXT}" value="${TEXT}"/>
+  <Labels name="{ENTITY}" toName="{TEXT}">
 {choices}
   </Labels>
 </View>
 """
 
 
-def _without_nul(post: Post) -> Post:
+def without_nul(post: Post) -> Post:
     """Label Studio's database takes no U+0000; another character in its place keeps the offsets."""
     entities = [replace(entity, text=_replaced(entity.text)) for entity in post.entities]
     return replace(post, post_id=_replaced(post.post_id), text=_replaced(post.text), entities=entities)
@@ -80,7 +80,7 @@ def _task(post: Post, image: str, run_id: str | None, result: list[dict[str, Any
     score = min((entity.score for entity in post.entities), default=None)
     prediction = {"model_version": run_id, "score": score, "result": result}
     return {
-        "data": {_TEXT: post.text, _IMAGE: image, "post_id": post.post_id, "status": post.status},
+        "data": {TEXT: post.text, IMAGE: image, "post_id": post.post_id, "status": post.status, "row_id": post.row_id},
         "predictions": [] if post.is_rejected else [prediction],
     }
 
@@ -93,13 +93,13 @@ def _address(reference: str | None) -> str:
 
 
 def _parts(post: Post, entity: Entity, number: int) -> list[dict[str, Any]]:
-    span_id, box_id = f"{_ENTITY}-{number}", f"{_BOX}-{number}"
-    span = _region(span_id, entity.score, _ENTITY, _TEXT, "labels", entity.fine)
+    span_id, box_id = f"{ENTITY}-{number}", f"{BOX}-{number}"
+    span = _region(span_id, entity.score, ENTITY, TEXT, "labels", entity.fine)
     span["value"] |= {"start": entity.start, "end": entity.end, "text": entity.text}
     span["meta"] = {"text": [_SEEN[entity.seen]]}
     if not (entity.box and post.image_width and post.image_height):
         return [span]
-    box = _region(box_id, entity.box_score, _BOX, _IMAGE, "rectanglelabels", entity.fine)
+    box = _region(box_id, entity.box_score, BOX, IMAGE, "rectanglelabels", entity.fine)
     box["value"] |= _percent(entity.box, post.image_width, post.image_height)
     box |= {"original_width": post.image_width, "original_height": post.image_height, "image_rotation": 0}
     return [span, box, {"type": "relation", "from_id": span_id, "to_id": box_id, "direction": "right"}]

@@ -277,7 +277,7 @@ def tasks_of(file):
 def test_a_task_has_spans_and_percent_boxes_related_to_them(run, tmp_path):
     tally = export_annotations(run, tmp_path / "tasks.json", "label-studio")
     task = tasks_of(tmp_path / "tasks.json")["seen"]
-    assert task["data"] == {"text": EMOJI, "image": "", "post_id": "seen", "status": "ok"}
+    assert task["data"] == {"text": EMOJI, "image": "", "post_id": "seen", "status": "ok", "row_id": None}
     (prediction,) = task["predictions"]
     assert (prediction["model_version"], prediction["score"]) == ("run-1", 0.25)
     start = EMOJI.index("New York")
