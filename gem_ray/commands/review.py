@@ -58,21 +58,26 @@ def sample(
     without: Annotated[
         list[Path] | None, typer.Option(help="Leave out the posts of this review, as trained on. Repeatable.")
     ] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Leave the predictions out of the tasks, so that they sway nobody.")
+    ] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Choose posts to check, and write them as tasks for Label Studio with the predictions in them."""
     from gem_ray.config import ConfigError
     from gem_ray.review.sample import continue_sample, sample_for_certificate, sample_for_training
 
-    if after and (without or for_ is Purpose.TRAINING):
-        raise ConfigError("--after continues a sample as it was drawn: neither --without nor --for training go with it")
+    if after and (without or blind or for_ is Purpose.TRAINING):
+        raise ConfigError("--after continues a sample as it was drawn: no --without, --blind or --for training with it")
+    if blind and for_ is Purpose.TRAINING:
+        raise ConfigError("--blind is for certificates; --for training saves work by showing the predictions")
     if after:
         tally = continue_sample(annotations, out, posts, after, images)
     elif for_ is Purpose.TRAINING:
         tally = sample_for_training(annotations, out, posts, images=images, without=without or ())
     else:
         tally = sample_for_certificate(
-            annotations, out, posts, kind=design.value, seed=seed, images=images, without=without or ()
+            annotations, out, posts, kind=design.value, seed=seed, images=images, without=without or (), blind=blind
         )
     typer.echo(f"{out / 'tasks.json'}: {counted(tally.posts, 'task')}, {counted(tally.entities, 'entity', 'entities')}")
     for remark, count in tally.remarks.items():

@@ -66,6 +66,7 @@ class Facts:
         stratum: of each post of the sample, in order.
         auxiliary: what was known of each post of the sample, in order.
         earlier: how many posts at the beginning are tasks of the review that this one continues.
+        blind: whether the tasks come without predictions.
     """
 
     run: str
@@ -78,6 +79,7 @@ class Facts:
     stratum: list[int] = field(default_factory=list)
     auxiliary: list[list[float]] = field(default_factory=list)
     earlier: int = 0
+    blind: bool = False
 
     @property
     def order(self) -> Order:
@@ -132,8 +134,9 @@ def write_review(
     with atomic_file(out / ROWS) as partial:
         pq.write_table(pa.Table.from_pylist(rows, pa.schema([ANNOTATION_SCHEMA.field(n) for n in _COLUMNS])), partial)
     tally = Tally()
+    tasks = rows[facts.earlier :]
     with whole_text(out / TASKS) as file:
-        write_label_studio(rows[facts.earlier :], file, tally, references)
+        write_label_studio([row | {"entities": []} for row in tasks] if facts.blind else tasks, file, tally, references)
     with whole_text(out / SETUP) as file:
         file.write(labelling_setup(facts.label_set))
     with whole_text(out / FACTS) as file:

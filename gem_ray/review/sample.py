@@ -27,6 +27,7 @@ def sample_for_certificate(
     seed: int = 0,
     images: str | None = None,
     without: Sequence[Path] = (),
+    blind: bool = False,
 ) -> Tally:
     """Draw posts with known probabilities, and write them as a review.
 
@@ -38,6 +39,7 @@ def sample_for_certificate(
         seed: of the draw.
         images: the shards that were annotated, or a folder of images.
         without: reviews whose posts are left out, because models were trained on them.
+        blind: leave the predictions out of the tasks.
 
     Raises:
         FileExistsError: `out` holds a review already.
@@ -49,7 +51,7 @@ def sample_for_certificate(
     posts = min(posts, len(population))
     if posts < min(FEWEST, len(population)):
         raise ValueError(f"{posts:,} checked posts prove nothing: --posts {FEWEST} is the least that gives an interval")
-    return _draw(run, out, population, Design.of_size(kind, posts, seed), posts, images, left_out)
+    return _draw(run, out, population, Design.of_size(kind, posts, seed), posts, images, left_out, blind=blind)
 
 
 def continue_sample(run: str, out: Path, posts: int, earlier: Path, images: str | None = None) -> Tally:
@@ -78,7 +80,9 @@ def continue_sample(run: str, out: Path, posts: int, earlier: Path, images: str 
     order = draw(population.spread, review.facts.design)
     if population.row_ids[order.posts[: len(before)]].tolist() != before:
         raise ValueError(f"{run} is not what {earlier} was drawn from: draw a new sample")
-    return _draw(run, out, population, review.facts.design, posts, images, earlier=len(before))
+    return _draw(
+        run, out, population, review.facts.design, posts, images, earlier=len(before), blind=review.facts.blind
+    )
 
 
 def sample_for_training(
@@ -109,6 +113,7 @@ def _draw(
     images: str | None,
     left_out: int = 0,
     earlier: int = 0,
+    blind: bool = False,
 ) -> Tally:
     order = draw(population.spread, design)
     first = order.posts[:posts]
@@ -124,6 +129,7 @@ def _draw(
         order.stratum[:posts].tolist(),
         population.auxiliary[first].tolist(),
         earlier,
+        blind,
     )
     return write_review(out, facts, population.row_ids[first].tolist(), _references(images, run, out), run)
 

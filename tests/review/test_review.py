@@ -8,7 +8,7 @@ import pytest
 from gem_ray.data.shards import read_labelled, write_posts
 from gem_ray.evaluation.metrics import evaluate
 from gem_ray.evaluation.rules import EvaluationError
-from gem_ray.records import Box, GoldEntity, Post
+from gem_ray.records import Box, Post
 from gem_ray.review.certificate import Claim, certify, write_certificate
 from gem_ray.review.changes import compare_runs
 from gem_ray.review.corrections import read_corrections
@@ -96,7 +96,7 @@ def test_a_review_continues_an_earlier_one(run, review, tmp_path):
 def test_another_run_does_not_continue_a_review(run, posts, tmp_path, write_run):
     sample_for_certificate(run, tmp_path / "first", 24, seed=3)
     other = write_run(tmp_path / "other", [replace(post, row_id=post.row_id + 1) for post in posts])
-    with pytest.raises(ValueError, match="not what .* was drawn from"):
+    with pytest.raises(ValueError, match=r"not what .* was drawn from"):
         continue_sample(other, tmp_path / "second", 30, tmp_path / "first")
 
 
@@ -107,6 +107,15 @@ def test_posts_of_an_earlier_review_are_left_out(run, review, tmp_path):
     assert not {post.row_id for post in new.posts} & {post.row_id for post in review.posts}
     with pytest.raises(EvaluationError, match="all its posts are in the reviews"):
         sample_for_certificate(run, tmp_path / "none", 1, without=[review.path, tmp_path / "next"])
+
+
+def test_blind_tasks_have_no_predictions_and_the_review_still_knows_them(run, review, tmp_path):
+    sample_for_certificate(run, tmp_path / "first", 24, seed=3, blind=True)
+    continue_sample(run, tmp_path / "second", 30, tmp_path / "first")
+    for name in ("first", "second"):
+        tasks = json.loads((tmp_path / name / "tasks.json").read_text(encoding="utf-8"))
+        assert not any(prediction["result"] for task in tasks for prediction in task["predictions"])
+    assert read_review(tmp_path / "second").posts[:24] == review.posts
 
 
 def test_too_small_a_sample_is_refused_before_anybody_works_on_it(run, tmp_path):
@@ -135,7 +144,7 @@ def test_posts_for_training_are_uncertain_rare_and_no_two_alike(tmp_path, posts,
     ]
     rare = replace(
         posts[1], post_id="rare", row_id=10**13, text="A medal for Zoë of Ghent , nobody else came",
-        tokens="A medal for Zoë of Ghent , nobody else came".split(),
+        tokens=["A", "medal", "for", "Zoë", "of", "Ghent", ",", "nobody", "else", "came"],
     )  # fmt: skip
     rare.entities = [replace(posts[1].entities[0], fine="award", coarse="other", score=0.3)]
     run = write_run(tmp_path / "run", [*sure, *copies, rare])
@@ -245,7 +254,6 @@ def test_mentions_of_one_text_share_their_boxes(review, tasks, export):
 
 
 def test_corrections_are_gold_that_training_and_evaluation_read(review, tasks, export, posts, tmp_path):
-    """With the images of the shards that were annotated, found by row."""
     corrections = read_corrections(export(list(map(checked, tasks))), review)
     assert write_gold(review, corrections, str(tmp_path / "corrections")) == 24
     labelled = read_labelled(tmp_path / "corrections", FMNERG)
@@ -256,11 +264,23 @@ def test_corrections_are_gold_that_training_and_evaluation_read(review, tasks, e
     assert evaluate(gold, annotated).mnerg.f1 == 1  # what was predicted was confirmed
 
 
+def test_images_come_from_the_shards_that_were_annotated(posts, tmp_path, export, write_run):
+    """Found by row: all posts have one id."""
+    inputs = [replace(post, post_id="same", row_id=n, image_bytes=b"image %d" % n) for n, post in enumerate(posts)]
+    write_posts(inputs, tmp_path / "posts")
+    sample_for_certificate(write_run(tmp_path / "run", inputs), tmp_path / "review", 20)
+    review = read_review(tmp_path / "review")
+    made = [checked(task) for task in json.loads((tmp_path / "review" / "tasks.json").read_text(encoding="utf-8"))]
+    corrections = read_corrections(export(made), review)
+    write_gold(review, corrections, str(tmp_path / "gold"), str(tmp_path / "posts"))
+    found = [post.image_bytes for post in read_labelled(tmp_path / "gold", FMNERG)]
+    assert found == [b"image %d" % post.row_id for post in review.posts]
+    write_posts([replace(post, post_id="other") for post in inputs], tmp_path / "others")
+    with pytest.raises(ValueError, match="is 'other', and 'same' in the run"):
+        write_gold(review, corrections, str(tmp_path / "none"), str(tmp_path / "others"))
+
+
 # ---- certificates
-
-
-def certificate_of(review, corrections, **options):
-    return certify(review, corrections, **options)
 
 
 def test_a_certificate_without_an_error_is_no_promise_of_perfection(review, tasks, export, tmp_path):
@@ -302,7 +322,7 @@ def test_posts_without_images_leave_regions_uncertified(run, tasks, export, tmp_
     certificate = certify(review, corrections)
     assert set(certificate.estimates) == {"mner", "span"}
     assert "an image that the checker was not shown: sample with --images" in certificate.left_out["mnerg"]
-    with pytest.raises(ValueError, match="eeg.f1>=0.5 cannot be settled"):
+    with pytest.raises(ValueError, match=r"eeg\.f1>=0\.5 cannot be settled"):
         certify(review, corrections, claims=[Claim.parse("eeg.f1>=.5")])
 
 
