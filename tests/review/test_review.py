@@ -4,7 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
+from gem_ray.cli import app
+from gem_ray.config import ConfigError
 from gem_ray.data.shards import read_labelled, write_posts
 from gem_ray.evaluation.metrics import evaluate
 from gem_ray.evaluation.rules import EvaluationError
@@ -355,6 +358,26 @@ def test_a_page_escapes_what_posts_hold(review, tasks, export, posts, tmp_path, 
     page = render_certificate(certify(hostile_review, read_corrections(export(made), hostile_review)))
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
+
+
+# ---- commands
+
+
+def test_the_commands_say_what_they_wrote(run, tasks, export, tmp_path):
+    def gem_ray(*arguments):
+        result = CliRunner().invoke(app, ["review", *map(str, arguments)])
+        return result.output if result.exception is None else result.exception
+
+    review, file = tmp_path / "review", export(list(map(checked, tasks)))
+    assert "tasks.json: 24 tasks, 42 entities" in gem_ray("sample", run, review, "--posts", 24, "--seed", 3)
+    assert "24 posts with 42 gold mentions" in gem_ray("read", review, file, tmp_path / "gold")
+    said = gem_ray("certify", review, file, tmp_path / "out", "--claim", "mner.f1>=0.5", "--width", 0.02)
+    assert "24 checked posts of 24, for 40 posts" in said
+    assert "mner.f1>=0.5: yes, and no further checks are needed" in said
+    assert (tmp_path / "out" / "certificate.html").exists()
+    assert "3 tasks" in gem_ray("sample", run, tmp_path / "teach", "--for", "training", "--posts", 3)
+    for options in (("--without", review), ("--blind",), ("--for", "training")):
+        assert isinstance(gem_ray("sample", run, tmp_path / "no", "--after", review, *options), ConfigError)
 
 
 # ---- a second run
