@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from gem_ray.records import Box, GoldEntity
+from gem_ray.review.certificate import certify
 from gem_ray.review.corrections import read_corrections
 from gem_ray.review.folder import read_review
 
@@ -128,3 +129,13 @@ def test_spans_categories_boxes_and_deletions_come_back(review):
             place = post.tokens.index("waits")
             expected.append(GoldEntity(place, place + 1, "event_other"))
         assert gold == expected, number
+
+
+def test_the_export_certifies_what_was_corrected(review):
+    """A wrong category, a mention too many, one missed, and boxes that were moved away."""
+    certificate = certify(review, read_corrections(EXPORT, review))
+    assert (certificate.checked, certificate.planned, certificate.left_out) == (21, 24, {})
+    f1 = {task: found["f1"].value for task, found in certificate.estimates.items()}
+    assert 0.8 < f1["mner"] < f1["span"] < 1
+    assert f1["mnerg"] < f1["mner"]
+    assert f1["eeg"] < f1["span"]
