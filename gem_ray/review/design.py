@@ -93,7 +93,7 @@ def _strata(spread: np.ndarray, strata: int) -> np.ndarray:
     """`(N,)`: cut the posts, by rising spread, where its running total passes equal parts."""
     order = np.argsort(spread, kind="stable")
     total = np.cumsum(spread[order])
-    stratum = np.empty(len(spread), int)
+    stratum: np.ndarray = np.empty(len(spread), int)
     stratum[order] = np.minimum((total - spread[order] / 2) / total[-1] * strata, strata - 1).astype(int)
     return stratum
 
@@ -101,6 +101,6 @@ def _strata(spread: np.ndarray, strata: int) -> np.ndarray:
 def _places_within(stratum: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """`(N,)`: how many posts of the same stratum come before each post."""
     order = np.argsort(stratum, kind="stable")
-    places = np.empty(len(stratum), int)
+    places: np.ndarray = np.empty(len(stratum), int)
     places[order] = np.arange(len(stratum)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return places

@@ -114,18 +114,20 @@ def estimate(checks: Checks) -> dict[str, dict[str, Estimate]]:
         ValueError: there are fewer; the message says how many are needed.
     """
     refuse_too_few(checks)
-    is_known = not isinstance(checks.predicted, np.ndarray)
-    counted = [checks.gold] if is_known else [checks.gold, checks.predicted]
-    totals, residuals = _regression_estimates(
-        checks, np.stack([*checks.right.values(), *counted], axis=1).astype(float)
-    )
+    counted = [*checks.right.values(), checks.gold]
+    if isinstance(checks.predicted, np.ndarray):
+        counted.append(checks.predicted)
+    totals, residuals = _regression_estimates(checks, np.stack(counted, axis=1).astype(float))
     tasks = len(checks.right)
-    gold = max(0.0, totals[tasks]), residuals[:, tasks]
-    predicted = (checks.predicted, np.zeros(len(checks))) if is_known else (max(0.0, totals[-1]), residuals[:, -1])
+    gold, of_gold = max(0.0, float(totals[tasks])), residuals[:, tasks]
+    if isinstance(checks.predicted, np.ndarray):
+        predicted, of_predicted = max(0.0, float(totals[-1])), residuals[:, -1]
+    else:
+        predicted, of_predicted = checks.predicted, np.zeros(len(checks))
     sides = {
-        "precision": predicted,
-        "recall": gold,
-        "f1": ((predicted[0] + gold[0]) / 2, (predicted[1] + gold[1]) / 2),
+        "precision": (predicted, of_predicted),
+        "recall": (gold, of_gold),
+        "f1": ((predicted + gold) / 2, (of_predicted + of_gold) / 2),
     }
     return {
         task: {measure: _ratio(checks, totals[number], residuals[:, number], *sides[measure]) for measure in MEASURES}
