@@ -130,7 +130,10 @@ def estimate(checks: Checks) -> dict[str, dict[str, Estimate]]:
         "f1": ((predicted + gold) / 2, (of_predicted + of_gold) / 2),
     }
     return {
-        task: {measure: _ratio(checks, totals[number], residuals[:, number], *sides[measure]) for measure in MEASURES}
+        task: {
+            measure: _ratio(checks, float(totals[number]), residuals[:, number], *sides[measure])
+            for measure in MEASURES
+        }
         for number, task in enumerate(checks.right)
     }
 
