@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
-from gem_ray.evaluation.report import TASK_TITLES, percent
+from gem_ray.evaluation.report import TASK_TITLES
+from gem_ray.look.pages import page, percent
 from gem_ray.plurals import counted
 from gem_ray.review.certificate import Certificate, ClaimVerdict
 from gem_ray.review.estimate import MEASURES, Estimate
@@ -21,16 +21,9 @@ DESIGN_TITLES = {
 
 def render_certificate(certificate: Certificate) -> str:
     """The HTML page."""
-    environment = Environment(
-        loader=PackageLoader("gem_ray.review", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    facts = certificate.review.facts
-    return environment.get_template("certificate.html.j2").render(
+    facts, changes = certificate.review.facts, certificate.changes
+    return page("gem_ray.review", "certificate.html.j2").render(
+        title="Certificate",
         certificate=certificate,
         facts=facts,
         design=DESIGN_TITLES[facts.design.kind] if facts.design else "",
@@ -38,6 +31,7 @@ def render_certificate(certificate: Certificate) -> str:
         measures=MEASURE_TITLES,
         verdict=verdict_sentence,
         notes=notes(certificate),
+        moves=[(f"{before} → {then}", count) for before, then, count in changes.moves] if changes else [],
     )
 
 
