@@ -191,6 +191,10 @@ function showCounts() {
 function changed() {
   writeHash();
   update();
+  showBeginning();
+}
+
+function showBeginning() {
   const top = $("grid").getBoundingClientRect().top + scrollY - document.querySelector(".bar").offsetHeight - 20;
   if (scrollY > top) scrollTo(0, top);
 }
@@ -256,7 +260,7 @@ function listen() {
     if (event.key === "Escape") hideTip();
     if (event.key === "/" && document.activeElement !== $("q")) { event.preventDefault(); $("q").focus(); }
   });
-  addEventListener("hashchange", () => { readHash(); update(); });
+  addEventListener("hashchange", () => { readHash(); update(); showBeginning(); });
 }
 
 function openFilters(open) {

@@ -83,7 +83,7 @@ function picture(post, position) {
   const size = [Number(holder.dataset.width), Number(holder.dataset.height)]; // of the original, as boxes are
   const mentions = [...post.entities.map((mention, index) => ({ mention, index, gold: post.verdicts[index]?.boxes })),
     ...post.missed.map((mention) => ({ mention, index: null, gold: mention.boxes }))];
-  const stage = html("div", { class: size[0] > 1.3 * size[1] ? "stage wide" : "stage" }, image,
+  const stage = html("div", { class: "stage" }, image,
     html("canvas", { class: "heat", "aria-hidden": "true" }),
     html("div", { class: "boxes" }, ...drawBoxes(size, mentions)));
   stage.style.setProperty("--ratio", size.join(" / "));

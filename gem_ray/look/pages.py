@@ -58,6 +58,7 @@ def page(package: str, template: str, script: str | None = None) -> Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"named": named, "percent": percent}
+    environment.policies["json.dumps_kwargs"] = {}  # a row's columns in their own order
     code = bundle(package, script) if script else ""
     environment.globals |= {
         "counted": counted,

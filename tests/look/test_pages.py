@@ -155,6 +155,9 @@ def test_the_gallery_names_what_it_found_in_a_row_for_each_mention(show) -> None
     forty = shown.locator("article", has=shown.locator("code", has_text="forty"))
     assert forty.locator("button.mention").count() == 40
     assert forty.locator(".tag").count() == 14
+    frame, picture = forty.locator(".picture").bounding_box(), forty.locator("img").bounding_box()
+    assert picture["height"] <= frame["height"] + 1  # all of it can be seen
+    assert picture["width"] / picture["height"] == pytest.approx(400 / 300, rel=0.02)
     forty.locator("button.mention").nth(3).hover()
     assert "IoU" in shown.inner_text("#tip")
 
