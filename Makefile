@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test quick lint format install clean
 
 demo: $(VENV)/.base  ## 200 generated posts through the whole system, with gallery and scores
 	$(BIN)/gem-ray demo --out out/demo
@@ -13,6 +13,9 @@ test: $(VENV)/.dev  ## the test suite
 	$(BIN)/python -m pytest -m "not vllm" --durations 20
 	$(BIN)/python -m pytest -m vllm tests/rerank tests/nano tests/pipeline
 	$(BIN)/python -m pytest -m vllm tests/knowledge/test_explainer_vllm.py
+
+quick: $(VENV)/.dev  ## for the daily loop: what starts no Ray and no service
+	$(BIN)/python -m pytest -x tests/clusters tests/data tests/export tests/knowledge tests/planning tests/tagger
 
 lint: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
