@@ -9,6 +9,7 @@ file, rename) or as S3 (no rename, folders are prefixes).
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -288,6 +290,14 @@ class OneByOne:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory where there is such a folder: it is operations that count here, and there are hundreds of thousands."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)
