@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.clock import BusyClock
+from gem_ray.confidence import Confidence
 from gem_ray.model_references import describe_models, load_unchanged
 from gem_ray.records import Post, ProblemKind
 from gem_ray.rerank.uncertainty import UncertaintyFilter
@@ -143,16 +144,19 @@ def build_stage(
 
 
 class TagStage:
-    """Stage TAG: fills `entities` (§3.2), each with its score, its candidates, and whether it is hard (§3.3.1).
+    """Stage TAG: fills `entities` (§3.2), each with its score, its candidates, whether it is hard (§3.3.1), and how
+    sure it is.
 
     Args:
         tagger: finds the entities.
-        uncertainty: judges them.
+        uncertainty: judges their categories.
+        confidence: judges them as a whole.
     """
 
-    def __init__(self, tagger: Tagger, uncertainty: UncertaintyFilter) -> None:
+    def __init__(self, tagger: Tagger, uncertainty: UncertaintyFilter, confidence: Confidence) -> None:
         self._tagger = tagger
         self._uncertainty = uncertainty
+        self._confidence = confidence
 
     @classmethod
     def from_config(cls, config: Config) -> TagStage:
@@ -160,10 +164,12 @@ class TagStage:
 
         Raises:
             FileNotFoundError: there is no such model.
+            ConfigError: see `Confidence.from_config`.
         """
         from gem_ray.tagger.tagger import Tagger  # with torch
 
-        return cls(Tagger.from_config(config), UncertaintyFilter.from_config(config))
+        confidence = Confidence.from_config(config)
+        return cls(Tagger.from_config(config), UncertaintyFilter.from_config(config), confidence)
 
     def reconfigure(self, config: Config) -> None:
         """Take over γ and K."""
@@ -171,7 +177,7 @@ class TagStage:
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Annotate posts in place."""
-        return self._uncertainty(self._tagger(posts))
+        return self._confidence(self._uncertainty(self._tagger(posts)))
 
 
 class Annotator:

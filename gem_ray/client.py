@@ -102,6 +102,7 @@ class Entity:
     hard: bool
     reranked: bool
     confidence: float | None
+    accepted: bool | None
     candidates: list[Candidate]
     seen: bool | None
     match_score: float | None

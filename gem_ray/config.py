@@ -136,6 +136,19 @@ class FilterConfig(_Section):
     k: PositiveInt = Field(5, description="candidate categories")
 
 
+class AcceptanceConfig(_Section):
+    """Which entities are good enough to go unchecked; `gem-ray calibrate --accept` writes this section."""
+
+    threshold: Probability | None = Field(
+        None, description="`confidence` from which an entity is `accepted`; none: nobody says, and `accepted` is null"
+    )
+    precision: Probability | None = Field(None, description="what is promised of the accepted entities")
+    delta: Probability | None = Field(None, description="how probable it is, at most, that the promise does not hold")
+    tagger: str | None = Field(
+        None, description="the tagger (`reference@hash`) that it was measured with; another one is refused"
+    )
+
+
 class RerankerEndpointConfig(EndpointConfig):
     """A model that is asked in context, by worked examples, instead of a trained one (§5.1)."""
 
@@ -164,6 +177,11 @@ class RerankerConfig(_Section):
         description="conversation around `{question}`, image first; none: the model's own, or LLaVA-1.5's",
     )
     mode: Literal["generate", "score"] = "score"
+    decision: Literal["calibrated", "answer"] = Field(
+        "calibrated",
+        description="`calibrated`: of the tagger's category and the reranker's answer, the one more probable by both, "
+        "weighed by the reranker's `confidence.json`; without that file, as `answer`: the reranker decides (the paper)",
+    )
     candidate_order: CandidateOrder = Field("probability", description="of the candidates in the prompt")
     batch_size: PositiveInt = _speed(16, "entities in one forward pass (transformers engine)")
     dtype: DType = "float32"
@@ -473,6 +491,7 @@ class Config(_Section):
     knowledge: KnowledgeConfig = Field(default_factory=KnowledgeConfig)
     tagger: TaggerConfig = Field(default_factory=TaggerConfig)
     filter: FilterConfig = Field(default_factory=FilterConfig)
+    acceptance: AcceptanceConfig = Field(default_factory=AcceptanceConfig)
     reranker: RerankerConfig = Field(default_factory=RerankerConfig)
     grounder: GrounderConfig = Field(default_factory=GrounderConfig)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, json_schema_extra={_AFFECTS: False})

@@ -39,6 +39,7 @@ _SETTINGS = (
     "*.model",
     "grounding.json",
     "scope.json",
+    "confidence.json",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )

@@ -109,6 +109,10 @@ class HeatMap:
     data: bytes
 
 
+UNWRITTEN = ("logits", "marginal")
+"""Fields of an entity that go from the tagger to what judges its entities, in one process."""
+
+
 @dataclass
 class Entity:
     """One mention: where it is in the text, what it is, and where it is seen.
@@ -117,7 +121,8 @@ class Entity:
     `score` is the probability of `fine` that made the last decision about it; `entropy` is in nats (eq. 10), and `hard`
     is the filter's verdict that it is above γ.
     `seen` is the grounder's verdict: true with a box, false without; None where it did not judge: there is no usable
-    image, no grounder, or the grounder failed. `confidence` is None: nothing calibrates it yet.
+    image, no grounder, or the grounder failed. `confidence` is None where the model that decided has no calibration;
+    `accepted` where no threshold is configured for it, or there is no confidence.
     """
 
     text: str
@@ -132,6 +137,7 @@ class Entity:
     hard: bool = False
     reranked: bool = False
     confidence: float | None = None  # that span and category are both right
+    accepted: bool | None = None  # the confidence is high enough for what was promised
     candidates: list[Candidate] = field(default_factory=list)
     seen: bool | None = None
     match_score: float | None = None  # P_T
@@ -142,6 +148,8 @@ class Entity:
     heatmap: HeatMap | None = None
     # (C_f,) mean fine logits over the words: from the tagger to the filter, never written.
     logits: np.ndarray | None = field(default=None, repr=False, compare=False)
+    # The tagger's own probability of exactly this span with this category: to the calibrator, never written.
+    marginal: float | None = field(default=None, repr=False, compare=False)
 
     @property
     def certainty(self) -> float:
@@ -150,7 +158,7 @@ class Entity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values of `ENTITY_TYPE`."""
-        return asdict(replace(self, logits=None), dict_factory=_without_logits)
+        return asdict(replace(self, logits=None), dict_factory=_written)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Entity:
@@ -162,8 +170,8 @@ class Entity:
         return cls(**values)
 
 
-def _without_logits(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in items if key != "logits"}
+def _written(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if key not in UNWRITTEN}
 
 
 @dataclass(frozen=True)
@@ -289,6 +297,7 @@ ENTITY_TYPE = pa.struct(
         ("hard", pa.bool_()),
         ("reranked", pa.bool_()),
         ("confidence", pa.float32()),
+        ("accepted", pa.bool_()),
         ("candidates", pa.list_(CANDIDATE_TYPE)),
         ("seen", pa.bool_()),
         ("match_score", pa.float32()),

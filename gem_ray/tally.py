@@ -34,6 +34,7 @@ class Tally:
             know, or there is no grounder.
         reranked: mentions that the reranker decided.
         confidences: mentions by their confidence, in tenths; by their score where nothing has calibrated it.
+        accepted: mentions whose confidence reaches the threshold that is configured for it.
         examples: by kind of problem, a few rows that have it.
     """
 
@@ -47,6 +48,7 @@ class Tally:
     not_judged_with_image: int = 0
     reranked: int = 0
     confidences: list[int] = field(default_factory=lambda: [0] * _TENTHS)
+    accepted: int = 0
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
@@ -57,6 +59,7 @@ class Tally:
         entities = _entities(table)
         tally.entities = len(entities)
         tally.reranked = pc.sum(entities.field("reranked")).as_py() or 0
+        tally.accepted = pc.sum(entities.field("accepted")).as_py() or 0
         tally.grounded = len(entities) - entities.field("box").null_count
         tally.not_judged = entities.field("seen").null_count
         tally.confidences = _by_tenth(
@@ -80,6 +83,7 @@ class Tally:
             not_judged=sum(entity.seen is None for entity in entities),
             reranked=sum(entity.reranked for entity in entities),
             confidences=_by_tenth(np.array([entity.certainty for entity in entities])),
+            accepted=sum(bool(entity.accepted) for entity in entities),
         )
         for post in posts:
             tally.statuses[post.status] += 1
@@ -119,6 +123,7 @@ class Tally:
             not_judged_with_image=self.not_judged_with_image + other.not_judged_with_image,
             reranked=self.reranked + other.reranked,
             confidences=[mine + its for mine, its in zip(self.confidences, other.confidences, strict=True)],
+            accepted=self.accepted + other.accepted,
             examples={
                 kind: (self.examples.get(kind, []) + other.examples.get(kind, []))[:_EXAMPLES] for kind in sorted(kinds)
             },

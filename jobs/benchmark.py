@@ -66,6 +66,27 @@ def review(
 
 
 @app.command()
+def confidence(
+    tweets: Annotated[Path, typer.Option(help="A Twitter10000 root, for its dev split.")],
+    out: OutOption = Path("out/benchmark"),
+    posts: Annotated[int, typer.Option(help="Generated posts, for the reranker.", min=100)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the generated posts.")] = 30_000,
+    preset: Annotated[str, typer.Option(help="Models.")] = "nano",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One key of the configuration.")] = None,
+) -> None:
+    """How far `confidence` can be trusted, by folds; and what a bad reranker can do."""
+    from gem_ray.benchmarks.confidence import measure_confidence, write_plot
+    from gem_ray.config import load_config
+    from gem_ray.data.generated import generate
+    from gem_ray.data.twitter10000 import read_split
+
+    config = load_config(preset, overrides=set_ or ())
+    result, plot = measure_confidence(config, read_split(tweets, "dev"), list(generate(posts, seed)))
+    write_result(out, "confidence", result)
+    write_plot(plot, out / "confidence.png")
+
+
+@app.command()
 def decoding(out: OutOption = Path("out/benchmark")) -> None:
     """Peak memory of the largest images that the limits admit, one at a time and 32 at once."""
     from gem_ray.benchmarks.decoding import measure_decoding

@@ -36,6 +36,8 @@ LAYERS = [
         "pace",
         "metrics",
         "noise",
+        "logistic",
+        "confidence",
         "client",
         "strict",
         "plurals",

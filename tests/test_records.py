@@ -11,6 +11,7 @@ from gem_ray.records import (
     ANNOTATION_SCHEMA,
     ENTITY_TYPE,
     INPUT_SCHEMA,
+    UNWRITTEN,
     Box,
     Candidate,
     Entity,
@@ -37,6 +38,7 @@ def _seen_entity() -> Entity:
         entropy=0.25,
         reranked=True,
         confidence=0.625,
+        accepted=True,
         candidates=[Candidate("city", 0.75), Candidate("sports_team", 0.25)],
         seen=True,
         match_score=0.875,
@@ -69,7 +71,7 @@ def test_the_schemas_have_a_column_for_every_field():
     """`Table.from_pylist` drops what its schema does not name, without a word."""
     columns = set(ANNOTATION_SCHEMA.names)
     assert set(_post().annotation()) | {"run_id", "models"} == columns
-    assert [field.name for field in ENTITY_TYPE] == [f.name for f in fields(Entity) if f.name != "logits"]
+    assert [field.name for field in ENTITY_TYPE] == [f.name for f in fields(Entity) if f.name not in UNWRITTEN]
     assert set(_seen_entity().to_dict()) == {field.name for field in ENTITY_TYPE}
     assert columns.isdisjoint({"image", "image_bytes", "image_uri"})  # images are never copied into the output
 

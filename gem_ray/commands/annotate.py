@@ -226,6 +226,7 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
     typer.echo(
         f"{done}: {counted(tally.entities, 'entity', 'entities')}: {tally.grounded:,} seen in the image, "
         f"{tally.not_seen:,} not seen, {tally.not_judged:,} not judged; {tally.reranked:,} reranked"
+        + (f"; {tally.accepted:,} accepted" if summary.accepted_share is not None else "")
     )
     if summary.account.annotated:
         typer.echo(_about_cost(summary.account))

@@ -97,17 +97,36 @@ def errors(
     typer.echo(f"error report: {out}")
 
 
-@app.command(epilog="Example: `gem-ray calibrate --data posts/ --budget 0.15 --rerank`")
+@app.command(epilog="Example: `gem-ray calibrate --data posts/ --accept 0.95 --out out/calibration`")
 def calibrate(
     data: Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")],
-    out: Annotated[Path, typer.Option(help="Folder for `calibration.json` and `calibration.png`.")] = Path(
-        "out/calibration"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for `calibration.json`, `calibration.png` and `acceptance.yaml`.")
+    ] = Path("out/calibration"),
     split: Annotated[str, typer.Option(help="Split of a Twitter10000 root.")] = "dev",
     images: Annotated[Path | None, typer.Option(help="Images of a Twitter10000 root, named by image id.")] = None,
     budget: Annotated[
         float | None, typer.Option(help="Propose the γ that sends at most this share to the reranker.", min=0, max=1)
     ] = None,
+    accept: Annotated[
+        float | None,
+        typer.Option(
+            help="Find the confidence above which entities are right with at least this probability.",
+            min=0.5,
+            max=0.999,
+        ),
+    ] = None,
+    delta: Annotated[
+        float, typer.Option(help="With `--accept`: the probability that this does not hold.", min=0.001, max=0.5)
+    ] = 0.05,
+    store: Annotated[
+        bool,
+        typer.Option(
+            "--store",
+            help="Fit `confidence` to these posts, which no model may have been trained on, and keep it with the "
+            "tagger; with `--rerank`, with the reranker too.",
+        ),
+    ] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Ask the configured reranker about every entity.")] = False,
     reranked: Annotated[
         Path | None, typer.Option(help="Or take its answers from this output of `annotate --set filter.gamma=0`.")
@@ -118,20 +137,31 @@ def calibrate(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Accuracy, top-K recall and share of entities by entropy on a dev set, and which γ follows (Figure 5)."""
+    """What labelled posts say of the models: γ by entropy (Figure 5), confidence, and what can go unchecked."""
     from gem_ray.config import ConfigError, load_config
-    from gem_ray.evaluation import calibration, calibration_report, dev_set
+    from gem_ray.evaluation import acceptance_report, calibration, calibration_report, confidences, dev_set
 
     if rerank and reranked:
         raise ConfigError("--rerank and --reranked: say one of them")
     settings = load_config(preset, config, set_ or ())
     answers = dev_set.EarlierRun(reranked) if reranked else dev_set.ConfiguredReranker(settings) if rerank else None
     posts = labelled_posts(data, split, images, settings.labels)
+    if store:
+        if accept is not None:
+            raise ConfigError("--store and --accept: what was fitted to posts cannot be tested on them; take others")
+        fitted_on = f"{len(posts)} posts of {data.resolve().name}"
+        typer.echo(f"confidence: {confidences.store_tagger(posts, settings, fitted_on)}")
+        if rerank:
+            typer.echo(f"confidence: {confidences.store_reranker(posts, settings, fitted_on)}")
     entities = list(dev_set.judge_dev_set(posts, settings, k, answers))
     result = calibration.calibrate(entities, k, settings.filter.gamma, budget, bin_width)
     calibration_report.write_calibration(result, out)
     calibration_report.print_calibration(result)
     typer.echo(f"figures: {out / 'calibration.json'}, plot: {out / 'calibration.png'}")
+    if accept is not None:
+        found = acceptance_report.certify_posts(posts, settings, accept, delta)
+        typer.echo(acceptance_report.describe(found))
+        typer.echo(f"acceptance: {acceptance_report.write_acceptance(found, settings, out)}, for `annotate --config`")
 
 
 @app.command(epilog="Example: `gem-ray gallery out/ posts/ gallery.html`")

@@ -21,6 +21,7 @@ from gem_ray.commands.options import (
 
 if TYPE_CHECKING:
     from gem_ray.records import Post
+    from gem_ray.tagger.recipe import TaggerTraining
     from gem_ray.tagger.trainer import Progress
 
 app = typer.Typer(help="Train a component.", no_args_is_help=True)
@@ -59,6 +60,20 @@ def train_tagger_command(
 
         report = train_tagger(*posts, out, settings, _tagger_progress())
     typer.echo(f"kept epoch {report['best_epoch']}: F1 on dev {report['dev']}\nmodel: {out}")
+    if posts[1]:
+        _store_confidence(posts[1], out, settings)
+
+
+def _store_confidence(dev: list[Post], out: Path, settings: TaggerTraining) -> None:
+    """Fitted to the dev posts: the tagger has not learnt from them, though they have chosen its epoch."""
+    from gem_ray.config import load_config
+    from gem_ray.evaluation.confidences import store_tagger
+
+    trained = {"model": str(out), "max_length": settings.max_length}
+    try:
+        store_tagger(dev, load_config(labels=settings.labels, tagger=trained), f"its {len(dev)} dev posts")
+    except ValueError as error:  # it finds nothing yet
+        typer.echo(f"entities will have no confidence: {error}")
 
 
 @app.command("reranker", epilog="Example: `gem-ray train reranker --data posts/ --base models/llava --out lora/`")

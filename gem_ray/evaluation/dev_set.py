@@ -112,6 +112,7 @@ class ConfiguredReranker:
 
     def __init__(self, config: Config) -> None:
         self._k = candidates_offered(LABEL_SETS[config.labels], config.filter.k)
+        config = _with(config, "reranker", decision="answer")  # whatever the tagger says
         self._stages = [build_stage(find_stage(name), config) for name in (LOAD_IMAGE, "rerank")]
 
     def __call__(self, posts: Sequence[Post]) -> list[list[str | None]]:

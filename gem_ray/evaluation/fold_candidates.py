@@ -58,13 +58,13 @@ def store_fold_candidates(
             of another recipe or of other settings.
     """
     _check_same(posts, out, settings, folds, k)
-    fold_of = [_fold(post.post_id, folds) for post in posts]
+    fold_numbers = [fold_of(post.post_id, folds) for post in posts]
     tables = []
     for fold in range(folds):
         file = out / f"fold-{fold}.parquet"
         if not file.exists():
-            held_out = [post for post, number in zip(posts, fold_of, strict=True) if number == fold and post.gold]
-            others = [post for post, number in zip(posts, fold_of, strict=True) if number != fold]
+            held_out = [post for post, number in zip(posts, fold_numbers, strict=True) if number == fold and post.gold]
+            others = [post for post, number in zip(posts, fold_numbers, strict=True) if number != fold]
             if not held_out:
                 raise ValueError(f"fold {fold} of {folds} holds no gold mention: take fewer folds, or more posts")
             _write(_candidates(held_out, others, out / f"fold-{fold}", settings, k), file)
@@ -105,7 +105,8 @@ def _candidates(
     return pa.table(list(zip(*rows, strict=True)), schema=_SCHEMA)
 
 
-def _fold(post_id: str, folds: int) -> int:
+def fold_of(post_id: str, folds: int) -> int:
+    """Which of several folds a post is in, by a hash of its id."""
     return int.from_bytes(hashlib.sha256(post_id.encode()).digest()[:8]) % folds
 
 

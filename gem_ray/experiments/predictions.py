@@ -45,6 +45,7 @@ def _rounded(entity: Entity) -> Entity:
         entity,
         score=round(entity.score, _DIGITS),
         entropy=round(entity.entropy, _DIGITS),
+        confidence=None if entity.confidence is None else round(entity.confidence, _DIGITS),
         candidates=[Candidate(known.fine, round(known.probability, _DIGITS)) for known in entity.candidates],
         heatmap=None,
     )

@@ -26,6 +26,7 @@ from gem_ray.taxonomy import LABEL_SETS
 _BLOCK = 256  # posts in memory with their images
 _PATIENCE_S = 10
 _LOOKING = ("filter", "reranker", "grounder")  # sections that mean nothing without images
+_PAPERS_RULE: dict[str, Any] = {"reranker": {"decision": "answer"}}
 _TEXT_ONLY: dict[str, Any] = {
     "filter": {"k": 5},  # nobody is asked about the candidates, but they are stored
     "reranker": {"enabled": False},
@@ -56,7 +57,7 @@ def system_config(base: Config, changes: dict[str, Any], recipe: TaggerTraining 
     Raises:
         ConfigError: a key that does not exist, or a value that cannot be.
     """
-    values = merge_trees(base.model_dump(), changes)
+    values = merge_trees(merge_trees(base.model_dump(), _PAPERS_RULE), changes)
     if recipe is not None:
         trained = {"labels": recipe.labels, "device": recipe.device, "tagger": {"max_length": recipe.max_length}}
         values = merge_trees(values, trained)

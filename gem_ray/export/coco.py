@@ -91,6 +91,8 @@ def _annotation(entity: Entity, box: Box, number: int, image_id: int, ids: Mappi
         "segmentation": [],  # readers take the field for granted
         "iscrowd": 0,
         "score": entity.score,
+        "confidence": entity.confidence,
+        "accepted": entity.accepted,
         "box_score": entity.box_score,
         "text": entity.text,
         "start": entity.start,

@@ -77,7 +77,7 @@ def _replaced(text: str) -> str:
 
 def _task(post: Post, image: str, run_id: str | None, result: list[dict[str, Any]]) -> dict[str, Any]:
     # The score is that of the least certain mention: tasks are sorted by it.
-    score = min((entity.score for entity in post.entities), default=None)
+    score = min((entity.certainty for entity in post.entities), default=None)
     prediction = {"model_version": run_id, "score": score, "result": result}
     return {
         "data": {TEXT: post.text, IMAGE: image, "post_id": post.post_id, "status": post.status, "row_id": post.row_id},
@@ -94,7 +94,7 @@ def _address(reference: str | None) -> str:
 
 def _parts(post: Post, entity: Entity, number: int) -> list[dict[str, Any]]:
     span_id, box_id = f"{ENTITY}-{number}", f"{BOX}-{number}"
-    span = _region(span_id, entity.score, ENTITY, TEXT, "labels", entity.fine)
+    span = _region(span_id, entity.certainty, ENTITY, TEXT, "labels", entity.fine)
     span["value"] |= {"start": entity.start, "end": entity.end, "text": entity.text}
     span["meta"] = {"text": [_SEEN[entity.seen]]}
     if not (entity.box and post.image_width and post.image_height):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gem_ray.config import load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.twitter10000 import read_split
+from gem_ray.evaluation.confidences import store_tagger
 from gem_ray.tagger.recipe import load_recipe
 from gem_ray.tagger.train import train_tagger
 
@@ -15,6 +17,8 @@ _GENERATED_POSTS = 2000
 
 def build(out: Path, seed: int, tweets: Path) -> dict[str, Any]:
     """Train on the tweets' train split and on generated posts; keep the epoch that is best on the tweets' dev split.
+
+    The confidence is fitted to that split, too: no post of it was trained on, but it has chosen the epoch.
 
     Args:
         out: the weights folder.
@@ -26,5 +30,8 @@ def build(out: Path, seed: int, tweets: Path) -> dict[str, Any]:
     """
     # Seeds from 10,000 on are for training; the demo and the tests use lower ones.
     posts = read_split(tweets, "train") + list(generate(_GENERATED_POSTS, 10_000 + seed))
-    report = train_tagger(posts, read_split(tweets, "dev"), out / "tagger", load_recipe("nano", seed=seed))
+    dev = read_split(tweets, "dev")
+    report = train_tagger(posts, dev, out / "tagger", load_recipe("nano", seed=seed))
+    config = load_config("nano", tagger={"model": str(out / "tagger")})
+    store_tagger(dev, config, f"the {len(dev)} tweets of Twitter10000's dev split")
     return {"dev": report["dev"], "best_epoch": report["best_epoch"]}

@@ -37,7 +37,7 @@ from gem_ray.data.output import (
 from gem_ray.data.storage import Storage, as_json, open_storage
 from gem_ray.pipeline.inputs import InputFile
 
-EDITION = 3  # of this layout
+EDITION = 4  # of this layout, and of the rows that a run may go on with
 
 
 class RunDirectory:

@@ -59,6 +59,13 @@ class RunSummary:
         return self.tally.statuses[Status.REJECTED]
 
     @property
+    def accepted_share(self) -> float | None:
+        """Of the entities, those that are accepted; None: the configuration has no threshold for it."""
+        if self.config.get("acceptance", {}).get("threshold") is None:
+            return None
+        return self.tally.accepted / self.tally.entities if self.tally.entities else 0.0
+
+    @property
     def unread_rows(self) -> int:
         """Rows of the unread files, of those whose footers say how many there are."""
         return sum(file["rows"] or 0 for file in self.unread)
@@ -79,6 +86,7 @@ class RunSummary:
             "rows_per_second": round(self.rows_per_second, 3),
             **self.tally.to_dict(),
             "reranked_share": self.tally.reranked / self.tally.entities if self.tally.entities else 0.0,
+            "accepted_share": self.accepted_share,
             "account": self.account.to_dict(),
             "gamma": self.gamma,
             "left_out": self.left_out,

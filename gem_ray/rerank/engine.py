@@ -47,6 +47,17 @@ class Choice:
     probability: float
     probabilities: tuple[float, ...] = ()
 
+    def shares(self, count: int) -> tuple[float, ...]:
+        """Of all choices; where only the answer's is known, the others share the rest alike.
+
+        Args:
+            count: of the choices.
+        """
+        if self.probabilities:
+            return self.probabilities
+        rest = (1 - self.probability) / max(count - 1, 1)
+        return tuple(self.probability if index == self.index else rest for index in range(count))
+
 
 class RequestError(ValueError):
     """Why one request cannot be answered. Engines return it in the place of the choice; its neighbours are answered."""

@@ -7,6 +7,10 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
+from gem_ray.checkpoints import resolve
+from gem_ray.confidence import RerankerCalibration, judge, reranker_features
 from gem_ray.config import CandidateOrder, Config, ConfigError
 from gem_ray.noise import settled
 from gem_ray.records import Entity, Post, ProblemKind
@@ -25,6 +29,8 @@ class Reranker:
         mode: `generate` or `score`; see `Engine.choose`.
         order: of the candidates in the prompt; see `ordered`.
         scopes: what the models know; entities outside are not asked about.
+        calibration: weighs each answer against the tagger's category; none: the answer decides.
+        threshold: of `confidence`, from which an entity is accepted; none: `accepted` stays null.
     """
 
     def __init__(
@@ -34,10 +40,14 @@ class Reranker:
         mode: Mode = "score",
         order: CandidateOrder = "probability",
         scopes: Sequence[Scope] = (),
+        calibration: RerankerCalibration | None = None,
+        threshold: float | None = None,
     ):
         self._engine = engine
         self._order = order
         self._scopes = tuple(scopes)
+        self._calibration = calibration
+        self._threshold = threshold
         self._asked = 0
         self._lock = threading.Lock()
         self._labels = labels
@@ -58,7 +68,16 @@ class Reranker:
         labels = LABEL_SETS[config.labels]
         settings = config.reranker
         scopes = load_scopes("rerank", config)
-        return cls(load_engine(config), labels, settings.mode, settings.candidate_order, scopes)
+        weighs = settings.decision == "calibrated"
+        return cls(
+            load_engine(config),
+            labels,
+            settings.mode,
+            settings.candidate_order,
+            scopes,
+            load_calibration(config) if weighs else None,
+            config.acceptance.threshold,
+        )
 
     @property
     def trouble(self) -> str | None:
@@ -71,7 +90,19 @@ class Reranker:
         return Counter(asked=self._asked) + self._engine.counts
 
     def __call__(self, posts: list[Post]) -> list[Post]:
-        """Decide `fine`, `coarse` and `score` of hard entities that the models know; all others keep the tagger's."""
+        """Decide `fine`, `coarse`, `score` and `confidence` of hard entities that the models know.
+
+        All others keep the tagger's.
+        """
+        for post, entity, request, answer in self.ask(posts):
+            if isinstance(answer, RequestError):
+                post.fail("rerank", ProblemKind.STAGE_FAILED, f"{entity.text!r} was not reranked: {answer}")
+            else:
+                self._settle(entity, request, answer)
+        return posts
+
+    def ask(self, posts: Sequence[Post]) -> list[tuple[Post, Entity, Request, Choice | RequestError]]:
+        """The engine's answers about hard entities that the models know; the posts stay as they are."""
         hard = [
             (post, entity)
             for post in posts
@@ -80,17 +111,12 @@ class Reranker:
             if entity.candidates and entity.hard and is_known(self._scopes, post, entity)
         ]
         if not hard:
-            return posts
+            return []
         requests = [self._request(post, entity) for post, entity in hard]
         with self._lock:
             self._asked += len(requests)
         answers = self._engine.choose(requests, self._mode)
-        for (post, entity), request, answer in zip(hard, requests, answers, strict=True):
-            if isinstance(answer, RequestError):
-                post.fail("rerank", ProblemKind.STAGE_FAILED, f"{entity.text!r} was not reranked: {answer}")
-            else:
-                self._settle(entity, request.choices[answer.index], answer)
-        return posts
+        return [(*asked, *said) for asked, said in zip(hard, zip(requests, answers, strict=True), strict=True)]
 
     def _request(self, post: Post, entity: Entity) -> Request:
         assert post.image is not None  # checked where hard entities are collected
@@ -100,11 +126,46 @@ class Reranker:
         probability = {candidate.fine: candidate.probability for candidate in entity.candidates}
         return Request(post.image, prompt, choices, post.caption, tuple(probability[choice] for choice in choices))
 
-    def _settle(self, entity: Entity, fine: str, answer: Choice) -> None:
-        entity.fine = fine
-        entity.coarse = self._labels.parent[entity.fine]
-        entity.score = float(settled(answer.probability))
+    def _settle(self, entity: Entity, request: Request, answer: Choice) -> None:
+        fine, score, confidence = request.choices[answer.index], float(settled(answer.probability)), None
+        if self._calibration is not None:
+            combined = self._calibration.combined(request.hints, answer.shares(len(request.choices)))
+            fine = more_probable(entity.fine, fine, request.choices, combined)
+            score = float(combined[request.choices.index(fine)])
+            if entity.confidence is not None:
+                confidence = self._calibration.model(reranker_features(entity.confidence, score))
+        entity.fine, entity.coarse, entity.score = fine, self._labels.parent[fine], score
         entity.reranked = True
+        judge(entity, confidence, self._threshold)
+
+
+def more_probable(tagged: str, answered: str, choices: Sequence[str], probabilities: np.ndarray) -> str:
+    """The tagger's category, or the reranker's answer where that is more probable.
+
+    The tagger's best path may have a category that is no candidate, as the categories of its words say otherwise; the
+    answer decides then.
+    """
+    if tagged not in choices:
+        return answered
+    ours, theirs = (probabilities[choices.index(fine)] for fine in (tagged, answered))
+    return answered if theirs > ours else tagged
+
+
+def load_calibration(config: Config) -> RerankerCalibration | None:
+    """What weighs the answers of the configured reranker; None: it has no calibration."""
+    reference = calibrated_reference(config)
+    return RerankerCalibration.load(resolve(reference)) if reference else None
+
+
+def calibrated_reference(config: Config) -> str | None:
+    """Where the reranker's calibration is: with the adapter in use, or with the model where there is none.
+
+    None: it is behind an endpoint.
+    """
+    settings = config.reranker
+    if settings.engine == "endpoint":
+        return None
+    return settings.adapter_references[settings.adapter] if settings.adapter is not None else settings.model
 
 
 def load_engine(config: Config) -> Engine:

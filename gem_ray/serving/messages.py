@@ -181,6 +181,7 @@ class EntityOut(BaseModel):
     hard: bool = Field(description="its entropy is above `gamma`")
     reranked: bool
     confidence: float | None = Field(description="that span and category are both right; null: nothing calibrates it")
+    accepted: bool | None = Field(description="`confidence` reaches `acceptance.threshold`; null: none is configured")
     candidates: list[CandidateOut]
     seen: bool | None = Field(description="whether the image shows it; null: not judged")
     match_score: float | None

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 from torchcrf import CRF
 
+from gem_ray.tagger.chains import Chains
+
+_TINY = 1e-37  # in place of what underflows; a logarithm needs more than 0
+
 
 class LinearChainCRF(CRF):
     """`torchcrf.CRF` (batch first) with the same parameters, likelihood (eq. 5) and best paths, several times faster.
@@ -16,6 +20,34 @@ class LinearChainCRF(CRF):
 
     def __init__(self, num_tags: int) -> None:
         super().__init__(num_tags, batch_first=True)
+
+    def chains(self, emissions: Tensor, mask: Tensor) -> Chains:
+        """Forward–backward: what `Chains` holds, for every sequence.
+
+        In probability space, scaled to 1 at every word (Rabiner 1989, V.A), as `_compute_normalizer`.
+
+        Args:
+            emissions: (B, W, C).
+            mask: (B, W) bool, on from the first word to the last.
+        """
+        peaks = emissions.amax(dim=2)  # (B, W)
+        likelihoods = (emissions - peaks[:, :, None]).exp()
+        transitions, ends = self.transitions.exp(), self.end_transitions.exp()
+        forward, scales = [self.start_transitions.exp() * likelihoods[:, 0]], []
+        for word in range(1, emissions.shape[1] + 1):
+            scales.append(forward[-1].sum(dim=1, keepdim=True))  # (B, 1)
+            forward[-1] = (forward[-1] / scales[-1]).clamp(min=_TINY)
+            if word < emissions.shape[1]:
+                forward.append((forward[-1] @ transitions) * likelihoods[:, word])  # (B, C)
+        backward = [ends.expand_as(forward[0])]
+        for word in range(emissions.shape[1] - 1, 0, -1):
+            before = (backward[-1] * likelihoods[:, word]) @ transitions.t()
+            before = before / before.amax(dim=1, keepdim=True)
+            backward.append(torch.where(mask[:, word, None], before, ends))  # past the end, a path has ended
+        prefixes, suffixes = torch.stack(forward, dim=1), torch.stack(backward[::-1], dim=1).clamp(min=_TINY)
+        total = (prefixes * suffixes).sum(dim=2, keepdim=True)
+        scale = torch.cat(scales, dim=1).log() + peaks
+        return Chains(prefixes.log(), suffixes.log() - total.log(), scale)
 
     def _compute_score(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
         """The logarithm of eq. 5's numerator: emissions (W, B, C), tags and mask (W, B) → (B,)."""

@@ -6,9 +6,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gem_ray.tagger.chains import Chains
+
 
 class IndependentTags(nn.Module):
     """A distribution over each word's tags, with `LinearChainCRF`'s interface and without any parameter."""
+
+    @property
+    def transitions(self) -> Tensor:
+        """Between two tags (1, 1), to be broadcast: none is preferred."""
+        return torch.zeros(1, 1)
+
+    def chains(self, emissions: Tensor, mask: Tensor) -> Chains:
+        """What `Chains` holds, for every sequence: a word's tag hangs on nothing else.
+
+        Args:
+            emissions: (B, W, C).
+            mask: (B, W) bool; not looked at.
+        """
+        return Chains(emissions.log_softmax(dim=2), torch.zeros_like(emissions), emissions.logsumexp(dim=2))
 
     def forward(self, emissions: Tensor, tags: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
         """The log-likelihood of the tags: summed over a sequence's words, the mean over sequences.

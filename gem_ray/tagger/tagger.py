@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from gem_ray.cache import keep_compiled_code_private
@@ -9,7 +10,9 @@ from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.data.tokenize import word_spans
 from gem_ray.device import torch_device
+from gem_ray.noise import settled
 from gem_ray.records import Entity, Post, ProblemKind
+from gem_ray.tagger.chains import segment_probabilities
 from gem_ray.tagger.checkpoint import load_tagger
 from gem_ray.tagger.features import SubwordEncoder
 from gem_ray.tagger.model import DualPathTagger
@@ -42,6 +45,7 @@ class Tagger:
         self.model.encoder.to(dtype)
         self.features = features
         self.batch_tokens = batch_tokens
+        self._index = {fine: position for position, fine in enumerate(model.labels.fine)}
         if compile:
             keep_compiled_code_private()
             self.model.encoder.compile(dynamic=True)  # of any batch: every one has a shape of its own
@@ -62,20 +66,30 @@ class Tagger:
         return cls(model, features, settings.batch_tokens, device, getattr(torch, settings.dtype), settings.compile)
 
     def __call__(self, posts: list[Post]) -> list[Post]:
-        """Fill `entities` of the posts that are not rejected, with `logits`; the uncertainty filter sets `score`."""
+        """Fill `entities` of the posts that are not rejected, with `logits` and `marginal`.
+
+        The uncertainty filter sets `score`, and the calibrator `confidence`.
+        """
         accepted = [post for post in posts if not post.is_rejected]
         words = predict_words(self.model, accepted, self.features, self.batch_tokens)
-        for post, predictions in zip(accepted, words, strict=True):
+        spans = [decode_bio(predictions.tags) for predictions in words]
+        places = [[(first, last, self._index[fine]) for first, last, fine in each] for each in spans]
+        lattices = [predictions.lattice for predictions in words]
+        transitions = self.model.fine_crf.transitions.detach().cpu().numpy()
+        marginals = segment_probabilities(lattices, places, transitions)
+        for post, *found in zip(accepted, words, spans, marginals, strict=True):
             try:
-                post.entities = self._entities(post, predictions)
+                post.entities = self._entities(post, *found)
             except ValueError as error:  # tokens that are not the text's, where nobody has checked them
                 post.fail("tag", ProblemKind.BAD_RECORD, f"tokens: {error}")
         return posts
 
-    def _entities(self, post: Post, predictions: WordPredictions) -> list[Entity]:
+    def _entities(
+        self, post: Post, predictions: WordPredictions, spans: list[tuple[int, int, str]], marginals: np.ndarray
+    ) -> list[Entity]:
         offsets = word_spans(post.text, post.tokens)
         entities = []
-        for first, last, fine in decode_bio(predictions.tags):
+        for (first, last, fine), marginal in zip(spans, marginals, strict=True):
             start, end = offsets[first][0], offsets[last - 1][1]
             entities.append(
                 Entity(
@@ -88,6 +102,7 @@ class Tagger:
                     fine=fine,
                     score=0.0,
                     logits=predictions.logits[first:last].mean(axis=0),
+                    marginal=float(settled(marginal)),
                 )
             )
         return entities

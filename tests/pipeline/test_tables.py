@@ -45,6 +45,7 @@ entities = st.builds(
     hard=st.booleans(),
     reranked=st.booleans(),
     confidence=maybe(floats),
+    accepted=maybe(st.booleans()),
     candidates=st.lists(st.builds(Candidate, texts, floats), max_size=3),
     seen=maybe(st.booleans()),
     match_score=maybe(floats),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gem_ray.config import Config, load_config
+from gem_ray.noise import GRAIN
 from gem_ray.records import Post, ProblemKind
 from gem_ray.tagger.checkpoint import load_encoder, save_tagger
 from gem_ray.tagger.features import SubwordEncoder, collate, load_tokenizer
@@ -73,6 +74,7 @@ def test_a_post_alone_is_tagged_as_in_a_batch(tagger: Tagger, posts: list[Post])
         assert one.entities == other.entities
         for mine, theirs in zip(one.entities, other.entities, strict=True):
             np.testing.assert_allclose(mine.logits, theirs.logits, atol=1e-4)
+            assert mine.marginal == pytest.approx(theirs.marginal, rel=2 * GRAIN)
 
 
 def test_knowledge_is_read_but_never_tagged(tagger: Tagger, posts: list[Post]) -> None:
@@ -89,6 +91,20 @@ def test_every_word_of_a_long_text_is_tagged(model: DualPathTagger, encoder_fold
     Tagger(model, SubwordEncoder(load_tokenizer(encoder_folder), max_length=20))([post])
     assert max(entity.word_end for entity in post.entities) > 390
     assert all(post.text[entity.start : entity.end] == entity.text for entity in post.entities)
+    assert all(0 < entity.marginal <= 1 for entity in post.entities)
+
+
+def test_what_a_window_says_of_its_entities_does_not_hang_on_the_windows_beside_it(tagger: Tagger) -> None:
+    words = ["google", "paris", "said", "taylor", "swift"]
+    alone, long = Post("a", " ".join(words), tokens=words), Post("b", " ".join(words * 9), tokens=words * 9)
+    tagger([alone])
+    size = len(tagger.features.windows(tagger.features.subwords([alone])[0])[0].input_ids)
+    Tagger(tagger.model, SubwordEncoder(tagger.features.tokenizer, max_length=size))([long])
+    inner = [entity for entity in alone.entities if entity.word_start > 0 and entity.word_end < len(words)]
+    assert inner
+    found = {(entity.word_start % 5, entity.fine): entity.marginal for entity in long.entities}
+    for entity in inner:
+        assert found[entity.word_start, entity.fine] == pytest.approx(entity.marginal, rel=2 * GRAIN)
 
 
 def test_rejected_and_empty_posts_are_left_alone(tagger: Tagger, posts: list[Post]) -> None:

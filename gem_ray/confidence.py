@@ -1,0 +1,168 @@
+"""How sure an annotation is: the probability that an entity's span and category are both right (`confidence`).
+
+A model says it by a small calibration in its directory, `confidence.json`, fitted on posts that the model was not
+trained on. The tagger's rests on the CRF's own probability of exactly this span with this category, which also knows
+how sure the span is; `score` does not. The reranker's weighs its answer against the tagger's before it may overrule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gem_ray.checkpoints import describe, resolve
+from gem_ray.config import Config, ConfigError
+from gem_ray.logistic import Features, Logistic, logit
+from gem_ray.noise import GRAIN, settled
+from gem_ray.records import Entity, Post
+
+_FILE = "confidence.json"
+_FLOOR = 1e-3  # what a model finds less probable counts as so probable: the last digits are no knowledge
+C = TypeVar("C", bound="_Calibration")
+
+
+class _Calibration(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fitted_on: str = Field(min_length=1, description="which labelled posts, for people")
+
+    @classmethod
+    def load(cls: type[C], path: Path) -> C | None:
+        """A model directory's; None where it has none.
+
+        Raises:
+            ValueError: the file holds something else; the message names it.
+        """
+        file = path / _FILE
+        if not file.is_file():
+            return None
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            raise ValueError(f"{file} is no {cls.__name__}: {error}") from None
+
+    def save(self, folder: Path) -> None:
+        """Write it into a model directory."""
+        (folder / _FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class TaggerCalibration(_Calibration):
+    """The probability that an entity of the tagger is right.
+
+    Attributes:
+        model: of `tagger_features`.
+    """
+
+    model: Logistic
+
+
+class RerankerCalibration(_Calibration):
+    """What a reranker's answer is worth beside the tagger's.
+
+    The probability of a candidate is the product of both models' probabilities, each to the power of its weight, as a
+    share of all candidates. A reranker whose answers say nothing has a weight of 0, and changes nothing.
+
+    Attributes:
+        tagger: the weight of the tagger.
+        reranker: the weight of the reranker, never below 0.
+        model: the probability that the entity is right, of `reranker_features`.
+    """
+
+    tagger: float
+    reranker: float = Field(ge=0)
+    model: Logistic
+
+    def combined(self, tagger: Sequence[float], reranker: Sequence[float]) -> np.ndarray:
+        """The probability of each candidate, rounded.
+
+        Args:
+            tagger: (K,), the candidates' probabilities as the tagger says.
+            reranker: (K,), as the reranker does.
+        """
+        logits = self.tagger * log_shares(tagger) + self.reranker * log_shares(reranker)
+        weights = np.exp(logits - logits.max())
+        return settled(weights / weights.sum())
+
+
+def log_shares(probabilities: Sequence[float]) -> np.ndarray:
+    """Logarithms of rounded probabilities, from `log _FLOOR` on."""
+    return np.log(np.maximum(settled(probabilities), _FLOOR))
+
+
+class Confidence:
+    """Fills `confidence` and `accepted` of the tagger's entities.
+
+    Args:
+        calibration: of the tagger; none: there is no confidence.
+        threshold: from which an entity is accepted; none: `accepted` stays null.
+    """
+
+    def __init__(self, calibration: TaggerCalibration | None, threshold: float | None = None) -> None:
+        self._calibration = calibration
+        self._threshold = threshold
+
+    @classmethod
+    def from_config(cls, config: Config) -> Confidence:
+        """Read the calibration of `tagger.model`.
+
+        Raises:
+            ConfigError: the threshold was measured with another tagger, or the tagger has no calibration.
+        """
+        reference, settings = config.tagger.model, config.acceptance
+        calibration = TaggerCalibration.load(resolve(reference))
+        if settings.threshold is not None and calibration is None:
+            raise ConfigError(
+                f"acceptance.threshold needs a tagger that says how sure it is, and {reference} has no {_FILE}; "
+                "`gem-ray calibrate --store` makes one from labelled posts"
+            )
+        if settings.tagger is not None and (now := describe(reference)) != settings.tagger:
+            raise ConfigError(
+                f"acceptance.threshold was measured with the tagger {settings.tagger}, and this is {now}; "
+                "measure it again with `gem-ray calibrate --accept`"
+            )
+        return cls(calibration, settings.threshold)
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        """Judge every entity that has a `marginal`, and clear the marginal."""
+        for post in posts:
+            for entity in post.entities:
+                if entity.marginal is not None:
+                    judge(entity, self._of(entity), self._threshold)
+                    entity.marginal = None
+        return posts
+
+    def _of(self, entity: Entity) -> float | None:
+        return self._calibration.model(tagger_features(entity)) if self._calibration is not None else None
+
+
+def judge(entity: Entity, confidence: float | None, threshold: float | None) -> None:
+    """Store a confidence, rounded, and whether it reaches a threshold: decided on the rounded number.
+
+    Args:
+        entity: to fill.
+        confidence: none: nothing says; the entity is not accepted where there is a threshold.
+        threshold: none: `accepted` is null.
+    """
+    entity.confidence = None if confidence is None else float(settled(confidence))
+    entity.accepted = None if threshold is None else (entity.confidence or 0.0) >= threshold
+
+
+def tagger_features(entity: Entity) -> Features:
+    """What the tagger's calibration looks at: rounded numbers, so that no batch changes them."""
+    assert entity.marginal is not None  # the tagger has just set it
+    marginal, score = logit(entity.marginal, GRAIN), logit(entity.score, GRAIN)
+    return {"marginal": marginal, "entropy": entity.entropy, "score": score}
+
+
+def reranker_features(before: float, category: float) -> Features:
+    """What the reranker's calibration looks at.
+
+    Args:
+        before: the tagger's confidence in its own category.
+        category: the combined probability of the category that was decided on.
+    """
+    return {"tagger": logit(before, GRAIN), "category": logit(category, GRAIN)}

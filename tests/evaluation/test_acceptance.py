@@ -1,0 +1,114 @@
+"""Thresholds with a promise: exact tests against scipy's, and how often the promise is broken."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from gem_ray.checkpoints import describe
+from gem_ray.config import load_config
+from gem_ray.evaluation import acceptance_report
+from gem_ray.evaluation.acceptance import (
+    THRESHOLDS,
+    binomial_cdf,
+    certify,
+    fewest_entities,
+    independent,
+    lower_bound,
+)
+from gem_ray.evaluation.confidences import JudgedConfidence
+from gem_ray.evaluation.rules import EvaluationError
+
+
+@given(st.integers(0, 400), st.integers(0, 400), st.floats(0, 1))
+def test_the_binomial_tail_is_scipys(one: int, other: int, probability: float) -> None:
+    most, total = sorted((one, other))
+    assert binomial_cdf(most, total, probability) == pytest.approx(stats.binom.cdf(most, total, probability), abs=1e-9)
+
+
+@given(st.integers(0, 300), st.integers(1, 300), st.floats(0.01, 0.2))
+def test_the_lower_bound_is_that_of_clopper_and_pearson(one: int, other: int, delta: float) -> None:
+    right, total = sorted((one, other))
+    expected = stats.beta.ppf(delta, right, total - right + 1) if right else 0.0
+    assert lower_bound(right, total, delta) == pytest.approx(expected, abs=1e-6)
+
+
+def test_fewest_entities_are_those_that_show_it_without_an_error() -> None:
+    count = fewest_entities(0.95, 0.05)
+    assert count == 59
+    assert binomial_cdf(0, count, 0.05) <= 0.05 < binomial_cdf(0, count - 1, 0.05)
+
+
+def posts_like(random: np.random.Generator, count: int, alike: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entities whose confidence holds, so many of each post, which are right or wrong together."""
+    confidences, posts = random.beta(3, 0.6, count), np.arange(count)
+    columns = confidences, random.random(count) < confidences, posts
+    return tuple(np.repeat(column, alike) for column in columns)  # type: ignore[return-value]
+
+
+def true_precision(threshold: float) -> float:
+    """Of `posts_like` above a threshold: the mean of the confidence there."""
+    law = stats.beta(3, 0.6)
+    return law.expect(lambda x: x, lb=threshold, ub=1) / law.sf(threshold)
+
+
+@pytest.mark.parametrize(("delta", "alike"), [(0.1, 1), (0.1, 3)])
+def test_the_promise_is_broken_no_more_often_than_it_says(delta: float, alike: int) -> None:
+    random = np.random.default_rng(1)
+    precision_above = {threshold: true_precision(threshold) for threshold in THRESHOLDS}
+    found = [certify(*posts_like(random, 1500, alike), 0.95, delta) for _ in range(150)]
+    broken = [f.threshold is not None and precision_above[f.threshold] < 0.95 for f in found]
+    assert np.mean(broken) <= delta
+    assert np.mean([f.share for f in found]) > 0.2  # and it is no promise of nothing
+
+
+def test_entities_that_are_right_or_wrong_together_count_as_one() -> None:
+    right = np.random.default_rng(0).random(400) < 0.9
+    alone = independent(right, np.arange(400))
+    together = independent(np.repeat(right, 3), np.repeat(np.arange(400), 3))
+    assert alone[1] == pytest.approx(400, abs=3)
+    assert together[1] == pytest.approx(400, abs=3)
+    assert independent(np.ones(9, bool), np.zeros(9, int)) == (0, 9)
+
+
+def test_no_threshold_is_found_where_nothing_can_be_promised() -> None:
+    few = certify(np.full(58, 0.99), np.ones(58, bool), range(58), 0.95, 0.05)
+    assert (few.threshold, few.accepted, few.share, few.lower_bound) == (None, 0, 0.0, 0.0)
+    assert certify(np.full(59, 0.99), np.ones(59, bool), range(59), 0.95, 0.05).threshold is not None
+    assert certify(np.full(1000, 0.99), np.arange(1000) % 10 > 0, range(1000), 0.95, 0.05).threshold is None
+    assert certify([], [], [], 0.95, 0.05).threshold is None
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), max_size=200))
+def test_what_is_found_is_what_its_figures_say(entities: list[tuple[float, bool]]) -> None:
+    confidences, right = ([each[i] for each in entities] for i in (0, 1))
+    found = certify(confidences, right, range(len(right)), 0.8, 0.1)
+    if found.threshold is None:
+        return
+    above = [hit for confidence, hit in entities if confidence >= found.threshold]
+    assert (found.accepted, found.right) == (len(above), sum(above))
+    assert found.lower_bound >= 0.8 - 1e-9
+
+
+def judged(count: int, error_every: int) -> list[JudgedConfidence]:
+    return [JudgedConfidence(str(n), 0.99 if n % 2 else 0.4, n % (2 * error_every) != 1) for n in range(count)]
+
+
+def test_what_was_found_is_a_piece_of_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance_report, "judge_confidences", lambda posts, config: judged(2000, 50))
+    config = load_config()
+    found = acceptance_report.certify_posts([], config, 0.95, 0.05)
+    assert (found.threshold, found.share) == (0.5, 0.5)  # 0.4 is below the lowest threshold that is tried
+    settings = load_config(file=acceptance_report.write_acceptance(found, config, tmp_path)).acceptance
+    assert (settings.threshold, settings.precision, settings.delta) == (0.5, 0.95, 0.05)
+    assert settings.tagger == describe("nano:tagger")
+    assert "980 of 1000 are" in acceptance_report.describe(found)
+
+
+def test_a_promise_that_cannot_be_kept_is_refused_with_what_it_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance_report, "judge_confidences", lambda posts, config: judged(2000, 5))
+    with pytest.raises(EvaluationError, match=r"at least 59 without an error.*label more posts"):
+        acceptance_report.certify_posts([], load_config(), 0.95, 0.05)

@@ -1,0 +1,91 @@
+"""Confidences of the tagger: from a file of its directory, and compared with a threshold as they are stored."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gem_ray.checkpoints import describe
+from gem_ray.confidence import Confidence, TaggerCalibration, judge
+from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.logistic import Logistic
+from gem_ray.noise import settled
+from gem_ray.records import Entity, Post
+
+CALIBRATION = TaggerCalibration(fitted_on="a test", model=Logistic(intercept=0.1, weights={"marginal": 0.8}))
+
+
+def post(*marginals: float | None) -> Post:
+    text = " ".join(["Lyon"] * len(marginals))
+    places = [(5 * number, 5 * number + 4, number, number + 1) for number in range(len(marginals))]
+    found = [
+        Entity("Lyon", *place, "location", "city", 0.9, marginal=marginal)
+        for place, marginal in zip(places, marginals, strict=True)
+    ]
+    return Post("p", text, text.split(), entities=found)
+
+
+@pytest.fixture
+def tagger(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def config(folder: Path, **acceptance: object) -> Config:
+    return load_config(tagger={"model": str(folder)}, acceptance=acceptance)
+
+
+def test_what_is_saved_is_what_judges(tagger: Path) -> None:
+    CALIBRATION.save(tagger)
+    [done] = Confidence.from_config(config(tagger))([post(0.2, 0.9)])
+    low, high = (entity.confidence for entity in done.entities)
+    assert low is not None
+    assert high is not None
+    assert 0 < low < high < 1
+    assert [entity.accepted for entity in done.entities] == [None, None]
+    assert [entity.marginal for entity in done.entities] == [None, None]
+
+
+def test_a_tagger_without_a_calibration_says_nothing_and_takes_no_threshold(tagger: Path) -> None:
+    [done] = Confidence.from_config(config(tagger))([post(0.9)])
+    assert [(entity.confidence, entity.accepted) for entity in done.entities] == [(None, None)]
+    with pytest.raises(ConfigError, match="how sure it is"):
+        Confidence.from_config(config(tagger, threshold=0.5))
+
+
+def test_a_file_that_is_no_calibration_is_named(tagger: Path) -> None:
+    (tagger / "confidence.json").write_text('{"model": 1}')
+    with pytest.raises(ValueError, match=r"confidence\.json is no TaggerCalibration"):
+        Confidence.from_config(config(tagger))
+
+
+def test_a_threshold_is_for_the_tagger_that_it_was_measured_with(tagger: Path) -> None:
+    CALIBRATION.save(tagger)
+    measured = describe(str(tagger))
+    Confidence.from_config(config(tagger, threshold=0.9, tagger=measured))
+    CALIBRATION.model_copy(update={"fitted_on": "others"}).save(tagger)
+    with pytest.raises(ConfigError, match="measured with the tagger"):
+        Confidence.from_config(config(tagger, threshold=0.9, tagger=measured))
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_what_is_accepted_can_be_told_from_the_stored_number(confidence: float, threshold: float) -> None:
+    [entity] = post(None).entities
+    judge(entity, confidence, threshold)
+    assert entity.confidence == settled(confidence)
+    assert entity.accepted == (entity.confidence >= threshold)
+
+
+@given(st.floats(1e-6, 1), st.floats(-1e-5, 1e-5))
+def test_float_noise_changes_a_confidence_no_more_than_a_step_of_rounding(marginal: float, noise: float) -> None:
+    pair = post(float(settled(marginal)), float(settled(min(1.0, marginal * (1 + noise)))))
+    Confidence(CALIBRATION)([pair])
+    one, other = (entity.confidence for entity in pair.entities)
+    assert one == pytest.approx(other, rel=2e-3)
+
+
+def test_nothing_is_accepted_without_a_confidence_where_there_is_a_threshold() -> None:
+    [entity] = post(None).entities
+    judge(entity, None, 0.9)
+    assert (entity.confidence, entity.accepted) == (None, False)
