@@ -13,7 +13,6 @@ from gem_ray.config import AcceptanceConfig, Config
 from gem_ray.data.files import whole_text
 from gem_ray.evaluation.acceptance import Acceptance, certify, fewest_entities
 from gem_ray.evaluation.confidences import judge_confidences
-from gem_ray.evaluation.report import percent
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import Post
 
@@ -41,8 +40,8 @@ def certify_posts(posts: Iterable[Post], config: Config, precision: float, delta
 def describe(found: Acceptance) -> str:
     """In a sentence."""
     return (
-        f"with probability {1 - found.delta:g}, at least {percent(found.precision)} of the entities with a confidence "
-        f"from {found.threshold:g} on are right: {percent(found.share)} of all; of the labelled ones, "
+        f"with probability {1 - found.delta:g}, at least {found.precision:.0%} of the entities with a confidence "
+        f"from {found.threshold:g} on are right: {found.share:.1%} of all; of the labelled ones, "
         f"{found.right} of {found.accepted} are"
     )
 
