@@ -23,6 +23,11 @@ from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run; `pytest --hypothesis-profile default` looks for new ones.
+settings.register_profile("steady", derandomize=True)
+settings.load_profile("steady")
 
 # Small models gain nothing from a second thread, and threads that share cores with Ray's processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
