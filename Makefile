@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test quick lint format install clean
+.PHONY: demo test quick lint format docs install clean
 
 demo: $(VENV)/.base  ## 200 generated posts through the whole system, with gallery and scores
 	$(BIN)/gem-ray demo --out out/demo
@@ -25,6 +25,9 @@ lint: $(VENV)/.dev  ## format, lint and types
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev  ## the documentation: out/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 install: $(VENV)/.dev  ## everything that the tests need
 

@@ -111,7 +111,7 @@ class KnowledgeConfig(_Section):
 
     captioner: str | None = Field(None, description="BLIP-2 checkpoint; none: posts without caption stay without")
     captioner_batch_size: PositiveInt = _speed(8, "images in one forward pass")
-    captioner_dtype: DType = "float32"
+    captioner_dtype: DType = Field("float32", description="precision of the captioner")
     explainer: ExplainerConfig | None = Field(None, description="none: posts without knowledge stay without")
     cache: Path | None = Field(None, description="folder that keeps answers, so that a second run asks nothing twice")
 
@@ -119,10 +119,10 @@ class KnowledgeConfig(_Section):
 class TaggerConfig(_Section):
     """The dual-path CRF tagger (§3.2)."""
 
-    model: str = "nano:tagger"
+    model: str = Field("nano:tagger", description="tagger checkpoint, as `gem-ray train tagger` writes it")
     batch_tokens: PositiveInt = _speed(8192, "subwords in one forward pass, padding included")
     max_length: PositiveInt = Field(256, description="subwords of text and knowledge together")
-    dtype: DType = "float32"
+    dtype: DType = Field("float32", description="precision of the encoder; heads and CRFs stay in float32")
     compile: bool = _speed(False, "compile the encoder: takes a minute and a C++ compiler at the start")
 
 
@@ -160,12 +160,12 @@ class RerankerEndpointConfig(EndpointConfig):
 class RerankerConfig(_Section):
     """The LLaVA reranker (§3.3.2), or another in its place (§5.1)."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: hard entities keep the tagger's category")
     engine: Literal["transformers", "vllm", "text", "endpoint"] = Field(
         "transformers", description="`text`: a language model that reads the caption; `endpoint`: whoever answers there"
     )
     endpoint: RerankerEndpointConfig | None = Field(None, description="for the engine of that name")
-    model: str = "nano:reranker"
+    model: str = Field("nano:reranker", description="LLaVA checkpoint, or the language model of engine `text`")
     adapter: str | None = Field(
         "nano:reranker-lora", description="LoRA adapter, or a name out of `adapters`; none: the model as it is"
     )
@@ -176,7 +176,11 @@ class RerankerConfig(_Section):
         pattern=r"\{question\}",
         description="conversation around `{question}`, image first; none: the model's own, or LLaVA-1.5's",
     )
-    mode: Literal["generate", "score"] = "score"
+    mode: Literal["generate", "score"] = Field(
+        "score",
+        description="`generate`: greedy decoding, constrained to the candidates; `score`: the candidate of the highest "
+        "likelihood",
+    )
     decision: Literal["calibrated", "answer"] = Field(
         "calibrated",
         description="`calibrated`: of the tagger's category and the reranker's answer, the one more probable by both, "
@@ -184,7 +188,7 @@ class RerankerConfig(_Section):
     )
     candidate_order: CandidateOrder = Field("probability", description="of the candidates in the prompt")
     batch_size: PositiveInt = _speed(16, "entities in one forward pass (transformers engine)")
-    dtype: DType = "float32"
+    dtype: DType = Field("float32", description="precision of the model")
     image_fit: ImageFit = Field(
         "pad",
         description="LLaVA-1.5: pad images to a square, as it was trained, or crop, as its published processor does",
@@ -229,7 +233,7 @@ class MatcherConfig(_Section):
     """BLIP matching and its Grad-CAM trace (§3.4.1, §3.4.2), or another model's in its place (§5.2)."""
 
     kind: Literal["blip", "blip2", "llava"] = Field("blip", description="architecture of the model")
-    model: str = "nano:matcher"
+    model: str = Field("nano:matcher", description="checkpoint of that architecture")
     batch_size: PositiveInt = _speed(32, "entities in one pass through the text encoder, at most")
     image_batch_size: PositiveInt = _speed(16, "images in one pass through the image encoder, at most")
     threshold: Probability | None = Field(
@@ -245,17 +249,19 @@ class MatcherConfig(_Section):
     image_fit: ImageFit = Field("pad", description="kind `llava`: as `reranker.image_fit`")
     subpatch_peak: bool = Field(False, description="interpolate the peak between patches by parabolas")
     save_heatmaps: bool = Field(False, description="keep the map with each grounded entity, 8 bits a patch")
-    dtype: DType = "float32"
+    dtype: DType = Field("float32", description="precision of the model")
 
 
 class TextSegmenterConfig(_Section):
     """The text-prompted segmenter (§3.4.3)."""
 
-    kind: Literal["clipseg", "sam3", "grounding-dino", "owlv2"] = "clipseg"
-    model: str = "nano:text-segmenter"
+    kind: Literal["clipseg", "sam3", "grounding-dino", "owlv2"] = Field(
+        "clipseg", description="architecture of the model"
+    )
+    model: str = Field("nano:text-segmenter", description="checkpoint of that architecture")
     threshold: Probability = Field(0.5, description="score above which a pixel (CLIPSeg) or an instance is kept")
     batch_size: PositiveInt = _speed(16, "images, or pairs of image and prompt, in one forward pass")
-    dtype: DType = "float32"
+    dtype: DType = Field("float32", description="precision of the model")
 
 
 class SamConfig(_Section):
@@ -269,8 +275,10 @@ class SamConfig(_Section):
 class BoxConfig(_Section):
     """From the peak to a box (§3.4.3)."""
 
-    sam: SamConfig | None = Field(default_factory=SamConfig)
-    text: TextSegmenterConfig | None = Field(default_factory=TextSegmenterConfig)
+    sam: SamConfig | None = Field(default_factory=SamConfig, description="null: boxes without SAM")
+    text: TextSegmenterConfig | None = Field(
+        default_factory=TextSegmenterConfig, description="null: boxes without a text-prompted segmenter"
+    )
     text_first: list[str] = Field(
         default_factory=lambda: ["person"],
         description="coarse or fine categories whose text-prompted instance wins over SAM's mask",
@@ -288,7 +296,7 @@ class BoxConfig(_Section):
 class GrounderConfig(_Section):
     """Matching, tracing and boxes (§3.4)."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: `seen` is null for every entity, and there are no boxes")
     matcher: MatcherConfig = Field(default_factory=MatcherConfig)
     boxes: BoxConfig = Field(default_factory=BoxConfig)
 
@@ -320,7 +328,7 @@ class StagePool(_Pool):
 
     num_cpus: float = Field(1, gt=0, description="CPUs each actor reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs each actor reserves; fractions share a card")
-    min_actors: PositiveInt = 1
+    min_actors: PositiveInt = Field(1, description="actors at the least")
     max_actors: PositiveInt | None = Field(1, description="none: as many as the CPUs allow")
     pass_number: PositiveInt = Field(
         1, description="pools of one number run at once; those of the next begin when the posts of a group are through"
@@ -388,8 +396,8 @@ class ReplicaPlacement(_Section):
 
     num_cpus: float = Field(1, ge=0, description="CPUs each replica reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs each replica reserves; fractions share a card")
-    min_replicas: PositiveInt = 1
-    max_replicas: PositiveInt = 1
+    min_replicas: PositiveInt = Field(1, description="replicas at the least")
+    max_replicas: PositiveInt = Field(1, description="replicas at the most")
     target_ongoing: float = Field(16, gt=0, description="requests a replica has at once, which autoscaling aims at")
 
     @model_validator(mode="after")
@@ -484,7 +492,9 @@ class ServingConfig(_Section):
 class Config(_Section):
     """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one leaf."""
 
-    labels: Literal["fmnerg", "gmner"] = "fmnerg"
+    labels: Literal["fmnerg", "gmner"] = Field(
+        "fmnerg", description="label set: FMNERG's 51 fine categories, or the four of GMNER"
+    )
     device: str = _speed("auto", "`auto`, `cpu`, `cuda`, `cuda:1`")
     text: TextConfig = Field(default_factory=TextConfig)
     image: ImageConfig = Field(default_factory=ImageConfig)
@@ -541,7 +551,7 @@ def affecting(values: Mapping[str, Any], kind: type[BaseModel] = Config) -> dict
         if field is None:  # of an earlier version
             kept[name] = value
         elif (field.json_schema_extra or {}).get(_AFFECTS, True):  # type: ignore[union-attr]
-            section = _section_type(field.annotation)
+            section = section_type(field.annotation)
             kept[name] = affecting(value, section) if section and isinstance(value, Mapping) else value
     return kept
 
@@ -693,11 +703,12 @@ def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
     section = kind
     for part in path:
         if part in section.model_fields:
-            section = _section_type(section.model_fields[part].annotation) or section
+            section = section_type(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that is a section, a list of sections, or one of these or None; None for other fields."""
     if get_origin(annotation) is list:
         (annotation,) = get_args(annotation)
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

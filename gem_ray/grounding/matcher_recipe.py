@@ -15,8 +15,8 @@ class MatcherTraining(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     labels: Literal["fmnerg", "gmner"] = Field("fmnerg", description="whose categories stand beside the names")
-    learning_rate: float = Field(5e-5, gt=0)
-    epochs: PositiveInt = 1
+    learning_rate: float = Field(5e-5, gt=0, description="the highest")
+    epochs: PositiveInt = Field(1, description="passes over the posts")
     batch_size: PositiveInt = Field(16, description="posts, each with all its pairs, in a batch")
     gradient_accumulation: PositiveInt = Field(1, description="batches in a step of the optimizer")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warmup")

