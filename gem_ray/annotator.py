@@ -127,8 +127,8 @@ def build_stage(
     Args:
         spec: which.
         config: names its models.
-        models: what they must be, as `models_of` gives it; none: whatever is there.
-        pool: in which it runs, whose images alone are loaded; none: all stages are there.
+        models: what they must be, as `models_of` gives it; default: whatever is there.
+        pool: in which it runs, whose images alone are loaded; `None` if all stages run in this process.
 
     Raises:
         FileNotFoundError: one of its models is not there.
@@ -216,7 +216,7 @@ def models_of(config: Config, stages: Sequence[StageSpec] | None = None) -> dict
 
     Args:
         config: names the models.
-        stages: only the models of these; none: of all active stages.
+        stages: only the models of these; default: all active stages.
 
     Raises:
         FileNotFoundError: a model is not there.

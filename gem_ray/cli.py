@@ -37,7 +37,7 @@ app.add_typer(serve.app)
 @app.callback()
 def _common(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,  # `main` reads it from the arguments
     json_logs: Annotated[bool, typer.Option(help="Progress of `annotate` and `export` as JSON lines.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
 ) -> None:
@@ -46,7 +46,7 @@ def _common(
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
-    context.obj = {"debug": debug, "json_logs": json_logs}
+    context.obj = {"json_logs": json_logs}
 
 
 def main() -> None:

@@ -97,8 +97,8 @@ class Confidence:
     """Fills `confidence` and `accepted` of the tagger's entities.
 
     Args:
-        calibration: of the tagger; none: there is no confidence.
-        threshold: from which an entity is accepted; none: `accepted` stays null.
+        calibration: of the tagger; `None` means no confidence.
+        threshold: from which an entity is accepted; `None` leaves `accepted` null.
     """
 
     def __init__(self, calibration: TaggerCalibration | None, threshold: float | None = None) -> None:
@@ -144,8 +144,8 @@ def judge(entity: Entity, confidence: float | None, threshold: float | None) -> 
 
     Args:
         entity: to fill.
-        confidence: none: nothing says; the entity is not accepted where there is a threshold.
-        threshold: none: `accepted` is null.
+        confidence: `None` if unknown; with a threshold, the entity is then not accepted.
+        threshold: `None` leaves `accepted` null.
     """
     entity.confidence = None if confidence is None else float(settled(confidence))
     entity.accepted = None if threshold is None else (entity.confidence or 0.0) >= threshold

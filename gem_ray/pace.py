@@ -10,7 +10,7 @@ class Pace:
     """Hands out moments, evenly spaced, to the threads of a client: no burst, and so no rate is passed in any interval.
 
     Args:
-        per_minute: how many; none: as many as come.
+        per_minute: how many; `None` means unlimited.
     """
 
     def __init__(self, per_minute: float | None = None) -> None:

@@ -56,7 +56,7 @@ class RetryingFileSystem(fs.S3FileSystem):
 
     Args:
         region: where the bucket is.
-        endpoint: URL of the server; none: AWS.
+        endpoint: URL of the server; default: AWS.
         anonymous: send no credentials.
     """
 
@@ -103,7 +103,7 @@ def client(anonymous: bool = False, silence_timeout_s: float | None = None, conn
 
     Args:
         anonymous: send no credentials.
-        silence_timeout_s: how long to wait for a server that says nothing; none: `SILENCE_TIMEOUT_S`.
+        silence_timeout_s: how long to wait for a server that says nothing; default: `SILENCE_TIMEOUT_S`.
         connections: kept open at once.
     """
     import boto3

@@ -124,7 +124,7 @@ def gmner_category(fine: str) -> str:
 
 
 def decode_bio(tags: list[str]) -> list[tuple[int, int, str]]:
-    """Spans of a BIO sequence, `evaluation.md`'s rules: an `I-x` that does not continue an `x` opens a new one.
+    """Spans of a BIO sequence. An `I-x` that does not continue an `x` opens a new one.
 
     Returns:
         `(start, end, category)` with half-open word intervals, in order.

@@ -62,7 +62,7 @@ def train_reranker_on_workers(
         out: the adapter's folder, which every worker sees at the same path.
         settings: the recipe; unless `device` is `cpu`, each worker has a GPU of its own.
         workers: processes; each holds a copy of the model.
-        candidates: what is offered for an entity; none: the paper's rule.
+        candidates: what is offered for an entity; default: the paper's rule.
 
     Returns:
         What `train_reranker` gives back.

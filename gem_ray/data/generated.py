@@ -31,9 +31,6 @@ _P_TWO_INSTANCES = 0.06  # a scene that shows an emblem twice
 _P_HASHTAG = 0.15  # a mention written as a hashtag
 _P_SMALL, _P_LARGE = 0.16, 0.14
 
-# Tokens written without a space before or after them.
-_CLOSING, _OPENING = (".", "!", ",", "?", "…", ":", ")"), ("#", "@", "(")
-
 
 @dataclass(frozen=True)
 class Instance:

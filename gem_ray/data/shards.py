@@ -37,7 +37,7 @@ def read_posts(path: str | Path, limit: int | None = None, columns: Columns | No
 
     Args:
         path: a Parquet file or WebDataset tar or a folder of them, local or `s3://`.
-        limit: at most so many posts; none: all.
+        limit: at most so many posts; `None` means all.
         columns: field of an input row -> the name that it has in the shards, where that is another one.
 
     Raises:

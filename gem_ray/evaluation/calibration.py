@@ -113,7 +113,7 @@ def calibrate(
         entities: of a dev set.
         k: candidates that were counted for `in_top`.
         gamma: the configured threshold, to compare with.
-        budget: the largest share of entities that may go to the reranker; none: no such threshold.
+        budget: the largest share of entities that may go to the reranker; `None` means no such threshold.
         bin_width: in nats.
 
     Raises:

@@ -34,7 +34,7 @@ def judge_dev_set(
         posts: those without gold are left out.
         config: of the tagger, and of the knowledge stage if that is active.
         k: candidates among which the gold category may be.
-        answers: what the reranker says of the entities; none: nothing.
+        answers: what the reranker says of the entities; `None` if there is no reranker.
 
     Raises:
         EvaluationError: there is no post with gold, or there are entities but no answer to any of them.

@@ -105,7 +105,7 @@ def find_errors(
         gold: every post of the split.
         predictions: posts with `entities`.
         labels: the categories.
-        training: category → mentions in the training posts; none: it is not known.
+        training: category → mentions in the training posts; `None` if not known.
         worst: how many posts to keep.
 
     Raises:

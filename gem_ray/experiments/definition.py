@@ -29,12 +29,13 @@ class Variant(_Part):
     name: str = Field(pattern=r"^[a-z0-9-]+$", description="also the name of its folder")
     label: str = Field(description="what the table calls it")
     settings: dict[str, Any] | None = Field(
-        None, description="of the recipe by which its tagger is trained, over the experiment's; none: it is not trained"
+        None,
+        description="of the recipe by which its tagger is trained, over the experiment's; default: it is not trained",
     )
     recipe: str | None = Field(
         None, description="a preset of its own, in place of the experiment's recipe and settings"
     )
-    tagger: str | None = Field(None, description="the variant whose trained tagger it uses; none: the preset's tagger")
+    tagger: str | None = Field(None, description="the variant whose trained tagger it uses; default: the preset's")
     config: dict[str, Any] = Field(default_factory=dict, description="of the whole system, over the experiment's")
     at: float | None = Field(None, description="its place on the plot's axis")
 
@@ -62,7 +63,7 @@ class Column(_Part):
         description="path in a run's scores: `mnerg.f1`, `small.recall`, `seconds.rerank`",
     )
     labels: LabelSetName = Field("fmnerg", description="which of a row's runs")
-    input: Input | None = Field(None, description="scores with or without knowledge; none: with, if it was read")
+    input: Input | None = Field(None, description="scores with or without knowledge; default: with, if it was read")
 
     @property
     def is_ratio(self) -> bool:
@@ -76,7 +77,7 @@ class Row(_Part):
     label: str
     fmnerg: str | None = None
     gmner: str | None = None
-    columns: list[str] = Field(default_factory=list, description="labels of those that it fills; none: all")
+    columns: list[str] = Field(default_factory=list, description="labels of those that it fills; default: all")
 
 
 class PublishedRow(_Part):
@@ -100,7 +101,7 @@ class Plot(_Part):
     kind: Literal["points", "line", "scatter", "entropy"] = Field(
         "points", description="`line` over the variants' `at`; `scatter` of quality over `x`; `entropy`: figure 5"
     )
-    columns: list[str] = Field(default_factory=list, description="labels of the table's columns; none: all ratios")
+    columns: list[str] = Field(default_factory=list, description="labels of the table's columns; default: all ratios")
     x: str = Field("", description="line: name of the axis; scatter: label of a column")
     reranked: str | None = Field(None, description="entropy: the variant that asks the reranker about every entity")
 
@@ -116,7 +117,7 @@ class Experiment(_Part):
     config: dict[str, Any] = Field(default_factory=dict, description="of the system, over the preset, for all variants")
     variants: list[Variant]
     columns: list[Column]
-    rows: list[Row] = Field(default_factory=list, description="none: one for each variant")
+    rows: list[Row] = Field(default_factory=list, description="default: one for each variant")
     against: str | None = Field(None, description="label of the row that the others are compared with, by bootstrap")
     metric: str = Field("mner.f1", pattern=f"^{_TASK}$", description="the figure that is compared")
     published: list[Published] = Field(default_factory=list)

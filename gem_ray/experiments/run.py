@@ -62,7 +62,7 @@ def run_experiment(
             predicted mentions of dev, and `EXPERIMENT/` with the table, the plot and `results.json`.
         seeds: trainings of each variant; seeds count from 0.
         overrides: of the recipe, for all variants: the device, say.
-        base: the configuration that variants change; none: the default preset.
+        base: the configuration that variants change; default: the default preset.
         only: names of variants; all if empty.
         run_missing: do what is not done; else what is there is tabulated.
         on_done: called with a variant's name, the seed and the result, also for what was done before.

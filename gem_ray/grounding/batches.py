@@ -44,7 +44,7 @@ class Batches:
 
     Args:
         limit: items in a batch, at most.
-        memory: of the card where the work runs; none: a CPU, where each batch has `limit` items.
+        memory: of the card where the work runs; `None` for a CPU, where each batch has `limit` items.
     """
 
     def __init__(self, limit: int, memory: CardMemory | None = None) -> None:

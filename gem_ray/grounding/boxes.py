@@ -77,8 +77,8 @@ class BoxMaker:
         """Combine segmenters.
 
         Args:
-            sam: prompted with the peak; none: ablated.
-            text: prompted with the category; none: ablated.
+            sam: prompted with the peak; `None` ablates it.
+            text: prompted with the category; `None` ablates it.
             text_first: coarse or fine categories whose text-prompted instance wins over SAM's mask.
             largest_component: bound only the largest connected region of SAM's mask.
             mask_by_map: of SAM's masks, take the one most like the map, not the one with the highest predicted IoU.
@@ -215,7 +215,7 @@ def choose_box(
         request: the entity.
         size: height and width of its image.
         text_first: its category is one whose objects SAM tends to cut into parts.
-        chosen: SAM's mask; none: it was not asked.
+        chosen: SAM's mask; `None` if SAM was not asked.
         instances: those of its category; empty: there are none, or they were not asked for.
         largest_component: bound only the largest connected region of SAM's mask.
         min_sam_score: predicted IoU below which an instance at the peak wins over the mask.

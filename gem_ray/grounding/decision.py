@@ -20,7 +20,7 @@ class Decision(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     threshold: float = Field(0.5, ge=0, le=1, description="P_T above which an entity is grounded")
-    layer: int | None = Field(None, ge=0, description="cross-attention layer to trace; none: the middle-upper one")
+    layer: int | None = Field(None, ge=0, description="cross-attention layer to trace; default: the middle-upper one")
 
     @classmethod
     def load(cls, folder: Path) -> Decision:

@@ -160,7 +160,7 @@ class Matcher:
         model: frozen and put in evaluation mode here.
         texts: its text processor.
         images: its image processor.
-        layer: cross-attention layer to trace; none: the middle-upper one.
+        layer: cross-attention layer to trace; default: the middle-upper one.
         tokens: text tokens that eq. 11 sums over; `inner` leaves the special ones out, `words` also the category.
         target: what eq. 11 differentiates.
         batch_size: queries in one pass through the text encoder, at most.

@@ -41,7 +41,7 @@ class LlavaMatcher:
     Args:
         model: with eager attention, which gives its probabilities out; frozen and put in evaluation mode here.
         processor: its tokenizer and image processor.
-        layer: of the language model, to trace; none: the middle-upper one.
+        layer: of the language model, to trace; default: the middle-upper one.
         batch_size: questions in a forward pass.
         fit: of images into the model's square.
 
@@ -125,7 +125,7 @@ class Blip2Matcher:
     Args:
         model: with eager attention; frozen and put in evaluation mode here.
         processor: its tokenizer and image processor.
-        layer: of the Q-Former's layers with cross-attention, to trace; none: the middle-upper one.
+        layer: of the Q-Former's layers with cross-attention, to trace; default: the middle-upper one.
         batch_size: questions in a forward pass.
     """
 

@@ -55,14 +55,6 @@ class Explainer:
         for query, answer in self._client.complete_all(queries, chat_messages):
             yield query, answer if isinstance(answer, ChatError) else parse_answer(answer)
 
-    def ask(self, query: Query) -> ParsedAnswer:
-        """Ask one query, again after a pause if the endpoint is busy, broken, slow or gone.
-
-        Raises:
-            ExplainerError: no answer after `retries` more tries, or a refusal that a retry would not change.
-        """
-        return parse_answer(self._client.complete(chat_messages(query)))
-
     def close(self) -> None:
         """Drop queries that wait, and close the connections."""
         self._client.close()

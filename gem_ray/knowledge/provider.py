@@ -26,9 +26,9 @@ class KnowledgeProvider:
 
     Args:
         loader: fills `post.image` for the captioner, or records on the post why it cannot.
-        captioner: none: posts without caption stay without.
+        captioner: `None` leaves posts without a caption as they are.
         captioner_id: the captioner's name and content hash, for the cache.
-        explainer: none: posts without knowledge stay without.
+        explainer: `None` leaves posts without knowledge as they are.
         cache: captions and answers of earlier runs.
 
     Attributes:

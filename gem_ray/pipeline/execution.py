@@ -65,7 +65,7 @@ class RayExecutor:
 
         Args:
             run_id: of the run.
-            max_problem_share: of posts that may have problems of one kind before the run ends; none: any.
+            max_problem_share: of posts that may have problems of one kind before the run ends; `None` means unlimited.
 
         Raises:
             ValueError: the actors ask for more CPUs or GPUs than there are.

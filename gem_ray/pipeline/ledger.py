@@ -180,7 +180,7 @@ class Ledger:
 
     Args:
         run_id: of the run, for its metrics.
-        max_problem_share: of posts that may have problems of one kind before the run ends; none: any.
+        max_problem_share: of posts that may have problems of one kind before the run ends; `None` means unlimited.
     """
 
     def __init__(self, run_id: str, max_problem_share: float | None = None) -> None:

@@ -25,7 +25,7 @@ class PlannedPool:
         pool: its stages, what each actor reserves, and the pool's bounds.
         need: what each actor needs.
         actors: how many.
-        seconds: of one actor for a post; none: not known.
+        seconds: of one actor for a post; `None` if not known.
         source: where `seconds` is from.
         cpu_seconds: of a core, for a post.
     """
@@ -59,7 +59,7 @@ class PlannedPool:
 
     @property
     def posts_per_second(self) -> float | None:
-        """Of all its actors; none: not known."""
+        """Of all its actors; `None` if not known."""
         return self.actors / self.seconds if self.seconds else None
 
     @property
@@ -122,7 +122,7 @@ def allocate(pools: Iterable[PlannedPool], gpus: int, cpus: int | None) -> tuple
     Args:
         pools: with as many actors as they have at the least, which fit.
         gpus: cards.
-        cpus: CPUs; none: as many as it takes, and this machine's for a pool without cards and without a bound.
+        cpus: CPUs; default: as many as it takes, and this machine's for a pool without cards and without a bound.
     """
     grown = {pool.name: pool for pool in pools}
     timed = [pool.name for pool in grown.values() if pool.is_timed]

@@ -110,7 +110,7 @@ class Fleet:
     """The cards of a plan, of one kind or of several. Ray puts an actor on any of them.
 
     Attributes:
-        kinds: how many there are, their name, and what is known of their speed; none: nothing.
+        kinds: how many there are, their name, and what is known of their speed (`None`: nothing).
         memory_gb: of the smallest, in 2³⁰ bytes: what an actor must fit on.
     """
 

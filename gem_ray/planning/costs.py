@@ -57,7 +57,7 @@ class ModelNeed:
         weights, activations, kv_cache: bytes on the card.
         flops: operations for a post.
         traffic: bytes that decoding reads for a post, over and over, beside the operations.
-        measured: the share of a card's peak FLOP/s in half precision that it was seen to reach; none: nobody measured.
+        measured: the share of a card's peak FLOP/s in half precision that was measured; `None` if none was.
         cpu_seconds: of a core, for a post: what its processor does to images before the model sees them.
     """
 

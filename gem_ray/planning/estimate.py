@@ -52,10 +52,10 @@ class Estimate:
         starting_hours: of it, Ray and loading models, in every pass of every group.
         gpu_hours: of all cards, used or not.
         cpu_hours: of cores.
-        money: of the cards, or of the machine where there are none; none: no price is known.
+        money: of the cards, or of the machine if it has none; `None` if no price is known.
         money_range: likewise.
         limit: what keeps it from being faster.
-        hours_with_one_more_card, hours_with_one_more_cpu: none: there are none, or they are not counted.
+        hours_with_one_more_card, hours_with_one_more_cpu: `None` if there are none, or they are not counted.
         assumptions: what it rests on.
     """
 
@@ -85,7 +85,7 @@ def estimate(make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price:
         plan: of the run.
         posts: how many.
         rows_per_group: as the configuration has it.
-        price: of an hour of a card, or of the machine where there are none; none: the list price, where there is one.
+        price: of an hour of a card, or of the machine if it has none; default: the list price, if there is one.
     """
     if plan.problems or plan.posts_per_hour is None:
         return None

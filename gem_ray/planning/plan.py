@@ -33,7 +33,7 @@ class PassPlan:
 
     Attributes:
         pools: in order.
-        cpus: that all of them share with reading and writing; none: as many as it takes.
+        cpus: that all of them share with reading and writing; `None` means as many as it takes.
     """
 
     pools: tuple[PlannedPool, ...]
@@ -46,7 +46,7 @@ class PassPlan:
 
     @property
     def bottleneck(self) -> PlannedPool | None:
-        """The slowest pool; none: a speed is not known."""
+        """The slowest pool; `None` if a speed is not known."""
         timed = [pool for pool in self.pools if pool.is_timed]
         if any(pool.posts_per_second is None for pool in timed):
             return None
@@ -65,7 +65,7 @@ class PassPlan:
 
     @property
     def limit(self) -> str | None:
-        """What keeps it from being faster; none: a speed is not known."""
+        """What keeps it from being faster; `None` if a speed is not known."""
         if self.is_cpu_bound:
             return f"the {self.cpus} CPUs"
         return self.bottleneck.name if self.bottleneck else None
@@ -84,12 +84,12 @@ class Plan:
 
     Attributes:
         fleet: cards.
-        cpus: CPUs; none: not given, and not checked.
+        cpus: CPUs; `None` means not given, and not checked.
         passes: one execution after the other.
         problems: why it cannot run.
         work: an average post.
         notes: what is not in it.
-        advice: of what does not fit, the changes with which it does, as configuration; none: nothing was found.
+        advice: of what does not fit, the changes with which it does, as configuration; `None` if nothing was found.
     """
 
     fleet: Fleet
@@ -126,12 +126,12 @@ class Plan:
 
     @property
     def bottleneck(self) -> PlannedPool | None:
-        """The slowest pool of the pass that takes longest; none: a speed is not known."""
+        """The slowest pool of the pass that takes longest; `None` if a speed is not known."""
         return min(self._slowest(), key=_rate, default=None)
 
     @property
     def posts_per_hour(self) -> float | None:
-        """Of all passes together; none: a speed is not known."""
+        """Of all passes together; `None` if a speed is not known."""
         slowest = self._slowest()
         return 3600 / sum(1 / (one.posts_per_second or 1) for one in self._timed()) if slowest else None
 
@@ -142,7 +142,7 @@ class Plan:
 
     @property
     def limit(self) -> str | None:
-        """What keeps the pass that takes longest from being faster; none: a speed is not known."""
+        """What keeps the pass that takes longest from being faster; `None` if a speed is not known."""
         return min(self._timed(), key=lambda one: one.posts_per_second or 0).limit if self._slowest() else None
 
     def _timed(self) -> list[PassPlan]:
@@ -229,9 +229,9 @@ def make_plan(
     Args:
         config: models, batches, placement and passes.
         gpus: cards; or of several kinds, as `8xl40s+4xa10g`.
-        gpu_memory_gb: memory of each; none: the card's, else 24.
-        cpus: CPUs; none: as many as are needed.
-        card: a name of `cards.CARDS` or a description, for its speed; none: the first one with this memory.
+        gpu_memory_gb: memory of each; default: the card's, else 24.
+        cpus: CPUs; `None` means as many as are needed.
+        card: a name of `cards.CARDS` or a description, for its speed; default: the first one with this memory.
         measured: stage -> seconds of an actor for a post.
         work: an average post, before γ or a budget are looked at.
 

@@ -121,7 +121,7 @@ def too_many(
         passes: pools with as many actors as they have at the least.
         config: which they are of.
         gpus: cards.
-        cpus: CPUs; none: as many as it takes.
+        cpus: CPUs; `None` means as many as it takes.
     """
     pools = passes[number - 1]
     if any(pool.placement.num_gpus for pool in pools) and not Cards.holding(gpus, pools):

@@ -85,7 +85,7 @@ class Engine(Protocol):
         Args:
             requests: those of one post should be adjacent, so that they share the image's work.
             mode: `generate`, greedy decoding constrained to the choices; `score`, the likelihood of each choice.
-            adapter: name of a loaded adapter; none: the configured one.
+            adapter: name of a loaded adapter; default: the configured one.
 
         Raises:
             EngineDiedError: the engine is gone.

@@ -31,7 +31,7 @@ class TextEngine:
         tokenizer: the model's.
         max_length: positions that prompt and answer may take together.
         batch_size: requests in one forward pass.
-        template: the conversation around `{question}`; none: the tokenizer's own, or `Answer:` after it.
+        template: the conversation around `{question}`; default: the tokenizer's own, or `Answer:` after it.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class VllmEngine:
         arguments: of the engine.
         encoder: tokenizes requests for the engine's model.
         adapters: LoRA adapters by name.
-        adapter: the name of the one that is used if a call names none; none: the model as it is.
+        adapter: name of the one that calls use by default; `None` means the model as it is.
         fit: brings images into the shape in which the model's processor shall get them.
     """
 

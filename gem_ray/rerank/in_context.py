@@ -58,7 +58,7 @@ def conversation(text: str, image: str | None = None) -> list[dict[str, Any]]:
 
     Args:
         text: from `question`.
-        image: a `data:` URL of the post's image; none: words alone.
+        image: a `data:` URL of the post's image; `None` asks by words alone.
     """
     messages: list[dict[str, Any]] = []
     for words, (start, end), candidates, answer in _EXAMPLES:

@@ -89,8 +89,8 @@ def hidden_states(
         model: the whole LLaVA.
         ids: `(B, L)` tokens; each row holds the image token P times, padding comes last.
         features: `(B, P, D)` from `image_features`, a row's image in each.
-        mask: `(B, 1, L, L)` bool, who sees whom; none: everyone those before it.
-        positions: `(B, L)`; none: 0 … L − 1.
+        mask: `(B, 1, L, L)` bool, who sees whom; default: causal, each position sees those before it.
+        positions: `(B, L)`; default: 0 … L − 1.
 
     Returns:
         `(B, L, D)`.

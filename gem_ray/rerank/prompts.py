@@ -46,7 +46,7 @@ class PromptFormat:
 
         Args:
             folder: with the model's processor.
-            template: as in the class; none: the model's own chat template, or LLaVA-1.5's if it has none.
+            template: as in the class; default: the model's own chat template, or LLaVA-1.5's if it has none.
         """
         from transformers import AutoProcessor
 

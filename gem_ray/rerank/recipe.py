@@ -20,7 +20,7 @@ class RerankerTraining(BaseModel):
     alpha: float = Field(128, gt=0, description="scale of the adapter, over its rank")
     dropout: Probability = Field(0.05, description="on the adapter's input")
     k: PositiveInt = Field(5, description="candidates of an entity; drawn anew in each epoch")
-    template: str | None = Field(None, description="conversation around `{question}`; none: the model's own")
+    template: str | None = Field(None, description="conversation around `{question}`; default: the model's own")
     image_fit: ImageFit = Field("pad", description="as `reranker.image_fit`")
     max_length: PositiveInt = Field(1024, description="positions of prompt, image and answer; longer ones are left out")
 

@@ -29,8 +29,8 @@ class Reranker:
         mode: `generate` or `score`; see `Engine.choose`.
         order: of the candidates in the prompt; see `ordered`.
         scopes: what the models know; entities outside are not asked about.
-        calibration: weighs each answer against the tagger's category; none: the answer decides.
-        threshold: of `confidence`, from which an entity is accepted; none: `accepted` stays null.
+        calibration: weighs each answer against the tagger's category; `None` lets the answer decide.
+        threshold: of `confidence`, from which an entity is accepted; `None` leaves `accepted` null.
     """
 
     def __init__(

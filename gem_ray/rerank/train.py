@@ -63,7 +63,7 @@ def train_reranker(
         base: the LLaVA checkpoint, as `checkpoints.resolve` takes it.
         out: the adapter's folder; `out/checkpoints` is there until the training is done.
         settings: the recipe.
-        candidates: what is offered for an entity; none: the paper's rule. Stored ones are compared on resume.
+        candidates: what is offered for an entity; default: the paper's rule. Stored ones are compared on resume.
         report: called with the step and the mean loss since the last report.
         prepare: what several workers need; `ray.train.huggingface.transformers.prepare_trainer`.
 
@@ -113,7 +113,7 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
     Args:
         outputs: of the model, with the logits of the last positions `(B, n, V)`.
         labels: `(B, n)` of the same positions.
-        num_items_in_batch: labels of all batches of a step, by which the sum is divided; none: the mean.
+        num_items_in_batch: labels of all batches of a step, by which the sum is divided; default: the mean.
     """
     logits, expected = outputs.logits[:, :-1], labels[:, 1:]  # the position before an answer's token predicts it
     learned = expected != IGNORED

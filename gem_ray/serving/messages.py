@@ -70,10 +70,10 @@ class PostIn(BaseModel):
 
     text: str = Field(min_length=1, description="not blank; `GET /v1/limits` says how long it may be")
     post_id: str | None = Field(
-        None, min_length=1, max_length=512, description="comes back in the answer; none: one is made up"
+        None, min_length=1, max_length=512, description="comes back in the answer; default: one is made up"
     )
     tokens: Typed[list[str], Field(max_length=MAX_TOKENS, fail_fast=True)] | None = Field(
-        None, description="the text's words in order; none: the text is cut into words"
+        None, description="the text's words in order; default: the text is cut into words"
     )
     caption: str | None = Field(None, description="of the image, for the tagger")
     knowledge: str | None = Field(None, description="auxiliary knowledge, for the tagger")

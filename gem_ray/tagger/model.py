@@ -21,7 +21,7 @@ from gem_ray.taxonomy import LabelSet, bio_tags
 class Emissions:
     """Logits of the text's words, before the CRFs."""
 
-    coarse: Tensor | None  # (B, W, C_c); none: the label set has one level
+    coarse: Tensor | None  # (B, W, C_c); None if the label set has one level
     fine: Tensor  # (B, W, C_f), after augmentation
 
 
@@ -36,7 +36,7 @@ class DualPathTagger(nn.Module):
         alpha: weight of the coarse loss (eq. 8).
         beta: weight of the coarse logits in the fine ones (eq. 9).
         dropout: on the words' vectors, when training.
-        transition: initial M (C_c, C_f), as `initial_transition` gives it; none: zeros, to be loaded over.
+        transition: initial M (C_c, C_f), as `initial_transition` gives it; default: zeros, to be loaded over.
         design: which parts there are; all of the paper's if none.
     """
 

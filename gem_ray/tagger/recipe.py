@@ -65,7 +65,7 @@ class TaggerTraining(Design):
 
     dropout: Probability = Field(0.1, description="on the words' vectors; the encoder keeps its own")
     attention_dropout: Probability | None = Field(
-        None, description="in the encoder's attention; none: its own; 0 makes a step a quarter faster on a CPU"
+        None, description="in the encoder's attention; default: its own; 0 makes a step a quarter faster on a CPU"
     )
     knowledge_dropout: Probability = Field(0.4, description="how often a post is seen without its knowledge")
     word_dropout: Probability = Field(0.05, description="how often a word of the text is hidden by mask tokens")

@@ -41,7 +41,7 @@ def input_shapes(
     Args:
         text: subword ids of the text.
         text_cases: their cases.
-        knowledge: subword ids of the knowledge; none: it and its separator are not there.
+        knowledge: subword ids of the knowledge; `None` leaves out its separator too.
         knowledge_cases: their cases.
     """
     said, known = set(text), set(knowledge)

@@ -1,4 +1,4 @@
-"""What stands in a CRF's place when there is none: every word's tag by itself."""
+"""Takes the place of a CRF: every word's tag is decided by itself."""
 
 from __future__ import annotations
 

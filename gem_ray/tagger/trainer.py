@@ -50,7 +50,7 @@ class TaggerTrainer(Trainer):
     Args:
         objective: the tagger in training.
         views: the training data.
-        dev: posts to score every epoch by; none: no epoch is better than the last.
+        dev: posts to score every epoch by; `None` means that the last epoch counts as the best.
         features: the input format.
         checkpoints: folder for checkpoints.
         progress: called after every step.

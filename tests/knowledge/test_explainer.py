@@ -13,6 +13,17 @@ from gem_ray.config import ConfigError, ExplainerConfig
 from gem_ray.knowledge.explainer import Explainer, ExplainerError, ParsedAnswer, parse_answer
 from gem_ray.knowledge.prompts import Query, chat_messages
 
+HELLO = Query("hello")
+
+
+def ask(explainer: Explainer, query: Query = HELLO) -> ParsedAnswer:
+    """The answer to one query; raises its failure."""
+    ((asked, answer),) = explainer.ask_all([query])
+    assert asked == query
+    if isinstance(answer, ExplainerError):
+        raise answer
+    return answer
+
 
 @pytest.mark.parametrize(
     ("answer", "text", "repaired"),
@@ -72,7 +83,7 @@ def test_long_hostile_answers_are_parsed_in_linear_time():
 
 def test_ask_sends_the_prompt_the_model_and_the_key(server, explainer_config, key):
     explainer = Explainer(explainer_config(model="some-llm", max_tokens=99))
-    assert explainer.ask(Query("hello", "a dog")) == ParsedAnswer("about hello", repaired=False)
+    assert ask(explainer, Query("hello", "a dog")) == ParsedAnswer("about hello", repaired=False)
     assert server.requests[0] == {
         "model": "some-llm",
         "messages": chat_messages(Query("hello", "a dog")),
@@ -84,7 +95,7 @@ def test_ask_sends_the_prompt_the_model_and_the_key(server, explainer_config, ke
 
 
 def test_no_key_in_the_environment_sends_none(server, explainer_config):
-    Explainer(explainer_config(api_key_env="NOT_SET_ANYWHERE")).ask(Query("hello"))
+    ask(Explainer(explainer_config(api_key_env="NOT_SET_ANYWHERE")))
     assert server.keys == [None]
 
 
@@ -100,14 +111,14 @@ def test_a_passing_fault_is_asked_again(server, explainer_config, reply, fault):
     }
     server.script = lambda text, n: faults[fault] if n == 0 else reply()
     explainer = Explainer(explainer_config(timeout_s=1.5 if fault in ("hangs", "drips") else 30))
-    assert explainer.ask(Query("hello")) == ParsedAnswer("fine", repaired=False)
+    assert ask(explainer) == ParsedAnswer("fine", repaired=False)
     assert len(server.asked["hello"]) == 2
 
 
 def test_a_lasting_fault_is_given_up_after_the_configured_retries(server, explainer_config, reply):
     server.script = lambda text, n: reply(status=500)
     with pytest.raises(ExplainerError, match="3 tries; the last: HTTP 500"):
-        Explainer(explainer_config(retries=2)).ask(Query("hello"))
+        ask(Explainer(explainer_config(retries=2)))
     assert len(server.asked["hello"]) == 3
 
 
@@ -115,7 +126,7 @@ def test_nobody_listening_is_a_failure_not_a_crash(server, explainer_config):
     config = explainer_config(retries=1)
     server.server_close()
     with pytest.raises(ExplainerError, match="ConnectError"):
-        Explainer(config).ask(Query("hello"))
+        ask(Explainer(config))
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 307])
@@ -123,7 +134,7 @@ def test_a_refusal_is_not_asked_again(server, explainer_config, reply, status):
     body = json.dumps({"error": {"message": "no such model"}}).encode()
     server.script = lambda text, n: reply(status=status, body=body, headers={"Location": "/elsewhere"})
     with pytest.raises(ExplainerError, match=f"HTTP {status} no such model"):
-        Explainer(explainer_config()).ask(Query("hello"))
+        ask(Explainer(explainer_config()))
     assert len(server.asked["hello"]) == 1
 
 
@@ -133,17 +144,17 @@ def test_a_refusal_is_not_asked_again(server, explainer_config, reply, status):
 def test_a_reply_that_is_no_chat_completion_is_a_failure(server, explainer_config, reply, body):
     server.script = lambda text, n: reply(body=body)
     with pytest.raises(ExplainerError, match="reply is"):
-        Explainer(explainer_config()).ask(Query("hello"))
+        ask(Explainer(explainer_config()))
 
 
 def test_a_reply_without_content_is_an_empty_answer(server, explainer_config, reply):
     server.script = lambda text, n: reply(content=None)
-    assert Explainer(explainer_config()).ask(Query("hello")) == ParsedAnswer("", repaired=False)
+    assert ask(Explainer(explainer_config())) == ParsedAnswer("", repaired=False)
 
 
 def test_retry_after_in_seconds_is_waited_for(server, explainer_config, reply):
     server.script = lambda text, n: reply(status=429, headers={"Retry-After": "1"}) if n == 0 else reply()
-    Explainer(explainer_config(max_pause_s=5)).ask(Query("hello"))
+    ask(Explainer(explainer_config(max_pause_s=5)))
     first, second = server.asked["hello"]
     assert 1 <= second - first < 5
 
@@ -151,7 +162,7 @@ def test_retry_after_in_seconds_is_waited_for(server, explainer_config, reply):
 def test_retry_after_as_a_date_is_waited_for(server, explainer_config, reply):
     date = formatdate(time.time() + 3, usegmt=True)  # whole seconds: at least two from now
     server.script = lambda text, n: reply(status=503, headers={"Retry-After": date}) if n == 0 else reply()
-    Explainer(explainer_config(max_pause_s=5)).ask(Query("hello"))
+    ask(Explainer(explainer_config(max_pause_s=5)))
     first, second = server.asked["hello"]
     assert 1.5 <= second - first < 5
 
@@ -159,7 +170,7 @@ def test_retry_after_as_a_date_is_waited_for(server, explainer_config, reply):
 @pytest.mark.parametrize("value", ["86400", "9" * 400, "tomorrow", "-1", "Fri, 31 Dec 9999 23:59:59 GMT"])
 def test_retry_after_is_capped_and_nonsense_is_ignored(server, explainer_config, reply, value):
     server.script = lambda text, n: reply(status=429, headers={"Retry-After": value}) if n == 0 else reply()
-    Explainer(explainer_config(max_pause_s=0.1)).ask(Query("hello"))
+    ask(Explainer(explainer_config(max_pause_s=0.1)))
     first, second = server.asked["hello"]
     assert second - first < 10
 
@@ -170,7 +181,7 @@ def test_pauses_grow_until_they_reach_the_cap(server, explainer_config, reply, m
     monkeypatch.setattr("gem_ray.chat.time", clock)
     server.script = lambda text, n: reply(hang_up=True)
     with pytest.raises(ExplainerError):
-        Explainer(explainer_config(retries=6, max_pause_s=10)).ask(Query("hello"))
+        ask(Explainer(explainer_config(retries=6, max_pause_s=10)))
     assert len(pauses) == 6  # none after the last try
     for attempt, pause in enumerate(pauses):
         assert min(0.25 * 2**attempt, 10) <= pause <= min(0.5 * 2**attempt, 10)
