@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 OUTSIDE = "O"
 
@@ -111,6 +112,7 @@ def bio_tags(categories: tuple[str, ...]) -> tuple[str, ...]:
 
 FMNERG = LabelSet("fmnerg", FMNERG_TREE)
 GMNER = LabelSet("gmner", {name: (name,) for name in ("PER", "LOC", "ORG", "OTHER")})
+LabelSetName = Literal["fmnerg", "gmner"]
 LABEL_SETS: dict[str, LabelSet] = {labels.name: labels for labels in (FMNERG, GMNER)}
 
 

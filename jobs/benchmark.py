@@ -168,9 +168,11 @@ def reranker_gpu(
     tiny: Annotated[bool, typer.Option(help="A small model, to try it without a GPU.")] = False,
 ) -> None:
     """A LLaVA-1.5-7B with random weights through the transformers engine, against the card's limit."""
-    from gem_ray.benchmarks.reranker_gpu import measure_reranker_gpu
+    from gem_ray.benchmarks.reranker_gpu import measure_reranker_gpu, table
 
-    write_result(out, "reranker-gpu", measure_reranker_gpu(tiny=tiny))
+    result = measure_reranker_gpu(tiny=tiny)
+    write_result(out, "reranker-gpu", result)
+    print(table(result))
 
 
 @app.command()

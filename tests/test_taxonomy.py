@@ -1,10 +1,11 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gem_ray.taxonomy import FMNERG, GMNER, LABEL_SETS, bio_tags, decode_bio, encode_bio, gmner_category
+from gem_ray.taxonomy import FMNERG, GMNER, LABEL_SETS, LabelSetName, bio_tags, decode_bio, encode_bio, gmner_category
 
 TWITTER10000 = Path(__file__).parents[1].parent / "shared" / "data" / "twitter10000"
 needs_data = pytest.mark.skipif(not TWITTER10000.is_dir(), reason="Twitter10000 is not in ../shared")
@@ -28,6 +29,7 @@ def test_gmner_has_four_categories_and_one_level():
     assert GMNER.coarse == GMNER.fine == ("PER", "LOC", "ORG", "OTHER")
     assert not GMNER.is_hierarchical
     assert LABEL_SETS == {"fmnerg": FMNERG, "gmner": GMNER}
+    assert get_args(LabelSetName) == tuple(LABEL_SETS)
 
 
 def test_every_fine_category_has_its_coarse_one_and_its_siblings():

@@ -1,16 +1,12 @@
 """How close a LLaVA-1.5-7B comes to its card's limit: random weights, the transformers engine, bf16.
 
-Needs torch, transformers, peft, pyarrow and pydantic, and no download:
-`python -m gem_ray.benchmarks.reranker_gpu --out FILE`.
+Downloads nothing: `python jobs/benchmark.py reranker-gpu`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,19 +183,3 @@ def _line(point: dict[str, Any]) -> str:
         f"{point['batch_size']:>6} {point['entities_per_second']:>11.2f} "
         f"{point['operations_per_entity'] / 1e12:>13.3f} {point['share_of_peak']:>8.1%} {memory:>6.1f}"
     )
-
-
-def main() -> None:
-    """Measure, print the table, write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to try the script without a card")
-    arguments = parser.parse_args()
-    result = measure_reranker_gpu(tiny=arguments.tiny)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from gem_ray.config import ConfigError, parse_settings
 from gem_ray.strict import load_yaml
 from gem_ray.tagger.recipe import TaggerTraining, load_recipe
+from gem_ray.taxonomy import LabelSetName
 
-LabelSetName = Literal["fmnerg", "gmner"]
 Input = Literal["with-knowledge", "without-knowledge"]
 INPUTS: tuple[Input, ...] = ("with-knowledge", "without-knowledge")
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from gem_ray.config import DType, ImageConfig, PositiveInt
+from gem_ray.taxonomy import LabelSetName
 
 
 class MatcherTraining(BaseModel):
@@ -14,7 +15,7 @@ class MatcherTraining(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    labels: Literal["fmnerg", "gmner"] = Field("fmnerg", description="whose categories stand beside the names")
+    labels: LabelSetName = Field("fmnerg", description="whose categories stand beside the names")
     learning_rate: float = Field(5e-5, gt=0, description="the highest")
     epochs: PositiveInt = Field(1, description="passes over the posts")
     batch_size: PositiveInt = Field(16, description="posts, each with all its pairs, in a batch")

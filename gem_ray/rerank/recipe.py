@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gem_ray.config import DType, ImageConfig, ImageFit, PositiveInt, Probability
 from gem_ray.recipes import load_recipe
+from gem_ray.taxonomy import LabelSetName
 
 
 class RerankerTraining(BaseModel):
@@ -15,7 +16,7 @@ class RerankerTraining(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    labels: Literal["fmnerg", "gmner"] = Field("fmnerg", description="label set of the gold")
+    labels: LabelSetName = Field("fmnerg", description="label set of the gold")
     rank: PositiveInt = Field(64, description="of the adapter")
     alpha: float = Field(128, gt=0, description="scale of the adapter, over its rank")
     dropout: Probability = Field(0.05, description="on the adapter's input")

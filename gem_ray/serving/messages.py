@@ -14,6 +14,7 @@ from gem_ray.data.images import BYTES_PER_PIXEL
 from gem_ray.data.prepare import post_from_row
 from gem_ray.records import Post, ProblemKind, model_rows
 from gem_ray.serving.flow import UNTOLD, Annotated
+from gem_ray.taxonomy import LabelSetName
 
 MAX_TOKENS = 2000
 """Words of a post that brings its own."""
@@ -255,7 +256,7 @@ class Version(BaseModel):
 class Taxonomy(BaseModel):
     """Categories: coarse -> fine."""
 
-    labels: Literal["fmnerg", "gmner"]
+    labels: LabelSetName
     coarse: dict[str, list[str]]
 
 

