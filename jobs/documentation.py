@@ -1,7 +1,8 @@
 """Pages of the documentation that are made from the code, as a hook of MkDocs: `make docs`.
 
-They are the reference of the configuration, of the training recipes and of the commands, the page of `clusters/`, and a
-page with the text of each file of the repository that another page links to. Neither torch nor Ray is imported.
+They are the reference of the configuration, of the training recipes, of the commands and of the Python API, the pages
+that the repository has outside `docs/`, and a page with the text of each file that another page links to. A link to a
+name in a Python file, `crf.py#LinearChainCRF`, leads to the line of its definition. Neither torch nor Ray is imported.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import BaseModel
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
+import gem_ray
 from gem_ray.cli import app
 from gem_ray.config import Config, section_type
 from gem_ray.grounding.matcher_recipe import MatcherTraining
@@ -31,6 +33,8 @@ from gem_ray.tagger.recipe import TaggerTraining
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {"tagger": TaggerTraining, "reranker": RerankerTraining, "matcher": MatcherTraining}
+INCLUDED = {"clusters.md": "clusters/README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+"""Page of the site -> page of the repository outside `docs/`."""
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 """The target of a Markdown link or image to a file: its path and its fragment."""
 
@@ -49,6 +53,11 @@ _RECIPES = """# Training recipes
 Every setting of `gem-ray train`. `--set epochs=3` changes one, `--preset` starts from the recipes that come with the
 package ([tagger](../../gem_ray/presets/tagger/paper-roberta.yaml),
 [reranker](../../gem_ray/presets/reranker/paper.yaml)).
+"""
+_PYTHON = """# Python API
+
+What `gem_ray` exports, stable within a minor version. Names are imported on first use: `import gem_ray` loads neither
+torch nor Ray.
 """
 
 
@@ -164,6 +173,34 @@ def commands_page() -> str:
     return get_docs_for_click(obj=command, ctx=typer.Context(command), name="gem-ray", title="Commands")
 
 
+def python_page() -> str:
+    """The reference of what the package exports, for mkdocstrings."""
+    return _PYTHON + "".join(f"\n::: gem_ray.{name}\n" for name in gem_ray.__all__)
+
+
+def included_page(source: Path, docs: Path) -> str:
+    """A page of the repository with its links as from the folder `docs`."""
+
+    def moved(match: re.Match[str]) -> str:
+        path = os.path.relpath(source.parent / match.group(1), docs)
+        return path + (match.group(2) or "")
+
+    return LINK.sub(moved, source.read_text(encoding="utf-8"))
+
+
+def line_of(name: str, file: Path) -> int:
+    """The line, from 1, in which a Python file defines a function or class.
+
+    Raises:
+        ValueError: it does not.
+    """
+    definition = re.compile(rf"\s*(?:def|class) {re.escape(name)}\b")
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if definition.match(line):
+            return number
+    raise ValueError(f"{file.relative_to(ROOT)} defines no {name}")
+
+
 def linked_files(text: str, folder: Path) -> Iterator[Path]:
     """Files that a Markdown text links to, by their path from `folder`; fragments are left out."""
     fences = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
@@ -181,14 +218,16 @@ def source_page(file: Path) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from the code."""
-    for uri, content in {
+    docs = Path(config.docs_dir)
+    made = {
         "reference/configuration.md": configuration_page(),
         "reference/recipes.md": recipes_page(),
         "reference/commands.md": commands_page(),
-        "clusters.md": (ROOT / "clusters" / "README.md").read_text(encoding="utf-8"),
-    }.items():
+        "reference/python.md": python_page(),
+    }
+    made |= {uri: included_page(ROOT / source, docs) for uri, source in INCLUDED.items()}
+    for uri, content in made.items():
         files.append(File.generated(config, uri, content=content))
-    docs = Path(config.docs_dir)
     pages = [file for file in files if file.is_documentation_page()]
     linked = {path for file in pages for path in linked_files(file.content_string, (docs / file.src_uri).parent)}
     for path in sorted(linked):
@@ -205,9 +244,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
         path = Path(os.path.normpath(docs / here / match.group(1)))
         if not path.is_file() or path.is_relative_to(docs):
             return match.group()
-        return posixpath.relpath(_source_uri(path), here or ".") + (match.group(2) or "")
+        fragment = match.group(2)
+        title = f' "line {line_of(fragment[1:], path)}"' if fragment else ""
+        return posixpath.relpath(_source_uri(path), here or ".") + title
 
     return LINK.sub(inside, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Links with a line as their title lead to it: MkDocs, which checks anchors before, knows none in code."""
+    return re.sub(r'(?<=\.html)(?=" title="line (\d+)")', r"#__codelineno-0-\1", html)
 
 
 def _source_uri(path: Path) -> str:
