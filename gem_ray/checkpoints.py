@@ -40,7 +40,7 @@ def resolve(reference: str) -> Path:
 
 
 def local(reference: str) -> Path | None:
-    """Where a model is on this machine; None: it is not. Nothing is fetched, but an `s3://` prefix is listed."""
+    """Where a model is on this machine; `None` if not there. Fetches nothing, but lists an `s3://` prefix."""
     if (path := here(reference)) is not None:
         return path
     if not reference.startswith("s3://"):
@@ -130,7 +130,7 @@ def _state(path: Path, files: list[Path]) -> str:
 
 
 def here(reference: str) -> Path | None:
-    """The path of what needs neither network nor cache; None: it does.
+    """The path of what needs neither network nor cache; `None` if it does.
 
     Raises:
         FileNotFoundError: a `nano:` or `package:` reference to nothing.

@@ -148,7 +148,7 @@ def read_file(reference: str, name: str) -> str:
 
 
 def licence(model: HubModel) -> str | None:
-    """What the hub says about a model's licence; None: nothing, or it cannot be asked."""
+    """What the hub says about a model's licence; `None` if nothing, or if it cannot be asked."""
     import httpx2
     from huggingface_hub import HfApi
 
@@ -166,7 +166,7 @@ def is_pinned(reference: str) -> bool:
 
 
 def on_disk(reference: str) -> Path | None:
-    """Where a model is in the hub's cache; None: it is not there, or not whole. Asks nobody."""
+    """Where a model is in the hub's cache; `None` if not there, or not whole. Makes no request."""
     from huggingface_hub.errors import RevisionResolutionError
 
     try:

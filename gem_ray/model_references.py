@@ -26,7 +26,7 @@ def model_keys(stages: Iterable[StageSpec], config: Config) -> dict[str, Key]:
 
 
 def reference_at(config: Config, key: Key) -> str | None:
-    """What a configuration says there; None: nothing, or its section is off."""
+    """What a configuration says there; `None` if nothing, or if its section is off."""
     return reduce(lambda value, name: value and _child(value, name), key, config)  # type: ignore[return-value]
 
 

@@ -56,7 +56,7 @@ class RetryingFileSystem(fs.S3FileSystem):
 
     Args:
         region: where the bucket is.
-        endpoint: URL of the server; default: AWS.
+        endpoint: URL of the server; `None` means AWS.
         anonymous: send no credentials.
     """
 

@@ -27,7 +27,7 @@ class StoredFile:
         path: on its file system.
         size: in bytes.
         mtime_ns: when it was last changed, in nanoseconds since 1970.
-        etag: S3's fingerprint of the content; none on local file systems.
+        etag: S3's fingerprint of the content; `None` on local file systems.
         unreadable: why it cannot be read, where the listing shows that already.
     """
 

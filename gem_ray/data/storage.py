@@ -88,7 +88,7 @@ class Storage:
         raise NotImplementedError
 
     def swap(self, name: str, content: bytes, expected: str | None) -> str:
-        """Write a file if it still has the expected version (None: if it is not there); gives back the new version.
+        """Write a file if it still has the expected version (`None`: if it is not there); gives back the new version.
 
         Raises:
             ConflictError: it has another version.

@@ -22,7 +22,7 @@ class Acceptance:
     Attributes:
         precision: that is asked for.
         delta: how probable it may be that the promise does not hold.
-        threshold: the lowest confidence that keeps it; None: none does.
+        threshold: the lowest confidence that keeps it; `None` if none does.
         accepted: labelled entities with at least that confidence.
         right: those of them that are right.
         entities: all labelled entities.

@@ -20,7 +20,7 @@ class JudgedEntity:
         found: its span is a gold mention's; only then can a category be right.
         right: the tagger's category is.
         in_top: the gold category is among the tagger's K most probable ones.
-        reranked_right: the reranker's category is; None: the reranker said nothing.
+        reranked_right: the reranker's category is; `None` if the reranker said nothing.
     """
 
     entropy: float

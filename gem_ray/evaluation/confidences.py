@@ -121,7 +121,7 @@ class Answer:
         tagger: the tagger's probability of each.
         reranker: the reranker's.
         confidence: of the tagger.
-        gold: the right category; None: the span is wrong.
+        gold: the right category; `None` if the span is wrong.
     """
 
     post_id: str

@@ -80,7 +80,7 @@ class Batches:
         return answers
 
     def _attempt(self, work: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T]) -> Sequence[R] | None:
-        """A batch's answers; none if memory ran out. On return, nothing holds on to what the attempt had made."""
+        """A batch's answers; `None` if memory ran out. On return, nothing holds on to what the attempt had made."""
         if self._memory:
             self._memory.begin()
         try:

@@ -46,7 +46,7 @@ class Instance:
     Args:
         box: its tight bounds in pixels; x2, y2 exclusive, inside the image.
         score: between 0 and 1.
-        mask: (h, w) bool; none from a model that gives boxes only.
+        mask: (h, w) bool; `None` from a model that gives boxes only.
     """
 
     box: Box
@@ -69,7 +69,7 @@ class Instance:
 
 
 def mask_box(mask: np.ndarray) -> Box | None:
-    """The tight bounds of a mask (h, w) bool, x2 and y2 exclusive; none of an empty mask."""
+    """The tight bounds of a mask (h, w) bool, x2 and y2 exclusive; `None` for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return None

@@ -61,7 +61,7 @@ class Account:
             of their prompts, and those among them that the engine had read before.
         pools: time of the actors, by pool.
         unit_seconds: of all cards that Ray had, also those that nobody used; of machines where there were no cards.
-        money: of starts with a price; None: none had one.
+        money: of starts with a price; `None` if none had one.
         written_bytes: of published annotations.
     """
 

@@ -40,7 +40,7 @@ class Group:
     Attributes:
         name: `g00000` and so on for files of the input; `p000` or `r000` and so on for rows that are done again.
         files: the files that hold the rows.
-        wanted: ids of the rows, `(N,)` int64, sorted; None: all rows of the files.
+        wanted: ids of the rows, `(N,)` int64, sorted; `None` means all rows of the files.
         replaces: names of published files whose rows these are.
     """
 
@@ -196,7 +196,7 @@ class _Staged:
         self.rows = [StagedRows(folder.storage, folder.staged(group.name, number)) for number in range(passes)]
 
     def left(self, number: int) -> np.ndarray | None:
-        """The ids of the rows that have not been through a pass, sorted; None: all rows of the files."""
+        """The ids of the rows that have not been through a pass, sorted; `None` means all rows of the files."""
         done = self.rows[number].ids()
         return np.setdiff1d(self.group.ids, done, assume_unique=True) if len(done) else self.group.wanted
 
@@ -206,7 +206,7 @@ class _Staged:
 
 
 def _together(groups: Sequence[Group], wanted: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """The ids that are wanted of some groups, sorted; None: all rows of all files."""
+    """The ids that are wanted of some groups, sorted; `None` means all rows of all files."""
     if all(each is None for each in wanted):
         return None
     return np.concatenate([group.ids if ids is None else ids for group, ids in zip(groups, wanted, strict=True)])

@@ -45,7 +45,7 @@ class InputFile:
         size: in bytes.
         mtime_ns: when it was last changed, in nanoseconds since 1970.
         etag: S3's fingerprint of the content; None on a disk.
-        unread: why none of its rows are read; None: they are.
+        unread: why none of its rows are read; `None` if they are.
         unread_rows: how many these are, where its footer says so.
     """
 

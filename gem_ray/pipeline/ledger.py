@@ -264,7 +264,7 @@ class Ledger:
         self._book.add_busy.remote(name, seconds)
 
     def note_trouble(self, name: str, trouble: str | None) -> None:
-        """Say what an actor waits for; None: for nothing any more."""
+        """Say what an actor waits for; `None` when it no longer waits."""
         self._book.note_trouble.remote(name, trouble)
 
     def end_pass(self) -> None:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reading:
-    """What there is to say of work under way. None: not known.
+    """Progress of work under way; what is not known is `None`.
 
     Attributes:
         done: posts that are through.

@@ -99,7 +99,7 @@ class _Read:
 
 
 def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray | None:
-    """Which of its rows are wanted, counted from 0; None: all of them."""
+    """Which of its rows are wanted, counted from 0; `None` means all of them."""
     if wanted is None:
         return None
     first = file.number << ROWS_BITS

@@ -60,7 +60,7 @@ class RunSummary:
 
     @property
     def accepted_share(self) -> float | None:
-        """Of the entities, those that are accepted; None: the configuration has no threshold for it."""
+        """Of the entities, those that are accepted; `None` without a configured threshold."""
         if self.config.get("acceptance", {}).get("threshold") is None:
             return None
         return self.tally.accepted / self.tally.entities if self.tally.entities else 0.0

@@ -41,7 +41,7 @@ class WatchedStage:
 
     @property
     def trouble(self) -> str | None:
-        """What the stage waits for, in words; None: nothing."""
+        """What the stage waits for, in words; `None` if nothing."""
         return self._stage.trouble
 
     def __call__(self, posts: list[Post]) -> None:

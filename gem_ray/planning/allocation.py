@@ -86,12 +86,12 @@ class Cards:
 
     @classmethod
     def holding(cls, count: int, pools: Iterable[PlannedPool]) -> Cards | None:
-        """Cards with the shares of all actors taken, the largest first; none if they do not fit."""
+        """Cards with the shares of all actors taken, the largest first; `None` if they do not fit."""
         return cls.with_shares(count, [share for pool in pools for share in pool.gpu_shares])
 
     @classmethod
     def with_shares(cls, count: int, shares: Iterable[float]) -> Cards | None:
-        """Cards with shares taken, the largest first; none if they do not fit."""
+        """Cards with shares taken, the largest first; `None` if they do not fit."""
         cards = cls(count)
         return cards if all(cards.take(share) for share in sorted(shares, reverse=True)) else None
 
@@ -122,7 +122,7 @@ def allocate(pools: Iterable[PlannedPool], gpus: int, cpus: int | None) -> tuple
     Args:
         pools: with as many actors as they have at the least, which fit.
         gpus: cards.
-        cpus: CPUs; default: as many as it takes, and this machine's for a pool without cards and without a bound.
+        cpus: CPUs; `None` means as many as it takes, and this machine's for a pool without cards and without a bound.
     """
     grown = {pool.name: pool for pool in pools}
     timed = [pool.name for pool in grown.values() if pool.is_timed]

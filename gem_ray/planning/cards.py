@@ -144,13 +144,13 @@ class Fleet:
 
     @property
     def name(self) -> str | None:
-        """Of the kind, or of all kinds with their numbers; none where one is not known."""
+        """Of the kind, or of all kinds with their numbers; `None` if one is not known."""
         if len(self.kinds) == 1:
             return self.kinds[0][1]
         return "+".join(f"{count}x{name}" for count, name, _ in self.kinds) or None
 
     def seconds(self, need: Callable[[Card], float]) -> float | None:
-        """Of an average card for something that is shared out over all of them; none where a speed is not known."""
+        """Of an average card for something that is shared out over all of them; `None` if a speed is not known."""
         if not self.kinds or any(card is None for _, _, card in self.kinds):
             return None
         times = [(count, need(card)) for count, _, card in self.kinds if card is not None]
@@ -160,7 +160,7 @@ class Fleet:
 
     @property
     def list_price(self) -> float | None:
-        """Dollars for an hour of all cards; none where one has no list price."""
+        """Dollars for an hour of all cards; `None` if one has no list price."""
         prices = [LIST_PRICES.get(name or "") for _, name, _ in self.kinds]
         known = [count * price for (count, _, _), price in zip(self.kinds, prices, strict=True) if price is not None]
         return sum(known) if known and len(known) == len(prices) else None

@@ -85,7 +85,7 @@ def estimate(make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price:
         plan: of the run.
         posts: how many.
         rows_per_group: as the configuration has it.
-        price: of an hour of a card, or of the machine if it has none; default: the list price, if there is one.
+        price: of an hour of a card, or of the machine if it has none; `None` means the list price, if there is one.
     """
     if plan.problems or plan.posts_per_hour is None:
         return None

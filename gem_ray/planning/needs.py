@@ -26,11 +26,11 @@ class ModelNeeded:
         key: of the configuration.
         reference: what stands there.
         place: where it is: `with gem-ray`, `here`, `s3`, `hub cache`, or `missing`.
-        size: bytes of the files that are loaded; None: not known.
+        size: bytes of the files that are loaded; `None` if not known.
         is_exact: whether the size was counted, not computed from what is published.
-        licence: as its card or the published table says; None: not known.
+        licence: as its card or the published table says; `None` if not known.
         revision: the commit, of a model of the hub, if it is known.
-        reason: why nothing more is known; None: all is well.
+        reason: why nothing more is known; `None` if all is well.
     """
 
     role: str
@@ -57,8 +57,8 @@ def fetch_models(config: Config, target: str | None, report: Callable[[str], Non
 
     Args:
         config: names the models.
-        target: a folder or an `s3://` prefix that gets a copy of each model, named `org/name@commit`; None: they are
-            fetched to where they are loaded from on this machine.
+        target: a folder or an `s3://` prefix that gets a copy of each model, named `org/name@commit`; `None` means
+            this machine's cache, where they are loaded from.
         report: called with a line about each model.
 
     Returns:

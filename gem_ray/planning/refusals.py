@@ -177,7 +177,7 @@ def _left_out(pool: PlannedPool, config: Config, card: float) -> str:
 
 
 def _apart(pool: PlannedPool, config: Config, card: float) -> list[StagePool]:
-    """All pools, with one for each stage of this one, one after the other; none if that is no help."""
+    """All pools, with one for each stage of this one, one after the other; empty if that is no help."""
     names = [spec.name for spec in pool.pool.stages if spec.has_model]
     shares = {
         name: pool_need([name], config, pool.placement.batch_size, int(card)).held / (USABLE * card) for name in names

@@ -152,7 +152,7 @@ def more_probable(tagged: str, answered: str, choices: Sequence[str], probabilit
 
 
 def load_calibration(config: Config) -> RerankerCalibration | None:
-    """What weighs the answers of the configured reranker; None: it has no calibration."""
+    """What weighs the answers of the configured reranker; `None` without a calibration."""
     reference = calibrated_reference(config)
     return RerankerCalibration.load(resolve(reference)) if reference else None
 
@@ -160,7 +160,7 @@ def load_calibration(config: Config) -> RerankerCalibration | None:
 def calibrated_reference(config: Config) -> str | None:
     """Where the reranker's calibration is: with the adapter in use, or with the model where there is none.
 
-    None: it is behind an endpoint.
+    `None` for a reranker behind an endpoint.
     """
     settings = config.reranker
     if settings.engine == "endpoint":

@@ -59,7 +59,7 @@ class Facts:
         run: the output directory as it was named.
         run_id: of its annotations.
         labels: name of the label set.
-        design: how the posts were drawn; None: chosen for training, which proves nothing of the run.
+        design: how the posts were drawn; `None` if chosen for training, which proves nothing of the run.
         frame: the posts drawn from.
         sizes: posts of each stratum.
         shares: of the checks that each stratum gets.

@@ -33,7 +33,7 @@ class Access:
     Args:
         app: the guard.
         flow: whose posts are told beside the requests.
-        log: a file to which a line for each request is added; None: no access log. It may be renamed meanwhile.
+        log: a file to which a line for each request is added; `None` means no access log. It may be renamed meanwhile.
         max_in_flight: of the configuration.
     """
 

@@ -45,7 +45,7 @@ class PoolHandle(Protocol):
         Args:
             posts: to annotate.
             settings: by which entities are hard.
-            only: the one stage to run, in no batch with other posts; None: all that they need.
+            only: the one stage to run, in no batch with other posts; `None` means all that they need.
         """
 
 
@@ -71,7 +71,7 @@ class PoolCalls:
         stages: names of the pool's stages, in order.
         handle: its deployment.
         posts: most in a call.
-        calls: most at once; what comes meanwhile goes together in the next one. None: no limit.
+        calls: most at once; what comes meanwhile goes together in the next one. `None` means no limit.
         linger_s: while the service is busy, how long a call that is not half full waits for more posts; it never waits
             longer than the call before took.
         is_busy: whether it is.

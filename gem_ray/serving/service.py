@@ -56,7 +56,7 @@ class Service:
         return answer_row(done, self.run_id, heatmaps)
 
     def sharing_key(self, caller: Caller) -> str | None:
-        """The key whose posts are bounded, so that they leave places to other keys; None: there is nobody else."""
+        """The key whose posts are bounded, so that they leave places to other keys; `None` if there is no other."""
         is_bounded = self.config.serving.max_in_flight_per_key is not None or len(self.keys) > 1
         return caller.key if is_bounded else None
 
