@@ -315,7 +315,6 @@ GOLD_TYPE = pa.list_(
     )
 )
 
-# What `gem-ray shards` writes and `gem-ray annotate` reads; only `post_id` and `text` are required of a user's own.
 INPUT_SCHEMA = pa.schema(
     [
         ("post_id", pa.string()),
@@ -328,6 +327,7 @@ INPUT_SCHEMA = pa.schema(
         ("gold", GOLD_TYPE),
     ]
 )
+"""What `gem-ray shards` writes and `gem-ray annotate` reads; only `post_id` and `text` are required of a user's own."""
 
 MODEL_TYPE = pa.struct([("role", pa.string()), ("reference", pa.string())])
 
@@ -335,7 +335,6 @@ SCHEMA_VERSION = 2
 """Of `ANNOTATION_SCHEMA`; stands in the metadata of every published file."""
 SCHEMA_VERSION_KEY = b"gem_ray.schema_version"
 
-# What `gem-ray annotate` writes, one row a post.
 ANNOTATION_SCHEMA = pa.schema(
     [
         ("post_id", pa.string()),
@@ -354,3 +353,4 @@ ANNOTATION_SCHEMA = pa.schema(
     ],
     metadata={SCHEMA_VERSION_KEY: str(SCHEMA_VERSION)},
 )
+"""What `gem-ray annotate` writes, one row a post."""
