@@ -94,6 +94,12 @@ def test_files_that_a_page_links_to_are_there(page):
     assert {path for path in missing if path.parent != ROOT / "docs" / "reference"} == set()
 
 
+def test_the_page_of_results_links_every_file_of_figures():
+    docs = ROOT / "docs"
+    linked = set(linked_files((docs / "results.md").read_text(encoding="utf-8"), docs))
+    assert {*(docs / "benchmarks").glob("*.json"), *(docs / "experiments").rglob("table.md")} <= linked
+
+
 def test_a_link_to_a_name_leads_to_its_definition():
     file = ROOT / "gem_ray" / "rerank" / "uncertainty.py"
     line = file.read_text(encoding="utf-8").splitlines()[line_of("entropy", file) - 1]
