@@ -24,17 +24,22 @@ def compare(
     url: UrlOption = None,
     preset: PresetOption = "nano",
     set_: SetOption = None,
-    clients: Annotated[int, typer.Option(help="Clients at once.", min=2)] = 32,
-    requests: Annotated[int, typer.Option(help="Requests of all clients.", min=32)] = 2000,
+    clients: Annotated[list[int] | None, typer.Option(help="Clients at once; from few to many.", min=1)] = None,
+    requests: Annotated[int, typer.Option(help="Requests of the most clients.", min=32)] = 2000,
     seconds: Annotated[float, typer.Option(help="Length of the overload.", min=1)] = 20,
     out: OutOption = Path("out/benchmark"),
 ) -> None:
-    """One client, many clients, and twice the rate that these reached."""
+    """1, 4, 16 and 32 clients, twice the rate that the most reached, and the same models in process."""
     from gem_ray.benchmarks.load import Load, measure_load
+    from gem_ray.benchmarks.throughput import measure_in_process
+    from gem_ray.config import load_config
 
     with _service(url, preset, set_) as address:
         load = Load(address, api_key=os.environ.get("GEM_RAY_API_KEY"))
-        write_result(out, "load-compare", asyncio.run(measure_load(load, clients, requests, seconds)))
+        result = asyncio.run(measure_load(load, clients or [1, 4, 16, 32], requests, seconds))
+    if url is None:
+        result["in_process"] = measure_in_process(load_config(preset, overrides=set_ or ()), requests)
+    write_result(out, "load-compare", result)
 
 
 @app.command()

@@ -109,29 +109,28 @@ class Load:
             outcome.stage_seconds.update(answer.json()["seconds"])
 
 
-async def measure_load(load: Load, clients: int, requests: int, seconds: float) -> dict[str, Any]:
-    """One client against many; then twice what the service can take, and how soon it is itself again.
+async def measure_load(load: Load, clients: Sequence[int], requests: int, seconds: float) -> dict[str, Any]:
+    """Ever more clients; then twice what the service can take, and how soon it is itself again.
 
     Args:
         load: the service.
-        clients: of the closed loop.
-        requests: of the closed loop; one client alone sends a quarter of them.
+        clients: of each closed loop, from few to many; the first is the service's usual time.
+        requests: of the last closed loop; the others send fewer, but for as long.
         seconds: length of the overload.
     """
-    await load.closed(clients, 2 * clients)  # every process has done something once
+    most = clients[-1]
+    await load.closed(most, 2 * most)  # every process has done something once
     memory = [serve_memory()]
-    alone = await load.closed(1, max(8, requests // 4))
+    loops = {count: await load.closed(count, max(8 * count, requests * min(4, count) // 16)) for count in clients[:-1]}
+    loops[most] = await load.closed(most, requests)
     memory.append(serve_memory())
-    many = await load.closed(clients, requests)
-    memory.append(serve_memory())
+    few, many = loops[clients[0]], loops[most]
     overload = await load.open(2 * many.per_second, seconds)
-    recovery = await _seconds_to_recover(load, _median(alone))
+    recovery = await _seconds_to_recover(load, _median(few))
     return {
-        "one_client": alone.to_dict(),
-        f"{clients}_clients": many.to_dict(),
-        "throughput_ratio": many.per_second / alone.per_second,
-        "p99_over_median": many.to_dict()["latency_s"]["200"]["p99"] / _median(many),
-        "memory_mib": dict(zip(("before", "after_one_client", "after_many"), memory, strict=True)),
+        "clients": {str(count): outcome.to_dict() for count, outcome in loops.items()},
+        "throughput_ratio": many.per_second / few.per_second,
+        "memory_mib": dict(zip(("before", "after"), memory, strict=True)),
         "twice_the_sustainable_rate": overload.to_dict(),
         "seconds_to_recover": recovery,
     }

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gem_ray.annotator import Annotator
@@ -22,6 +23,7 @@ from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.records import Post
 
 _SEED = 7
+_LONE = 100  # posts that are timed one by one
 
 
 def measure_throughput(folder: Path, config: Config, posts: int, plain_posts: int) -> dict[str, Any]:
@@ -61,6 +63,27 @@ def measure_throughput(folder: Path, config: Config, posts: int, plain_posts: in
         "seconds_to_first_post": clock.first_seconds(started),
         "seconds": whole,
     }
+
+
+def measure_in_process(config: Config, posts: int) -> dict[str, float]:
+    """The models of a service without it: a lone post, and batches.
+
+    Args:
+        config: of the service.
+        posts: generated posts for the batches.
+
+    Returns:
+        `lone_post_s`, the median on as many threads as a process of the service has; `posts_per_second`, of a thread a
+        core with models of its own.
+    """
+    generated = list(generate(posts, _SEED))
+    usual = torch.get_num_threads()
+    torch.set_num_threads(config.serving.pools[0].threads)
+    annotator = Annotator.from_config(config)
+    lone = [_seconds(lambda post=post: annotator.annotate([_copy(post)])) for post in generated[:_LONE]]
+    torch.set_num_threads(usual)
+    rate = posts / _in_process_seconds(config, generated, threads=os.cpu_count() or 1, torch_threads=1)
+    return {"lone_post_s": float(np.median(lone)), "posts_per_second": rate}
 
 
 class Clock:
