@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def measure_in_process(config: Config, posts: int) -> dict[str, float]:
     usual = torch.get_num_threads()
     torch.set_num_threads(config.serving.pools[0].threads)
     annotator = Annotator.from_config(config)
-    lone = [_seconds(lambda post=post: annotator.annotate([_copy(post)])) for post in generated[:_LONE]]
+    lone = [_seconds(partial(annotator.annotate, [_copy(post)])) for post in generated[:_LONE]]
     torch.set_num_threads(usual)
     rate = posts / _in_process_seconds(config, generated, threads=os.cpu_count() or 1, torch_threads=1)
     return {"lone_post_s": float(np.median(lone)), "posts_per_second": rate}
