@@ -17,7 +17,7 @@ _SETTINGS = (
 
 
 def test_every_row_once_and_little_done_again_whatever_is_killed(tmp_path: Path) -> None:
-    result = measure_chaos(str(tmp_path), posts=1000, shards=10, settings=_SETTINGS)
+    result = measure_chaos(str(tmp_path), posts=500, shards=10, settings=_SETTINGS)
     assert result["every_row_once"]
     assert result["different_rows"] == 0
     assert [kill["killed"] for kill in result["kills"]] == ["driver", "actor", "node"]
