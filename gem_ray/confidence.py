@@ -8,46 +8,24 @@ how sure the span is; `score` does not. The reranker's weighs its answer against
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from gem_ray.checkpoints import describe, resolve
 from gem_ray.config import Config, ConfigError
 from gem_ray.logistic import Features, Logistic, logit
+from gem_ray.model_files import ModelFile
 from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Entity, Post
 
-_FILE = "confidence.json"
 _FLOOR = 1e-3  # what a model finds less probable counts as so probable: the last digits are no knowledge
-C = TypeVar("C", bound="_Calibration")
 
 
-class _Calibration(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Calibration(ModelFile):
+    file_name = "confidence.json"
 
     fitted_on: str = Field(min_length=1, description="which labelled posts, for people")
-
-    @classmethod
-    def load(cls: type[C], path: Path) -> C | None:
-        """A model directory's; None where it has none.
-
-        Raises:
-            ValueError: the file holds something else; the message names it.
-        """
-        file = path / _FILE
-        if not file.is_file():
-            return None
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise ValueError(f"{file} is no {cls.__name__}: {error}") from None
-
-    def save(self, folder: Path) -> None:
-        """Write it into a model directory."""
-        (folder / _FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 class TaggerCalibration(_Calibration):
@@ -56,6 +34,8 @@ class TaggerCalibration(_Calibration):
     Attributes:
         model: of `tagger_features`.
     """
+
+    fault = "is no TaggerCalibration"
 
     model: Logistic
 
@@ -71,6 +51,8 @@ class RerankerCalibration(_Calibration):
         reranker: the weight of the reranker, never below 0.
         model: the probability that the entity is right, of `reranker_features`.
     """
+
+    fault = "is no RerankerCalibration"
 
     tagger: float
     reranker: float = Field(ge=0)
@@ -116,7 +98,8 @@ class Confidence:
         calibration = TaggerCalibration.load(resolve(reference))
         if settings.threshold is not None and calibration is None:
             raise ConfigError(
-                f"acceptance.threshold needs a tagger that says how sure it is, and {reference} has no {_FILE}; "
+                f"acceptance.threshold needs a tagger that says how sure it is, and {reference} has no "
+                f"{TaggerCalibration.file_name}; "
                 "`gem-ray calibrate --store` makes one from labelled posts"
             )
         if settings.tagger is not None and (now := describe(reference)) != settings.tagger:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, nearest
+from gem_ray.model_files import ModelFile
 from gem_ray.model_references import model_keys, reference_at
 from gem_ray.records import Entity, Post
 from gem_ray.stages import find_stage
 from gem_ray.taxonomy import LABEL_SETS
 
-_FILE = "scope.json"
 _OTHER_ADAPTERS = "reranker_adapter_"  # loaded beside the one in use
 
 
-class Scope(BaseModel):
+class Scope(ModelFile):
     """The entities and images that a model was made for. What is not said is not bounded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    file_name = "scope.json"
+    fault = "does not say what a model knows"
 
     knows: str = Field(min_length=1, description="what it knows, for people: ends the sentence `it knows only …`")
     names: tuple[str, ...] | None = Field(None, description="of the entities, compared by letters and digits alone")
@@ -40,27 +40,6 @@ class Scope(BaseModel):
             if category not in known:
                 raise ValueError(f"there is no category {category!r}; {nearest(category, known)}")
         return categories
-
-    @classmethod
-    def load(cls, path: Path) -> Scope | None:
-        """A model directory's; None where it says nothing, or where the model is a single file.
-
-        Raises:
-            ValueError: the file holds something else; the message names it.
-        """
-        file = path / _FILE
-        if not file.is_file():
-            return None
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            faults = (": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in error.errors())
-            raise ValueError(f"{file} does not say what a model knows: {'; '.join(faults)}") from None
-
-    def save(self, folder: Path) -> None:
-        """Write it into a model directory."""
-        text = self.model_dump_json(indent=2, exclude_none=True, ensure_ascii=False)
-        (folder / _FILE).write_text(text + "\n", encoding="utf-8")
 
     def covers(self, post: Post, entity: Entity) -> bool:
         """Whether the model knows such an entity in such an image."""

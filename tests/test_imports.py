@@ -24,6 +24,7 @@ LAYERS = [
         "checkpoints",
         "hub",
         "model_references",
+        "model_files",
         "device",
         "loading",
         "scope",
