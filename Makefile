@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Tests that start Ray or a service, which take all cores themselves; all others run in two processes beside one another.
+ALONE := tests/benchmarks tests/jobs tests/nano tests/pipeline tests/serving tests/test_cli.py
 
 .PHONY: demo test quick lint format docs install clean
 
@@ -10,12 +12,13 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 	$(BIN)/gem-ray demo --out out/demo
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/python -m pytest -m "not vllm" --durations 20
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" --durations 10 $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -m "not vllm" --durations 20 $(ALONE)
 	$(BIN)/python -m pytest -m vllm tests/rerank tests/nano tests/pipeline
 	$(BIN)/python -m pytest -m vllm tests/knowledge/test_explainer_vllm.py
 
 quick: $(VENV)/.dev  ## for the daily loop: what starts no Ray and no service
-	$(BIN)/python -m pytest -x tests/clusters tests/data tests/export tests/knowledge tests/planning tests/tagger
+	$(BIN)/python -m pytest -x -n 2 --dist loadfile tests/clusters tests/data tests/export tests/knowledge tests/planning tests/tagger
 
 lint: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
