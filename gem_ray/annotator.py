@@ -210,7 +210,7 @@ class Annotator:
 
 
 def models_of(config: Config, stages: Sequence[StageSpec] | None = None) -> dict[str, str]:
-    """What makes the output: role -> `checkpoints.describe` of every model that a configuration uses.
+    """What makes the output: role -> `model_paths.describe` of every model that a configuration uses.
 
     No weights are fetched. A model behind an endpoint has no files: its name stands alone.
 

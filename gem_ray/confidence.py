@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from gem_ray.checkpoints import describe, resolve
 from gem_ray.config import Config, ConfigError
 from gem_ray.logistic import Features, Logistic, logit
 from gem_ray.model_files import ModelFile
+from gem_ray.model_paths import describe, resolve
 from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Entity, Post
 

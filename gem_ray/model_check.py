@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
+from gem_ray.model_paths import resolve
 from gem_ray.model_references import Key, model_keys, reference_at
 from gem_ray.scope import load_scopes
 from gem_ray.stages import StageSpec, active_stages

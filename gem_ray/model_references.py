@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, TypeVar
 
-from gem_ray import checkpoints, hub
+from gem_ray import hub, model_paths
 from gem_ray.config import Config
 from gem_ray.stages import Key, StageSpec
 
@@ -31,7 +31,7 @@ def reference_at(config: Config, key: Key) -> str | None:
 
 
 def describe_models(stages: Iterable[StageSpec], config: Config) -> dict[str, str]:
-    """What the models with files of stages are now: role -> `checkpoints.describe`; no weights are fetched.
+    """What the models with files of stages are now: role -> `model_paths.describe`; no weights are fetched.
 
     Raises:
         FileNotFoundError: a model is not there.
@@ -39,7 +39,7 @@ def describe_models(stages: Iterable[StageSpec], config: Config) -> dict[str, st
     references = {role: reference_at(config, key) for role, key in model_keys(stages, config).items()}
     if tagger := references.get("tagger"):
         references["tagger_encoder"] = _base_encoder(tagger)
-    return {role: checkpoints.describe(reference) for role, reference in references.items() if reference}
+    return {role: model_paths.describe(reference) for role, reference in references.items() if reference}
 
 
 def load_unchanged(
@@ -81,7 +81,7 @@ def _pinned(stages: Sequence[StageSpec], config: Config, models: Mapping[str, st
 def _base_encoder(tagger: str) -> str | None:
     """The encoder that a tagger's directory leaves to another."""
     try:
-        values = json.loads(checkpoints.read_file(tagger, "config.json"))
+        values = json.loads(model_paths.read_file(tagger, "config.json"))
     except (FileNotFoundError, ValueError):
         return None
     return values.get("base_encoder") if isinstance(values, dict) else None

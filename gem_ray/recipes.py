@@ -1,4 +1,4 @@
-"""Recipes of trainings: checked settings, and the presets that come with the package."""
+"""Training recipes: checked settings, and the recipes that come with the package."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def recipe_names(component: str) -> list[str]:
-    """The presets of a component's recipes: `tagger`, `reranker`."""
+    """Names of the recipes for a component: `tagger`, `reranker`."""
     return sorted(entry.name.removesuffix(".yaml") for entry in _folder(component).iterdir())
 
 
-def load_recipe(kind: type[R], component: str, preset: str | None, values: Mapping[str, Any]) -> R:
-    """A preset's recipe, or the defaults, with some settings changed.
+def load_recipe(kind: type[R], component: str, name: str | None, values: Mapping[str, Any]) -> R:
+    """A recipe of the package, or the defaults, with some settings changed.
 
     Raises:
-        ConfigError: an unknown preset or setting, or a value that cannot be.
+        ConfigError: an unknown recipe or setting, or a value that cannot be.
     """
     base: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in recipe_names(component):
-            raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(recipe_names(component))}")
-        base = load_yaml((_folder(component) / f"{preset}.yaml").read_text(encoding="utf-8"))
+    if name is not None:
+        if name not in recipe_names(component):
+            raise ConfigError(f"unknown recipe {name!r}; expected one of {', '.join(recipe_names(component))}")
+        base = load_yaml((_folder(component) / f"{name}.yaml").read_text(encoding="utf-8"))
     return parse_settings(kind, {**base, **values})
 
 

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from pydantic import Field, field_validator
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, nearest
 from gem_ray.model_files import ModelFile
+from gem_ray.model_paths import resolve
 from gem_ray.model_references import model_keys, reference_at
 from gem_ray.records import Entity, Post
 from gem_ray.stages import find_stage

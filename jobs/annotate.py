@@ -1,6 +1,6 @@
 """`gem-ray annotate` as a Ray job: `python jobs/annotate.py INPUT OUTPUT …`."""
 
-from gem_ray.jobs import run_job
+from gem_ray.entrypoint import run_job
 
 if __name__ == "__main__":
     run_job("annotate", stopped="stopped; the same command goes on where this one stopped")

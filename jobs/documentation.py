@@ -50,7 +50,7 @@ such a key. The others change where and how fast posts are annotated, and may di
 """
 _RECIPES = """# Training recipes
 
-Every setting of `gem-ray train`. `--set epochs=3` changes one, `--preset` starts from the recipes that come with the
+Every setting of `gem-ray train`. `--recipe-set epochs=3` changes one, `--recipe` starts from those that come with the
 package ([tagger](../../gem_ray/presets/tagger/paper-roberta.yaml),
 [reranker](../../gem_ray/presets/reranker/paper.yaml)).
 """

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gem_ray.annotator import Annotator, GuardedStage, models_of
-from gem_ray.checkpoints import content_hash
 from gem_ray.config import ConfigError, load_config
 from gem_ray.data.generated import generate
+from gem_ray.model_paths import content_hash
 from gem_ray.noise import GRAIN
 from gem_ray.records import Candidate, Entity, Post, ProblemKind, Status
 from gem_ray.stages import active_stages

@@ -150,7 +150,7 @@ def test_an_export_says_what_it_wrote_and_left_out_and_which_formats_there_are(t
 
 
 def test_unknown_setting_of_a_recipe_is_a_usage_error(tmp_path: Path) -> None:
-    done = gem_ray("train", "tagger", "--data", tmp_path, "--out", tmp_path / "model", "--set", "epoch=3")
+    done = gem_ray("train", "tagger", "--data", tmp_path, "--out", tmp_path / "model", "--recipe-set", "epoch=3")
     assert done.returncode == 2
     assert "epochs" in done.stderr
 
@@ -164,8 +164,8 @@ def test_unknown_embedded_model_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "tagger", "--preset", "papr-bert"), "expected one of nano, paper-bert, paper-roberta"),
-        (("train", "tagger", "--set", "coarse_path=false"), "set augmentation=false with coarse_path=false"),
+        (("train", "tagger", "--recipe", "papr-bert"), "expected one of nano, paper-bert, paper-roberta"),
+        (("train", "tagger", "--recipe-set", "coarse_path=false"), "set augmentation=false with coarse_path=false"),
         (("experiment", "tagr"), "give a YAML file, or one of cost, figure3"),
     ],
 )

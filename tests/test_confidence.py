@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gem_ray.checkpoints import describe
 from gem_ray.confidence import Confidence, TaggerCalibration, judge
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.logistic import Logistic
+from gem_ray.model_paths import describe
 from gem_ray.noise import settled
 from gem_ray.records import Entity, Post
 

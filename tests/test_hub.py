@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gem_ray import checkpoints
+from gem_ray import model_paths
 from gem_ray.hub import HubReference, loaded_files, look_up
 
 REPO = "org/model"
@@ -47,19 +47,19 @@ def everything_else(layout):
 def test_no_byte_is_fetched_but_of_what_is_loaded(hub, layout):
     wanted = SETTINGS | LAYOUTS[layout]
     hub.push(REPO, wanted | everything_else(layout))
-    folder = checkpoints.resolve(REPO)
+    folder = model_paths.resolve(REPO)
     assert hub.sent == {f"{REPO}/{name}": len(content) for name, content in wanted.items()}
     assert {name: (folder / name).read_bytes() for name in wanted} == wanted
 
 
 def test_what_is_there_is_not_fetched_again_nor_asked_for_when_its_commit_is_named(hub):
     commit = hub.push(REPO, SETTINGS | LAYOUTS["sharded"])
-    folder = checkpoints.resolve(REPO)
+    folder = model_paths.resolve(REPO)
     sent, requests = hub.sent.copy(), hub.requests
-    assert checkpoints.resolve(REPO) == folder
+    assert model_paths.resolve(REPO) == folder
     assert hub.sent == sent
     assert hub.requests == requests + 1  # for the commit that the branch stands for
-    assert checkpoints.resolve(f"{REPO}@{commit}") == folder
+    assert model_paths.resolve(f"{REPO}@{commit}") == folder
     assert hub.requests == requests + 1
 
 
@@ -73,27 +73,27 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
         ("", b"new"),
         (f"@{new}", b"new"),
     ):
-        assert (checkpoints.resolve(f"{REPO}{revision}") / "model.safetensors").read_bytes() == content
+        assert (model_paths.resolve(f"{REPO}{revision}") / "model.safetensors").read_bytes() == content
 
 
 def test_one_file_of_a_repository(hub):
     commit = hub.push(REPO, OTHERS | {"checkpoints/sam_vit_b.pth": b"sam"})
-    file = checkpoints.resolve(f"{REPO}@main:checkpoints/sam_vit_b.pth")
+    file = model_paths.resolve(f"{REPO}@main:checkpoints/sam_vit_b.pth")
     assert (file.name, file.read_bytes()) == ("sam_vit_b.pth", b"sam")
     assert hub.sent == {f"{REPO}/checkpoints/sam_vit_b.pth": 3}
-    assert checkpoints.describe(f"{REPO}:checkpoints/sam_vit_b.pth") == f"{REPO}@{commit}:checkpoints/sam_vit_b.pth"
-    assert checkpoints.local(f"{REPO}:checkpoints/sam_vit_b.pth") == file
+    assert model_paths.describe(f"{REPO}:checkpoints/sam_vit_b.pth") == f"{REPO}@{commit}:checkpoints/sam_vit_b.pth"
+    assert model_paths.local(f"{REPO}:checkpoints/sam_vit_b.pth") == file
     with pytest.raises(FileNotFoundError, match=r"it has no other\.pth"):
-        checkpoints.resolve(f"{REPO}:other.pth")
+        model_paths.resolve(f"{REPO}:other.pth")
 
 
 def test_a_model_is_described_by_its_commit_without_fetching_its_weights(hub):
     commit = hub.push(REPO, SETTINGS | LAYOUTS["sharded"])
-    assert checkpoints.describe(REPO) == f"{REPO}@{commit}"
+    assert model_paths.describe(REPO) == f"{REPO}@{commit}"
     assert not any(name.endswith(".safetensors") for name in hub.sent)
-    assert checkpoints.describe(f"{REPO}@{commit}") == f"{REPO}@{commit}"  # what is described can be asked for
+    assert model_paths.describe(f"{REPO}@{commit}") == f"{REPO}@{commit}"  # what is described can be asked for
     moved = hub.push(REPO, SETTINGS | LAYOUTS["bin"])
-    assert checkpoints.describe(REPO) == f"{REPO}@{moved}" != f"{REPO}@{commit}"
+    assert model_paths.describe(REPO) == f"{REPO}@{moved}" != f"{REPO}@{commit}"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_what_cannot_be_loaded_is_said_before_anything_is_fetched(hub, reference
     hub.push("org/empty", SETTINGS | {"tf_model.h5": b"tensorflow"})
     lost = LAYOUTS["sharded"] | SETTINGS
     hub.push("org/lost-shard", {name: lost[name] for name in lost if not name.startswith("model-00002")})
-    for ask in (checkpoints.describe, checkpoints.resolve):
+    for ask in (model_paths.describe, model_paths.resolve):
         with pytest.raises(FileNotFoundError, match=says) as caught:
             ask(reference)
         assert reference in str(caught.value)
@@ -122,36 +122,36 @@ def test_a_gated_model_says_what_to_do(hub):
     hub.push(REPO, SETTINGS | LAYOUTS["bin"])
     hub.gated.add(REPO)
     with pytest.raises(PermissionError, match=r"accept its terms .* HF_TOKEN"):
-        checkpoints.describe(REPO)
+        model_paths.describe(REPO)
 
 
 @pytest.mark.parametrize("offline", ["switched off", "gone"])
 def test_without_a_connection_the_cache_answers(hub, monkeypatch, offline):
     commit = hub.push(REPO, SETTINGS | LAYOUTS["sharded"] | OTHERS)
-    folder = checkpoints.resolve(REPO)
+    folder = model_paths.resolve(REPO)
     if offline == "gone":
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     else:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     requests = hub.requests
-    assert checkpoints.resolve(REPO) == checkpoints.local(REPO) == folder
-    assert checkpoints.describe(REPO) == f"{REPO}@{commit}"
+    assert model_paths.resolve(REPO) == model_paths.local(REPO) == folder
+    assert model_paths.describe(REPO) == f"{REPO}@{commit}"
     assert hub.requests == requests
-    assert checkpoints.local("org/other") is None
+    assert model_paths.local("org/other") is None
     with pytest.raises(FileNotFoundError, match="org/other"):
-        checkpoints.describe("org/other")
+        model_paths.describe("org/other")
 
 
 def test_a_model_of_which_a_part_is_missing_is_not_there(hub, monkeypatch):
     hub.push(REPO, SETTINGS | LAYOUTS["sharded"])
-    folder = checkpoints.resolve(REPO)
+    folder = model_paths.resolve(REPO)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    assert checkpoints.local(REPO) is None
+    assert model_paths.local(REPO) is None
     with monkeypatch.context() as offline:
         offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
-            checkpoints.describe(REPO)
-    assert (checkpoints.resolve(REPO) / "model-00002-of-00002.safetensors").is_file()
+            model_paths.describe(REPO)
+    assert (model_paths.resolve(REPO) / "model-00002-of-00002.safetensors").is_file()
 
 
 def test_where_there_is_no_home_the_hub_s_cache_is_in_ours(hub, monkeypatch, tmp_path):
@@ -159,7 +159,7 @@ def test_where_there_is_no_home_the_hub_s_cache_is_in_ours(hub, monkeypatch, tmp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/proc/nobody/huggingface/hub")
     monkeypatch.setenv("GEM_RAY_CACHE", str(tmp_path / "ours"))
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
-    assert checkpoints.resolve(REPO).is_relative_to(tmp_path / "ours")
+    assert model_paths.resolve(REPO).is_relative_to(tmp_path / "ours")
 
 
 NAMES = st.text(string.ascii_letters + string.digits + "-._", min_size=1, max_size=9).filter(lambda s: s[0].isalnum())

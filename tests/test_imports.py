@@ -21,7 +21,7 @@ LAYERS = [
         "atomic",
         "cache",
         "clock",
-        "checkpoints",
+        "model_paths",
         "hub",
         "model_references",
         "model_files",
@@ -35,7 +35,7 @@ LAYERS = [
         "turns",
         "chat",
         "pace",
-        "metrics",
+        "prometheus",
         "noise",
         "logistic",
         "confidence",
@@ -56,6 +56,7 @@ LAYERS = [
     {"commands"},
     {"cli"},
     {"__main__"},
+    {"entrypoint"},
     {"jobs"},
 ]
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
@@ -87,7 +88,7 @@ def _imported(module: str, file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            # `from gem_ray import checkpoints` imports a module, `from gem_ray.config import Config` a name of one.
+            # `from gem_ray import model_paths` imports a module, `from gem_ray.config import Config` a name of one.
             names |= {f"{source}.{alias.name}" if source == "gem_ray" else source for alias in node.names}
     return names
 
@@ -126,7 +127,7 @@ def test_the_rule_catches_what_it_is_for(tmp_path):
     assert not _is_allowed("records", "data")
     assert not _is_allowed("pipeline", "evaluation")
     assert _is_allowed("annotator", "tagger")
-    assert _is_allowed("checkpoints", "config")
+    assert _is_allowed("model_paths", "config")
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.glob("*/**/__init__.py")), ids=lambda file: file.parent.name)
@@ -142,7 +143,7 @@ def test_inits_of_parts_hold_a_docstring_and_nothing_else(file):
         "records",
         "taxonomy",
         "config",
-        "checkpoints",
+        "model_paths",
         "hub",
         "model_references",
         "cli",

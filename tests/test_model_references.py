@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gem_ray.annotator import build_stage, models_of
-from gem_ray.checkpoints import content_hash, describe, resolve
 from gem_ray.config import load_config, preset_names
+from gem_ray.model_paths import content_hash, describe, resolve
 from gem_ray.model_references import ModelChangedError, load_unchanged, model_keys
 from gem_ray.pools import passes_of
 from gem_ray.records import Post

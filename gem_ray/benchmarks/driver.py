@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import load_config
+from gem_ray.pipeline.output_folder import OutputFolder
 from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.publishing import tally_of
 from gem_ray.pipeline.run import annotate_dataset
-from gem_ray.pipeline.run_directory import RunDirectory
 from gem_ray.pipeline.staging import StagedRows
 
 _DONE = b"done: "
@@ -57,7 +57,7 @@ def wait_for(driver: subprocess.Popen[bytes], posts: float) -> int:
 
 def committed_rows(output: str) -> int:
     """Rows that a new start would not do again."""
-    directory = RunDirectory(output)
+    directory = OutputFolder(output)
     folder = directory.last_run()
     if folder is None:
         return 0

@@ -15,7 +15,7 @@ from gem_ray.benchmarks.gpu import Row, describe, matmul_peak, measured, per_sec
 from gem_ray.benchmarks.plain import PlainMatcher
 from gem_ray.benchmarks.published_sizes import BlipSize, SamSize, ask, photos, random_blip, random_sam
 from gem_ray.device import torch_device
-from gem_ray.grounding.matcher import Matcher, Query
+from gem_ray.grounding.matcher import Matcher, MatchQuery
 from gem_ray.grounding.sam import SamSegmenter
 
 _ENTITIES = 3  # of a post
@@ -89,7 +89,7 @@ def _measure_matcher(size: BlipSize, batches: Sequence[int], device: torch.devic
     }
 
 
-def _match_squares(matcher: Matcher, squares: torch.Tensor, queries: Sequence[Query]) -> None:
+def _match_squares(matcher: Matcher, squares: torch.Tensor, queries: Sequence[MatchQuery]) -> None:
     matcher.match_states(matcher.encode_squares(squares), queries)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gem_ray.annotator import GuardedStage, build_stage
 from gem_ray.config import Config
 from gem_ray.grounding.grounder import Grounder
-from gem_ray.grounding.matcher import Match, Matcher, Query
+from gem_ray.grounding.matcher import Match, Matcher, MatchQuery
 from gem_ray.grounding.sam import PointMasks, SamSegmenter
 from gem_ray.grounding.trace import MATCH, patch_scores
 from gem_ray.records import Post
@@ -24,7 +24,7 @@ _ENTITY_STAGES = ("rerank", "ground")
 class PlainMatcher(Matcher):
     """Eq. 11 by the whole model forward and backward, for every entity again."""
 
-    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
         """As `Matcher.match`, with the same answers."""
         return [
             answer
@@ -32,7 +32,7 @@ class PlainMatcher(Matcher):
             for answer in self.match_squares(self.images.squares([images[query.image]]), [query])
         ]
 
-    def match_squares(self, squares: Tensor, queries: Sequence[Query]) -> list[Match]:
+    def match_squares(self, squares: Tensor, queries: Sequence[MatchQuery]) -> list[Match]:
         """Answer queries in one batch; `squares`, `(B, side, side, 3)` uint8, has an image for each of them."""
         batch = self.texts(queries, self.model.device)
         pixels = self.images.normalize(squares.to(self.model.device)).to(self.model.dtype)

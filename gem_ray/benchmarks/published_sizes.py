@@ -10,7 +10,7 @@ from segment_anything import modeling, sam_model_registry
 from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
 
 from gem_ray.data.emblems import EMBLEMS
-from gem_ray.grounding.matcher import ENC_TOKEN, ImageProcessor, Query, TextProcessor
+from gem_ray.grounding.matcher import ENC_TOKEN, ImageProcessor, MatchQuery, TextProcessor
 from gem_ray.grounding.sam_build import SamSizes, build_sam
 
 BlipSize = Literal["tiny", "base", "large"]
@@ -56,10 +56,10 @@ def random_sam(size: SamSize, device: torch.device) -> modeling.Sam:
         return sam_model_registry[size]().to(device).eval()
 
 
-def ask(images: int, entities: int) -> list[Query]:
+def ask(images: int, entities: int) -> list[MatchQuery]:
     """Queries about so many entities of each image."""
     return [
-        Query(image, emblem.name, emblem.fine)
+        MatchQuery(image, emblem.name, emblem.fine)
         for image in range(images)
         for emblem in (EMBLEMS[(image * entities + entity) % len(EMBLEMS)] for entity in range(entities))
     ]

@@ -13,9 +13,9 @@ from transformers import LlavaProcessor
 
 from gem_ray.annotator import build_stage
 from gem_ray.benchmarks.plain_reranker import PlainReranker
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.data.generated import generate
+from gem_ray.model_paths import resolve
 from gem_ray.records import Post
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.engine_transformers import TransformersEngine

@@ -8,7 +8,7 @@ from typing import Any
 
 from gem_ray.benchmarks.driver import committed_rows, start_driver, wait_for
 from gem_ray.benchmarks.memory import TEXT_ONLY, write_texts
-from gem_ray.pipeline.run_directory import RunDirectory
+from gem_ray.pipeline.output_folder import OutputFolder
 
 
 def measure_resume(folder: Path, rows: int) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def measure_resume(folder: Path, rows: int) -> dict[str, Any]:
         "cost_seconds": half["seconds"] + rest["seconds"] - whole["seconds"],
         "first_row_seconds": {"new": whole["first_row_seconds"], "resumed": rest["first_row_seconds"]},
         "rows_done_when_killed": half["done"],
-        "rows_done_after": (RunDirectory(str(folder / "killed")).summary() or {})["annotated"],
+        "rows_done_after": (OutputFolder(str(folder / "killed")).summary() or {})["annotated"],
     }
 
 

@@ -79,7 +79,7 @@ def annotate(
     Exit code 1: failed, or too many posts did. 3: done, but some rows were rejected, or some files not read.
     """
     from gem_ray.config import load_config
-    from gem_ray.pipeline.limits import Limits, parse_deadline
+    from gem_ray.pipeline.limits import RunLimits, parse_deadline
     from gem_ray.pipeline.mass_failure import mass_failure
     from gem_ray.pipeline.progress import json_lines
     from gem_ray.pipeline.run import annotate_dataset
@@ -87,7 +87,7 @@ def annotate(
     settings = load_config(preset, config, set_ or ())
     as_json = context.obj["json_logs"]
     progress = json_lines() if as_json else None
-    limits = Limits(price, budget, parse_deadline(deadline, datetime.now(UTC)) if deadline else None)
+    limits = RunLimits(price, budget, parse_deadline(deadline, datetime.now(UTC)) if deadline else None)
     if sum((fresh, update, only_problems)) > 1:
         raise typer.BadParameter("--fresh, --update and --only-problems are mutually exclusive")
     try:
@@ -262,8 +262,8 @@ def _about_cost(account: Account) -> str:
 
 def _about_abstaining(summary: RunSummary) -> str | None:
     """What the embedded models have not done with images that they do not know, and the command that does it."""
-    from gem_ray.checkpoints import resolve
     from gem_ray.config import parse_config
+    from gem_ray.model_paths import resolve
     from gem_ray.scope import Scope
 
     config, count = parse_config(summary.config), summary.tally.not_judged_with_image

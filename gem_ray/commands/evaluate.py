@@ -13,10 +13,10 @@ from gem_ray.commands.options import (
     Labels,
     PresetOption,
     Protocol,
-    RecipeOption,
+    RecipeSetOption,
     SetOption,
     labelled_posts,
-    parse_overrides,
+    parse_recipe_settings,
 )
 
 app = typer.Typer()
@@ -38,7 +38,7 @@ def evaluate(
     """Score annotations against gold: MNER, EEG, MNERG and their company."""
     from gem_ray.evaluation.metrics import evaluate as score
     from gem_ray.evaluation.predictions import check_same_rows, read_gold, read_predictions_of
-    from gem_ray.evaluation.report import print_differences, print_report, write_report
+    from gem_ray.evaluation.score_report import print_differences, print_scores, write_scores
     from gem_ray.evaluation.significance import compare
     from gem_ray.taxonomy import LABEL_SETS
 
@@ -52,8 +52,8 @@ def evaluate(
     report = score(posts, annotated, **how)
     differences = compare(posts, annotated, others, **how) if against else {}
     if json is not None:
-        write_report(report, json, differences)
-    print_report(report)
+        write_scores(report, json, differences)
+    print_scores(report)
     if differences:
         print_differences(differences, str(against))
 
@@ -105,7 +105,7 @@ def calibrate(
     ] = Path("out/calibration"),
     split: Annotated[str, typer.Option(help="Split of a Twitter10000 root.")] = "dev",
     images: Annotated[Path | None, typer.Option(help="Images of a Twitter10000 root, named by image id.")] = None,
-    budget: Annotated[
+    max_share: Annotated[
         float | None, typer.Option(help="Propose the γ that sends at most this share to the reranker.", min=0, max=1)
     ] = None,
     accept: Annotated[
@@ -142,7 +142,7 @@ def calibrate(
     from gem_ray.evaluation import acceptance_report, calibration, calibration_report, confidences, dev_set
 
     if rerank and reranked:
-        raise ConfigError("--rerank and --reranked: say one of them")
+        raise ConfigError("--rerank and --reranked are mutually exclusive")
     settings = load_config(preset, config, set_ or ())
     answers = dev_set.EarlierRun(reranked) if reranked else dev_set.ConfiguredReranker(settings) if rerank else None
     posts = labelled_posts(data, split, images, settings.labels)
@@ -154,7 +154,7 @@ def calibrate(
         if rerank:
             typer.echo(f"confidence: {confidences.store_reranker(posts, settings, fitted_on)}")
     entities = list(dev_set.judge_dev_set(posts, settings, k, answers))
-    result = calibration.calibrate(entities, k, settings.filter.gamma, budget, bin_width)
+    result = calibration.calibrate(entities, k, settings.filter.gamma, max_share, bin_width)
     calibration_report.write_calibration(result, out)
     calibration_report.print_calibration(result)
     typer.echo(f"figures: {out / 'calibration.json'}, plot: {out / 'calibration.png'}")
@@ -164,17 +164,17 @@ def calibrate(
         typer.echo(f"acceptance: {acceptance_report.write_acceptance(found, settings, out)}, for `annotate --config`")
 
 
-@app.command(epilog="Example: `gem-ray gallery out/ posts/ gallery.html`")
+@app.command(epilog="Example: `gem-ray gallery posts/ out/ gallery.html`")
 def gallery(
+    posts: Annotated[str, typer.Argument(help="The shards that were annotated: images, and gold if there is any.")],
     annotations: Annotated[str, typer.Argument(help="An output folder of `annotate`.")],
-    images: Annotated[str, typer.Argument(help="The shards that were annotated: images, and gold if there is any.")],
     out: Annotated[Path, typer.Argument(help="The HTML page to write.")],
     limit: Annotated[int, typer.Option(help="At most this many posts.", min=1)] = 5000,
 ) -> None:
     """One self-contained page with posts, entities, boxes and heat maps."""
     from gem_ray.evaluation.gallery import write_gallery_of_run
 
-    write_gallery_of_run(annotations, images, out, limit=limit)
+    write_gallery_of_run(posts, annotations, out, limit=limit)
     typer.echo(f"gallery: {out}")
 
 
@@ -188,9 +188,10 @@ def experiment(
     tabulate: Annotated[bool, typer.Option("--tabulate", help="Run nothing: tabulate what is there.")] = False,
     preset: PresetOption = "nano",
     config: ConfigOption = None,
-    set_: RecipeOption = None,
+    set_: SetOption = None,
+    recipe_set: RecipeSetOption = None,
 ) -> None:
-    """A table or figure of the paper: variants of the system, compared. What is done is not done again."""
+    """A table or figure of the paper: variants of the system, compared. Finished runs are skipped."""
     from gem_ray.config import load_config
     from gem_ray.experiments.data import read_experiment_posts
     from gem_ray.experiments.definition import load_experiment
@@ -202,8 +203,8 @@ def experiment(
         partial(read_experiment_posts, data),
         out,
         seeds=seeds,
-        overrides=parse_overrides(set_),
-        base=load_config(preset, config),
+        overrides=parse_recipe_settings(recipe_set),
+        base=load_config(preset, config, set_ or ()),
         only=only or (),
         run_missing=not tabulate,
         on_done=lambda variant, seed, result: typer.echo(f"{variant}, seed {seed}: done"),

@@ -14,7 +14,7 @@ from gem_ray.plurals import counted
 app = typer.Typer()
 
 
-class Format(StrEnum):
+class ExportFormat(StrEnum):
     """What other tools read."""
 
     COCO = "coco"
@@ -28,7 +28,7 @@ def export(
     context: typer.Context,
     annotations: Annotated[str, typer.Argument(help="An output folder of `annotate`, or a Parquet file of it.")],
     out: Annotated[Path, typer.Argument(help="The file to write.")],
-    format_: Annotated[Format, typer.Option("--format", "-f", help="What is written.")],
+    format_: Annotated[ExportFormat, typer.Option("--format", "-f", help="What is written.")],
     images: Annotated[
         str | None,
         typer.Option(

@@ -54,8 +54,8 @@ DataOption = Annotated[Path, typer.Option(help="Shards with a `gold` column, or 
 OutOption = Annotated[Path, typer.Option(help="The model directory to write.")]
 SplitOption = Annotated[str, typer.Option(help="Split of a Twitter10000 root to learn from.")]
 ImagesOption = Annotated[Path | None, typer.Option(help="Images of a Twitter10000 root, named by image id.")]
-RecipeOption = Annotated[
-    list[str] | None, typer.Option("--set", "-s", help="One setting of the recipe: `epochs=3`. Repeatable.")
+RecipeSetOption = Annotated[
+    list[str] | None, typer.Option("--recipe-set", help="One setting of the recipe: `epochs=3`. Repeatable.")
 ]
 
 
@@ -94,8 +94,8 @@ def parse_columns(mappings: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
-    """Values of `key=value` arguments.
+def parse_recipe_settings(overrides: list[str] | None) -> dict[str, Any]:
+    """Values of the `key=value` arguments of `--recipe-set`.
 
     Raises:
         ConfigError: an override that is no `key=value`, or whose value is no YAML.
@@ -107,6 +107,6 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
     for override in overrides or ():
         name, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes key=value, not {redacted(override)!r}")
+            raise ConfigError(f"--recipe-set takes key=value, not {redacted(override)!r}")
         values[name.strip()] = parse_value(override, value)
     return values

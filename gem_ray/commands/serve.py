@@ -16,9 +16,8 @@ app = typer.Typer()
 @app.command(epilog="Example: `gem-ray serve --port 8000`, then open http://127.0.0.1:8000")
 def serve(
     preset: PresetOption = "nano",
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="In place of a preset: a Serve config as serve_configs/*.yaml."),
+    serve_config: Annotated[
+        Path | None, typer.Option(help="A Ray Serve config, as serve_configs/*.yaml, instead of --preset and --set.")
     ] = None,
     set_: SetOption = None,
     host: Annotated[
@@ -28,7 +27,7 @@ def serve(
 ) -> None:
     """Annotate over HTTP, with a page to try it, until the command is stopped (Ctrl-C, SIGTERM).
 
-    SIGHUP reads the file of API keys again and, with `--config`, that file: `user_config` changes without a restart.
+    SIGHUP reloads the file of API keys and the Serve config, if there is one: `user_config` changes without a restart.
     """
     import signal
     from queue import SimpleQueue
@@ -40,12 +39,12 @@ def serve(
     from gem_ray.serving.schemas import file_schema, preset_schema
     from gem_ray.serving.session import redeploy, serving
 
-    if config is None:
+    if serve_config is None:
         schema = preset_schema(preset, set_ or (), host or "127.0.0.1", port or 8000)
     elif set_:
-        raise ConfigError("--set goes with a preset; a Serve config has `args` for that")
+        raise ConfigError("--set and --serve-config are mutually exclusive; set the key under the config's `args`")
     else:
-        schema = file_schema(config)
+        schema = file_schema(serve_config)
         changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         schema.http_options = schema.http_options.model_copy(update=changes)
     with serving(schema) as service:
@@ -57,11 +56,11 @@ def serve(
         )
         while signals.get() == signal.SIGHUP:
             try:
-                if config is not None:
-                    redeploy(file_schema(config))
+                if serve_config is not None:
+                    redeploy(file_schema(serve_config))
                 service.reload_keys()
             except ConfigError as error:
-                typer.secho(f"nothing changes: {redacted(str(error))}", fg="red", err=True)
+                typer.secho(f"reload failed; keeping the current config: {redacted(str(error))}", fg="red", err=True)
         typer.echo("finishing what has begun")
 
 

@@ -12,17 +12,17 @@ from gem_ray.commands.options import (
     DataOption,
     ImagesOption,
     OutOption,
-    RecipeOption,
+    RecipeSetOption,
     SeedOption,
     SplitOption,
     labelled_posts,
-    parse_overrides,
+    parse_recipe_settings,
 )
 
 if TYPE_CHECKING:
     from gem_ray.records import Post
     from gem_ray.tagger.recipe import TaggerTraining
-    from gem_ray.tagger.trainer import Progress
+    from gem_ray.tagger.trainer import TrainingProgress
 
 app = typer.Typer(help="Train a component.", no_args_is_help=True)
 nano = typer.Typer(help="The embedded default's models.", no_args_is_help=True)
@@ -32,8 +32,8 @@ nano = typer.Typer(help="The embedded default's models.", no_args_is_help=True)
 def train_tagger_command(
     data: DataOption,
     out: OutOption,
-    preset: Annotated[
-        str | None, typer.Option("--preset", "-p", help="A recipe: `nano`, `paper-bert`, `paper-roberta`.")
+    recipe: Annotated[
+        str | None, typer.Option(help="`nano`, `paper-bert` or `paper-roberta`; default: for a small encoder.")
     ] = None,
     split: SplitOption = "train",
     dev: Annotated[Path | None, typer.Option(help="Shards to choose the epoch by; else the last one is kept.")] = None,
@@ -41,22 +41,22 @@ def train_tagger_command(
     workers: Annotated[
         int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)
     ] = 1,
-    set_: RecipeOption = None,
+    recipe_set: RecipeSetOption = None,
 ) -> None:
     """The dual-path CRF tagger (§3.2). Stopped, the same command goes on from the last checkpoint."""
-    from gem_ray.tagger.recipe import load_recipe
+    from gem_ray.tagger.recipe import load_tagger_recipe
 
-    settings = load_recipe(preset, **parse_overrides(set_))
+    settings = load_tagger_recipe(recipe, **parse_recipe_settings(recipe_set))
     posts = (
         labelled_posts(data, split, labels=settings.labels),
         _dev_posts(data, dev, dev_split, labels=settings.labels),
     )
     if workers > 1:
-        from gem_ray.cluster.train import train_tagger_on_workers
+        from gem_ray.cluster.train_on_workers import train_tagger_on_workers
 
         report = train_tagger_on_workers(*posts, out, settings, workers)
     else:
-        from gem_ray.tagger.train import train_tagger
+        from gem_ray.tagger.train_tagger import train_tagger
 
         report = train_tagger(*posts, out, settings, _tagger_progress())
     typer.echo(f"kept epoch {report['best_epoch']}: F1 on dev {report['dev']}\nmodel: {out}")
@@ -81,9 +81,7 @@ def train_reranker_command(
     data: DataOption,
     out: OutOption,
     base: Annotated[str, typer.Option(help="The LLaVA checkpoint under the adapter.")] = "nano:reranker",
-    preset: Annotated[
-        str | None, typer.Option("--preset", "-p", help="A recipe: `paper`, `one-gpu`, `nano`; the paper's if none.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="`paper`, `one-gpu` or `nano`; default: the paper's.")] = None,
     split: SplitOption = "train",
     images: ImagesOption = None,
     candidates: Annotated[
@@ -95,22 +93,22 @@ def train_reranker_command(
     workers: Annotated[
         int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)
     ] = 1,
-    set_: RecipeOption = None,
+    recipe_set: RecipeSetOption = None,
 ) -> None:
     """A LoRA adapter for the LLaVA reranker (§3.3.2). Stopped, the same command goes on from the last checkpoint."""
     from gem_ray.rerank.candidates import StoredCandidates
     from gem_ray.rerank.recipe import load_reranker_recipe
     from gem_ray.taxonomy import LABEL_SETS
 
-    settings = load_reranker_recipe(preset, **parse_overrides(set_))
+    settings = load_reranker_recipe(recipe, **parse_recipe_settings(recipe_set))
     posts = labelled_posts(data, split, images, settings.labels)
     rule = StoredCandidates(candidates, LABEL_SETS[settings.labels], settings.k) if candidates else None
     if workers > 1:
-        from gem_ray.cluster.train import train_reranker_on_workers
+        from gem_ray.cluster.train_on_workers import train_reranker_on_workers
 
         report = train_reranker_on_workers(posts, base, out, settings, workers, rule)
     else:
-        from gem_ray.rerank.train import train_reranker
+        from gem_ray.rerank.train_reranker import train_reranker
 
         report = train_reranker(posts, base, out, settings, rule, _print_step)
     typer.echo(f"{report}\nadapter: {out}")
@@ -120,17 +118,17 @@ def train_reranker_command(
 def train_candidates_command(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="The folder that gets `candidates.parquet`.")],
-    preset: Annotated[str | None, typer.Option("--preset", "-p", help="The tagger's recipe.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The tagger's recipe.")] = None,
     split: SplitOption = "train",
     folds: Annotated[int, typer.Option(help="Taggers to train, each on the posts of all other folds.", min=2)] = 5,
     k: Annotated[int, typer.Option(help="Candidates to store of each mention.", min=1)] = 10,
-    set_: RecipeOption = None,
+    recipe_set: RecipeSetOption = None,
 ) -> None:
     """Candidates for the reranker's training as it will get them: the tagger's own, on posts that it has not seen."""
     from gem_ray.evaluation.fold_candidates import store_fold_candidates
-    from gem_ray.tagger.recipe import load_recipe
+    from gem_ray.tagger.recipe import load_tagger_recipe
 
-    settings = load_recipe(preset, **parse_overrides(set_))
+    settings = load_tagger_recipe(recipe, **parse_recipe_settings(recipe_set))
     posts = labelled_posts(data, split, labels=settings.labels)
     typer.echo(f"candidates: {store_fold_candidates(posts, out, settings, folds, k, typer.echo)}")
 
@@ -144,14 +142,14 @@ def train_matcher_command(
     dev: Annotated[Path | None, typer.Option(help="Shards to choose the threshold and the epoch by.")] = None,
     dev_split: Annotated[str, typer.Option(help="The same, as a split of a Twitter10000 root.")] = "dev",
     images: ImagesOption = None,
-    set_: RecipeOption = None,
+    recipe_set: RecipeSetOption = None,
 ) -> None:
     """The BLIP matcher (§3.4.1). Stopped, the same command goes on from the last checkpoint."""
     from gem_ray.config import parse_settings
     from gem_ray.grounding.matcher_recipe import MatcherTraining
     from gem_ray.grounding.train_matcher import train_matcher
 
-    settings = parse_settings(MatcherTraining, parse_overrides(set_))
+    settings = parse_settings(MatcherTraining, parse_recipe_settings(recipe_set))
     chosen_by = _dev_posts(data, dev, dev_split, images, settings.labels)
     posts = labelled_posts(data, split, images, settings.labels)
     report = train_matcher(posts, chosen_by, base, out, settings, report=_print_step)
@@ -167,7 +165,7 @@ def train_text_segmenter_command(
     base: Annotated[str, typer.Option(help="The CLIPSeg checkpoint to start from.")] = "nano:text-segmenter",
     split: SplitOption = "train",
     images: ImagesOption = None,
-    set_: RecipeOption = None,
+    recipe_set: RecipeSetOption = None,
 ) -> None:
     """The text-prompted segmenter (§3.4.3), on gold boxes as masks."""
     from gem_ray.config import ImageConfig, parse_settings
@@ -178,7 +176,7 @@ def train_text_segmenter_command(
     posts = labelled_posts(data, split, images)
     for post in posts:
         loader.load(post)
-    settings = parse_settings(TextSegmenterTraining, parse_overrides(set_))
+    settings = parse_settings(TextSegmenterTraining, parse_recipe_settings(recipe_set))
     train_text_segmenter(list(samples_from_posts(posts)), base, out, settings, report=_print_step)
     typer.echo(f"model: {out}")
 
@@ -220,8 +218,8 @@ def _print_step(step: int, loss: float) -> None:
     typer.echo(f"step {step}: loss {loss:.4f}")
 
 
-def _tagger_progress() -> Callable[[Progress], None]:
-    def show(progress: Progress) -> None:
+def _tagger_progress() -> Callable[[TrainingProgress], None]:
+    def show(progress: TrainingProgress) -> None:
         if progress.step % 50 == 0:
             typer.echo(f"epoch {progress.epoch}, step {progress.step} of {progress.steps}: loss {progress.loss:.3f}")
 

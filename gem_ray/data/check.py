@@ -33,7 +33,7 @@ _SCRIPTS = ("Latin", "Cyrillic", "Arabic", "Han", "Hiragana", "Katakana", "Hangu
 
 
 @dataclass
-class Sample:
+class InputSample:
     """What some posts of the input are like.
 
     Attributes:
@@ -82,7 +82,7 @@ class InputCheck:
     refused: list[str]
     skipped: list[str]
     remarks: list[str]
-    sample: Sample | None
+    sample: InputSample | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -146,8 +146,8 @@ def _first_schema(listing: Listing) -> pa.Schema:
     return pa.schema([])
 
 
-def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -> Sample:
-    found = Sample()
+def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -> InputSample:
+    found = InputSample()
     seen: dict[str, set[str]] = {"post_id": set(), "text": set(), "image": set()}
     for post in islice(spread_posts(listing, columns, size), size):
         found.posts += 1

@@ -33,7 +33,7 @@ _P_SMALL, _P_LARGE = 0.16, 0.14
 
 
 @dataclass(frozen=True)
-class Instance:
+class PlacedEmblem:
     """An emblem in a scene: `mask` and each of `parts` are `(H, W)` bool, `box` is the mask's tight box in pixels."""
 
     emblem: Emblem
@@ -47,7 +47,7 @@ class Scene:
     """An image, `(H, W, 3)` uint8 RGB, and the emblems in it."""
 
     pixels: np.ndarray
-    instances: tuple[Instance, ...]
+    instances: tuple[PlacedEmblem, ...]
 
     def boxes_of(self, emblem: Emblem) -> tuple[Box, ...]:
         """Where an entity is seen; empty if it is not."""
@@ -94,7 +94,7 @@ def make_scene(rng: np.random.Generator, emblems: Sequence[Emblem]) -> Scene:
     taken: list[Box] = []
     for side in rng.integers(20, 70, size=rng.integers(0, 4)):
         _place(rng, pixels, draw_distractor(int(side), rng), taken)
-    placed: list[Instance] = []
+    placed: list[PlacedEmblem] = []
     repeated = [emblems[0]] if emblems and rng.random() < _P_TWO_INSTANCES else []
     taken = []  # emblems may cover distractors, not each other
     for emblem in (*emblems, *repeated):
@@ -227,13 +227,13 @@ def _place(rng: np.random.Generator, pixels: np.ndarray, tile: Tile, taken: list
     return None
 
 
-def _instance(emblem: Emblem, tile: Tile, box: Box, width: int, height: int) -> Instance:
+def _instance(emblem: Emblem, tile: Tile, box: Box, width: int, height: int) -> PlacedEmblem:
     def spread(small: np.ndarray) -> np.ndarray:
         full: np.ndarray = np.zeros((height, width), dtype=bool)
         full[int(box.y1) : int(box.y2), int(box.x1) : int(box.x2)] = small
         return full
 
-    return Instance(emblem, box, spread(tile.mask), tuple(spread(part) for part in tile.parts))
+    return PlacedEmblem(emblem, box, spread(tile.mask), tuple(spread(part) for part in tile.parts))
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:

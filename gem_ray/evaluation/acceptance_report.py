@@ -8,12 +8,12 @@ from pathlib import Path
 
 import yaml
 
-from gem_ray.checkpoints import describe as describe_model
 from gem_ray.config import AcceptanceConfig, Config
 from gem_ray.data.files import whole_text
 from gem_ray.evaluation.acceptance import Acceptance, certify, fewest_entities
 from gem_ray.evaluation.confidences import judge_confidences
 from gem_ray.evaluation.rules import EvaluationError
+from gem_ray.model_paths import describe as describe_model
 from gem_ray.records import Post
 
 _FILE = "acceptance.yaml"

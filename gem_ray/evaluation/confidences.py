@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from gem_ray.annotator import build_stage
-from gem_ray.checkpoints import here
 from gem_ray.confidence import RerankerCalibration, TaggerCalibration, log_shares, reranker_features, tagger_features
 from gem_ray.config import Config
 from gem_ray.evaluation.rules import EvaluationError, Rules, judge
 from gem_ray.logistic import Features, Logistic
+from gem_ray.model_paths import here
 from gem_ray.records import Post
 from gem_ray.rerank.engine import Choice
 from gem_ray.rerank.reranker import Reranker, calibrated_reference, more_probable

@@ -12,8 +12,8 @@ from gem_ray.data.files import whole_text
 from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.tokenize import word_spans
 from gem_ray.evaluation.errors import Errors, PostErrors
-from gem_ray.evaluation.report import TASK_TITLES
 from gem_ray.evaluation.rules import Rules, Verdict, judge
+from gem_ray.evaluation.score_report import TASK_TITLES
 from gem_ray.look.pages import jpeg, named, page, tenths
 from gem_ray.records import Entity, GoldEntity
 from gem_ray.taxonomy import FMNERG, LabelSet

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from gem_ray.evaluation.metrics import Report, Scores, evaluate
+from gem_ray.evaluation.metrics import ScoreReport, Scores, evaluate
 from gem_ray.evaluation.rules import Mention, Rules, judge, words_of
 from gem_ray.evaluation.shares import Share
 from gem_ray.records import Post
@@ -76,7 +76,7 @@ class Errors:
         worst: posts with mistakes, the worst first.
     """
 
-    report: Report
+    report: ScoreReport
     confusion: Counter[tuple[str, str]] = field(default_factory=Counter)
     spans: Counter[SpanError] = field(default_factory=Counter)
     confidence: list[Share] = field(default_factory=lambda: [Share(0, 0)] * TENTHS)
@@ -173,7 +173,7 @@ def _interval(mention: Mention) -> tuple[int, int]:
     return mention.place
 
 
-def _categories(report: Report, training: Mapping[str, int] | None) -> list[CategoryErrors]:
+def _categories(report: ScoreReport, training: Mapping[str, int] | None) -> list[CategoryErrors]:
     rows = [
         CategoryErrors(name, None if training is None else training.get(name, 0), scores.mner)
         for name, scores in report.per_category.items()
@@ -182,7 +182,7 @@ def _categories(report: Report, training: Mapping[str, int] | None) -> list[Cate
     return sorted(rows, key=lambda row: (-(row.training or 0), -row.scores.gold, row.category))
 
 
-def _bands(report: Report, training: Mapping[str, int] | None) -> list[Band]:
+def _bands(report: ScoreReport, training: Mapping[str, int] | None) -> list[Band]:
     """Micro scores over the categories of each band."""
     if training is None:
         return []

@@ -89,7 +89,7 @@ def _candidates(
     from gem_ray.tagger.checkpoint import load_tagger
     from gem_ray.tagger.features import SubwordEncoder
     from gem_ray.tagger.predict import predict_words
-    from gem_ray.tagger.train import train_tagger
+    from gem_ray.tagger.train_tagger import train_tagger
 
     if not (out / "config.json").exists():
         train_tagger(others, [], out, settings)

@@ -16,10 +16,10 @@ from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.output import ANNOTATIONS
 from gem_ray.data.tokenize import word_spans
 from gem_ray.evaluation.joins import matched, with_distinct_ids
-from gem_ray.evaluation.metrics import Report, evaluate
+from gem_ray.evaluation.metrics import ScoreReport, evaluate
 from gem_ray.evaluation.predictions import iterate_predictions, read_images, read_inputs, read_run
-from gem_ray.evaluation.report import TASK_TITLES
 from gem_ray.evaluation.rules import EvaluationError, Rules, Verdict, judge, words_of
+from gem_ray.evaluation.score_report import TASK_TITLES
 from gem_ray.look.pages import jpeg, page
 from gem_ray.records import GoldEntity, Post
 from gem_ray.taxonomy import FMNERG, LABEL_SETS, LabelSet
@@ -36,7 +36,7 @@ def write_gallery(
     gold: Mapping[str, Sequence[GoldEntity]] | None = None,
     title: str = "gem-ray gallery",
     labels: LabelSet = FMNERG,
-    report: Report | None = None,
+    report: ScoreReport | None = None,
     facts: Mapping[str, str] | None = None,
     gamma: float | None = None,
     annotations: str | None = None,
@@ -76,35 +76,35 @@ def write_gallery(
         file.writelines(stream)
 
 
-def write_gallery_of_run(annotations: Path | str, images: Path | str, out: Path, *, limit: int = 5000) -> None:
+def write_gallery_of_run(shards: Path | str, annotations: Path | str, out: Path, *, limit: int = 5000) -> None:
     """Write the page of a run, in the order of its input; with scores and marks where the input has gold.
 
     Args:
+        shards: that were annotated, local or `s3://`, or a folder of images named by post id.
         annotations: an output directory of `annotate`, local or `s3://`.
-        images: the shards that were annotated, local or `s3://`, or a folder of images named by post id.
         out: the HTML file.
         limit: only the first posts.
 
     Raises:
-        FileNotFoundError: nothing is at `annotations` or `images`.
+        FileNotFoundError: nothing is at `shards` or `annotations`.
         EvaluationError: what is there are no annotations, or none of the posts that were annotated.
     """
     run = read_run(annotations)
     config = parse_config(run.get("config", {}))
     labels = LABEL_SETS[config.labels]
-    inputs = with_distinct_ids(read_inputs(images, annotations))
+    inputs = with_distinct_ids(read_inputs(shards, annotations))
     order = {post.post_id: position for position, post in enumerate(inputs[:limit])}
     annotated = iterate_predictions(annotations)
     posts = [post for post in matched(annotated, inputs) if post.post_id in order] if inputs else list(annotated)
     if not posts:
-        raise EvaluationError(f"{annotations} annotates none of the posts at {images}")
+        raise EvaluationError(f"{annotations} annotates none of the posts at {shards}")
     posts = sorted(posts, key=lambda post: order.get(post.post_id, 0))[:limit]
     gold = {post.post_id: post for post in inputs[:limit] if post.gold is not None}
     judged = [post for post in posts if post.post_id in gold]
     write_gallery(
         posts,
         out,
-        images=read_images(images, config.image, {post.post_id for post in posts}, annotations),
+        images=read_images(shards, config.image, {post.post_id for post in posts}, annotations),
         gold={post_id: post.gold or [] for post_id, post in gold.items()},
         title="Annotated posts",
         labels=labels,

@@ -54,7 +54,7 @@ class CategoryScores:
 
 
 @dataclass(frozen=True)
-class Report:
+class ScoreReport:
     """What `evaluate` found.
 
     `small` and `large` are EEG over the gold mentions with a small box, and with only large ones: predictions of those
@@ -111,7 +111,7 @@ def evaluate(
     labels: LabelSet = FMNERG,
     protocol: Protocol = "strict",
     iou: float = 0.5,
-) -> Report:
+) -> ScoreReport:
     """Score predictions against a gold split.
 
     Args:
@@ -144,7 +144,7 @@ def evaluate(
 
     span = scores(_anything)
     same_sight = _count_right(pairs, lambda p, g: bool(p.boxes) == bool(g.boxes))
-    return Report(
+    return ScoreReport(
         mner=scores(rules.same_category),
         eeg=scores(rules.same_region),
         mnerg=scores(rules.same_mention),

@@ -27,7 +27,7 @@ _GREY = 128
 
 
 @dataclass(frozen=True)
-class Variant:
+class RerankVariant:
     """A way to ask: among how many candidates, and what is seen."""
 
     k: int
@@ -35,7 +35,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Scores:
+class RerankScores:
     """What a variant reaches.
 
     Attributes:
@@ -75,14 +75,18 @@ def measure_reranker(
         EvaluationError: no post has gold, or no entity could be asked about.
     """
     own = candidates_offered(LABEL_SETS[config.labels], config.filter.k)
-    variants = [*(Variant(k) for k in sorted({*ks, own})), Variant(own, "grey"), Variant(own, "other")]
-    judged: dict[Variant, list[JudgedEntity]] = {variant: [] for variant in variants}
+    variants = [
+        *(RerankVariant(k) for k in sorted({*ks, own})),
+        RerankVariant(own, "grey"),
+        RerankVariant(own, "other"),
+    ]
+    judged: dict[RerankVariant, list[JudgedEntity]] = {variant: [] for variant in variants}
     golds = 0
     for block, found in _judge_blocks(posts, config, variants):
         golds += sum(len(post.gold or ()) for post in block)
         for variant, entities in found.items():
             judged[variant].extend(entities)
-    base, gamma = judged[Variant(own)], config.filter.gamma
+    base, gamma = judged[RerankVariant(own)], config.filter.gamma
     if not any(entity.reranked_right is not None for entity in base):
         raise EvaluationError("no entity could be asked about: the posts need gold and images")
     silent = [replace(entity, reranked_right=None) for entity in base]
@@ -91,16 +95,18 @@ def measure_reranker(
         "entities": len(base),
         "hard_entities": sum(entity.entropy > gamma for entity in base),
         "gamma": gamma,
-        "tagger": asdict(_scores(silent, golds, gamma, Variant(own))),
+        "tagger": asdict(_scores(silent, golds, gamma, RerankVariant(own))),
         "by_entropy": [each.to_dict() for each in calibrate(base, own, gamma, bin_width=bin_width).bins],
-        "by_k": [asdict(_scores(judged[Variant(k)], golds, gamma, Variant(k))) for k in ks],
-        "by_image": [asdict(_scores(judged[Variant(own, what)], golds, gamma, Variant(own, what))) for what in seen],
+        "by_k": [asdict(_scores(judged[RerankVariant(k)], golds, gamma, RerankVariant(k))) for k in ks],
+        "by_image": [
+            asdict(_scores(judged[RerankVariant(own, what)], golds, gamma, RerankVariant(own, what))) for what in seen
+        ],
     }
 
 
 def _judge_blocks(
-    posts: Iterable[Post], config: Config, variants: Sequence[Variant]
-) -> Iterator[tuple[list[Post], dict[Variant, list[JudgedEntity]]]]:
+    posts: Iterable[Post], config: Config, variants: Sequence[RerankVariant]
+) -> Iterator[tuple[list[Post], dict[RerankVariant, list[JudgedEntity]]]]:
     widest = max(variant.k for variant in variants)
     wide = config.model_copy(update={"filter": config.filter.model_copy(update={"k": widest})})
     rerank_spec, stages = find_stage("rerank"), active_stages(config)
@@ -114,7 +120,7 @@ def _judge_blocks(
         yield block, {variant: _judged(block, rerank, variant, rules) for variant in variants}
 
 
-def _judged(block: Sequence[Post], rerank: GuardedStage, variant: Variant, rules: Rules) -> list[JudgedEntity]:
+def _judged(block: Sequence[Post], rerank: GuardedStage, variant: RerankVariant, rules: Rules) -> list[JudgedEntity]:
     copies = [_copy(post, image, variant.k) for post, image in zip(block, _images(block, variant.seen), strict=True)]
     rerank(copies)
     judged = []
@@ -156,12 +162,12 @@ def _images(block: Sequence[Post], seen: Seen) -> list[np.ndarray | None]:
     return [None if image is None else next(replacement) for image in images]
 
 
-def _scores(entities: Sequence[JudgedEntity], golds: int, gamma: float, variant: Variant) -> Scores:
+def _scores(entities: Sequence[JudgedEntity], golds: int, gamma: float, variant: RerankVariant) -> RerankScores:
     hard = [entity for entity in entities if entity.entropy > gamma]
     found = [entity for entity in hard if entity.found]
     right_hard = sum(_is_right(entity) for entity in found)
     right = right_hard + sum(entity.right for entity in entities if entity.entropy <= gamma)
-    return Scores(
+    return RerankScores(
         k=variant.k,
         seen=variant.seen,
         fine_f1=_share(2 * right, len(entities) + golds),

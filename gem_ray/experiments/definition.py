@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gem_ray.config import ConfigError, parse_settings
 from gem_ray.strict import load_yaml
-from gem_ray.tagger.recipe import TaggerTraining, load_recipe
+from gem_ray.tagger.recipe import TaggerTraining, load_tagger_recipe
 from gem_ray.taxonomy import LabelSetName
 
 Input = Literal["with-knowledge", "without-knowledge"]
@@ -87,7 +87,7 @@ class PublishedRow(_Part):
     values: list[float | str | None] = Field(description="one a column, as printed; none where there is none")
 
 
-class Published(_Part):
+class PublishedFigures(_Part):
     """Figures quoted for comparison; they were measured on other data, with other models."""
 
     source: str
@@ -120,7 +120,7 @@ class Experiment(_Part):
     rows: list[Row] = Field(default_factory=list, description="default: one for each variant")
     against: str | None = Field(None, description="label of the row that the others are compared with, by bootstrap")
     metric: str = Field("mner.f1", pattern=f"^{_TASK}$", description="the figure that is compared")
-    published: list[Published] = Field(default_factory=list)
+    published: list[PublishedFigures] = Field(default_factory=list)
     plot: Plot = Field(default_factory=lambda: Plot(kind="points"))
 
     @model_validator(mode="after")
@@ -167,7 +167,7 @@ class Experiment(_Part):
         if trained.settings is None:
             return None
         preset, shared = (trained.recipe, {}) if trained.recipe else (self.recipe, self.settings)
-        return load_recipe(preset, **{**shared, **overrides, **trained.settings, "seed": seed})
+        return load_tagger_recipe(preset, **{**shared, **overrides, **trained.settings, "seed": seed})
 
 
 def experiment_names() -> list[str]:

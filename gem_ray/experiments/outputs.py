@@ -20,7 +20,7 @@ from gem_ray.experiments.definition import Experiment, Row
 from gem_ray.experiments.plot import plot
 from gem_ray.experiments.results import Results, collect, main_input, read_runs
 from gem_ray.experiments.table import markdown, table_csv
-from gem_ray.tagger.recipe import load_recipe
+from gem_ray.tagger.recipe import load_tagger_recipe
 from gem_ray.taxonomy import LABEL_SETS
 
 
@@ -97,7 +97,7 @@ def _facts(experiment: Experiment, out: Path) -> list[str]:
 
 def _changes(preset: str, recipes: Sequence[Mapping[str, Any]]) -> str:
     """The settings that all runs share and the preset has not: `--set`, or the experiment's own."""
-    usual = load_recipe(preset).model_dump(mode="json")
+    usual = load_tagger_recipe(preset).model_dump(mode="json")
     said_elsewhere = ("encoder", "device", "seed")
     common = [key for key in usual if all(recipe[key] == recipes[0][key] for recipe in recipes)]
     changed = [

@@ -14,7 +14,6 @@ from typing import Any
 
 from gem_ray.annotator import models_of
 from gem_ray.atomic import atomic_file
-from gem_ray.checkpoints import content_hash, local
 from gem_ray.config import Config, ConfigError, load_config, merge_trees, parse_config
 from gem_ray.data.shards import fingerprint
 from gem_ray.experiments.data import Posts
@@ -31,8 +30,9 @@ from gem_ray.experiments.system import (
     what_matters,
 )
 from gem_ray.hub import is_pinned
+from gem_ray.model_paths import content_hash, local
 from gem_ray.tagger.recipe import TaggerTraining, parse_recipe
-from gem_ray.tagger.train import train_tagger
+from gem_ray.tagger.train_tagger import train_tagger
 
 OnDone = Callable[[str, int, dict[str, Any]], None]
 

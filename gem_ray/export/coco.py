@@ -9,13 +9,17 @@ from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 from gem_ray.export.images import ImageReferences
-from gem_ray.export.writing import JsonArray, Tally, to_json
+from gem_ray.export.writing import ExportTally, JsonArray, to_json
 from gem_ray.records import Box, Entity, Post
 from gem_ray.taxonomy import LabelSet
 
 
 def write_coco(
-    rows: Iterable[dict[str, Any]], file: TextIO, tally: Tally, labels: LabelSet, references: ImageReferences | None
+    rows: Iterable[dict[str, Any]],
+    file: TextIO,
+    tally: ExportTally,
+    labels: LabelSet,
+    references: ImageReferences | None,
 ) -> None:
     """Write images as they come, and what is seen in them after the last one.
 

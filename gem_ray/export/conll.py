@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-from gem_ray.export.writing import Tally
+from gem_ray.export.writing import ExportTally
 from gem_ray.records import Post
 from gem_ray.taxonomy import encode_bio
 
 _HEADER = "# global.columns = ID FORM GEM:NER\n"
 
 
-def write_conll(rows: Iterable[dict[str, Any]], file: TextIO, tally: Tally) -> None:
+def write_conll(rows: Iterable[dict[str, Any]], file: TextIO, tally: ExportTally) -> None:
     """Write the posts that have words, each after a comment with its id; the others are counted.
 
     Args:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-from gem_ray.export.writing import Tally, to_json
+from gem_ray.export.writing import ExportTally, to_json
 from gem_ray.records import Post
 
 
-def write_jsonl(rows: Iterable[dict[str, Any]], file: TextIO, tally: Tally) -> None:
+def write_jsonl(rows: Iterable[dict[str, Any]], file: TextIO, tally: ExportTally) -> None:
     """Write the rows as they come.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 from gem_ray.export.images import ImageReferences
-from gem_ray.export.writing import JsonArray, Tally
+from gem_ray.export.writing import ExportTally, JsonArray
 from gem_ray.records import Box, Entity, Post
 from gem_ray.taxonomy import LabelSet
 
@@ -22,7 +22,7 @@ _ADDRESS = re.compile(r"(https?|s3|gs)://", re.IGNORECASE)
 
 
 def write_label_studio(
-    rows: Iterable[dict[str, Any]], file: TextIO, tally: Tally, references: ImageReferences | None
+    rows: Iterable[dict[str, Any]], file: TextIO, tally: ExportTally, references: ImageReferences | None
 ) -> None:
     """Write a task for each row: text, image, and as a prediction of the run the spans, and the boxes related to them.
 

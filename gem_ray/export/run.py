@@ -12,7 +12,7 @@ from gem_ray.export.conll import write_conll
 from gem_ray.export.images import ImageReferences
 from gem_ray.export.jsonl import write_jsonl
 from gem_ray.export.label_studio import labelling_setup, write_label_studio
-from gem_ray.export.writing import Tally
+from gem_ray.export.writing import ExportTally
 from gem_ray.pipeline.progress import Report, reader, reporting
 from gem_ray.taxonomy import FMNERG, LABEL_SETS, LabelSet
 
@@ -27,7 +27,7 @@ def export_annotations(
     images: str | None = None,
     labels: LabelSet | None = None,
     report: Report | None = None,
-) -> Tally:
+) -> ExportTally:
     """Write the annotations in another format; for Label Studio also its setup, as `STEM-setup.xml` beside `out`.
 
     Args:
@@ -52,7 +52,7 @@ def export_annotations(
         if path.exists():
             raise FileExistsError(f"{path} exists already; write to another file or remove it first")
     labels = labels or LABEL_SETS[read_run(annotations).get("config", {}).get("labels", FMNERG.name)]
-    tally = Tally()
+    tally = ExportTally()
     total, rows = count_rows(annotations), iterate_rows(annotations)
     references = ImageReferences(iterate_images(images, annotations), out.parent) if images else None
     with reporting(report, reader(lambda: tally.posts, total), title="exporting"), whole_text(out) as file:

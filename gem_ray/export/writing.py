@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 @dataclass
-class Tally:
+class ExportTally:
     """What an export has done so far.
 
     Attributes:

@@ -9,14 +9,14 @@ from typing import Protocol
 
 import numpy as np
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, MatcherConfig
 from gem_ray.grounding.blip import check_blip
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
 from gem_ray.grounding.decision import Decision
-from gem_ray.grounding.matcher import Match, Matcher, Query
+from gem_ray.grounding.matcher import Match, Matcher, MatchQuery
 from gem_ray.grounding.trace import peak
 from gem_ray.loading import check_declared
+from gem_ray.model_paths import resolve
 from gem_ray.noise import settled
 from gem_ray.records import Box, Entity, HeatMap, Point, Post
 from gem_ray.scope import Scope, is_known, load_scopes
@@ -25,7 +25,7 @@ from gem_ray.scope import Scope, is_known, load_scopes
 class AnyMatcher(Protocol):
     """Says how probably each entity is seen in its image, and where."""
 
-    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
         """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
         ...
 
@@ -123,7 +123,7 @@ class Grounder:
 
     def _match(self, judged: Sequence[tuple[Post, list[Entity]]]) -> list[_Found]:
         asked = [(index, post, entity) for index, (post, known) in enumerate(judged) for entity in known]
-        queries = [Query(index, entity.text, entity.fine) for index, _, entity in asked]
+        queries = [MatchQuery(index, entity.text, entity.fine) for index, _, entity in asked]
         matches = self.matcher.match([_pixels(post) for post, _ in judged], queries)
         for (_, _, entity), match in zip(asked, matches, strict=True):
             entity.match_score = float(settled(match.probability))

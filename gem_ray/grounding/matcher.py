@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProcessorPil, PreTrainedTokenizerBase
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
 from gem_ray.grounding.blip import encode_images, load_blip
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.trace import Target, match_and_trace, middle_upper_layer
+from gem_ray.model_paths import resolve
 
 ENC_TOKEN = "[ENC]"
 MAX_TOKENS = 64  # an entity is a few words
@@ -28,7 +28,7 @@ TokenSet = Literal["all", "inner", "words"]
 
 
 @dataclass(frozen=True)
-class Query:
+class MatchQuery:
     """Is this entity in that image? `image` is a position in the list of images."""
 
     image: int
@@ -85,7 +85,7 @@ class TextProcessor:
         if self.enc_id >= vocab_size:
             raise ValueError(f"the model has {vocab_size} token embeddings, none for {ENC_TOKEN} (id {self.enc_id})")
 
-    def __call__(self, queries: Sequence[Query], device: torch.device) -> TextBatch:
+    def __call__(self, queries: Sequence[MatchQuery], device: torch.device) -> TextBatch:
         """Tokenise and pad `B` queries."""
         encoded = self.tokenizer(
             [query.text for query in queries],
@@ -210,7 +210,7 @@ class Matcher:
             settings.image_batch_size,
         )
 
-    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
         """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
         if not queries:
             return []
@@ -229,7 +229,7 @@ class Matcher:
         pixels = self.images.normalize(squares.to(self.model.device))
         return encode_images(self.model, pixels.to(self.model.dtype))
 
-    def match_states(self, states: Tensor, queries: Sequence[Query]) -> list[Match]:
+    def match_states(self, states: Tensor, queries: Sequence[MatchQuery]) -> list[Match]:
         """Answer one batch of queries about encoded images."""
         rows, image_of_query = torch.unique(torch.tensor([query.image for query in queries]), return_inverse=True)
         batch = self.texts(queries, states.device)

@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ImageFit
 from gem_ray.data.square import fitted, in_image
 from gem_ray.device import torch_device
-from gem_ray.grounding.matcher import Match, Query
+from gem_ray.grounding.matcher import Match, MatchQuery
 from gem_ray.grounding.trace import MATCH, NO_MATCH, middle_upper_layer, patch_scores
 from gem_ray.loading import load_pretrained
+from gem_ray.model_paths import resolve
 
 _IMAGE_TOKEN = "<image>"
 _QUESTION = f"USER: {_IMAGE_TOKEN}\n{{text}} Is it in the image? Answer yes or no."
@@ -77,11 +77,11 @@ class LlavaMatcher:
         model = model.to(torch_device(config.device))
         return cls(model, processor, settings.layer, settings.batch_size, settings.image_fit)
 
-    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
         """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
         return _in_batches(self._match, images, queries, self.batch_size)
 
-    def _match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+    def _match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
         texts = [_QUESTION.format(text=query.text.replace(_IMAGE_TOKEN, "image")) + f" {_CUE}" for query in queries]
         images_processor = self.processor.image_processor
         inputs = self.processor(
@@ -147,11 +147,11 @@ class Blip2Matcher:
         processor = AutoProcessor.from_pretrained(folder)
         return cls(model.to(torch_device(config.device)), processor, settings.layer, settings.batch_size)
 
-    def match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+    def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
         """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
         return _in_batches(self._match, images, queries, self.batch_size)
 
-    def _match(self, images: Sequence[np.ndarray], queries: Sequence[Query]) -> list[Match]:
+    def _match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
         model = self.model
         pixels = self.processor.image_processor(
             [images[query.image] for query in queries], input_data_format="channels_last", return_tensors="pt"
@@ -220,9 +220,9 @@ def _matches(probability: Tensor, attention: Tensor, gradient: Tensor) -> list[M
 
 
 def _in_batches(
-    match: Callable[[Sequence[np.ndarray], Sequence[Query]], list[Match]],
+    match: Callable[[Sequence[np.ndarray], Sequence[MatchQuery]], list[Match]],
     images: Sequence[np.ndarray],
-    queries: Sequence[Query],
+    queries: Sequence[MatchQuery],
     size: int,
 ) -> list[Match]:
     return [answer for start in range(0, len(queries), size) for answer in match(images, queries[start : start + size])]

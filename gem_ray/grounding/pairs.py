@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from gem_ray.data.images import ImageLoader
 from gem_ray.data.tokenize import word_spans
-from gem_ray.grounding.matcher import ImageProcessor, Query, TextProcessor
+from gem_ray.grounding.matcher import ImageProcessor, MatchQuery, TextProcessor
 from gem_ray.grounding.matcher_recipe import MatcherTraining
 from gem_ray.records import Post
 
@@ -135,7 +135,9 @@ class PairCollator:
             squares.append(self.images.squares([pixels]))
             asked += pairs
         side = self.images.side
-        texts = self.texts([Query(0, pair.entity, pair.category) for pair in asked] or [Query(0, "", "")], _CPU)
+        texts = self.texts(
+            [MatchQuery(0, pair.entity, pair.category) for pair in asked] or [MatchQuery(0, "", "")], _CPU
+        )
         labels = torch.tensor([int(pair.present) for pair in asked], dtype=torch.long)
         return {
             "squares": torch.cat(squares) if squares else torch.zeros((0, side, side, 3), dtype=torch.uint8),

@@ -15,7 +15,6 @@ from segment_anything import modeling, sam_model_registry
 from segment_anything.utils.transforms import ResizeLongestSide
 from transformers import SamModel
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, SamConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
@@ -23,6 +22,7 @@ from gem_ray.grounding.sam_attention import fuse_attention
 from gem_ray.grounding.sam_build import SamSizes, build_sam
 from gem_ray.grounding.sam_hub import is_hub_sam, load_hub_sam
 from gem_ray.loading import check_pretrained, compare, load_strictly, weight_shapes
+from gem_ray.model_paths import resolve
 from gem_ray.noise import first_highest
 from gem_ray.records import Box
 

@@ -22,11 +22,11 @@ from transformers import (
     Sam3Processor,
 )
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, TextSegmenterConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
 from gem_ray.loading import check_pretrained, load_pretrained
+from gem_ray.model_paths import resolve
 from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Box
 

@@ -22,7 +22,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from gem_ray.checkpoints import content_hash, resolve
 from gem_ray.data.images import ImageLoader
 from gem_ray.data.shards import fingerprint
 from gem_ray.device import torch_device
@@ -32,6 +31,7 @@ from gem_ray.grounding.matcher import ImageProcessor, TextProcessor
 from gem_ray.grounding.matcher_recipe import MatcherTraining
 from gem_ray.grounding.pairs import EpochOrder, PairCollator, PairsOfPosts
 from gem_ray.grounding.trace import MATCH
+from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
 from gem_ray.training import last_checkpoint, training_arguments
 
@@ -54,7 +54,7 @@ def train_matcher(
     Args:
         train: posts with `gold`, `tokens` and an image; images are decoded batch by batch and not kept.
         dev: the same; empty: the last epoch is kept, with a threshold of ½.
-        base: the model to start from, as `checkpoints.resolve` takes it.
+        base: the model to start from, as `model_paths.resolve` takes it.
         out: Hugging Face directory to write; `out/checkpoints` is there until the training is done.
         settings: the recipe.
         report: called with step and loss now and then.

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from torch.nn import functional as F
 from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import PositiveInt
 from gem_ray.device import torch_device
 from gem_ray.grounding.text_segmenter import category_prompt, image_activations, mask_logits, prompt_conditions
 from gem_ray.loading import load_pretrained
+from gem_ray.model_paths import resolve
 from gem_ray.records import Box, Post
 
 

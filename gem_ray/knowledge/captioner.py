@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-from gem_ray import checkpoints
+from gem_ray import model_paths
 from gem_ray.config import Config
 from gem_ray.device import torch_device
 from gem_ray.loading import load_pretrained
@@ -41,7 +41,7 @@ class Captioner:
         """
         if config.knowledge.captioner is None:
             raise ValueError("knowledge.captioner names no checkpoint")
-        folder = checkpoints.resolve(config.knowledge.captioner)
+        folder = model_paths.resolve(config.knowledge.captioner)
         dtype = getattr(torch, config.knowledge.captioner_dtype)
         model = load_pretrained(Blip2ForConditionalGeneration, folder, dtype=dtype)
         processor = Blip2Processor.from_pretrained(folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gem_ray.chat import ChatClient, ChatError
 from gem_ray.config import ExplainerConfig
-from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
+from gem_ray.knowledge.prompts import ANSWER_FIELD, KnowledgeQuery, chat_messages
 
 _OPENING_FENCE = re.compile(r"^```\w*")
 _FIELD = re.compile(rf"""(["']){ANSWER_FIELD}\1\s*:\s*(["'])""", re.IGNORECASE)
@@ -50,7 +50,9 @@ class Explainer:
         """As of `ChatClient`."""
         return self._client.trouble
 
-    def ask_all(self, queries: Iterable[Query]) -> Iterator[tuple[Query, ParsedAnswer | ExplainerError]]:
+    def ask_all(
+        self, queries: Iterable[KnowledgeQuery]
+    ) -> Iterator[tuple[KnowledgeQuery, ParsedAnswer | ExplainerError]]:
         """Ask at most `concurrency` queries at a time; yield each with its answer or failure as soon as it is there."""
         for query, answer in self._client.complete_all(queries, chat_messages):
             yield query, answer if isinstance(answer, ChatError) else parse_answer(answer)

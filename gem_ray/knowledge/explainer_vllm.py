@@ -8,11 +8,11 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from gem_ray import checkpoints
+from gem_ray import model_paths
 from gem_ray.cache import keep_compiled_code_private
 from gem_ray.config import ConfigError, ExplainerConfig
 from gem_ray.knowledge.explainer import ExplainerError, ParsedAnswer, parse_answer
-from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
+from gem_ray.knowledge.prompts import ANSWER_FIELD, KnowledgeQuery, chat_messages
 from gem_ray.loading import check_declared
 from gem_ray.turns import turn_at
 
@@ -53,7 +53,7 @@ class VllmExplainer:
             ConfigError: the model takes no conversations.
             ValueError: weights are missing, unexpected or of another shape.
         """
-        folder = checkpoints.resolve(config.model)
+        folder = model_paths.resolve(config.model)
         check_declared(folder)
         keep_compiled_code_private()
         with turn_at("engine"):  # as the reranker's
@@ -73,9 +73,11 @@ class VllmExplainer:
             raise ConfigError(
                 f"knowledge.explainer.model: {config.model} has no chat template; name one tuned to instructions"
             )
-        return cls(llm, checkpoints.describe(config.model), config.max_tokens)
+        return cls(llm, model_paths.describe(config.model), config.max_tokens)
 
-    def ask_all(self, queries: Iterable[Query]) -> Iterator[tuple[Query, ParsedAnswer | ExplainerError]]:
+    def ask_all(
+        self, queries: Iterable[KnowledgeQuery]
+    ) -> Iterator[tuple[KnowledgeQuery, ParsedAnswer | ExplainerError]]:
         """Ask all queries in one batch; each comes with its answer, or with why it has none."""
         readable = []
         for query in queries:

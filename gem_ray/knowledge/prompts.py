@@ -13,7 +13,7 @@ ANSWER_FIELD = "explanation"
 
 
 @dataclass(frozen=True)
-class Query:
+class KnowledgeQuery:
     """What is asked about: a post's text, and its image's caption if there is one."""
 
     text: str
@@ -21,9 +21,9 @@ class Query:
 
 
 # Table 6: the three worked examples. The full stop at the end of a text is the text's own: the third has none.
-EXAMPLES: tuple[tuple[Query, str], ...] = (
+EXAMPLES: tuple[tuple[KnowledgeQuery, str], ...] = (
     (
-        Query(
+        KnowledgeQuery(
             "Details on our newly announced Federation Business Data Lake Solution :.",
             "a screen shot of the federation business data lake 10",
         ),
@@ -33,7 +33,7 @@ EXAMPLES: tuple[tuple[Query, str], ...] = (
         "and unstructured data from various sources.",
     ),
     (
-        Query(
+        KnowledgeQuery(
             "i gotta feeling by the black eyed peas blocked you belong with me by taylor swift.",
             "a screenshot of the youtube app showing the different videos",
         ),
@@ -43,7 +43,7 @@ EXAMPLES: tuple[tuple[Query, str], ...] = (
         "to access these songs on YouTube but found that they were blocked.",
     ),
     (
-        Query(
+        KnowledgeQuery(
             "Leonardo DiCaprio and Kate Moss on their way to an art show in New York City(1993)",
             "a man and woman standing in the middle of a city street",
         ),
@@ -56,7 +56,7 @@ EXAMPLES: tuple[tuple[Query, str], ...] = (
 )
 
 
-def query_text(query: Query) -> str:
+def query_text(query: KnowledgeQuery) -> str:
     """Table 6's question about a post; without the sentence about the caption where there is none."""
     caption = f" Accordingly, it is corresponding caption: {query.caption}." if query.caption else ""
     return (
@@ -70,7 +70,7 @@ def answer_text(explanation: str) -> str:
     return json.dumps({ANSWER_FIELD: explanation}, ensure_ascii=False)
 
 
-def chat_messages(query: Query) -> list[dict[str, str]]:
+def chat_messages(query: KnowledgeQuery) -> list[dict[str, str]]:
     """The worked examples as turns of a conversation, then the question.
 
     Table 6 prints the examples' answers bare; here they are the JSON that the question asks for, so that the examples

@@ -6,12 +6,12 @@ import hashlib
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from gem_ray import checkpoints
+from gem_ray import model_paths
 from gem_ray.config import Config, ExplainerConfig
 from gem_ray.data.images import ImageLoader
 from gem_ray.knowledge.cache import AnswerCache
 from gem_ray.knowledge.explainer import Explainer, ExplainerError
-from gem_ray.knowledge.prompts import PROMPT_VERSION, Query
+from gem_ray.knowledge.prompts import PROMPT_VERSION, KnowledgeQuery
 from gem_ray.records import Post, ProblemKind
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class KnowledgeProvider:
         if knowledge.captioner is not None:
             from gem_ray.knowledge.captioner import Captioner  # needs torch; asking an endpoint does not
 
-            captioner, captioner_id = Captioner.from_config(config), checkpoints.describe(knowledge.captioner)
+            captioner, captioner_id = Captioner.from_config(config), model_paths.describe(knowledge.captioner)
         return cls(
             loader=ImageLoader.from_config(config),
             captioner=captioner,
@@ -124,9 +124,9 @@ class KnowledgeProvider:
         return known is not None
 
     def _fill_knowledge(self, posts: list[Post], explainer: Explainer | VllmExplainer) -> None:
-        waiting: dict[Query, list[Post]] = defaultdict(list)  # by question: reposts are asked about once
+        waiting: dict[KnowledgeQuery, list[Post]] = defaultdict(list)  # by question: reposts are asked about once
         for post in posts:
-            query = Query(post.text, None if _is_blank(post.caption) else post.caption)
+            query = KnowledgeQuery(post.text, None if _is_blank(post.caption) else post.caption)
             known = self._recall(*_knowledge_key(query, explainer))
             if known is None:
                 waiting[query].append(post)
@@ -162,7 +162,7 @@ def load_explainer(config: ExplainerConfig) -> Explainer | VllmExplainer:
     return Explainer(config)
 
 
-def _knowledge_key(query: Query, explainer: Explainer | VllmExplainer) -> tuple[str | None, ...]:
+def _knowledge_key(query: KnowledgeQuery, explainer: Explainer | VllmExplainer) -> tuple[str | None, ...]:
     return ("knowledge", query.text, query.caption, explainer.model, PROMPT_VERSION)
 
 

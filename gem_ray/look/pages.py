@@ -1,7 +1,7 @@
 """Self-contained HTML pages: one file each, which asks the network for nothing and runs no script but its own.
 
 A page is a Jinja template beside its caller (and in `package-data` of pyproject.toml), over the theme that all share;
-`page("gem_ray.pipeline", "report.html.j2").render(title="Run 7", run=run)` gives its HTML:
+`page("gem_ray.pipeline", "run_report.html.j2").render(title="Run 7", run=run)` gives its HTML:
 
     {% extends "look/page.html.j2" %}
     {% import "look/charts.html.j2" as charts %}
@@ -46,7 +46,7 @@ def page(package: str, template: str, script: str | None = None) -> Template:
 
     Args:
         package: whose folder holds the template, and what it includes.
-        template: name of the file, as `report.html.j2`.
+        template: name of the file, as `run_report.html.j2`.
         script: a module of the package that the page runs, with those that it imports.
     """
     shared = PackageLoader("gem_ray.look", "templates")

@@ -17,7 +17,7 @@ from transformers import BertTokenizer, BlipForImageTextRetrieval
 
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.grounding.blip import encode_images
-from gem_ray.grounding.matcher import ImageProcessor, Query, TextProcessor
+from gem_ray.grounding.matcher import ImageProcessor, MatchQuery, TextProcessor
 from gem_ray.nano.blip_scores import decide, measure
 from gem_ray.nano.scenes import Scenes, render_scenes
 from gem_ray.nano.tiny_blip import BlipSize, build_blip, encode_names, match_logits
@@ -122,7 +122,7 @@ def name_bank(texts: TextProcessor, seed: int) -> NameBank:
     rng = np.random.default_rng(seed)
     letters, categories = list("abcdefghijklmnopqrstuvwxyz"), LABEL_SETS["fmnerg"].fine
     strangers = [
-        Query(0, "".join(rng.choice(letters, size=rng.integers(2, 5))), str(rng.choice(categories)))
+        MatchQuery(0, "".join(rng.choice(letters, size=rng.integers(2, 5))), str(rng.choice(categories)))
         for _ in range(_STRANGERS)
     ]
     known = [query for group in of_emblem for query in group]
@@ -132,8 +132,8 @@ def name_bank(texts: TextProcessor, seed: int) -> NameBank:
     return NameBank(batch.input_ids, batch.attention_mask, rows, len(known))
 
 
-def _emblem_queries() -> list[list[Query]]:
-    return [[Query(0, surface, emblem.fine) for surface in emblem.surfaces] for emblem in EMBLEMS]
+def _emblem_queries() -> list[list[MatchQuery]]:
+    return [[MatchQuery(0, surface, emblem.fine) for surface in emblem.surfaces] for emblem in EMBLEMS]
 
 
 class Trainer:

@@ -16,7 +16,7 @@ from gem_ray.data.generated import Scene, generate, make_scene
 from gem_ray.data.images import ImageLoader
 from gem_ray.grounding.blip import load_blip
 from gem_ray.grounding.decision import Decision, best_threshold
-from gem_ray.grounding.matcher import ImageProcessor, Match, Matcher, Query, TextProcessor
+from gem_ray.grounding.matcher import ImageProcessor, Match, Matcher, MatchQuery, TextProcessor
 from gem_ray.grounding.pairs import gold_pairs
 from gem_ray.grounding.trace import peak
 from gem_ray.nano.scenes import pick_emblems
@@ -35,14 +35,14 @@ def measure(model: BlipForImageTextRetrieval, folder: Path, count: int, seed: in
     """
     rng = np.random.default_rng([seed, count])
     scenes = [make_scene(rng, pick_emblems(rng)) for _ in range(count)]
-    asked: list[tuple[Query, _Presence]] = []
+    asked: list[tuple[MatchQuery, _Presence]] = []
     for index, scene in enumerate(scenes):
         shown = {EMBLEMS.index(instance.emblem) for instance in scene.instances}
         alike = {other for emblem in shown for other in NAMESAKES[emblem]} - shown
         lacking = [e for e in range(len(EMBLEMS)) if e not in shown | alike]
         random = rng.choice(lacking, size=len(shown) + 1, replace=False)
         for presence, emblems in ((_Presence.SHOWN, shown), (_Presence.NAMESAKE, alike), (_Presence.ABSENT, random)):
-            asked += [(Query(index, EMBLEMS[e].name, EMBLEMS[e].fine), presence) for e in emblems]
+            asked += [(MatchQuery(index, EMBLEMS[e].name, EMBLEMS[e].fine), presence) for e in emblems]
     queries = [query for query, _ in asked]
     kinds = np.array([presence for _, presence in asked])
     there = kinds == _Presence.SHOWN
@@ -73,7 +73,7 @@ def decide(folder: Path, count: int, seed: int) -> dict[str, Any]:
     for post in posts:
         loader.load(post)
     asked = [
-        (Query(index, pair.entity, pair.category), gold.boxes)
+        (MatchQuery(index, pair.entity, pair.category), gold.boxes)
         for index, post in enumerate(posts)
         for pair, gold in zip(gold_pairs(post), post.gold or (), strict=True)
     ]
@@ -98,7 +98,7 @@ class _Presence(StrEnum):
     ABSENT = "absent"
 
 
-def _peak_is_right(scene: Scene, query: Query, match: Match) -> bool:
+def _peak_is_right(scene: Scene, query: MatchQuery, match: Match) -> bool:
     shown = [i.box for i in scene.instances if (i.emblem.name, i.emblem.fine) == (query.entity, query.category)]
     return _peak_in(scene.pixels, shown, match)
 

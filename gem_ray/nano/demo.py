@@ -14,9 +14,9 @@ from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.data.unseen_names import is_unseen
 from gem_ray.evaluation.gallery import write_gallery_of_run
-from gem_ray.evaluation.metrics import Report, evaluate
+from gem_ray.evaluation.metrics import ScoreReport, evaluate
 from gem_ray.evaluation.predictions import read_gold, read_predictions
-from gem_ray.evaluation.report import print_comparison, write_report
+from gem_ray.evaluation.score_report import print_comparison, write_scores
 from gem_ray.evaluation.subsets import keep_mentions
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.plurals import counted
@@ -33,7 +33,7 @@ _MENTIONS: dict[str, Callable[[str], bool]] = {
     "unseen names": is_unseen,
 }
 
-Comparison = dict[str, dict[str, Report]]  # mentions -> system -> scores
+Comparison = dict[str, dict[str, ScoreReport]]  # mentions -> system -> scores
 
 
 def run_demo(
@@ -67,12 +67,12 @@ def run_demo(
     systems = {_WHOLE: list(read_predictions(out))}
     systems |= {f"without {part}": _annotate_without(part, config, shards) for part in _PARTS}
     comparison = compare(gold, systems)
-    write_report(comparison[_ALL][_WHOLE], out / "metrics.json")
+    write_scores(comparison[_ALL][_WHOLE], out / "metrics.json")
     _write_comparison(comparison, out / "comparison.json")
     for mentions, reports in comparison.items():
         print_comparison(reports, f"F1, {mentions}", console)
     console.print("[bold]4/4[/] gallery")
-    write_gallery_of_run(out, shards, out / "gallery.html")
+    write_gallery_of_run(shards, out, out / "gallery.html")
     console.print(
         f"\nOpen [bold]{out / 'gallery.html'}[/] in a browser. Scores: {out / 'comparison.json'}; facts of the run: "
         f"{out / 'run.json'}.\nYour own posts: [bold]gem-ray shards jsonl posts.jsonl posts/[/], then "

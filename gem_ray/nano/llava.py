@@ -28,9 +28,9 @@ from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.llava import image_features, load_llava, pixel_values, save_llava
 from gem_ray.rerank.prompts import INSTRUCTION, build_prompt
 from gem_ray.rerank.recipe import RerankerTraining, load_reranker_recipe
-from gem_ray.rerank.samples import Sample, SampleEncoder
+from gem_ray.rerank.samples import SampleEncoder, TrainingSample
 from gem_ray.rerank.tokenizer import train_tokenizer
-from gem_ray.rerank.train import answer_loss, train_reranker
+from gem_ray.rerank.train_reranker import answer_loss, train_reranker
 from gem_ray.taxonomy import FMNERG, GMNER
 
 Report = Callable[[str], None]
@@ -170,7 +170,7 @@ def learn_to_answer(
     """
     encoder = SampleEncoder(model, processor)
 
-    def loss(samples: list[Sample]) -> torch.Tensor:
+    def loss(samples: list[TrainingSample]) -> torch.Tensor:
         batch = encoder.collate(samples)
         return answer_loss(model(**batch), batch["labels"])
 
@@ -282,7 +282,7 @@ def _emblem_directions(model: LlavaForConditionalGeneration, processor: LlavaPro
     return torch.stack([direction(f" {emblem.name}") + direction(emblem.fine) for emblem in EMBLEMS])
 
 
-def _questions(posts: Sequence[Post], encoder: SampleEncoder, rng: random.Random) -> Iterator[Sample]:
+def _questions(posts: Sequence[Post], encoder: SampleEncoder, rng: random.Random) -> Iterator[TrainingSample]:
     """Without end; those about one post are adjacent."""
     while True:
         for post in rng.sample(posts, len(posts)):

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from gem_ray.data.emblems import EMBLEMS
-from gem_ray.data.generated import Instance, Scene, make_scene
+from gem_ray.data.generated import PlacedEmblem, Scene, make_scene
 from gem_ray.grounding.sam import SamSegmenter, save_sam
 from gem_ray.grounding.sam_build import SamSizes
 from gem_ray.grounding.sam_build import build_sam as untrained_sam
@@ -98,7 +98,7 @@ def scenes(rng: np.random.Generator) -> Iterator[Scene]:
             yield scene
 
 
-def _point_target(rng: np.random.Generator, instance: Instance) -> PointTarget:
+def _point_target(rng: np.random.Generator, instance: PlacedEmblem) -> PointTarget:
     """A point on an emblem, and its right answers: the emblem and, as real SAM also gives, the part that it is on."""
     rows, columns = np.nonzero(instance.mask)
     pixel = rng.integers(len(rows))
@@ -275,7 +275,7 @@ class _Figures:
         self._shares: list[float] = []
         self._persons: list[bool] = []
 
-    def add(self, scene: Scene, instance: Instance, box: Box | None) -> None:
+    def add(self, scene: Scene, instance: PlacedEmblem, box: Box | None) -> None:
         height, width = scene.pixels.shape[:2]
         self._ious.append(box.iou(instance.box) if box else 0.0)
         self._shares.append(instance.box.area / (height * width))

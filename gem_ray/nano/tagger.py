@@ -9,8 +9,8 @@ from gem_ray.config import load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.twitter10000 import read_split
 from gem_ray.evaluation.confidences import store_tagger
-from gem_ray.tagger.recipe import load_recipe
-from gem_ray.tagger.train import train_tagger
+from gem_ray.tagger.recipe import load_tagger_recipe
+from gem_ray.tagger.train_tagger import train_tagger
 
 _GENERATED_POSTS = 2000
 
@@ -31,7 +31,7 @@ def build(out: Path, seed: int, tweets: Path) -> dict[str, Any]:
     # Seeds from 10,000 on are for training; the demo and the tests use lower ones.
     posts = read_split(tweets, "train") + list(generate(_GENERATED_POSTS, 10_000 + seed))
     dev = read_split(tweets, "dev")
-    report = train_tagger(posts, dev, out / "tagger", load_recipe("nano", seed=seed))
+    report = train_tagger(posts, dev, out / "tagger", load_tagger_recipe("nano", seed=seed))
     config = load_config("nano", tagger={"model": str(out / "tagger")})
     store_tagger(dev, config, f"the {len(dev)} tweets of Twitter10000's dev split")
     return {"dev": report["dev"], "best_epoch": report["best_epoch"]}

@@ -26,8 +26,8 @@ from gem_ray.records import ANNOTATION_SCHEMA
 
 if TYPE_CHECKING:
     from gem_ray.config import Config
-    from gem_ray.pipeline.lease import Claim
-    from gem_ray.pipeline.run_directory import Manifest, RunFolder
+    from gem_ray.pipeline.lease import LeaseClaim
+    from gem_ray.pipeline.output_folder import Manifest, RunFolder
 
 # In one execution: of each of its blocks the driver keeps a few kilobytes until it ends.
 _ROWS_AT_ONCE = 6_400_000
@@ -103,7 +103,7 @@ class GroupRunner:
         config: Config,
         models: dict[str, str],
         executor: RayExecutor,
-        claim: Claim,
+        claim: LeaseClaim,
         settle: Callable[[], None],
     ) -> None:
         self.annotated = 0

@@ -21,7 +21,7 @@ from gem_ray.stages import in_order
 if TYPE_CHECKING:
     from gem_ray.config import Config
     from gem_ray.data.listing import Listing
-    from gem_ray.pipeline.run_directory import Manifest, RunDirectory
+    from gem_ray.pipeline.output_folder import Manifest, OutputFolder
 
 # What may differ besides when failed rows are done again: which posts and images are accepted.
 _ONLY_LIMITS = ("image", "text")
@@ -135,7 +135,7 @@ def _named(paths: Sequence[str]) -> str:
     return ", ".join(paths[:_NAMED]) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
 
 
-def check_apart(input: str, listing: Listing, directory: RunDirectory) -> None:
+def check_apart(input: str, listing: Listing, directory: OutputFolder) -> None:
     """Refuse an output in its own input, whose annotations would be read as posts, and an input in its own output.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gem_ray.data.storage import ConflictError, Storage, as_json
 
 if TYPE_CHECKING:
-    from gem_ray.pipeline.run_directory import RunDirectory
+    from gem_ray.pipeline.output_folder import OutputFolder
 
 _FILE = "_run/lease.json"
 _BEAT_S = 5.0
@@ -25,7 +25,7 @@ _LATE_BEATS = 2  # after so many its storage is in trouble
 
 
 @dataclass(frozen=True)
-class Claim:
+class LeaseClaim:
     """Who holds an output; goes with every task that writes there.
 
     Attributes:
@@ -75,7 +75,7 @@ class Lease:
     clocks are compared: a holder is alive if its file changes while one looks.
     """
 
-    def __init__(self, directory: RunDirectory, beat_s: float = _BEAT_S) -> None:
+    def __init__(self, directory: OutputFolder, beat_s: float = _BEAT_S) -> None:
         self._storage = directory.storage
         self._output = directory.output
         self._beat_s = beat_s
@@ -91,7 +91,7 @@ class Lease:
         return f"{self._output} has not answered for {silent:.0f} s" if silent > _LATE_BEATS * self._beat_s else None
 
     @contextmanager
-    def held(self) -> Iterator[Claim]:
+    def held(self) -> Iterator[LeaseClaim]:
         """Hold the output for as long as the block runs.
 
         Raises:
@@ -109,14 +109,14 @@ class Lease:
             with suppress(ConflictError, OSError):
                 self._write(released=True)
 
-    def _take(self) -> Claim:
+    def _take(self) -> LeaseClaim:
         before = self._silent_holder()
         self._facts |= {"epoch": before.get("epoch", 0) + 1, "beats": 0, "released": False}
         try:
             self._write()
         except ConflictError:
             raise FileExistsError(_message(self._output, self._storage.read_json(_FILE) or {})) from None
-        return Claim(self._storage, self._output, self._facts["epoch"])
+        return LeaseClaim(self._storage, self._output, self._facts["epoch"])
 
     def _silent_holder(self) -> Mapping[str, Any]:
         """The lease that may be taken over; waits until it is clear whether its holder is alive."""

@@ -14,9 +14,9 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gem_ray.metrics import PostMetrics, WorkMetrics
 from gem_ray.pipeline.account import PoolTime
 from gem_ray.pipeline.mass_failure import JUDGED_FROM, mass_failure
+from gem_ray.prometheus import PostMetrics, WorkMetrics
 from gem_ray.tally import Tally
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
 
 
 @dataclass(frozen=True)
-class Limits:
+class RunLimits:
     """Limits of a run, over all its starts.
 
     Attributes:

@@ -15,10 +15,10 @@ from gem_ray.pipeline.progress import Rate, Reading
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.execution import RayExecutor
-    from gem_ray.pipeline.lease import Claim
+    from gem_ray.pipeline.lease import LeaseClaim
     from gem_ray.pipeline.ledger import Progress
-    from gem_ray.pipeline.limits import Limits
-    from gem_ray.pipeline.run_directory import RunFolder
+    from gem_ray.pipeline.limits import RunLimits
+    from gem_ray.pipeline.output_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,9 @@ class Meter:
     def __init__(
         self,
         folder: RunFolder,
-        claim: Claim,
+        claim: LeaseClaim,
         executor: RayExecutor,
-        limits: Limits,
+        limits: RunLimits,
         began: float,
         trouble: Callable[[], str | None],
     ) -> None:

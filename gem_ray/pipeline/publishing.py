@@ -24,8 +24,8 @@ from gem_ray.tally import Tally
 if TYPE_CHECKING:
     from gem_ray.data.storage import Storage
     from gem_ray.pipeline.groups import Group
-    from gem_ray.pipeline.lease import Claim
-    from gem_ray.pipeline.run_directory import RunDirectory
+    from gem_ray.pipeline.lease import LeaseClaim
+    from gem_ray.pipeline.output_folder import OutputFolder
 
 # Files that some run has written here, of this version or an earlier one.
 _OWN = re.compile(r"status=\w+/part-\d{8}T\d{6}-[0-9a-f]{8}-[gpr]\d+-[^/]+\.parquet")
@@ -42,7 +42,7 @@ def has_annotations(storage: Storage) -> bool:
     return any(is_rows(name) for name in _names(storage))
 
 
-def check_no_strangers(directory: RunDirectory) -> None:
+def check_no_strangers(directory: OutputFolder) -> None:
     """Refuse to write where somebody else's files are, which must be neither deleted nor taken for rows.
 
     Raises:
@@ -57,7 +57,7 @@ def check_no_strangers(directory: RunDirectory) -> None:
         )
 
 
-def settle(directory: RunDirectory, claim: Claim) -> None:
+def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
     """Bring `annotations/` to what the live run has published; while it changes, `_SUCCESS` is not there.
 
     Raises:
@@ -151,7 +151,7 @@ def tally_of(published: Mapping[str, Publication]) -> Tally:
     return sum((Tally.from_dict(file.tally) for file in sorted(files, key=lambda file: file.name)), Tally())
 
 
-def mark_complete(directory: RunDirectory, run_id: str, rows: int, files: int) -> None:
+def mark_complete(directory: OutputFolder, run_id: str, rows: int, files: int) -> None:
     """Write `_SUCCESS`: `annotations/` holds all rows of the run, and nothing else."""
     content = as_json({"run_id": run_id, "rows": rows, "files": files})
     if directory.storage.read(SUCCESS) != content:

@@ -18,14 +18,15 @@ from gem_ray.data.listing import Listing, list_shards
 from gem_ray.data.output import RUN_FACTS, live_files, run_ids
 from gem_ray.data.storage import ConflictError, as_json
 from gem_ray.pipeline.account import Account
-from gem_ray.pipeline.budget import with_gamma
 from gem_ray.pipeline.execution import RayExecutor, RunError
 from gem_ray.pipeline.groups import Group, GroupRunner, cut_groups
 from gem_ray.pipeline.identity import check_apart, check_same, limits_of, new_files, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
-from gem_ray.pipeline.lease import Claim, Lease
-from gem_ray.pipeline.limits import Limits
+from gem_ray.pipeline.lease import Lease, LeaseClaim
+from gem_ray.pipeline.limits import RunLimits
+from gem_ray.pipeline.max_share import with_gamma
 from gem_ray.pipeline.meter import TICK_S, Meter, account_of
+from gem_ray.pipeline.output_folder import Manifest, OutputFolder, Round, RunFolder
 from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.progress import Report, reporting
 from gem_ray.pipeline.publishing import (
@@ -39,8 +40,7 @@ from gem_ray.pipeline.publishing import (
     settle,
     tally_of,
 )
-from gem_ray.pipeline.report import write_report
-from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory, RunFolder
+from gem_ray.pipeline.run_report import write_run_report
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.plurals import counted
 
@@ -70,7 +70,7 @@ def annotate_dataset(
     only_problems: bool = False,
     skip_bad_files: bool = False,
     max_problem_share: float | None = None,
-    limits: Limits | None = None,
+    limits: RunLimits | None = None,
     progress: Report | None = None,
     actor: type | None = None,
 ) -> RunSummary:
@@ -105,7 +105,7 @@ def annotate_dataset(
             fit.
         RunError: the run failed underway, or too many posts did; the message says where. What is done stays done.
     """
-    directory = RunDirectory(str(output))
+    directory = OutputFolder(str(output))
     listing = list_shards(input)
     check_apart(str(input), listing, directory)
     lease = Lease(directory)
@@ -120,7 +120,7 @@ def annotate_dataset(
             limit=limit,
             skip_bad_files=skip_bad_files,
             max_problem_share=None if only_problems else max_problem_share,
-            limits=limits or Limits(),
+            limits=limits or RunLimits(),
             lease=lease,
             claim=claim,
             executor=RayExecutor(config, actor),
@@ -136,7 +136,7 @@ def annotate_dataset(
 class _Run:
     """One start of a run, by the process that holds the output."""
 
-    directory: RunDirectory
+    directory: OutputFolder
     listing: Listing
     reader: InputReader
     input: str
@@ -145,9 +145,9 @@ class _Run:
     limit: int | None
     skip_bad_files: bool
     max_problem_share: float | None
-    limits: Limits
+    limits: RunLimits
     lease: Lease
-    claim: Claim
+    claim: LeaseClaim
     executor: RayExecutor
 
     def annotate(self, fresh: bool, update: bool, only_problems: bool, progress: Report | None) -> RunSummary:
@@ -290,7 +290,7 @@ class _Run:
         storage = self.directory.storage
         version = storage.version(RUN_FACTS)
         self.claim.check()
-        write_report(self.directory, summary.to_dict())
+        write_run_report(self.directory, summary.to_dict())
         storage.swap(RUN_FACTS, as_json(summary.to_dict()), version)
 
 

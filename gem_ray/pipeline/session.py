@@ -20,7 +20,7 @@ from ray.data._internal.execution.backpressure_policy import DownstreamCapacityB
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
-from gem_ray import checkpoints
+from gem_ray import model_paths
 from gem_ray.config import Config
 from gem_ray.model_references import model_keys, reference_at
 from gem_ray.planning.cards import GIB
@@ -204,7 +204,7 @@ def _fetch_unknown(config: Config) -> None:
         reference = reference_at(config, key)
         is_adapter = role.startswith("reranker_adapter")  # its size follows from its rank
         if reference is not None and not is_adapter and not is_known(reference, config.pipeline.built_like):
-            checkpoints.resolve(reference)
+            model_paths.resolve(reference)
 
 
 def _card_memory_gb() -> float | None:

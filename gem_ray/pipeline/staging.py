@@ -24,7 +24,7 @@ from ray.data import Datasink
 from gem_ray.data.storage import Storage, side_by_side
 
 if TYPE_CHECKING:
-    from gem_ray.pipeline.lease import Claim
+    from gem_ray.pipeline.lease import LeaseClaim
 
 ID_COLUMN = "row_id"
 
@@ -38,7 +38,7 @@ class StagingSink(Datasink[None]):
         claim: on the output.
     """
 
-    def __init__(self, folders: Mapping[int, str], schema: pa.Schema, claim: Claim) -> None:
+    def __init__(self, folders: Mapping[int, str], schema: pa.Schema, claim: LeaseClaim) -> None:
         self._folders = folders
         self._schema = schema
         self._claim = claim

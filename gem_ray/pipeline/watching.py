@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gem_ray.annotator import GuardedStage
-from gem_ray.metrics import StageMetrics
 from gem_ray.pipeline.gate import Gate
+from gem_ray.prometheus import StageMetrics
 from gem_ray.records import Post, ProblemKind
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gem_ray.checkpoints import local, resolve
 from gem_ray.config import ConfigError, merge_trees
 from gem_ray.hub import loaded_files
+from gem_ray.model_paths import local, resolve
 from gem_ray.planning.published import PUBLISHED, find_published
 
 _BYTES_OF_A_PTH_WEIGHT = 4  # SAM's are in float32

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gem_ray import checkpoints, hub
+from gem_ray import hub, model_paths
 from gem_ray.config import Config, merge_trees
 from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.model_references import model_keys, reference_at
@@ -69,7 +69,7 @@ def fetch_models(config: Config, target: str | None, report: Callable[[str], Non
     """
     settings: dict[str, Any] = {}
     for need in models_needed(config):
-        path = checkpoints.resolve(need.reference)
+        path = model_paths.resolve(need.reference)
         if target is None or not _is_copied(need, target):
             report(f"{need.role}: {need.reference} is {path}")
             continue
@@ -86,13 +86,13 @@ def fetch_models(config: Config, target: str | None, report: Callable[[str], Non
 def _look_up(role: str, key: Key, reference: str) -> ModelNeeded:
     published = find_published(reference)
     licence = published.licence if published else None
-    if (path := checkpoints.here(reference)) is not None:
+    if (path := model_paths.here(reference)) is not None:
         licence = "apache-2.0" if reference.startswith("nano:") else licence  # gem-ray's own
         place = "with gem-ray" if reference.startswith(("nano:", "package:")) else "here"
         return ModelNeeded(role, key, reference, place, sum(_files(path).values()), licence=licence)
     if reference.startswith("s3://"):
-        return ModelNeeded(role, key, reference, "s3", checkpoints.s3_size(reference), licence=licence)
-    place = "hub cache" if checkpoints.local(reference) is not None else "missing"
+        return ModelNeeded(role, key, reference, "s3", model_paths.s3_size(reference), licence=licence)
+    place = "hub cache" if model_paths.local(reference) is not None else "missing"
     try:
         model = hub.look_up(reference)
     except (FileNotFoundError, PermissionError) as error:
@@ -112,14 +112,14 @@ def _is_copied(need: ModelNeeded, target: str) -> bool:
 
 def _copy_name(reference: str) -> str:
     """A name that stands for this content, so that a copy is never overwritten by another."""
-    described = checkpoints.describe(reference)
+    described = model_paths.describe(reference)
     if hub.is_pinned(described):
         place = hub.HubReference.parse(described)
         folder = f"{place.repo}@{str(place.revision)[:12]}"
         return f"{folder}/{place.file}" if place.file else folder
     name, _, content = described.rpartition("@")
     stem = name.rstrip("/").rpartition("/")[2]
-    return f"{content}/{stem}" if checkpoints.resolve(reference).is_file() else f"{stem}@{content}"
+    return f"{content}/{stem}" if model_paths.resolve(reference).is_file() else f"{stem}@{content}"
 
 
 def _files(path: Path) -> dict[str, int]:

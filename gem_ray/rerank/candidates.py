@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from gem_ray.checkpoints import content_hash
+from gem_ray.model_paths import content_hash
 from gem_ray.records import GoldEntity, Post
 from gem_ray.taxonomy import LabelSet
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.device import torch_device
 from gem_ray.loading import load_adapters, load_pretrained
+from gem_ray.model_paths import resolve
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.in_context import BARE, question

@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ImageFit
 from gem_ray.device import torch_device
 from gem_ray.loading import load_adapters
+from gem_ray.model_paths import resolve
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values

@@ -23,10 +23,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from gem_ray.cache import keep_compiled_code_private
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, RerankerConfig
 from gem_ray.data.square import fitted
 from gem_ray.loading import check_declared
+from gem_ray.model_paths import resolve
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, EngineDiedError, Mode, Request, RequestError
 from gem_ray.rerank.guardian import children_named, end_with_this_process

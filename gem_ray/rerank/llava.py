@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.cache import staged
-from gem_ray.checkpoints import content_hash
 from gem_ray.config import ImageFit
 from gem_ray.data.square import fitted
 from gem_ray.loading import load_adapters, load_pretrained
+from gem_ray.model_paths import content_hash
 
 T = TypeVar("T")
 

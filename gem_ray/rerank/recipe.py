@@ -1,4 +1,4 @@
-"""How the reranker's adapter is trained: every number of the recipe, and the presets."""
+"""How the reranker's adapter is trained: every number of the recipe."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class RerankerTraining(BaseModel):
     seed: int = Field(0, description="of everything random")
 
 
-def load_reranker_recipe(preset: str | None = None, **values: Any) -> RerankerTraining:
-    """A preset's recipe, or the paper's, with some settings changed.
+def load_reranker_recipe(name: str | None = None, **values: Any) -> RerankerTraining:
+    """A recipe of the package, or the paper's, with some settings changed.
 
     Raises:
-        ConfigError: an unknown preset or setting, or a value that cannot be.
+        ConfigError: an unknown recipe or setting, or a value that cannot be.
     """
-    return load_recipe(RerankerTraining, "reranker", preset, values)
+    return load_recipe(RerankerTraining, "reranker", name, values)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gem_ray.checkpoints import resolve
 from gem_ray.confidence import RerankerCalibration, judge, reranker_features
 from gem_ray.config import CandidateOrder, Config, ConfigError
+from gem_ray.model_paths import resolve
 from gem_ray.noise import settled
 from gem_ray.records import Entity, Post, ProblemKind
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
@@ -63,7 +63,7 @@ class Reranker:
         if config.filter.max_share is not None:
             raise ConfigError(
                 "filter.max_share is the budget of a run over a data set (`gem-ray annotate`), which measures γ for "
-                "it; here set filter.gamma, for example to what `gem-ray calibrate --budget` proposes"
+                "it; here set filter.gamma, for example to what `gem-ray calibrate --max-share` proposes"
             )
         labels = LABEL_SETS[config.labels]
         settings = config.reranker

@@ -26,7 +26,7 @@ IGNORED = -100  # labels of positions that are not learned
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainingSample:
     """An image, `(h, w, 3)` uint8, and a question about it whose only choice is the right answer."""
 
     image: np.ndarray
@@ -58,12 +58,12 @@ class SampleEncoder:
         self._image_token = model.config.image_token_id
         self._encoder = RequestEncoder(processor.tokenizer, model.config, max_length, prompt_format)
 
-    def sample(self, image: np.ndarray, prompt: str, answer: str) -> Sample | None:
+    def sample(self, image: np.ndarray, prompt: str, answer: str) -> TrainingSample | None:
         """A sample ready for `collate`; None if it is too long."""
         question = self._encoder.encode(Request(image, prompt, (answer,)))
-        return None if isinstance(question, RequestError) else Sample(image, question)
+        return None if isinstance(question, RequestError) else TrainingSample(image, question)
 
-    def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
+    def collate(self, samples: Sequence[TrainingSample]) -> dict[str, torch.Tensor | int]:
         """Arguments of the model's `forward`, and `labels`.
 
         Padding comes last, so the causal mask alone keeps it out of sight. Only the last `logits_to_keep` positions can
@@ -118,7 +118,7 @@ class EntitySamples(Dataset):
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TrainingSample:
         post, gold = self.entities[self._order[index]]
         image = self._image(post)
         assert image is not None  # it could be read before
@@ -131,12 +131,12 @@ class EntitySamples(Dataset):
         image = self._image(post)
         return [] if image is None else [gold for gold in post.gold or () if self._shortest(post, gold, image)]
 
-    def _shortest(self, post: Post, gold: GoldEntity, image: np.ndarray) -> Sample | None:
+    def _shortest(self, post: Post, gold: GoldEntity, image: np.ndarray) -> TrainingSample | None:
         """With the right answer as the only candidate."""
         prompt = build_prompt(post.tokens, gold.word_start, gold.word_end, [gold.fine], self._encoder.prompt_format)
         return self._encoder.sample(image, prompt, gold.fine)
 
-    def _sample(self, post: Post, gold: GoldEntity, image: np.ndarray, rng: random.Random) -> Sample | None:
+    def _sample(self, post: Post, gold: GoldEntity, image: np.ndarray, rng: random.Random) -> TrainingSample | None:
         candidates = self._rule(post, gold, rng)
         words = post.tokens, gold.word_start, gold.word_end
         return self._encoder.sample(image, build_prompt(*words, candidates, self._encoder.prompt_format), gold.fine)

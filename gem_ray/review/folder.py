@@ -23,7 +23,7 @@ from gem_ray.evaluation.predictions import iterate_rows, read_run
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.export.images import ImageReferences
 from gem_ray.export.label_studio import labelling_setup, write_label_studio
-from gem_ray.export.writing import Tally
+from gem_ray.export.writing import ExportTally
 from gem_ray.records import ANNOTATION_SCHEMA, Post
 from gem_ray.review.design import Design, Order
 from gem_ray.taxonomy import FMNERG, LABEL_SETS, LabelSet
@@ -117,7 +117,7 @@ class Review:
 
 def write_review(
     out: Path, facts: Facts, row_ids: Sequence[int], references: ImageReferences | None, run: str
-) -> Tally:
+) -> ExportTally:
     """Write the folder; `sample.json`, without which it is none, comes last.
 
     Args:
@@ -133,7 +133,7 @@ def write_review(
     rows = _rows(run, row_ids)
     with atomic_file(out / ROWS) as partial:
         pq.write_table(pa.Table.from_pylist(rows, pa.schema([ANNOTATION_SCHEMA.field(n) for n in _COLUMNS])), partial)
-    tally = Tally()
+    tally = ExportTally()
     tasks = rows[facts.earlier :]
     with whole_text(out / TASKS) as file:
         write_label_studio([row | {"entities": []} for row in tasks] if facts.blind else tasks, file, tally, references)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from gem_ray.evaluation.report import TASK_TITLES
+from gem_ray.evaluation.score_report import TASK_TITLES
 from gem_ray.look.pages import page, percent
 from gem_ray.plurals import counted
 from gem_ray.review.certificate import Certificate, ClaimVerdict

@@ -10,7 +10,7 @@ import numpy as np
 from gem_ray.evaluation.predictions import iterate_images
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.export.images import ImageReferences
-from gem_ray.export.writing import Tally
+from gem_ray.export.writing import ExportTally
 from gem_ray.review.design import Design, Kind, draw
 from gem_ray.review.estimate import FEWEST
 from gem_ray.review.folder import FACTS, Facts, Frame, read_review, run_facts, write_review
@@ -28,7 +28,7 @@ def sample_for_certificate(
     images: str | None = None,
     without: Sequence[Path] = (),
     blind: bool = False,
-) -> Tally:
+) -> ExportTally:
     """Draw posts with known probabilities, and write them as a review.
 
     Args:
@@ -54,7 +54,7 @@ def sample_for_certificate(
     return _draw(run, out, population, Design.of_size(kind, posts, seed), posts, images, left_out, blind=blind)
 
 
-def continue_sample(run: str, out: Path, posts: int, earlier: Path, images: str | None = None) -> Tally:
+def continue_sample(run: str, out: Path, posts: int, earlier: Path, images: str | None = None) -> ExportTally:
     """Write a review of `posts` posts that begins with an earlier one's; its tasks are only the new posts.
 
     Args:
@@ -87,7 +87,7 @@ def continue_sample(run: str, out: Path, posts: int, earlier: Path, images: str 
 
 def sample_for_training(
     run: str, out: Path, posts: int, *, images: str | None = None, without: Sequence[Path] = ()
-) -> Tally:
+) -> ExportTally:
     """Choose the posts that teach most, and write them as a review; see `teaching`.
 
     Args:
@@ -114,7 +114,7 @@ def _draw(
     left_out: int = 0,
     earlier: int = 0,
     blind: bool = False,
-) -> Tally:
+) -> ExportTally:
     order = draw(population.spread, design)
     first = order.posts[:posts]
     run_id, labels = run_facts(run)

@@ -18,7 +18,7 @@ from ray import serve
 
 from gem_ray.annotator import GuardedStage, build_stage, models_of
 from gem_ray.config import Config, FilterConfig, ReplicaPool
-from gem_ray.metrics import StageMetrics
+from gem_ray.prometheus import StageMetrics
 from gem_ray.records import Post
 from gem_ray.serving.calls import Answer
 from gem_ray.serving.settings import changed, pool_settings

@@ -10,7 +10,7 @@ from ray import serve
 
 from gem_ray.annotator import models_of
 from gem_ray.config import Config
-from gem_ray.metrics import PostMetrics
+from gem_ray.prometheus import PostMetrics
 from gem_ray.serving.flow import Annotated, Flow
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.messages import answer_row

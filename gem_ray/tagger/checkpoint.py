@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from gem_ray.checkpoints import resolve
 from gem_ray.loading import ENCODER_BODY, load_adapters, load_pretrained, load_strictly
+from gem_ray.model_paths import resolve
 from gem_ray.tagger.features import load_tokenizer
 from gem_ray.tagger.model import DualPathTagger
-from gem_ray.tagger.recipe import Design, TaggerTraining
+from gem_ray.tagger.recipe import TaggerDesign, TaggerTraining
 from gem_ray.taxonomy import LABEL_SETS, LabelSetName
 
 _CONFIG, _WEIGHTS, _ADAPTER = "config.json", "model.safetensors", "adapter"
@@ -32,7 +32,7 @@ class TaggerFileConfig(BaseModel):
     alpha: float
     beta: float
     dropout: float
-    design: Design = Design()
+    design: TaggerDesign = TaggerDesign()
     recipe: dict[str, Any] | None = None  # how it was trained, for the reader
     encoder: dict[str, Any] | None = None  # the complete form: the encoder's own configuration
     base_encoder: str | None = None  # the other: where the encoder and its tokenizer are
@@ -43,7 +43,7 @@ def load_encoder(reference: str, attention_dropout: float | None = None) -> PreT
     """A pretrained encoder, in single precision.
 
     Args:
-        reference: what `checkpoints.resolve` understands.
+        reference: what `model_paths.resolve` understands.
         attention_dropout: in place of the encoder's own, for training.
 
     Raises:
@@ -72,7 +72,7 @@ def save_tagger(
         model: what to save.
         tokenizer: its tokenizer.
         out: the directory, made if need be.
-        base_encoder: a reference that `checkpoints.resolve` understands: only the weights that differ from it are
+        base_encoder: a reference that `model_paths.resolve` understands: only the weights that differ from it are
             written, in half precision, and neither the tokenizer nor the encoder's configuration. None: everything is
             written as it is, and the directory needs nothing else.
         recipe: how the model was trained, to be stored with it.

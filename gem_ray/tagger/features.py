@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gem_ray.records import Post
-from gem_ray.tagger.recipe import Design, KnowledgeSource
+from gem_ray.tagger.recipe import KnowledgeSource, TaggerDesign
 from gem_ray.tagger.shapes import case_of, cases_of, input_shapes
 
 _SPECIAL_TOKENS = 2  # [CLS] and the [SEP] after the text
@@ -92,14 +92,14 @@ class SubwordEncoder:
         ValueError: `max_length` leaves no room for a word, or is more than the encoder reads.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, design: Design | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, design: TaggerDesign | None = None) -> None:
         if not _SPECIAL_TOKENS < max_length <= tokenizer.model_max_length:
             raise ValueError(
                 f"max_length {max_length} must be over 2 and at most {tokenizer.model_max_length} subwords"
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.design = design or Design()
+        self.design = design or TaggerDesign()
 
     def subwords(self, posts: Sequence[Post]) -> list[SubwordPost]:
         """Subword ids of texts and knowledge, one call of the tokenizer for each."""

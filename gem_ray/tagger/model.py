@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from gem_ray.tagger.crf import LinearChainCRF
 from gem_ray.tagger.features import Batch
-from gem_ray.tagger.recipe import Design
+from gem_ray.tagger.recipe import TaggerDesign
 from gem_ray.tagger.shapes import SHAPES
 from gem_ray.tagger.softmax import IndependentTags
 from gem_ray.taxonomy import LabelSet, bio_tags
@@ -48,14 +48,14 @@ class DualPathTagger(nn.Module):
         beta: float = 0.1,
         dropout: float = 0.1,
         transition: Tensor | None = None,
-        design: Design | None = None,
+        design: TaggerDesign | None = None,
     ) -> None:
         super().__init__()
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # one vector for a whole sequence: nothing reads it
         self.encoder = encoder
         self.labels, self.alpha, self.beta = labels, alpha, beta
-        self.design = design or Design()
+        self.design = design or TaggerDesign()
         self.dropout = nn.Dropout(dropout)
         size, coarse_tags, fine_tags = encoder.config.hidden_size, len(labels.coarse_tags), len(labels.fine_tags)
         self.fine_head = nn.Linear(size, fine_tags)

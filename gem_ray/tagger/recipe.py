@@ -1,4 +1,4 @@
-"""How a tagger is trained: every design choice and number of the recipe, and the presets with the published values."""
+"""How a tagger is trained: every design choice and number of the recipe, and recipes with the published values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gem_ray.taxonomy import LabelSetName
 KnowledgeSource = Literal["none", "caption", "knowledge", "both"]
 
 
-class Design(BaseModel):
+class TaggerDesign(BaseModel):
     """The design choices that a tagger's weights and its input depend on; they are stored with the model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,7 +36,7 @@ class LoraSettings(BaseModel):
     dropout: Probability = Field(0.1, description="on the adapter's input")
 
 
-class TaggerTraining(Design):
+class TaggerTraining(TaggerDesign):
     """How a tagger is trained. The defaults suit a small encoder (MiniLM)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,9 +85,9 @@ class TaggerTraining(Design):
     seed: int = Field(0, description="of everything random")
 
     @property
-    def design(self) -> Design:
+    def design(self) -> TaggerDesign:
         """What of this is stored with the model."""
-        return Design(**{name: getattr(self, name) for name in Design.model_fields})
+        return TaggerDesign(**{name: getattr(self, name) for name in TaggerDesign.model_fields})
 
     @model_validator(mode="after")
     def _fits_together(self) -> TaggerTraining:
@@ -108,18 +108,18 @@ class TaggerTraining(Design):
         return parse_recipe({**self.model_dump(), **values})
 
 
-def recipe_names() -> list[str]:
-    """The presets of recipes that come with the package."""
+def tagger_recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
     return recipes.recipe_names("tagger")
 
 
-def load_recipe(preset: str | None = None, **values: Any) -> TaggerTraining:
-    """A preset's recipe, or the defaults, with some settings changed.
+def load_tagger_recipe(name: str | None = None, **values: Any) -> TaggerTraining:
+    """A recipe of the package, or the defaults, with some settings changed.
 
     Raises:
-        ConfigError: an unknown preset or setting, or a value that cannot be.
+        ConfigError: an unknown recipe or setting, or a value that cannot be.
     """
-    return recipes.load_recipe(TaggerTraining, "tagger", preset, values)
+    return recipes.load_recipe(TaggerTraining, "tagger", name, values)
 
 
 def parse_recipe(values: Mapping[str, Any]) -> TaggerTraining:

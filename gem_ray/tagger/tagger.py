@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from gem_ray.cache import keep_compiled_code_private
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config
 from gem_ray.data.tokenize import word_spans
 from gem_ray.device import torch_device
+from gem_ray.model_paths import resolve
 from gem_ray.noise import settled
 from gem_ray.records import Entity, Post, ProblemKind
 from gem_ray.tagger.chains import segment_probabilities

@@ -35,7 +35,7 @@ _LAYER = re.compile(r"\.(?:layer|layers|h|block)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where the training is, for a progress bar."""
 
     epoch: int  # from 1
@@ -65,7 +65,7 @@ class TaggerTrainer(Trainer):
         dev: Sequence[Post],
         features: SubwordEncoder,
         checkpoints: Path,
-        progress: Callable[[Progress], None],
+        progress: Callable[[TrainingProgress], None],
     ) -> None:
         self.objective, self.settings, self.features = objective, objective.settings, features
         self.order = LengthGroupedSampler(views, self.settings.batch_size, self.settings.seed)
@@ -172,7 +172,7 @@ class _WeightAverage(TrainerCallback):
 class _ProgressReport(TrainerCallback):
     """Calls a function after every step, in one process only."""
 
-    def __init__(self, trainer: TaggerTrainer, report: Callable[[Progress], None]) -> None:
+    def __init__(self, trainer: TaggerTrainer, report: Callable[[TrainingProgress], None]) -> None:
         self.trainer, self.report = trainer, report
         self.total, self.seen = 0.0, 0
 
@@ -184,7 +184,7 @@ class _ProgressReport(TrainerCallback):
         if state.is_world_process_zero:
             # The step has already been counted in: at an epoch's last one, `state.epoch` is a whole number.
             epoch = -int(-state.epoch // 1)
-            self.report(Progress(epoch, state.global_step, state.max_steps, self.total / self.seen))
+            self.report(TrainingProgress(epoch, state.global_step, state.max_steps, self.total / self.seen))
 
 
 class _ExtraCheckpoints(TrainerCallback):

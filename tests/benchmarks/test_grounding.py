@@ -7,7 +7,7 @@ import torch
 from gem_ray.benchmarks.grounding_table import VARIANTS, WHOLE_SYSTEM, as_table, measure_grounding
 from gem_ray.benchmarks.plain import PlainMatcher, PlainSam
 from gem_ray.config import load_config
-from gem_ray.grounding.matcher import Matcher, Query
+from gem_ray.grounding.matcher import Matcher, MatchQuery
 from gem_ray.grounding.sam import SamSegmenter
 from gem_ray.nano.segmenters import SAM_SIZES, untrained_sam
 
@@ -30,7 +30,7 @@ def test_the_plain_matcher_gives_the_same_maps(tokens):
     config = load_config("nano", overrides=[f"grounder.matcher.tokens={tokens}"])
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (60, 80, 3), dtype=np.uint8) for _ in range(2)]
-    queries = [Query(0, "Vexley", "actor"), Query(1, "Port Almery", "city"), Query(0, "x", "band")]
+    queries = [MatchQuery(0, "Vexley", "actor"), MatchQuery(1, "Port Almery", "city"), MatchQuery(0, "x", "band")]
     plain, shared = (kind.from_config(config).match(images, queries) for kind in (PlainMatcher, Matcher))
     for one, other in zip(plain, shared, strict=True):
         assert one.probability == pytest.approx(other.probability, rel=1e-4)

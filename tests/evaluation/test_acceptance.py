@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gem_ray.checkpoints import describe
 from gem_ray.config import load_config
 from gem_ray.evaluation import acceptance_report
 from gem_ray.evaluation.acceptance import (
@@ -21,6 +20,7 @@ from gem_ray.evaluation.acceptance import (
 )
 from gem_ray.evaluation.confidences import JudgedConfidence
 from gem_ray.evaluation.rules import EvaluationError
+from gem_ray.model_paths import describe
 
 
 @given(st.integers(0, 400), st.integers(0, 400), st.floats(0, 1))

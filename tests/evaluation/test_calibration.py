@@ -153,7 +153,7 @@ def test_the_command_calibrates_the_embedded_tagger(posts: list[Post], tmp_path:
     """Against the annotator's own entities, judged here by hand."""
     write_posts(posts, tmp_path / "posts")
     out = tmp_path / "out"
-    options = ["--data", str(tmp_path / "posts"), "--out", str(out), "--budget", "0.2"]
+    options = ["--data", str(tmp_path / "posts"), "--out", str(out), "--max-share", "0.2"]
     result = CliRunner().invoke(app, ["calibrate", *options], catch_exceptions=False)
     assert result.exit_code == 0
     written = json.loads((out / "calibration.json").read_text())

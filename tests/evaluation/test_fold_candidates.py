@@ -12,7 +12,7 @@ import pytest
 from gem_ray.evaluation.fold_candidates import store_fold_candidates
 from gem_ray.records import GoldEntity, Post
 from gem_ray.rerank.candidates import StoredCandidates
-from gem_ray.tagger import train
+from gem_ray.tagger import train_tagger
 from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.taxonomy import FMNERG
 
@@ -41,13 +41,13 @@ def settings(tiny_encoder: Path) -> TaggerTraining:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The ids that each training saw; the trainings are real."""
     seen: list[set[str]] = []
-    real = train.train_tagger
+    real = train_tagger.train_tagger
 
     def spy(posts: Sequence[Post], *arguments: Any) -> dict[str, Any]:
         seen.append({post.post_id for post in posts})
         return real(posts, *arguments)
 
-    monkeypatch.setattr(train, "train_tagger", spy)
+    monkeypatch.setattr(train_tagger, "train_tagger", spy)
     return seen
 
 

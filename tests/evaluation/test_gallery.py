@@ -198,7 +198,7 @@ def test_the_page_of_a_run_has_its_order_its_facts_and_its_scores(tmp_path):
     inputs += [Post("degraded", "Paris, Paris", ["Paris", ",", "Paris"], gold=GOLD["degraded"])]
     write_posts(inputs, tmp_path / "posts")
 
-    write_gallery_of_run(tmp_path / "out", tmp_path / "posts", tmp_path / "g.html")
+    write_gallery_of_run(tmp_path / "posts", tmp_path / "out", tmp_path / "g.html")
     page = Page(tmp_path / "g.html")
     _, data = page.by_id("data")
     assert [post["post_id"] for post in json.loads(data)["posts"]] == ["seen", "degraded"]
@@ -208,13 +208,13 @@ def test_the_page_of_a_run_has_its_order_its_facts_and_its_scores(tmp_path):
     assert "t@1" in text
     assert "57.14" in text  # MNER: 2 right of 3 predicted and 4 gold
 
-    write_gallery_of_run(tmp_path / "out", tmp_path / "posts", tmp_path / "one.html", limit=1)
+    write_gallery_of_run(tmp_path / "posts", tmp_path / "out", tmp_path / "one.html", limit=1)
     _, data = Page(tmp_path / "one.html").by_id("data")
     assert [post["post_id"] for post in json.loads(data)["posts"]] == ["seen"]
 
     write_posts([Post("another", "text", image_bytes=encoded(40, 20))], tmp_path / "others")
     with pytest.raises(EvaluationError, match="none of the posts at"):
-        write_gallery_of_run(tmp_path / "out", tmp_path / "others", tmp_path / "none.html")
+        write_gallery_of_run(tmp_path / "others", tmp_path / "out", tmp_path / "none.html")
 
 
 # ---- In a real browser -----------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_what_is_in_a_bucket_is_scored_and_shown_by_the_commands(s3, tmp_path):
     commands = (
         ["evaluate", posts, out, "--against", out, "--json", str(tmp_path / "s.json")],
         ["errors", posts, out, str(tmp_path / "e.html")],
-        ["gallery", out, posts, str(tmp_path / "g.html")],
+        ["gallery", posts, out, str(tmp_path / "g.html")],
     )
     for command in commands:
         done = CliRunner().invoke(app, command)

@@ -10,7 +10,7 @@ from torch import nn
 
 from gem_ray.config import parse_config
 from gem_ray.grounding.batches import Batches
-from gem_ray.grounding.matcher import Matcher, Query
+from gem_ray.grounding.matcher import Matcher, MatchQuery
 from gem_ray.grounding.sam import SamSegmenter
 from gem_ray.grounding.sam_build import build_sam
 from gem_ray.grounding.text_segmenter import CLIPSeg
@@ -97,7 +97,9 @@ def images(count: int) -> list[np.ndarray]:
 
 
 def test_matches_are_the_same_when_memory_runs_out(random_blip: Path):
-    queries = [Query(index % 5, name, "city") for index, name in enumerate(["Cleveland", "x", "The Edge", "Sea"] * 3)]
+    queries = [
+        MatchQuery(index % 5, name, "city") for index, name in enumerate(["Cleveland", "x", "The Edge", "Sea"] * 3)
+    ]
 
     def load() -> Matcher:
         return Matcher.from_config(parse_config({"grounder": {"matcher": {"model": str(random_blip)}}}))

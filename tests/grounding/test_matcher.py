@@ -7,14 +7,14 @@ import torch
 from transformers import AutoTokenizer, BertTokenizer, BlipForImageTextRetrieval, BlipImageProcessorPil
 
 from gem_ray.config import parse_config
-from gem_ray.grounding.matcher import ImageProcessor, Matcher, Query, TextProcessor
+from gem_ray.grounding.matcher import ImageProcessor, Matcher, MatchQuery, TextProcessor
 
 QUERIES = [
-    Query(2, "Cleveland", "sports_team"),
-    Query(0, "The Edge of the Sea", "written_work"),
-    Query(2, "a long unknown name 東京 🙂", "person_other"),
-    Query(1, "", "city"),
-    Query(0, "x", "city"),
+    MatchQuery(2, "Cleveland", "sports_team"),
+    MatchQuery(0, "The Edge of the Sea", "written_work"),
+    MatchQuery(2, "a long unknown name 東京 🙂", "person_other"),
+    MatchQuery(1, "", "city"),
+    MatchQuery(0, "x", "city"),
 ]
 
 
@@ -31,7 +31,7 @@ IMAGES = random_images([(60, 40), (33, 90), (1, 1)])
 
 
 def test_query_is_written_as_in_table_8():
-    assert Query(0, "Cleveland", "sports_team").text == "Cleveland is belong sports_team."
+    assert MatchQuery(0, "Cleveland", "sports_team").text == "Cleveland is belong sports_team."
 
 
 def test_probability_is_that_of_the_whole_model(random_blip):
@@ -65,7 +65,7 @@ def test_answers_do_not_depend_on_the_batch(random_blip):
     together = load(random_blip, batch_size=5).match(IMAGES, QUERIES)
     matcher = load(random_blip)
     for query, match in zip(QUERIES, together, strict=True):
-        (alone,) = matcher.match([IMAGES[query.image]], [Query(0, query.entity, query.category)])
+        (alone,) = matcher.match([IMAGES[query.image]], [MatchQuery(0, query.entity, query.category)])
         assert match.probability == pytest.approx(alone.probability, abs=1e-5)
         np.testing.assert_allclose(match.map, alone.map, atol=1e-5 * alone.map.max())
 
@@ -73,7 +73,7 @@ def test_answers_do_not_depend_on_the_batch(random_blip):
 def test_text_begins_with_enc_and_only_names_and_template_are_inner(random_blip):
     matcher = load(random_blip)
     batch = matcher.texts(
-        [Query(0, "Cleveland", "city"), Query(0, "The Edge of the Sea", "written_work")], torch.device("cpu")
+        [MatchQuery(0, "Cleveland", "city"), MatchQuery(0, "The Edge of the Sea", "written_work")], torch.device("cpu")
     )
     tokens = matcher.texts.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
     assert tokens[0] == "[ENC]"
@@ -88,7 +88,7 @@ def test_text_begins_with_enc_and_only_names_and_template_are_inner(random_blip)
 
 
 def test_an_entity_without_tokens_of_its_own_counts_by_its_category(random_blip):
-    batch = load(random_blip).texts([Query(0, "\u200d", "city")], torch.device("cpu"))
+    batch = load(random_blip).texts([MatchQuery(0, "\u200d", "city")], torch.device("cpu"))
     assert batch.words.any()
     assert torch.equal(batch.words, batch.inner)
 
@@ -98,7 +98,9 @@ def test_published_tokenizers_without_enc_get_it_where_the_model_has_it():
     words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     vocabulary = words | {f"word{index}": index for index in range(5, 30_522)}
     texts = TextProcessor(BertTokenizer(vocab=vocabulary), vocab_size=30_524)
-    assert texts([Query(0, "word5", "word6")], torch.device("cpu")).input_ids.tolist() == [[30_523, 5, 1, 1, 6, 1, 3]]
+    assert texts([MatchQuery(0, "word5", "word6")], torch.device("cpu")).input_ids.tolist() == [
+        [30_523, 5, 1, 1, 6, 1, 3]
+    ]
 
 
 def test_a_model_without_an_embedding_for_enc_is_refused():
@@ -107,7 +109,7 @@ def test_a_model_without_an_embedding_for_enc_is_refused():
 
 
 def test_very_long_names_are_cut(random_blip):
-    (match,) = load(random_blip).match(IMAGES[:1], [Query(0, "Cleveland " * 400, "city")])
+    (match,) = load(random_blip).match(IMAGES[:1], [MatchQuery(0, "Cleveland " * 400, "city")])
     assert np.isfinite(match.map).all()
 
 

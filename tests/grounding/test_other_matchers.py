@@ -15,12 +15,12 @@ from transformers import (
 
 from gem_ray.config import load_config
 from gem_ray.grounding.grounder import load_matcher
-from gem_ray.grounding.matcher import Query
+from gem_ray.grounding.matcher import MatchQuery
 
 QUERIES = [
-    Query(0, "Cleveland", "city"),
-    Query(1, "Taylor Swift and her band", "musician"),
-    Query(0, "a dog", "animal"),
+    MatchQuery(0, "Cleveland", "city"),
+    MatchQuery(1, "Taylor Swift and her band", "musician"),
+    MatchQuery(0, "a dog", "animal"),
 ]
 
 

@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BlipForImageTextRetrieval
 
-from gem_ray.grounding.matcher import ImageProcessor, Matcher, Query, TextProcessor
+from gem_ray.grounding.matcher import ImageProcessor, Matcher, MatchQuery, TextProcessor
 from gem_ray.grounding.trace import middle_upper_layer, peak
 
 QUERIES = [
-    Query(0, "Cleveland", "sports_team"),
-    Query(1, "The Edge of the Sea", "written_work"),
-    Query(0, "Zoë Kravitz @ the Oscars", "actor"),
-    Query(1, "x", "city"),
+    MatchQuery(0, "Cleveland", "sports_team"),
+    MatchQuery(1, "The Edge of the Sea", "written_work"),
+    MatchQuery(0, "Zoë Kravitz @ the Oscars", "actor"),
+    MatchQuery(1, "x", "city"),
 ]
 
 
@@ -30,7 +30,7 @@ def random_images(count: int) -> list[np.ndarray]:
 
 
 def plain_maps(
-    matcher: Matcher, image: np.ndarray, query: Query, options: list[tuple[int, str, str]]
+    matcher: Matcher, image: np.ndarray, query: MatchQuery, options: list[tuple[int, str, str]]
 ) -> list[np.ndarray]:
     """Eq. 11 as it is written, for each layer, token set and target: full passes in double precision, explicit sums."""
     model = BlipForImageTextRetrieval(matcher.model.config).eval().double()

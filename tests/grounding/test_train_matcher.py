@@ -13,7 +13,7 @@ from gem_ray.cli import app
 from gem_ray.config import ConfigError, parse_config
 from gem_ray.data.shards import write_posts
 from gem_ray.grounding.decision import Decision
-from gem_ray.grounding.matcher import Matcher, Query
+from gem_ray.grounding.matcher import Matcher, MatchQuery
 from gem_ray.grounding.matcher_recipe import MatcherTraining
 from gem_ray.grounding.pairs import Pair, PairsOfPosts, build_pairs, gold_pairs
 from gem_ray.grounding.train_matcher import train_matcher
@@ -104,7 +104,7 @@ def test_training_learns_which_image_shows_which_name(base, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     matcher = Matcher.from_config(parse_config({"grounder": {"matcher": {"model": str(tmp_path)}}}))
     images = [np.full((30, 40, 3), color, dtype=np.uint8) for color in (RED, BLUE)]
-    queries = [Query(i, *name) for i in (0, 1) for name in (("Redland", "country"), ("Blue Bay", "city"))]
+    queries = [MatchQuery(i, *name) for i in (0, 1) for name in (("Redland", "country"), ("Blue Bay", "city"))]
     threshold = Decision.load(tmp_path).threshold
     assert threshold == result["dev"]["threshold"]
     assert Decision.load(tmp_path).layer == 1  # the base model's
@@ -198,7 +198,7 @@ def test_the_epoch_that_is_best_on_dev_is_kept(base, tmp_path):
     result = train_matcher(color_posts() * 5, color_posts(), str(base), tmp_path, settings)
     matcher = Matcher.from_config(parse_config({"grounder": {"matcher": {"model": str(tmp_path)}}}))
     images = [np.full((30, 40, 3), color, dtype=np.uint8) for color in (RED, BLUE)]
-    queries = [Query(i, *name) for i in (0, 1) for name in (("Redland", "country"), ("Blue Bay", "city"))]
+    queries = [MatchQuery(i, *name) for i in (0, 1) for name in (("Redland", "country"), ("Blue Bay", "city"))]
     seen = [match.probability > result["dev"]["threshold"] for match in matcher.match(images, queries)]
     assert np.mean(np.array(seen) == [True, False, False, True]) == result["dev"]["accuracy"]
 
@@ -230,7 +230,7 @@ def test_the_command_asks_by_the_categories_of_the_label_set(tmp_path: Path, mon
 
     monkeypatch.setattr("gem_ray.grounding.train_matcher.train_matcher", note)
     arguments = ["train", "matcher", "--data", tmp_path / "posts", "--dev", tmp_path / "posts", "--out", tmp_path / "m"]
-    for extra in ([], ["--set", "labels=gmner"]):
+    for extra in ([], ["--recipe-set", "labels=gmner"]):
         typer.main.get_command(app).main([str(each) for each in [*arguments, *extra]], standalone_mode=False)
     fine = {gold.fine for one in color_posts() for gold in one.gold or ()}
     assert asked == [fine, {gmner_category(category) for category in fine}]

@@ -28,15 +28,15 @@ def test_every_job_has_a_script_that_takes_its_commands_options(job):
 
 @pytest.mark.parametrize(("command", "job"), [(0, 0), (1, 1), (2, 2), (3, 0)])
 def test_a_job_with_rejected_rows_is_done_and_other_codes_stay(command, job):
-    code = f"import sys, gem_ray.jobs as jobs; jobs.main = lambda: sys.exit({command}); jobs.run_job('annotate')"
+    code = f"import sys, gem_ray.entrypoint as job; job.main = lambda: sys.exit({command}); job.run_job('annotate')"
     assert python("-c", code).returncode == job
 
 
 def test_a_stopped_job_says_so_and_fails():
     code = (
-        "import time, gem_ray.jobs as jobs\n"
-        "jobs.main = lambda: (print('running', flush=True), time.sleep(60))\n"
-        "jobs.run_job('annotate', stopped='stopped here')"
+        "import time, gem_ray.entrypoint as job\n"
+        "job.main = lambda: (print('running', flush=True), time.sleep(60))\n"
+        "job.run_job('annotate', stopped='stopped here')"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout.readline() == "running\n"

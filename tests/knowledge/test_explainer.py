@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from gem_ray.config import ConfigError, ExplainerConfig
 from gem_ray.knowledge.explainer import Explainer, ExplainerError, ParsedAnswer, parse_answer
-from gem_ray.knowledge.prompts import Query, chat_messages
+from gem_ray.knowledge.prompts import KnowledgeQuery, chat_messages
 
-HELLO = Query("hello")
+HELLO = KnowledgeQuery("hello")
 
 
-def ask(explainer: Explainer, query: Query = HELLO) -> ParsedAnswer:
+def ask(explainer: Explainer, query: KnowledgeQuery = HELLO) -> ParsedAnswer:
     """The answer to one query; raises its failure."""
     ((asked, answer),) = explainer.ask_all([query])
     assert asked == query
@@ -83,10 +83,10 @@ def test_long_hostile_answers_are_parsed_in_linear_time():
 
 def test_ask_sends_the_prompt_the_model_and_the_key(server, explainer_config, key):
     explainer = Explainer(explainer_config(model="some-llm", max_tokens=99))
-    assert ask(explainer, Query("hello", "a dog")) == ParsedAnswer("about hello", repaired=False)
+    assert ask(explainer, KnowledgeQuery("hello", "a dog")) == ParsedAnswer("about hello", repaired=False)
     assert server.requests[0] == {
         "model": "some-llm",
-        "messages": chat_messages(Query("hello", "a dog")),
+        "messages": chat_messages(KnowledgeQuery("hello", "a dog")),
         "max_tokens": 99,
         "temperature": 0,
     }
@@ -189,7 +189,7 @@ def test_pauses_grow_until_they_reach_the_cap(server, explainer_config, reply, m
 
 def test_no_more_questions_at_once_than_configured(server, explainer_config, reply):
     server.script = lambda text, n: reply(delay_s=0.05)
-    queries = [Query(f"post {i}") for i in range(20)]
+    queries = [KnowledgeQuery(f"post {i}") for i in range(20)]
     answers = dict(Explainer(explainer_config(concurrency=4)).ask_all(queries))
     assert set(answers) == set(queries)
     assert 4 <= server.most_running <= 5  # the server may still close one when the client sends the next
@@ -199,7 +199,7 @@ def test_no_more_tries_in_a_time_than_configured(server, explainer_config, reply
     """Evenly spaced, retries too: twenty a second are one every 50 ms, however many threads ask."""
     server.script = lambda text, n: reply(status=503) if n == 0 else reply()
     explainer = Explainer(explainer_config(concurrency=8, requests_per_minute=1200, max_pause_s=0))
-    answers = dict(explainer.ask_all([Query(f"post {i}") for i in range(6)]))
+    answers = dict(explainer.ask_all([KnowledgeQuery(f"post {i}") for i in range(6)]))
     assert all(isinstance(answer, ParsedAnswer) for answer in answers.values())
     times = sorted(time for times in server.asked.values() for time in times)
     assert len(times) == 12
@@ -214,13 +214,13 @@ def test_retry_after_holds_for_every_thread(server, explainer_config, reply):
     explainer = Explainer(explainer_config(concurrency=1, max_pause_s=5))
     others = Explainer(explainer_config(concurrency=4))
     others._client._pace = explainer._client._pace
-    answers = explainer.ask_all([Query("first")])
+    answers = explainer.ask_all([KnowledgeQuery("first")])
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, answers)
         while not server.asked["first"]:
             time.sleep(0.01)
         time.sleep(0.2)
-        list(others.ask_all([Query(f"post {i}") for i in range(4)]))
+        list(others.ask_all([KnowledgeQuery(f"post {i}") for i in range(4)]))
         first.result()
     refused = server.asked["first"][0]
     assert all(moment - refused > 0.9 for text, times in server.asked.items() if text != "first" for moment in times)
@@ -228,22 +228,25 @@ def test_retry_after_holds_for_every_thread(server, explainer_config, reply):
 
 def test_one_failed_query_leaves_the_others_their_answers(server, explainer_config, reply):
     server.script = lambda text, n: reply(status=400) if text == "post 3" else reply(f'{{"explanation": "{text}"}}')
-    answers = dict(Explainer(explainer_config()).ask_all([Query(f"post {i}") for i in range(8)]))
-    failed = answers.pop(Query("post 3"))
+    answers = dict(Explainer(explainer_config()).ask_all([KnowledgeQuery(f"post {i}") for i in range(8)]))
+    failed = answers.pop(KnowledgeQuery("post 3"))
     assert isinstance(failed, ExplainerError)
-    assert answers == {Query(f"post {i}"): ParsedAnswer(f"post {i}", False) for i in range(8) if i != 3}
+    assert answers == {KnowledgeQuery(f"post {i}"): ParsedAnswer(f"post {i}", False) for i in range(8) if i != 3}
 
 
 def test_answers_come_as_soon_as_they_are_there(server, explainer_config, reply):
     server.script = lambda text, n: reply(delay_s=0.5 if text == "slow" else 0)
-    order = [query.text for query, _ in Explainer(explainer_config()).ask_all([Query("slow"), Query("quick")])]
+    order = [
+        query.text
+        for query, _ in Explainer(explainer_config()).ask_all([KnowledgeQuery("slow"), KnowledgeQuery("quick")])
+    ]
     assert order == ["quick", "slow"]
 
 
 def test_leaving_early_drops_the_questions_that_wait(server, explainer_config, reply):
     server.script = lambda text, n: reply(delay_s=0.05)
     explainer = Explainer(explainer_config(concurrency=1))
-    answers = explainer.ask_all([Query(f"post {i}") for i in range(20)])
+    answers = explainer.ask_all([KnowledgeQuery(f"post {i}") for i in range(20)])
     next(answers)
     answers.close()
     explainer.close()
@@ -257,7 +260,7 @@ def test_the_key_is_in_no_log_error_or_repr(server, explainer_config, reply, key
     config = explainer_config(retries=1)
     explainer = Explainer(config)
     with caplog.at_level(logging.DEBUG):
-        answers = dict(explainer.ask_all([Query("fine"), Query("busy"), Query("refused")]))
+        answers = dict(explainer.ask_all([KnowledgeQuery("fine"), KnowledgeQuery("busy"), KnowledgeQuery("refused")]))
     seen = [caplog.text, repr(explainer), repr(config), *map(repr, answers.values())]
     errors = [answer for answer in answers.values() if isinstance(answer, ExplainerError)]
     assert len(errors) == 2

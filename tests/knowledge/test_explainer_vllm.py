@@ -14,7 +14,7 @@ import torch
 
 from gem_ray.config import ConfigError, parse_config
 from gem_ray.knowledge.explainer import ExplainerError, ParsedAnswer
-from gem_ray.knowledge.prompts import ANSWER_FIELD, Query, chat_messages
+from gem_ray.knowledge.prompts import ANSWER_FIELD, KnowledgeQuery, chat_messages
 from gem_ray.knowledge.provider import KnowledgeProvider
 from gem_ray.records import Post, ProblemKind
 from gem_ray.rerank.tokenizer import train_tokenizer
@@ -25,7 +25,11 @@ TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-QUERIES = [Query("Adele at the O2"), Query("i gotta feeling", "a screenshot"), Query("日本 🚀")]
+QUERIES = [
+    KnowledgeQuery("Adele at the O2"),
+    KnowledgeQuery("i gotta feeling", "a screenshot"),
+    KnowledgeQuery("日本 🚀"),
+]
 
 
 def save_model(folder: Path, template: str | None) -> Path:
@@ -84,9 +88,9 @@ def test_an_answer_does_not_depend_on_the_batch(explainer):
 
 
 def test_a_question_that_is_too_long_fails_alone(explainer):
-    answers = dict(explainer.ask_all([QUERIES[0], Query("long " * 3000), QUERIES[2]]))
+    answers = dict(explainer.ask_all([QUERIES[0], KnowledgeQuery("long " * 3000), QUERIES[2]]))
     assert [type(answer) for answer in answers.values()].count(ExplainerError) == 1
-    assert isinstance(answers[Query("long " * 3000)], ExplainerError)
+    assert isinstance(answers[KnowledgeQuery("long " * 3000)], ExplainerError)
     assert dict(explainer.ask_all([])) == {}
 
 

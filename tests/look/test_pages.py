@@ -80,7 +80,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_gallery([forty, hostile_post(), *many], folder / "gallery.html", images=images, gold=gold, report=report,
                   facts={HOSTILE: HOSTILE}, gamma=0.2, annotations="out/annotations")  # fmt: skip
     write_error_report(find_errors([forty], [forty], training={"musician": 30}), folder / "errors.html", images=images)
-    html = page("gem_ray.pipeline", "report.html.j2").render(title="Run run-7", run=run_facts())
+    html = page("gem_ray.pipeline", "run_report.html.j2").render(title="Run run-7", run=run_facts())
     (folder / "report.html").write_text(html, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in PAGES}
 

@@ -10,7 +10,7 @@ from transformers import BertTokenizer, BlipForImageTextRetrieval
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.grounding.blip import encode_images
 from gem_ray.grounding.decision import Decision
-from gem_ray.grounding.matcher import ImageProcessor, Query, TextProcessor
+from gem_ray.grounding.matcher import ImageProcessor, MatchQuery, TextProcessor
 from gem_ray.nano.blip import (
     CONFUSABLE,
     BlipRecipe,
@@ -125,7 +125,7 @@ def test_bank_holds_every_way_to_write_every_name(bank, folder):
     tokenizer = BertTokenizer.from_pretrained(folder)
     assert [len(rows) for rows in bank.rows] == [len(emblem.surfaces) for emblem in EMBLEMS]
     row = bank.rows[0][0]
-    text = Query(0, EMBLEMS[0].name, EMBLEMS[0].fine).text
+    text = MatchQuery(0, EMBLEMS[0].name, EMBLEMS[0].fine).text
     assert bank.input_ids[row, 1 : int(bank.attention_mask[row].sum())].tolist() == tokenizer(text)["input_ids"][1:]
 
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from gem_ray.annotator import Annotator
 from gem_ray.benchmarks.real_photos import compare_with_text_only
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, load_config
 from gem_ray.data.generated import IMAGE_SIZES, generate
 from gem_ray.data.twitter10000 import read_split
-from gem_ray.evaluation.metrics import Report, evaluate
+from gem_ray.evaluation.metrics import ScoreReport, evaluate
+from gem_ray.model_paths import resolve
 from gem_ray.nano.build import RECIPES, WEIGHTS
 from gem_ray.nano.scope import SCOPE
 from gem_ray.records import Post, ProblemKind, Status
@@ -48,7 +48,7 @@ def annotate(gold: list[Post]) -> Callable[..., list[Post]]:
     return run
 
 
-def scores(gold: list[Post], predicted: list[Post]) -> Report:
+def scores(gold: list[Post], predicted: list[Post]) -> ScoreReport:
     return evaluate(gold, predicted, labels=FMNERG)
 
 

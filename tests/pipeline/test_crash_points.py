@@ -31,16 +31,16 @@ import gem_ray.data.storage as storage_module
 import gem_ray.pipeline.compaction as compaction_module
 import gem_ray.pipeline.groups as groups_module
 import gem_ray.pipeline.lease as lease_module
+import gem_ray.pipeline.output_folder as output_folder_module
 import gem_ray.pipeline.run as run_module
-import gem_ray.pipeline.run_directory as run_directory_module
 from gem_ray.config import Config, load_config
 from gem_ray.data.output import ANNOTATIONS, SUCCESS, annotation_paths
 from gem_ray.data.storage import ConflictError, LocalStorage, Storage
 from gem_ray.pipeline.compaction import merge
-from gem_ray.pipeline.lease import Claim, Lease
+from gem_ray.pipeline.lease import Lease, LeaseClaim
 from gem_ray.pipeline.ledger import Progress
+from gem_ray.pipeline.output_folder import OutputFolder
 from gem_ray.pipeline.run import RunError, annotate_dataset
-from gem_ray.pipeline.run_directory import RunDirectory
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.records import ANNOTATION_SCHEMA, Post, ProblemKind
 
@@ -156,7 +156,7 @@ class CountedStorage(Storage):
         shutil.rmtree(self.path(name), ignore_errors=True)
 
 
-class Unfenced(Claim):
+class Unfenced(LeaseClaim):
     """Of a task that looked at the lease just before somebody took it, and writes now."""
 
     def check(self) -> None:
@@ -318,7 +318,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[World], World]:
     """Let runs write to the storage of a world."""
 
     def begin(world: World) -> World:
-        monkeypatch.setattr(run_directory_module, "open_storage", lambda _: world.storage(world.process))
+        monkeypatch.setattr(output_folder_module, "open_storage", lambda _: world.storage(world.process))
         return world
 
     return begin
@@ -569,16 +569,16 @@ def test_of_two_starts_one_gets_the_output_in_whatever_order_they_look_and_write
 def holders_after(order: Sequence[str], root: Path, before: str, kind: type[SteppedStorage]) -> int:
     """How many of two processes hold the output, and believe so, after they took their steps in this order."""
     if before != "nobody":
-        with Lease(RunDirectory("out", LocalStorage(str(root)))).held() as claim:
+        with Lease(OutputFolder("out", LocalStorage(str(root)))).held() as claim:
             content = claim.storage.read("_run/lease.json")
         if before == "dead" and content:
             claim.storage.write("_run/lease.json", content)
     turns = Turns(order)
-    claims: list[Claim] = []
+    claims: list[LeaseClaim] = []
 
     def start(name: str) -> None:
         with suppress(FileExistsError):
-            claims.append(Lease(RunDirectory("out", kind(str(root), name, turns)), beat_s=60)._take())
+            claims.append(Lease(OutputFolder("out", kind(str(root), name, turns)), beat_s=60)._take())
         turns.end(name)
 
     threads = [threading.Thread(target=start, args=(name,)) for name in "AB"]
@@ -586,7 +586,7 @@ def holders_after(order: Sequence[str], root: Path, before: str, kind: type[Step
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(Claim(LocalStorage(str(root)), "", claim.epoch).holds for claim in claims)
+    return sum(LeaseClaim(LocalStorage(str(root)), "", claim.epoch).holds for claim in claims)
 
 
 class Unconditional(SteppedStorage):

@@ -21,18 +21,18 @@ from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import load_config
 from gem_ray.data.storage import Storage, as_json
 from gem_ray.pipeline.lease import Lease
+from gem_ray.pipeline.output_folder import OutputFolder
 from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.publishing import has_annotations
 from gem_ray.pipeline.run import annotate_dataset
-from gem_ray.pipeline.run_directory import RunDirectory
 
 BEAT_S = 0.05
 FILE = "_run/lease.json"
 HOLDER = """
 import sys, time
 from gem_ray.pipeline.lease import Lease
-from gem_ray.pipeline.run_directory import RunDirectory
-with Lease(RunDirectory(sys.argv[1]), beat_s=0.05).held():
+from gem_ray.pipeline.output_folder import OutputFolder
+with Lease(OutputFolder(sys.argv[1]), beat_s=0.05).held():
     print("held", flush=True)
     time.sleep(60)
 """
@@ -57,7 +57,7 @@ def facts_of(storage: Storage) -> dict[str, Any]:
 
 
 def test_output_that_another_process_holds_is_refused_and_free_when_that_ends(output: str) -> None:
-    directory = RunDirectory(output)
+    directory = OutputFolder(output)
     process = held_in_another_process(output)
     try:
         with pytest.raises(FileExistsError, match=rf"another process .*\(process {process.pid} on "):
@@ -77,7 +77,7 @@ def test_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, monkeyp
     process.wait()
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    with Lease(RunDirectory(str(tmp_path))).held():
+    with Lease(OutputFolder(str(tmp_path))).held():
         assert waits == []
 
 
@@ -93,7 +93,7 @@ def test_living_holder_elsewhere_is_respected_whatever_its_name_and_process(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """Its process is none of this machine's, or another one's here."""
-    storage = RunDirectory(str(tmp_path)).storage
+    storage = OutputFolder(str(tmp_path)).storage
     holder = lease_module._this_process() | {"pid": 4_194_300, "epoch": 4, "owner": "A"} | change
     assert holder["host"] == socket.gethostname()
     ended = threading.Event()
@@ -109,7 +109,7 @@ def test_living_holder_elsewhere_is_respected_whatever_its_name_and_process(
     try:
         time.sleep(BEAT_S)
         with pytest.raises(FileExistsError, match="another process"):
-            Lease(RunDirectory(str(tmp_path)), BEAT_S).held().__enter__()
+            Lease(OutputFolder(str(tmp_path)), BEAT_S).held().__enter__()
         assert facts_of(storage)["owner"] == "A"
     finally:
         ended.set()
@@ -117,14 +117,14 @@ def test_living_holder_elsewhere_is_respected_whatever_its_name_and_process(
 
 
 def test_process_number_that_another_program_has_now_is_a_dead_holder(tmp_path: Path) -> None:
-    storage = RunDirectory(str(tmp_path)).storage
+    storage = OutputFolder(str(tmp_path)).storage
     storage.write(FILE, as_json(lease_module._this_process() | {"started": "1", "epoch": 1}))
-    with Lease(RunDirectory(str(tmp_path)), beat_s=60).held() as claim:
+    with Lease(OutputFolder(str(tmp_path)), beat_s=60).held() as claim:
         assert claim.epoch == 2
 
 
 def test_silent_holder_on_another_machine_loses_the_output_and_notices(output: str) -> None:
-    directory = RunDirectory(output)
+    directory = OutputFolder(output)
     with Lease(directory, beat_s=60).held() as lost:
         directory.storage.write(FILE, as_json(facts_of(directory.storage) | {"boot": "elsewhere"}))
         with Lease(directory, BEAT_S).held() as claim:
@@ -137,7 +137,7 @@ def test_silent_holder_on_another_machine_loses_the_output_and_notices(output: s
 
 def test_start_that_both_looked_and_wrote_late_is_refused(output: str) -> None:
     """Two starts see no lease; the second one to write fails."""
-    first, second = (Lease(RunDirectory(output), BEAT_S) for _ in range(2))
+    first, second = (Lease(OutputFolder(output), BEAT_S) for _ in range(2))
     second._look()
     with first.held() as claim:
         second._facts |= {"epoch": 1, "beats": 0}
@@ -147,7 +147,7 @@ def test_start_that_both_looked_and_wrote_late_is_refused(output: str) -> None:
 
 
 def test_lease_is_kept_while_some_requests_fail_or_their_answers_are_lost(s3: Any, faulty_s3: Any) -> None:
-    directory = RunDirectory(s3.bucket("leases") + "/out")
+    directory = OutputFolder(s3.bucket("leases") + "/out")
     with Lease(directory, BEAT_S).held() as claim:
         faulty_s3.kinds, faulty_s3.share = ("slow_down", "reset", "cut"), 0.3
         until = time.monotonic() + 60
@@ -194,7 +194,7 @@ def test_store_without_conditional_writes_still_gives_the_output_to_one(
     results: list[str] = []
 
     def start() -> None:
-        lease = Lease(RunDirectory(f"{bucket}/out"), beat_s=60)
+        lease = Lease(OutputFolder(f"{bucket}/out"), beat_s=60)
         lease._look()
         begun.wait()
         try:
@@ -214,7 +214,7 @@ def test_store_without_conditional_writes_still_gives_the_output_to_one(
 def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_path: Path) -> None:
     write_texts(tmp_path / "posts", 3_000)
     settings = ["reranker.enabled=false", "grounder.enabled=false", "pipeline.rows_per_block=20"]
-    storage = RunDirectory(str(tmp_path / "out")).storage
+    storage = OutputFolder(str(tmp_path / "out")).storage
     there: list[int] = []
 
     def staged_rows() -> int:

@@ -25,11 +25,11 @@ from gem_ray.pipeline import meter as meter_module
 from gem_ray.pipeline.account import Account, PoolTime
 from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.ledger import Progress
-from gem_ray.pipeline.limits import Limits, parse_deadline
+from gem_ray.pipeline.limits import RunLimits, parse_deadline
 from gem_ray.pipeline.meter import Meter, account_of
+from gem_ray.pipeline.output_folder import OutputFolder
 from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.run import RunError, annotate_dataset
-from gem_ray.pipeline.run_directory import RunDirectory
 from gem_ray.records import ProblemKind
 from gem_ray.tally import Tally
 
@@ -84,7 +84,7 @@ class Work:
         return Progress({"ground": 3.6 * now}, counts, Tally(rows=int(2 * now)), {"ground": pool})
 
 
-class Claim:
+class LeaseClaim:
     def checked(self) -> Any:
         return nullcontext()
 
@@ -96,10 +96,10 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
     monkeypatch.setattr(meter_module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr("gem_ray.pipeline.progress.time.monotonic", lambda: clock[0])
 
-    def begin(limits: Limits, total: int = 1000, done_before: int = 0) -> tuple[Meter, Work, Any]:
+    def begin(limits: RunLimits, total: int = 1000, done_before: int = 0) -> tuple[Meter, Work, Any]:
         work = Work()
-        folder = RunDirectory(str(tmp_path)).run("20261201T000000-00000000")
-        meter = Meter(folder, Claim(), work, limits, clock[0], lambda: None)
+        folder = OutputFolder(str(tmp_path)).run("20261201T000000-00000000")
+        meter = Meter(folder, LeaseClaim(), work, limits, clock[0], lambda: None)
         meter.begin(lambda: done_before + int(2 * work.seconds), total)
 
         def go(seconds: int) -> None:
@@ -114,13 +114,13 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
 
 
 def test_a_killed_and_resumed_run_has_the_account_of_an_undisturbed_one(start, tmp_path: Path) -> None:
-    meter, _, go = start(Limits(price=3.0))
+    meter, _, go = start(RunLimits(price=3.0))
     go(100)
     undisturbed = meter.save()
     (tmp_path / "_run/20261201T000000-00000000/starts").rename(tmp_path / "kept")
-    _, _, go = start(Limits(price=3.0))
+    _, _, go = start(RunLimits(price=3.0))
     go(45)  # killed: it was last kept after 44 s
-    meter, _, go = start(Limits(price=3.0))
+    meter, _, go = start(RunLimits(price=3.0))
     go(55)
     resumed = meter.save()
     assert (undisturbed.starts, resumed.starts) == (1, 2)
@@ -130,11 +130,11 @@ def test_a_killed_and_resumed_run_has_the_account_of_an_undisturbed_one(start, t
     assert resumed.stage_counts["knowledge"]["asked"] == pytest.approx(100, abs=1)
     assert undisturbed.money == pytest.approx(3.0 * 4 * 100 / 3600)
     assert undisturbed.bottleneck == "ground"
-    assert account_of(RunDirectory(str(tmp_path)).run("20261201T000000-00000000")) == resumed
+    assert account_of(OutputFolder(str(tmp_path)).run("20261201T000000-00000000")) == resumed
 
 
 def test_the_meter_shows_rate_time_left_and_cost_at_the_end(start) -> None:
-    meter, _, go = start(Limits(price=3.0))
+    meter, _, go = start(RunLimits(price=3.0))
     go(100)
     reading = meter.reading()
     assert (reading.done, reading.total, reading.busiest) == (200, 1000, "ground 90%")
@@ -145,7 +145,7 @@ def test_the_meter_shows_rate_time_left_and_cost_at_the_end(start) -> None:
 
 
 def test_limits_that_will_be_missed_are_said_at_once_and_once(start, caplog: pytest.LogCaptureFixture) -> None:
-    limits = Limits(price=3.0, budget=1.5, deadline=datetime.now(UTC) + timedelta(seconds=300))
+    limits = RunLimits(price=3.0, budget=1.5, deadline=datetime.now(UTC) + timedelta(seconds=300))
     with caplog.at_level(logging.WARNING):
         _, work, go = start(limits)
         go(10)
@@ -156,7 +156,7 @@ def test_limits_that_will_be_missed_are_said_at_once_and_once(start, caplog: pyt
 
 
 def test_the_run_ends_at_its_budget_whichever_start_has_spent_it(start) -> None:
-    limits = Limits(price=3.0, budget=1.0)
+    limits = RunLimits(price=3.0, budget=1.0)
     meter, work, go = start(limits)
     go(200)
     assert work.reason is None
@@ -180,8 +180,8 @@ def test_a_run_that_ended_at_its_budget_goes_on_with_a_larger_one(
     write_texts(tmp_path / "posts", 400)
     run = [tmp_path / "posts", tmp_path / "out", text_config]
     with pytest.raises(RunError, match=r"the budget of 0.30 is spent, with \d+ of 400 posts done"):
-        annotate_dataset(*run, actor=Slow, limits=Limits(price=180.0, budget=0.3))
-    summary = annotate_dataset(*run, actor=PassThrough, limits=Limits(price=180.0, budget=100))
+        annotate_dataset(*run, actor=Slow, limits=RunLimits(price=180.0, budget=0.3))
+    summary = annotate_dataset(*run, actor=PassThrough, limits=RunLimits(price=180.0, budget=100))
     assert (summary.rows, summary.account.starts) == (400, 2)
     assert 400 <= summary.account.annotated < 600
     assert summary.account.seconds > summary.seconds
@@ -196,7 +196,7 @@ def test_deadlines_are_times_from_now_or_moments() -> None:
         with pytest.raises(ConfigError, match="--deadline takes"):
             parse_deadline(nonsense, NOW)
     with pytest.raises(ConfigError, match="--budget needs --price"):
-        Limits(budget=1)
+        RunLimits(budget=1)
 
 
 def test_a_server_that_is_asked_again_is_named_until_it_answers(
@@ -244,7 +244,7 @@ def test_an_endpoint_that_is_asked_again_is_named_without_its_password(monkeypat
 
 
 def test_an_output_that_does_not_answer_is_named(tmp_path: Path) -> None:
-    lease = Lease(RunDirectory(str(tmp_path)))
+    lease = Lease(OutputFolder(str(tmp_path)))
     assert lease.trouble is None
     lease._last_beat -= 60
     assert lease.trouble == f"{tmp_path} has not answered for 60 s"

@@ -14,11 +14,11 @@ import httpx
 import pytest
 import ray
 
-from gem_ray.metrics import PostMetrics, StageMetrics, WorkMetrics
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.logs import JsonFormatter, log_problems
 from gem_ray.pipeline.progress import json_lines, reader
 from gem_ray.pipeline.summary import RunSummary
+from gem_ray.prometheus import PostMetrics, StageMetrics, WorkMetrics
 from gem_ray.records import Box, Entity, Post, ProblemKind
 from gem_ray.tally import Tally
 

@@ -17,11 +17,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.model_check import CHECKS, check_models, stages_to_check
+from gem_ray.model_paths import resolve
 from gem_ray.model_references import model_keys, reference_at
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.rerank.llava import load_llava

@@ -21,8 +21,8 @@ from gem_ray.data.listing import MARKER
 from gem_ray.data.output import run_ids
 from gem_ray.data.shards import ROWS_BITS, write_posts
 from gem_ray.pipeline import graph
+from gem_ray.pipeline.output_folder import OutputFolder, RunFolder
 from gem_ray.pipeline.run import RunError, annotate_dataset
-from gem_ray.pipeline.run_directory import RunDirectory, RunFolder
 from gem_ray.records import Status
 
 Same = Callable[[Any, Any], None]
@@ -140,7 +140,7 @@ def test_old_annotations_stay_until_a_fresh_run_is_complete(
     assert summary.annotated == 10
     assert {row["run_id"] for row in rows_of(out).values()} == {summary.run_id} != {first.run_id}
     assert len(rows_of(out)) == 30
-    assert run_ids(RunDirectory(str(out)).storage) == [summary.run_id]
+    assert run_ids(OutputFolder(str(out)).storage) == [summary.run_id]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_rows_that_were_written_twice_are_published_once(
     with pytest.raises(RunError):
         annotate_dataset(posts, out, config, actor=breaking_at(2))
     annotate_dataset(posts, tmp_path / "other", config)
-    folder = RunDirectory(str(out)).last_run()
+    folder = OutputFolder(str(out)).last_run()
     assert folder is not None
     (path,) = (p for p in (tmp_path / "other" / "annotations").rglob("*.parquet") if "-g00002-" in p.name)
     rows = pq.ParquetFile(path).read()

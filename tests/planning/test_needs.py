@@ -10,8 +10,8 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from gem_ray.checkpoints import describe, resolve
 from gem_ray.config import load_config, merge_trees
+from gem_ray.model_paths import describe, resolve
 from gem_ray.planning.model_facts import count_parameters, model_facts, read_shape
 from gem_ray.planning.needs import fetch_models, models_needed
 from gem_ray.planning.published import PUBLISHED, find_published

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.grounding.sam import load_sam
 from gem_ray.knowledge import captioner
+from gem_ray.model_paths import resolve
 from gem_ray.planning import costs, stacks
 from gem_ray.planning.allocation import PlannedPool
 from gem_ray.planning.cards import CARDS, GIB

@@ -19,7 +19,7 @@ from gem_ray.rerank.llava import load_llava, save_llava
 from gem_ray.rerank.prompts import IMAGE_TOKEN, build_prompt
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.tokenizer import train_tokenizer
-from gem_ray.rerank.train import train_reranker
+from gem_ray.rerank.train_reranker import train_reranker
 from gem_ray.taxonomy import FMNERG
 
 _TOKENS = ["RT", "@", "someone", ":", "so", "this", "is", "Ardenza", ",", "always"]

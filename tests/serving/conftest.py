@@ -175,7 +175,7 @@ def running(values: dict[str, Any], folder: Path, **variables: str) -> Iterator[
     values["http_options"]["port"] = free_port()
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    process = start("serve", "--config", config, **variables)
+    process = start("serve", "--serve-config", config, **variables)
     try:
         wait_until_up(process)
         yield Running(f"http://127.0.0.1:{values['http_options']['port']}", process, config)

@@ -30,7 +30,7 @@ def test_other_machines_are_not_let_in_without_keys(command):
 
 
 def test_wrong_settings_are_named_before_anything_starts(command, tmp_path):
-    for arguments in (["--set", "serving.max_in_flite=3"], ["--config", str(tmp_path / "none.yaml")]):
+    for arguments in (["--set", "serving.max_in_flite=3"], ["--serve-config", str(tmp_path / "none.yaml")]):
         process = command("serve", *arguments)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == 2, out

@@ -11,16 +11,16 @@ from gem_ray.config import ConfigError
 from gem_ray.records import Post
 from gem_ray.tagger.checkpoint import load_tagger
 from gem_ray.tagger.recipe import TaggerTraining
-from gem_ray.tagger.train import train_tagger
-from gem_ray.tagger.trainer import Progress
+from gem_ray.tagger.train_tagger import train_tagger
+from gem_ray.tagger.trainer import TrainingProgress
 
 
 class KilledError(Exception):
     """What stands for a kill."""
 
 
-def kill_at(step: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
+def kill_at(step: int) -> Callable[[TrainingProgress], None]:
+    def report(progress: TrainingProgress) -> None:
         if progress.step == step:
             raise KilledError
 

@@ -10,11 +10,11 @@ from gem_ray.records import Post
 from gem_ray.tagger.checkpoint import load_encoder
 from gem_ray.tagger.features import SubwordEncoder, collate, load_tokenizer
 from gem_ray.tagger.model import DualPathTagger
-from gem_ray.tagger.recipe import Design
+from gem_ray.tagger.recipe import TaggerDesign
 from gem_ray.tagger.shapes import SHAPES, case_of
 from gem_ray.taxonomy import FMNERG
 
-DESIGN = Design(word_shapes=True)
+DESIGN = TaggerDesign(word_shapes=True)
 LOWER, TITLE, UPPER, MIXED, DIGIT, OTHER = range(1, 7)
 KNOWLEDGE, MATCH = 7, 14
 

@@ -9,7 +9,7 @@ from gem_ray.data.storage import as_json
 from gem_ray.look.pages import page
 
 if TYPE_CHECKING:
-    from gem_ray.pipeline.run_directory import RunDirectory
+    from gem_ray.pipeline.output_folder import OutputFolder
 
 _FACTS = (
     "run_id",
@@ -25,7 +25,7 @@ _FACTS = (
 )
 
 
-def write_report(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
+def write_run_report(directory: OutputFolder, summary: Mapping[str, Any]) -> None:
     """Write both files.
 
     Args:
@@ -33,5 +33,5 @@ def write_report(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
         summary: what `run.json` says.
     """
     directory.storage.write("_run/report.json", as_json({name: summary[name] for name in _FACTS}))
-    html = page("gem_ray.pipeline", "report.html.j2").render(title=f"Run {summary['run_id']}", run=summary)
+    html = page("gem_ray.pipeline", "run_report.html.j2").render(title=f"Run {summary['run_id']}", run=summary)
     directory.storage.write("_run/report.html", html.encode())

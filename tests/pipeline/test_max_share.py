@@ -13,8 +13,8 @@ from gem_ray.annotator import Annotator
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
-from gem_ray.pipeline.budget import sample_ids, with_gamma
 from gem_ray.pipeline.inputs import InputFile
+from gem_ray.pipeline.max_share import sample_ids, with_gamma
 from gem_ray.pipeline.run import annotate_dataset
 
 SHARE = 0.25

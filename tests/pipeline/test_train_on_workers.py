@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gem_ray.cluster.train import train_tagger_on_workers
+from gem_ray.cluster.train_on_workers import train_tagger_on_workers
 from gem_ray.config import ConfigError
 from gem_ray.records import GoldEntity, Post
 from gem_ray.tagger.checkpoint import load_tagger
 from gem_ray.tagger.recipe import TaggerTraining
-from gem_ray.tagger.train import train_tagger
+from gem_ray.tagger.train_tagger import train_tagger
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_two_workers_do_what_one_does_with_accumulated_gradients(
 def test_workers_that_fail_are_explained_in_a_sentence(
     settings: TaggerTraining, posts: list[Post], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gem_ray.cluster.train._MAX_FAILURES", 0)
+    monkeypatch.setattr("gem_ray.cluster.train_on_workers._MAX_FAILURES", 0)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "begun.json").mkdir()  # in the way of what rank 0 writes
     with pytest.raises(RuntimeError, match="the workers failed, and the same command goes on") as error:

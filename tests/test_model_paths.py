@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from gem_ray.checkpoints import content_hash, describe, resolve
+from gem_ray.model_paths import content_hash, describe, resolve
 
 
 def _folder(path: Path, files: dict[str, bytes]) -> Path:
@@ -71,12 +71,12 @@ def test_a_single_file_has_a_hash(tmp_path):
 
 def test_the_hash_of_a_large_model_is_computed_once_until_a_file_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("GEM_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("gem_ray.checkpoints._KEPT_FROM_BYTES", 4)
-    monkeypatch.setattr("gem_ray.checkpoints._SETTLED_S", -1)
+    monkeypatch.setattr("gem_ray.model_paths._KEPT_FROM_BYTES", 4)
+    monkeypatch.setattr("gem_ray.model_paths._SETTLED_S", -1)
     model = _folder(tmp_path / "model", {"config.json": b"{}", "weights": b"1234"})
     first = content_hash(model)
     with monkeypatch.context() as patch:
-        patch.setattr("gem_ray.checkpoints._hash", None)
+        patch.setattr("gem_ray.model_paths._hash", None)
         assert content_hash(model) == first
     before = (model / "weights").stat()
     time.sleep(0.02)

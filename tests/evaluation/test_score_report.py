@@ -4,13 +4,15 @@ import json
 
 from rich.console import Console
 
-from gem_ray.evaluation.metrics import CategoryScores, Report, Scores
-from gem_ray.evaluation.report import print_comparison, print_report, write_report
+from gem_ray.evaluation.metrics import CategoryScores, ScoreReport, Scores
+from gem_ray.evaluation.score_report import print_comparison, print_scores, write_scores
 
 
 def report(right, per_category=None):
     scores = Scores(right=right, predicted=4, gold=4)
-    return Report(*[scores] * 7, groundable_accuracy=0.25, per_category=per_category or {}, posts=9, unknown_posts=2)
+    return ScoreReport(
+        *[scores] * 7, groundable_accuracy=0.25, per_category=per_category or {}, posts=9, unknown_posts=2
+    )
 
 
 def printed(show, *args):
@@ -20,7 +22,7 @@ def printed(show, *args):
 
 
 def test_the_report_shows_every_task_and_what_is_odd():
-    lines = printed(print_report, report(3))
+    lines = printed(print_scores, report(3))
     for task in ("MNER ", "EEG ", "MNERG ", "span ", "MNER, coarse ", "EEG, small boxes ", "EEG, large boxes "):
         (line,) = [line for line in lines if line[2:].startswith(task)]
         assert line.split()[-2 * 6 :].count("75.00") == 3
@@ -30,7 +32,7 @@ def test_the_report_shows_every_task_and_what_is_odd():
 
 def test_categories_are_shown_with_both_scores():
     scores = CategoryScores(mner=Scores(1, 1, 1), mnerg=Scores(0, 1, 1))
-    lines = printed(print_report, report(1, {"city": scores, "state": scores}))
+    lines = printed(print_scores, report(1, {"city": scores, "state": scores}))
     (line,) = [line for line in lines if "city" in line]
     assert "100.00" in line
     assert "0.00" in line.replace("100.00", "")
@@ -48,7 +50,7 @@ def test_the_comparison_has_a_column_for_each_system_and_marks_the_best():
 
 
 def test_the_json_file_holds_ratios(tmp_path):
-    write_report(report(3), tmp_path / "new" / "metrics.json")
+    write_scores(report(3), tmp_path / "new" / "metrics.json")
     values = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert values["mnerg"] == {"precision": 0.75, "recall": 0.75, "f1": 0.75, "right": 3, "predicted": 4, "gold": 4}
     assert values["groundable_accuracy"] == 0.25

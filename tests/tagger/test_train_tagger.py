@@ -18,8 +18,8 @@ from gem_ray.tagger.predict import predict_words
 from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.tagger.scores import score_with_and_without_knowledge
 from gem_ray.tagger.tagger import Tagger
-from gem_ray.tagger.train import train_tagger
-from gem_ray.tagger.trainer import Progress, parameter_groups
+from gem_ray.tagger.train_tagger import train_tagger
+from gem_ray.tagger.trainer import TrainingProgress, parameter_groups
 from gem_ray.tagger.views import TrainingViews, collate_views
 from gem_ray.taxonomy import FMNERG, decode_bio
 
@@ -115,7 +115,7 @@ def test_each_part_has_its_own_learning_rate(
 
 
 def test_progress_counts_every_step(settings: TaggerTraining, posts: list[Post], tmp_path: Path) -> None:
-    reports: list[Progress] = []
+    reports: list[TrainingProgress] = []
     train_tagger(posts, posts, tmp_path, settings, reports.append)
     assert [(report.epoch, report.step) for report in reports] == [(1, 1), (1, 2), (2, 3), (2, 4)]
     assert all(report.steps == 4 and report.loss > 0 for report in reports)

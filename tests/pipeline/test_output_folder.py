@@ -16,7 +16,7 @@ from gem_ray.data.shards import write_posts
 from gem_ray.data.storage import ConflictError, Storage, open_storage
 from gem_ray.pipeline.identity import check_same, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
-from gem_ray.pipeline.run_directory import Manifest, Round, RunDirectory
+from gem_ray.pipeline.output_folder import Manifest, OutputFolder, Round
 from gem_ray.pipeline.source import PostSource
 
 
@@ -40,7 +40,7 @@ def put(storage: Storage, name: str, content: bytes = b"x") -> None:
 
 
 def test_runs_are_found_in_the_order_of_their_beginning(output: str) -> None:
-    directory = RunDirectory(output)
+    directory = OutputFolder(output)
     assert directory.last_run() is None
     assert directory.summary() is None
     for run_id in ("20260102T000000-b", "20260101T000000-c"):
@@ -52,7 +52,7 @@ def test_runs_are_found_in_the_order_of_their_beginning(output: str) -> None:
 
 
 def test_files_that_are_added_come_after_those_that_are_there(output: str) -> None:
-    folder = RunDirectory(output).run("1")
+    folder = OutputFolder(output).run("1")
     folder.begin(manifest("1"))
     more = InputFile("posts/b.parquet", 2, 3, 100, 3)
     folder.add([more])
@@ -60,14 +60,14 @@ def test_files_that_are_added_come_after_those_that_are_there(output: str) -> No
 
 
 def test_run_of_another_version_is_named(output: str) -> None:
-    directory = RunDirectory(output)
+    directory = OutputFolder(output)
     put(directory.storage, "_run/1/manifest.json", b'{"run_id": "1", "listing": "3 (abc)"}')
     with pytest.raises(ValueError, match="another version of gem-ray"):
         directory.run("1").manifest()
 
 
 def test_what_has_been_decided_stays(output: str) -> None:
-    folder = RunDirectory(output).run("1")
+    folder = OutputFolder(output).run("1")
     first, second = (Publication([PublishedFile(name, 1, 1, {})], []) for name in ("first", "second"))
     folder.publish("g00000", first)
     folder.publish("g00000", second)
@@ -79,7 +79,7 @@ def test_what_has_been_decided_stays(output: str) -> None:
 
 
 def test_last_run_that_is_live_is_the_one_to_read(output: str) -> None:
-    directory = RunDirectory(output)
+    directory = OutputFolder(output)
     for run_id in ("1", "2", "3"):
         directory.run(run_id).begin(manifest(run_id))
     assert live_run(directory.storage) is None
@@ -92,7 +92,7 @@ def test_last_run_that_is_live_is_the_one_to_read(output: str) -> None:
 
 
 def test_published_files_are_found_before_and_after_they_are_moved(output: str) -> None:
-    directory = RunDirectory(output)
+    directory = OutputFolder(output)
     folder, storage = directory.run("1"), directory.storage
     folder.begin(manifest("1"))
     folder.make_live()
@@ -108,14 +108,14 @@ def test_published_files_are_found_before_and_after_they_are_moved(output: str) 
 
 
 def test_rounds_are_kept(output: str) -> None:
-    folder = RunDirectory(output).run("1")
+    folder = OutputFolder(output).run("1")
     assert folder.rounds() == {}
     folder.begin_round("p000", Round(["status=degraded/a.parquet"], {"text": {"max_chars": 10}}))
     assert folder.rounds() == {"p000": Round(["status=degraded/a.parquet"], {"text": {"max_chars": 10}})}
 
 
 def test_clearing_a_group_leaves_the_others(output: str) -> None:
-    folder = RunDirectory(output).run("1")
+    folder = OutputFolder(output).run("1")
     storage = folder.storage
     for group in ("g00000", "g00001"):
         for number in (0, 1):
@@ -153,7 +153,7 @@ def test_write_that_fails_leaves_what_was_there(output: str) -> None:
 
 
 def test_leftovers_of_killed_writers_are_swept_away(tmp_path: Path) -> None:
-    directory = RunDirectory(str(tmp_path))
+    directory = OutputFolder(str(tmp_path))
     (tmp_path / "_run").mkdir()
     for name in (".run.json.12345678.partial", "_run/.lease.json.12345678.partial", "mine.partial", "_run/lease.json"):
         (tmp_path / name).write_text("x")
@@ -164,7 +164,7 @@ def test_leftovers_of_killed_writers_are_swept_away(tmp_path: Path) -> None:
 def test_file_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError, match="is a file"):
-        RunDirectory(str(tmp_path / "out"))
+        OutputFolder(str(tmp_path / "out"))
 
 
 def test_posts_are_read_from_where_they_were_written(output: str) -> None:

@@ -123,12 +123,12 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any] | ValueError:
 
 
 def _train_tagger(**arguments: Any) -> dict[str, Any]:
-    from gem_ray.tagger.train import train_tagger
+    from gem_ray.tagger.train_tagger import train_tagger
 
     return train_tagger(**arguments)
 
 
 def _train_reranker(**arguments: Any) -> dict[str, Any]:
-    from gem_ray.rerank.train import train_reranker
+    from gem_ray.rerank.train_reranker import train_reranker
 
     return train_reranker(**arguments)

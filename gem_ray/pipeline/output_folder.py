@@ -40,7 +40,7 @@ from gem_ray.pipeline.inputs import InputFile
 EDITION = 4  # of this layout, and of the rows that a run may go on with
 
 
-class RunDirectory:
+class OutputFolder:
     """Where runs write.
 
     Attributes:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gem_ray.data.files import whole_text
-from gem_ray.evaluation.metrics import Report, Scores
+from gem_ray.evaluation.metrics import ScoreReport, Scores
 from gem_ray.evaluation.significance import Difference
 from gem_ray.look.pages import percent
 from gem_ray.plurals import counted
@@ -26,7 +26,7 @@ TASK_TITLES: dict[str, str] = {
 }
 
 
-def score_table(report: Report) -> Table:
+def score_table(report: ScoreReport) -> Table:
     """The tasks of one report, a row each."""
     table = _table(f"{report.labels}, {report.protocol}, IoU > {report.iou:g}, {counted(report.posts, 'post')}", "task")
     for name, scores in report.tasks.items():
@@ -38,7 +38,7 @@ def score_table(report: Report) -> Table:
     return table
 
 
-def category_table(report: Report) -> Table:
+def category_table(report: ScoreReport) -> Table:
     """MNER of every category that occurs, and MNERG's F1 beside it."""
     table = _table("MNER by category", "category")
     table.add_column("MNERG F1", justify="right")
@@ -47,7 +47,7 @@ def category_table(report: Report) -> Table:
     return table
 
 
-def comparison_table(reports: Mapping[str, Report], title: str = "F1") -> Table:
+def comparison_table(reports: Mapping[str, ScoreReport], title: str = "F1") -> Table:
     """F1 of several systems: a row for each task, a column for each system; the best of a row is bold.
 
     Args:
@@ -64,7 +64,7 @@ def comparison_table(reports: Mapping[str, Report], title: str = "F1") -> Table:
     return table
 
 
-def print_report(report: Report, console: Console | None = None) -> None:
+def print_scores(report: ScoreReport, console: Console | None = None) -> None:
     """Print the score table, and the categories' where there is more than one."""
     console = console or Console()
     console.print(score_table(report))
@@ -72,7 +72,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(category_table(report))
 
 
-def print_comparison(reports: Mapping[str, Report], title: str = "F1", console: Console | None = None) -> None:
+def print_comparison(reports: Mapping[str, ScoreReport], title: str = "F1", console: Console | None = None) -> None:
     """Print the comparison table."""
     (console or Console()).print(comparison_table(reports, title))
 
@@ -90,7 +90,7 @@ def print_differences(differences: Mapping[str, Difference], other: str, console
     (console or Console()).print(table)
 
 
-def write_report(report: Report, path: Path, differences: Mapping[str, Difference] | None = None) -> None:
+def write_scores(report: ScoreReport, path: Path, differences: Mapping[str, Difference] | None = None) -> None:
     """Write the report as JSON, ratios from 0 to 1; differences from another system stand under `against`."""
     values = report.to_dict()
     if differences:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gem_ray.cluster.train import train_reranker_on_workers
+from gem_ray.cluster.train_on_workers import train_reranker_on_workers
 from gem_ray.data.generated import generate
 from gem_ray.nano.llava_model import build_llava
 from gem_ray.records import Post
 from gem_ray.rerank.prompts import build_prompt
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.tokenizer import train_tokenizer
-from gem_ray.rerank.train import train_reranker
+from gem_ray.rerank.train_reranker import train_reranker
 
 
 @pytest.fixture

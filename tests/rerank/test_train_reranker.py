@@ -18,7 +18,7 @@ from gem_ray.rerank.candidates import StoredCandidates
 from gem_ray.rerank.llava import load_llava
 from gem_ray.rerank.recipe import RerankerTraining, load_reranker_recipe
 from gem_ray.rerank.samples import SampleEncoder
-from gem_ray.rerank.train import LORA_MODULES, answer_loss, train_reranker
+from gem_ray.rerank.train_reranker import LORA_MODULES, answer_loss, train_reranker
 from gem_ray.taxonomy import FMNERG
 
 
@@ -180,7 +180,7 @@ def test_a_base_in_four_bits_gets_an_adapter_for_the_base_as_it_is(base, posts, 
         adapted.append(model)
         return prepare_model_for_kbit_training(model, *arguments)
 
-    monkeypatch.setattr("gem_ray.rerank.train.prepare_model_for_kbit_training", spy)
+    monkeypatch.setattr("gem_ray.rerank.train_reranker.prepare_model_for_kbit_training", spy)
     train_reranker(posts, str(base), tmp_path / "whole", recipe)
     train_reranker(posts, str(base), tmp_path / "quantized", recipe.model_copy(update={"four_bit": True}))
     (model,) = adapted
@@ -195,7 +195,7 @@ def test_a_base_in_four_bits_gets_an_adapter_for_the_base_as_it_is(base, posts, 
 
 
 def test_four_bits_without_bitsandbytes_say_what_to_install(base, posts, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("gem_ray.rerank.train.find_spec", lambda name: None)
+    monkeypatch.setattr("gem_ray.rerank.train_reranker.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"gem-ray\[quantize\]"):
         train_reranker(posts, str(base), tmp_path, recipe.model_copy(update={"four_bit": True}))
 

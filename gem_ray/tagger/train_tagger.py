@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from gem_ray.checkpoints import content_hash, resolve
 from gem_ray.data.shards import fingerprint
+from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
 from gem_ray.tagger.card import write_card
 from gem_ray.tagger.checkpoint import load_encoder, load_tagger, save_tagger
@@ -21,7 +21,7 @@ from gem_ray.tagger.model import DualPathTagger, initial_transition
 from gem_ray.tagger.objective import TrainingObjective
 from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.tagger.scores import one_line, score_with_and_without_knowledge
-from gem_ray.tagger.trainer import VALUE, Progress, TaggerTrainer
+from gem_ray.tagger.trainer import VALUE, TaggerTrainer, TrainingProgress
 from gem_ray.tagger.views import TrainingViews
 from gem_ray.taxonomy import LABEL_SETS
 from gem_ray.training import last_checkpoint
@@ -36,7 +36,7 @@ def train_tagger(
     dev: Sequence[Post],
     out: Path,
     settings: TaggerTraining,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[TrainingProgress], None] = lambda _: None,
     prepare: Callable[[Trainer], Trainer] = lambda trainer: trainer,
 ) -> dict[str, Any]:
     """Fine-tune an encoder into a tagger and save the epoch with the best dev scores (§3.2).

@@ -19,7 +19,7 @@ from gem_ray.rerank.uncertainty import gamma_for_share
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.execution import RayExecutor
-    from gem_ray.pipeline.run_directory import RunFolder
+    from gem_ray.pipeline.output_folder import RunFolder
 
 _SAMPLE_FILES, _SAMPLE_ROWS = 16, 1024
 

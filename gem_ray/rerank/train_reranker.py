@@ -23,11 +23,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from gem_ray.checkpoints import content_hash, resolve
 from gem_ray.config import ConfigError
 from gem_ray.data.shards import fingerprint
 from gem_ray.device import torch_device
 from gem_ray.loading import check_pretrained
+from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
 from gem_ray.rerank.candidates import StoredCandidates, training_candidates
 from gem_ray.rerank.prompts import PromptFormat
@@ -60,7 +60,7 @@ def train_reranker(
 
     Args:
         posts: those without gold, or without an image that can be read, are passed over.
-        base: the LLaVA checkpoint, as `checkpoints.resolve` takes it.
+        base: the LLaVA checkpoint, as `model_paths.resolve` takes it.
         out: the adapter's folder; `out/checkpoints` is there until the training is done.
         settings: the recipe.
         candidates: what is offered for an entity; default: the paper's rule. Stored ones are compared on resume.
