@@ -36,6 +36,7 @@ LAYERS = [
         "chat",
         "pace",
         "prometheus",
+        "ray_private",
         "noise",
         "logistic",
         "confidence",

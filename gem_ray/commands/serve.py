@@ -36,8 +36,9 @@ def serve(
     from gem_ray.serving.environment import prepare_own_ray
 
     prepare_own_ray()
+    from gem_ray.ray_private.serve import deploy
     from gem_ray.serving.schemas import file_schema, preset_schema
-    from gem_ray.serving.session import redeploy, serving
+    from gem_ray.serving.session import serving
 
     if serve_config is None:
         schema = preset_schema(preset, set_ or (), host or "127.0.0.1", port or 8000)
@@ -57,7 +58,7 @@ def serve(
         while signals.get() == signal.SIGHUP:
             try:
                 if serve_config is not None:
-                    redeploy(file_schema(serve_config))
+                    deploy(file_schema(serve_config))
                 service.reload_keys()
             except ConfigError as error:
                 typer.secho(f"reload failed; keeping the current config: {redacted(str(error))}", fg="red", err=True)

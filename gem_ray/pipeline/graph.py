@@ -23,6 +23,7 @@ from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.pipeline.watching import WatchedStage
 from gem_ray.pools import CPUS_FOR_TASKS
+from gem_ray.ray_private.data import set_cpus
 from gem_ray.stages import LOAD_IMAGE
 from gem_ray.tally import Tally
 
@@ -64,8 +65,7 @@ def build_graph(
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks), num_cpus=_READING_CPUS)
     rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, pools)
     dataset = dataset.repartition(target_num_rows_per_block=rows)
-    # It has no argument for it, and would wait for a whole CPU while reading holds the last one.
-    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = WRITING_CPUS
+    set_cpus(dataset, WRITING_CPUS)  # it would wait for a whole CPU while reading holds the last one
     for pool in pools:
         placement = pool.placement
         actors = _actors(pool, pools, config, blocks=-(-source.rows // rows))

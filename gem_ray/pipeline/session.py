@@ -16,9 +16,6 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
-from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
 from gem_ray import model_paths
 from gem_ray.config import Config
@@ -27,6 +24,7 @@ from gem_ray.planning.cards import GIB
 from gem_ray.planning.model_facts import is_known
 from gem_ray.planning.plan import make_plan
 from gem_ray.pools import CPUS_FOR_TASKS, passes_of
+from gem_ray.ray_private.data import ForgetBlocks, always_bound_queues, send_actors_by_value
 from gem_ray.stages import active_stages
 
 logger = logging.getLogger(__name__)
@@ -37,16 +35,8 @@ _SPARE_CPUS = 1
 _MIN_CPUS = 4  # with fewer, Ray Data can hang
 
 
-class _ForgetBlocks(ExecutionCallback):
-    """Ray keeps facts of every block for `Dataset.stats`, which nobody asks for: memory that grows with the input."""
-
-    def on_execution_step(self, executor: Any) -> None:
-        for operator in executor._topology or ():
-            getattr(operator, "_output_blocks_stats", []).clear()
-
-
 _SETTINGS = {
-    "custom_execution_callback_classes": [_ForgetBlocks],
+    "custom_execution_callback_classes": [ForgetBlocks],
     "enable_progress_bars": False,  # we have our own
     "max_errored_blocks": 0,  # a block that fails is rows that are lost
     # What is queued before a stage, as a multiple of what it has in hand: rows under way are lost when a run is killed.
@@ -145,12 +135,8 @@ def _own_settings() -> Iterator[None]:
     try:
         for name, value in _SETTINGS.items():
             setattr(context, name, value)
-        # By default queues are bounded only when memory is short, which short texts never make it.
-        DownstreamCapacityBackpressurePolicy.OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
-        # What an actor starts with is small and travels by value: from the object store it could be lost before the
-        # actor is started again, and Ray prints an error at every start (ray-project/ray#53727).
-        ActorPoolMapOperator._map_transformer_ref = property(lambda operator: operator._map_transformer)
-        ActorPoolMapOperator._data_context_ref = property(lambda operator: operator.data_context)
+        always_bound_queues()
+        send_actors_by_value()
         for console in consoles:
             console.setLevel(logging.CRITICAL)
         yield

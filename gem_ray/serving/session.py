@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
 
 from gem_ray.annotator import models_of
 from gem_ray.config import Config, ConfigError, ReplicaPlacement
 from gem_ray.planning.allocation import Cards
 from gem_ray.pools import serving_pools
+from gem_ray.ray_private.serve import deploy
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.schemas import ours
 from gem_ray.serving.settings import INGRESS
@@ -34,14 +34,6 @@ logger = logging.getLogger(__name__)
 
 class ServingError(RuntimeError):
     """The service did not start; the message says why."""
-
-
-def redeploy(schema: ServeDeploySchema) -> None:
-    """Take over another config while the service runs; returns at once.
-
-    What stands under `user_config` changes in place, everything else replica by replica. Address and port stay.
-    """
-    _get_global_client().deploy_apps(schema)  # as `serve deploy` does
 
 
 @dataclass(frozen=True)
@@ -161,7 +153,7 @@ def _deploy(schema: ServeDeploySchema) -> str:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http = schema.http_options
     serve.start(proxy_location=schema.proxy_location, http_options=http.model_dump())
-    redeploy(schema)
+    deploy(schema)
     for application in schema.applications:
         _wait_for(application)
     return f"http://{f'[{http.host}]' if ':' in http.host else http.host}:{http.port}"
