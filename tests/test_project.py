@@ -7,12 +7,37 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import gem_ray
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGE = ROOT / "gem_ray"
+
+
+# They come with a build: for a card, for CPUs.
+BUILDS = {"torch", "torchvision", "vllm"}
+# Extras that neither the tests nor the demo install.
+NOT_INSTALLED = {"quantize", "tracing"}
+
+
+def _requirements() -> list[Requirement]:
+    """What the project itself asks for, in every extra that `make install` installs."""
+    extras = PROJECT["project"]["optional-dependencies"].items()
+    lists = [PROJECT["project"]["dependencies"], *(each for name, each in extras if name not in NOT_INSTALLED)]
+    found = [Requirement(line) for each in lists for line in each]
+    return [each for each in found if each.name != PROJECT["project"]["name"]]
+
+
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.partition("==") for line in lines if not line.startswith("#")]
+    assert all(equals and version for _, equals, version in pins)
+    names = [canonicalize_name(name) for name, _, _ in pins]
+    assert len(set(names)) == len(names)
+    return dict(zip(names, (version for _, _, version in pins), strict=True))
 
 
 def _targets() -> set[str]:
@@ -64,6 +89,26 @@ def test_files_that_are_named_exist(file):
     paths = {path or link for path, link in named if "NAME" not in path}
     assert paths
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_constraints_pin_every_requirement_within_its_range():
+    pins = _pins()
+    assert not BUILDS & pins.keys()
+    for each in _requirements():
+        name = canonicalize_name(each.name)
+        if name not in BUILDS:
+            assert name in pins, f"{each.name} has no version in constraints.txt: `make constraints`"
+            assert each.specifier.contains(pins[name]), (
+                f"constraints.txt has {name} {pins[name]}, pyproject.toml {each}"
+            )
+
+
+def test_whatever_installs_the_project_for_its_users_or_tests_takes_the_constraints():
+    for file in ("Makefile", ".github/workflows/ci.yml", "clusters/Dockerfile"):
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        installs = [line for line in lines if re.search(r"(INSTALL\)|pip install) .*(\.|whl\))\[", line)]
+        assert installs, file
+        assert all("constraints.txt" in line or "$(INSTALL) " in line for line in installs), installs
 
 
 def test_pre_commit_runs_what_lint_runs():

@@ -82,10 +82,10 @@ def test_the_rule_catches_what_it_is_for(tmp_path: Path):
 
 
 def _has(owner: Any, attribute: str) -> bool:
-    """True if it has it, or is a class whose methods, or those of a base, assign it to `self`."""
-    if hasattr(owner, attribute) or not inspect.isclass(owner):
-        return hasattr(owner, attribute)
-    sources = (inspect.getsource(base) for base in inspect.getmro(owner) if base.__module__.startswith("ray."))
+    """True if it has it, or is a class whose instances have: a field, or what a method assigns to `self`."""
+    if hasattr(owner, attribute) or attribute in getattr(owner, "__dataclass_fields__", ()):
+        return True
+    sources = (inspect.getsource(base) for base in getattr(owner, "__mro__", ()) if base.__module__.startswith("ray."))
     return any(f"self.{attribute}{end}" in source for source in sources for end in (" =", ":"))
 
 
