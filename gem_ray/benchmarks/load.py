@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from gem_ray.data.generated import generate
 
 _SEED = 7
 _QUANTILES = (50, 90, 95, 99)
 _TIMEOUT_S = 120
-_SERVE_PROCESSES = ("ray::ServeReplica", "ray::ProxyActor")
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Load:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         self._new_client = lambda: httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT_S, limits=limits)
-        self._requests = cycle([_request_of(post.text, post.image_bytes or b"") for post in generate(posts, _SEED)])
+        self._requests = cycle([request_of(post.text, post.image_bytes or b"") for post in generate(posts, _SEED)])
 
     async def closed(self, clients: int, requests: int) -> Outcome:
         """Clients that send their next request when the last is answered."""
@@ -120,10 +121,10 @@ async def measure_load(load: Load, clients: Sequence[int], requests: int, second
     """
     most = clients[-1]
     await load.closed(most, 2 * most)  # every process has done something once
-    memory = [serve_memory()]
+    memory = [memory_of_processes()]
     loops = {count: await load.closed(count, max(8 * count, requests * min(4, count) // 16)) for count in clients[:-1]}
     loops[most] = await load.closed(most, requests)
-    memory.append(serve_memory())
+    memory.append(memory_of_processes())
     few, many = loops[clients[0]], loops[most]
     overload = await load.open(2 * many.per_second, seconds)
     recovery = await _seconds_to_recover(load, _median(few))
@@ -145,23 +146,25 @@ async def _seconds_to_recover(load: Load, usual: float) -> float:
             return time.perf_counter() - started
 
 
-def serve_memory() -> dict[str, float]:
-    """Resident memory in MiB of each Serve process of this machine that the user may see, by process name and id."""
+def memory_of_processes() -> dict[str, float]:
+    """Resident memory in MiB of each process that this one has started, a service's among them, by kind and id."""
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name = folder.joinpath("cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").strip()
-            status = folder.joinpath("status").read_text()
-        except OSError:  # it has ended
-            continue
-        if name.startswith(_SERVE_PROCESSES) and "VmRSS:" in status:  # one that is ending has none any more
-            kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
-            found[f"{name.partition('.')[0]} {folder.name}"] = int(kib) / 1024
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            found[f"{_kind(process)} {process.pid}"] = process.memory_info().rss / 2**20
     return found
 
 
-def _request_of(text: str, image: bytes) -> tuple[bytes, dict[str, str]]:
-    """Body and headers, made once: making them takes as long as sending."""
+def _kind(process: psutil.Process) -> str:
+    """`ray::ServeReplica:APPLICATION:DEPLOYMENT`, a script's file, or the program's."""
+    program, *arguments = process.cmdline() or [process.name()]
+    if program.startswith("ray::"):
+        return program.partition(".")[0].strip()  # a method follows while it runs
+    return next((Path(word).name for word in arguments if word.endswith(".py")), Path(program).name)
+
+
+def request_of(text: str, image: bytes) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a form, made once: making them takes as long as sending."""
     request = httpx.Request("POST", "http://any", data={"text": text}, files={"image": ("image", image)})
     return request.read(), {"Content-Type": request.headers["content-type"]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -22,6 +23,10 @@ JSON, FORM = "application/json", "multipart/form-data"
 _SHOWN_ERRORS = 5
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _COUNTED_AT_ONCE = 2**14
+# A parser keeps the interpreter's lock. A small body is parsed sooner than a thread begins; of large ones, never more
+# than one stands between the event loop and its next turn.
+_PARSED_AT_ONCE = 2**16
+_PARSER = ThreadPoolExecutor(1, "parse")
 _ESCAPES_OF_A_CHAR = 6  # two for one outside the basic plane, in text, caption and knowledge
 _VALUES_OF_A_POST = MAX_TOKENS + 64  # fields, and room for some that are wrong
 
@@ -63,7 +68,10 @@ async def _from_json(request: Request, model: type[_Model], posts: int, config: 
         for start in range(0, len(part), _COUNTED_AT_ONCE):
             counter.add(part[start : start + _COUNTED_AT_ONCE])
             await asyncio.sleep(0)  # others have their turn
-    return await asyncio.to_thread(_parse, model, b"".join(parts))
+    body = b"".join(parts)
+    if len(body) <= _PARSED_AT_ONCE:
+        return _parse(model, body)
+    return await asyncio.get_running_loop().run_in_executor(_PARSER, _parse, model, body)
 
 
 class _JsonCounter:

@@ -11,6 +11,9 @@ _FAST_CALLS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
+# Ray gives all of its workers a low priority, which is right for batches: here it would let whatever else runs on the
+# machine keep the proxy and the ingress from answering. The threads of models lower their own.
+_PRIORITY = {"RAY_worker_niceness": "0"}
 # Named here, because its module imports what reads the variables above.
 _LIMITED_HEADS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gem_ray.serving.proxy:middlewares"}
 _TRACES = {
@@ -26,7 +29,7 @@ def prepare_own_ray() -> None:
     """
     if "RAY_ADDRESS" in os.environ:
         return
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | _FAST_CALLS | _LIMITED_HEADS
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | _FAST_CALLS | _PRIORITY | _LIMITED_HEADS
     if {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} & os.environ.keys():
         own |= _TRACES
     for name, value in own.items():

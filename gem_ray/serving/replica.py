@@ -27,6 +27,7 @@ from gem_ray.stages import LOAD_IMAGE, StageSpec, find_stage
 if TYPE_CHECKING:
     from gem_ray.pools import Pool
 
+_NICENESS = 10
 logger = logging.getLogger(__name__)
 
 
@@ -108,7 +109,9 @@ class PoolReplica:
             max_batch_size=self._batch_size, max_concurrent_batches=1, batch_wait_timeout_s=0, batch_size_fn=_count
         )(self._answer_calls)
         self._has_own_batches = pool.overlapping(config) > 1
-        self._threads = ThreadPoolExecutor(2 * self._batch_size if self._has_own_batches else 1, pool.name)
+        threads = 2 * self._batch_size if self._has_own_batches else 1
+        # Models use all the CPU time that there is: what answers clients and health checks goes before them.
+        self._threads = ThreadPoolExecutor(threads, pool.name, initializer=os.nice, initargs=(_NICENESS,))
         self._gate = asyncio.Event()
         self._gate.set()
         self._inside = 0

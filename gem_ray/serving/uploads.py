@@ -61,7 +61,10 @@ class Uploads:
             received += size
             self._held_bytes += size
             self._check_size(received)
-            if not message.get("more_body", False):
+            if message.get("more_body", False):
+                # Serve's proxy hands over all that has come meanwhile, so that nobody waits: others have their turn.
+                await asyncio.sleep(0)
+            else:
                 is_done = True
                 self._reading[caller] -= 1
             return message

@@ -162,6 +162,23 @@ def test_the_gallery_names_what_it_found_in_a_row_for_each_mention(show) -> None
     assert "IoU" in shown.inner_text("#tip")
 
 
+@pytest.mark.parametrize("width", [1440, 390])
+def test_labels_are_over_no_other_and_one_without_room_waits_until_its_mention_is_chosen(show, width: int) -> None:
+    shown = show("gallery", width)
+    forty = shown.locator("article", has=shown.locator("code", has_text="forty"))
+    forty.scroll_into_view_if_needed()
+    boxes = [label.bounding_box() for label in forty.locator(".tag:visible").all()]
+    assert 0 < len(boxes) < forty.locator(".tag").count()
+    for place, one in enumerate(boxes):
+        for other in boxes[place + 1 :]:
+            apart = [abs(one[a] - other[a]) >= (one if one[a] < other[a] else other)[b] - 1
+                     for a, b in (("x", "width"), ("y", "height"))]  # fmt: skip
+            assert any(apart)
+    waiting = forty.locator(".tag.covered").first
+    forty.locator(f"button.mention[data-mention='{waiting.get_attribute('data-mention')}']").hover()
+    assert waiting.is_visible()
+
+
 def test_what_the_theme_lacks_is_named() -> None:
     assert colour("ink").startswith("#")
     with pytest.raises(KeyError, match="pink"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import resource
 import socket
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
@@ -15,7 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gem_ray.serving import proxy, uploads
+from gem_ray.benchmarks.abuse import FORM, hostile_bodies, hostile_forms
+from gem_ray.config import ServingConfig
+from gem_ray.serving import bodies, proxy, uploads
 from gem_ray.serving.bodies import _JsonCounter
 from gem_ray.serving.problems import ProblemError
 
@@ -36,26 +41,8 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def json_of(size, start, item, end):
-    return start + b",".join([item] * ((size - len(start) - len(end)) // (len(item) + 1))) + end
-
-
 SIZE = 23 * MIB
-HOSTILE = {
-    "posts": json_of(SIZE, b'{"posts":[', b'{"text":"a"}', b"]}"),
-    "tokens": json_of(SIZE, b'{"posts":[{"text":"a","tokens":[', b'"a"', b"]}]}"),
-    "numbers": json_of(SIZE, b'{"posts":[', b"0", b"]}"),
-    "fields": json_of(SIZE, b'{"posts":[{"text":"a"}],', b'"a":0', b"}"),
-    "after NaN": json_of(SIZE, b'{"posts":[NaN,', b'{"text":"a"}', b"]}"),
-    "depth": b'{"posts":' + b"[" * SIZE,
-    "objects": b'{"posts":' + b'{"a":' * (SIZE // 5),
-    "a number": b'{"posts":' + b"9" * SIZE + b"}",
-    "a string": b'{"posts":"' + b"a" * SIZE + b'"}',
-    "a text": b'{"posts":[{"text":"' + rb"\u0061" * (SIZE // 6) + b'"}]}',
-    "an image": b'{"posts":[{"text":"a","image":"' + b"A" * SIZE + b'"}]}',
-    "spaces": b'{"posts":' + b" " * SIZE + b"[]}",
-    "no end": b'{"posts":[{"text":"' + b"a" * SIZE,
-}
+HOSTILE, HOSTILE_FORMS = hostile_bodies(SIZE), hostile_forms(SIZE)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -111,12 +98,69 @@ def test_objects_are_counted_wherever_the_parts_of_a_body_end(value, size, is_as
             feed(dictionaries - 2)
 
 
-def test_form_parts_are_counted(api, assert_problem):
-    parts = b"".join(b'--y\r\nContent-Disposition: form-data; name="tokens"\r\n\r\na\r\n' for _ in range(300_000))
-    headers = {"Content-Type": "multipart/form-data; boundary=y"}
+@pytest.mark.parametrize("name", HOSTILE_FORMS)
+def test_a_hostile_form_holds_nobody_up_and_takes_little(api, assert_problem, name):
+    body, before = HOSTILE_FORMS[name], peak_bytes()
     with api.health_watched() as seconds:
-        assert_problem(api.client.post("/v1/annotate", content=parts + b"--y--\r\n", headers=headers), 422)
+        answer = api.client.post("/v1/annotate", content=body, headers={"Content-Type": FORM})
+    assert answer.status_code in (413, 422)
+    assert_problem(answer, answer.status_code)
     assert max(seconds) < PROMPT_S
+    assert peak_bytes() - before < 8 * len(body)
+
+
+def test_others_have_their_turn_between_the_parts_of_a_body_that_is_there_at_once():
+    """Serve's proxy hands over all that has come meanwhile."""
+    parts, turns, seen = 50, 0, []
+
+    async def receive():
+        return {"type": "http.request", "body": b"a", "more_body": len(seen) < parts - 1}
+
+    async def others():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def scenario():
+        watching = asyncio.create_task(others())
+        with uploads.Uploads(ServingConfig()).limited(receive, "caller") as limited:
+            while not seen or seen[-1]["more_body"]:
+                seen.append(await limited())
+        watching.cancel()
+
+    asyncio.run(scenario())
+    assert len(seen) == parts
+    assert turns >= parts - 1
+
+
+def test_one_large_body_is_parsed_at_a_time_and_small_ones_do_not_wait_for_it(api, monkeypatch):
+    inside, most = Counter(), Counter()
+    large_is_inside, small_is_done = threading.Event(), threading.Event()
+    parse = bodies._parse
+
+    def parse_seen(model, body):
+        kind = "large" if len(body) > MIB else "small"
+        inside[kind] += 1
+        most[kind] = max(most[kind], inside[kind])
+        if kind == "large":
+            large_is_inside.set()
+            small_is_done.wait(20)
+        try:
+            return parse(model, body)
+        finally:
+            inside[kind] -= 1
+
+    monkeypatch.setattr(bodies, "_parse", parse_seen)
+    large = {"text": TEXT, "image": base64.b64encode(b"x" * MIB).decode()}
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(api.client.post, "/v1/annotate", json=large) for _ in range(4)]
+        assert large_is_inside.wait(20)
+        assert api.client.post("/v1/annotate", json={"text": TEXT}).status_code == 200
+        assert most == {"large": 1, "small": 1}
+        small_is_done.set()
+        assert {each.result().status_code for each in asked} == {200}
+    assert most["large"] == 1
 
 
 def first_line(connection):

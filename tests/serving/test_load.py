@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from gem_ray.benchmarks.load import Load
 
@@ -27,6 +28,16 @@ def test_posts_that_come_together_share_batches(service, posts):
     posts_and_batches = batches(service) - before
     for stage in ("tag", "ground"):
         assert posts_and_batches[stage, "sum"] > 3 * posts_and_batches[stage, "count"], stage
+
+
+def test_what_answers_goes_before_what_computes(service, posts):
+    """Priorities of the kernel: models use all the CPU time that they get."""
+    assert service.annotate(posts[0]).status_code == 200
+    answering = [*service.running("ray::ProxyActor"), *service.replicas("ingress")]
+    assert len(answering) == 2
+    assert {os.getpriority(os.PRIO_PROCESS, process) for process in answering} == {os.getpriority(os.PRIO_PROCESS, 0)}
+    threads = [int(task.name) for process in service.replicas(POOL) for task in Path(f"/proc/{process}/task").iterdir()]
+    assert max(os.getpriority(os.PRIO_PROCESS, thread) for thread in threads) > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def batches(service):

@@ -33,8 +33,8 @@ export function drawBoxes([width, height], mentions) {
   return [layer, ...tags];
 }
 
-/** Put each label of a stage at its box, inside the image, and where it can be over no other: they keep their size at
-    any zoom. */
+/** Put each label of a stage at its box, inside the image and over no other: they keep their size at any zoom. One that
+    finds no room is shown while its mention is chosen. */
 export function placeTags(stage) {
   const { clientWidth: width, clientHeight: height } = stage;
   const taken = [];
@@ -48,8 +48,10 @@ export function placeTags(stage) {
       .filter(([, y]) => y >= 0 && y + high <= height);
     const isFree = ([x, y]) => taken.every((other) =>
       x >= other.x + other.wide || other.x >= x + wide || y >= other.y + other.high || other.y >= y + high);
-    const [x, y] = places.find(isFree) ?? places[0] ?? [0, 0];
-    taken.push({ x, y, wide, high });
+    const free = places.find(isFree);
+    const [x, y] = free ?? places[0] ?? [0, 0];
+    if (free) taken.push({ x, y, wide, high });
+    node.classList.toggle("covered", !free);
     styled(node, { translate: `${x}px ${y}px` });
   }
 }
