@@ -31,13 +31,15 @@ def compare(
 ) -> None:
     """1, 4, 16 and 32 clients, twice the rate that the most reached, and the same models in process."""
     from gem_ray.benchmarks.load import Load, measure_load
-    from gem_ray.benchmarks.throughput import measure_in_process
     from gem_ray.config import load_config
 
     with _service(url, preset, set_) as service:
         load = Load(service.url, api_key=service.api_key)
         result = asyncio.run(measure_load(load, clients or [1, 4, 16, 32], requests, seconds))
     if url is None:
+        # Imported here: it brings Ray, which reads its environment then, and the service has one of its own.
+        from gem_ray.benchmarks.throughput import measure_in_process
+
         result["in_process"] = measure_in_process(load_config(preset, overrides=set_ or ()), requests)
     write_result(out, "load-compare", result)
 
