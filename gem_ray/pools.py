@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 CPUS_FOR_TASKS = 1
 """Left free by actors, which hold theirs as long as a run takes: for reading and writing."""
 
+ROWS_AT_ONCE = 6_400_000
+"""Of a run in one pass, in one execution: of each of its blocks the driver keeps a few kilobytes until it ends."""
+
 P = TypeVar("P", "StagePool", "ReplicaPool")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -98,13 +98,19 @@ def open_bucket(uri: S3Uri) -> RetryingFileSystem:
     return RetryingFileSystem(region, endpoint, uri.anonymous)
 
 
-def client(anonymous: bool = False, silence_timeout_s: float | None = None, connections: int = 10) -> Any:
+def client(
+    anonymous: bool = False,
+    silence_timeout_s: float | None = None,
+    connections: int = 10,
+    sent: Callable[[], None] | None = None,
+) -> Any:
     """A boto3 client, which threads may share.
 
     Args:
         anonymous: send no credentials.
         silence_timeout_s: how long to wait for a server that says nothing; default: `SILENCE_TIMEOUT_S`.
         connections: kept open at once.
+        sent: called for every request, also for those that boto3 makes again.
     """
     import boto3
     from botocore import UNSIGNED
@@ -118,7 +124,10 @@ def client(anonymous: bool = False, silence_timeout_s: float | None = None, conn
         signature_version=UNSIGNED if anonymous else None,
     )
     # A session of its own: boto3's default one may not be used by two threads at once.
-    return boto3.session.Session().client("s3", config=config)
+    made = boto3.session.Session().client("s3", config=config)
+    if sent is not None:
+        made.meta.events.register("before-send.s3", lambda **_: sent())
+    return made
 
 
 def list_objects(uri: S3Uri, is_file: bool) -> Iterator[tuple[str, tuple[int, int, str]]]:

@@ -113,13 +113,13 @@ def plan(
 def planned_clusters(
     out: OutOption = Path("out/benchmark"),
     only: Annotated[list[str] | None, typer.Option(help="One cluster, by name; may be repeated.")] = None,
-    seconds: Annotated[float, typer.Option(help="Stretched time of work of each.", min=10)] = 120.0,
+    batches: Annotated[int, typer.Option(help="Of each actor, at the least.", min=4)] = 16,
 ) -> None:
     """What `gem-ray plan` says of five GPU clusters, against runs on pretended ones."""
     from gem_ray.benchmarks.planned_clusters import CLUSTERS, measure_planned_clusters
 
     folder = out / "planned-clusters"
-    write_result(out, "planned-clusters", measure_planned_clusters(folder, only or [*CLUSTERS], seconds))
+    write_result(out, "planned-clusters", measure_planned_clusters(folder, only or [*CLUSTERS], batches))
 
 
 @app.command("cpu-costs")

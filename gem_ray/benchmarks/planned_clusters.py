@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import random
+import math
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from gem_ray.benchmarks.memory import write_texts
-from gem_ray.benchmarks.scale_out import start_cluster
-from gem_ray.benchmarks.standins import Diary, PassThrough
-from gem_ray.config import Config, StagePool, load_config
+from gem_ray.benchmarks.standins import Batch, Diary, sleeper
+from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
-from gem_ray.pipeline.ledger import Ledger
+from gem_ray.pipeline.account import Account
+from gem_ray.pipeline.limits import Limits
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.planning.cards import Fleet
-from gem_ray.planning.cpu_costs import LOADING_RATE
 from gem_ray.planning.estimate import Estimate, estimate
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.probe import probe
 from gem_ray.planning.workload import TWEETS, Workload
-from gem_ray.pools import Pool
 
 _PRICE = 2.0  # of an hour of a card
 _NOISE = 0.2
-_BATCH = 16
-_BATCHES_A_SECOND = 12  # of all pools, which two cores can bring to sleeping actors and back
+_ROWS_PER_BATCH = 16
+_BATCHES_A_SECOND = 8  # of all pools: what two cores can bring to sleeping actors and back
+_LEAST_SECONDS = 60.0
+_GROUPS = 2
+_FILES_PER_GROUP = 2
 _PROBED = 200
-_POLL_S = 0.5
+_CPUS = 4
+# Tasks are many and short: a worker that waits for the next one stays.
+_KEEP_WORKERS = {"kill_idle_workers_interval_ms": 0}
 
 
 @dataclass(frozen=True)
@@ -61,129 +66,137 @@ CLUSTERS = {
 }
 
 
-def measure_planned_clusters(folder: Path, names: list[str], seconds: float) -> dict[str, Any]:
+def measure_planned_clusters(folder: Path, names: Sequence[str], batches: int) -> dict[str, Any]:
     """Wall time and cost of each cluster, as planned after a probe and as they were; and the range without a probe.
 
-    Time is stretched, so that two cores can bring batches to all pretended cards: every actor sleeps a number of times
-    as long as the plan says, ± 20 % a batch, and the plan's time of work is stretched with it. The time from the start
-    to the moment when all actors of the first pass are there is the plan's, not this machine's, on which a cluster's
+    Everything but the models is the real pipeline. Time is stretched, so that two cores can bring batches to all
+    pretended cards: an actor sleeps a number of times as long as the plan says, ± 20 % a batch, and the plan's time of
+    work is stretched with it. The time until the actors of a pass are there is the plan's: on this machine a cluster's
     processes start one after the other.
 
     Args:
         folder: gets posts and annotations.
         names: of `CLUSTERS`.
-        seconds: stretched time of work of each.
+        batches: of each actor of the largest pool; more for few actors.
     """
     write_posts(generate(_PROBED, 3), folder / "probed", per_shard=_PROBED)
-    return {name: _measure(folder / name, CLUSTERS[name], str(folder / "probed"), seconds) for name in names}
+    return {name: _measure(folder / name, CLUSTERS[name], str(folder / "probed"), batches) for name in names}
 
 
-def _measure(folder: Path, cluster: Pretended, probed: str, seconds: float) -> dict[str, Any]:
+def _measure(folder: Path, cluster: Pretended, probed: str, batches: int) -> dict[str, Any]:
     config = load_config(cluster.preset, overrides=cluster.overrides)
     fleet = Fleet.parse(cluster.gpus, None, None)
     plan = make_plan(config, fleet, work=probe(probed, config).work)
     plan.check()
-    actors = sum(pool.actors for one in plan.passes for pool in one.pools)
-    posts = round(seconds * _BATCHES_A_SECOND * _BATCH / max(len(one.pools) for one in plan.passes))
-    stretch = seconds / (posts / (plan.posts_per_hour or 0) * 3600)
-    write_texts(folder / "posts", posts, per_file=max(1, posts // 16))
-    expected, blind = (_estimate(config, fleet, work, posts) for work in (plan.work, TWEETS))
-    measured = _run(folder, config, plan, stretch, max(1, fleet.count))
+    most_actors = max(pool.actors for one in plan.passes for pool in one.pools)
+    most_pools = max(len(one.pools) for one in plan.passes)
+    seconds = max(_LEAST_SECONDS, batches * most_actors * most_pools / _BATCHES_A_SECOND)
+    per_group = round(seconds * _BATCHES_A_SECOND / most_pools / _GROUPS) * _ROWS_PER_BATCH
+    posts = _GROUPS * per_group
+    stretch = seconds / (posts / (plan.posts_per_hour or math.inf) * 3600)
+    write_texts(folder / "posts", posts, per_file=per_group // _FILES_PER_GROUP)
+    expected, blind = (_estimate(config, fleet, work, posts, per_group) for work in (plan.work, TWEETS))
+    working, account = _run(folder, config, plan, stretch, per_group, fleet.count)
 
     def hours(each: float) -> float:
         """Of an estimate, with its time of work stretched."""
         return (each - expected.starting_hours) * stretch + expected.starting_hours
 
-    wall = measured["seconds"] / 3600 + (expected.starting_hours if measured["started"] else 0.0)
+    wall = working / 3600 + expected.starting_hours
     low, high = (hours(each) for each in blind.hours_range)
+    assert account.money is not None  # a price was given
     return {
         "gpus": cluster.gpus,
         "posts": posts,
+        "groups": _GROUPS,
         "passes": len(plan.passes),
-        "actors": actors,
+        "actors": {pool.name: pool.actors for one in plan.passes for pool in one.pools},
         "stretch": stretch,
+        "starting_seconds": expected.starting_hours * 3600,
         "planned_seconds": hours(expected.hours) * 3600,
         "measured_seconds": wall * 3600,
         "planned_to_measured": hours(expected.hours) / wall,
-        "planned_money": hours(expected.hours) * fleet.count * _PRICE,
-        "measured_money": wall * fleet.count * _PRICE,
+        "planned_money": (expected.money or 0.0) / expected.hours * hours(expected.hours),
+        "measured_money": account.money / account.seconds * wall * 3600,
         "range_without_a_probe_seconds": [low * 3600, high * 3600],
         "is_in_range": low <= wall <= high,
+        "seconds_on_this_machine": account.seconds,
     }
 
 
-def _estimate(config: Config, fleet: Fleet, work: Workload, posts: int) -> Estimate:
+def _estimate(config: Config, fleet: Fleet, work: Workload, posts: int, per_group: int) -> Estimate:
     def make(fleet: Fleet, cpus: int | None, work: Workload) -> Plan:
         return make_plan(config, fleet, cpus=cpus, work=work)
 
-    found = estimate(make, make(fleet, None, work), posts, config.pipeline.rows_per_group, _PRICE)
+    found = estimate(make, make(fleet, None, work), posts, per_group, _PRICE)
     assert found is not None  # the cards' speeds are known
     return found
 
 
-def _run(folder: Path, config: Config, plan: Plan, stretch: float, gpus: int) -> dict[str, Any]:
-    """Seconds of the run; with one pass, from when all its actors are there."""
-    pools = {pool.name: pool for one in plan.passes for pool in one.pools}
-    running = _with_embedded_models(config, plan)
-    has_one_pass = len(plan.passes) == 1
-    cluster = start_cluster(gpus)
+def _run(folder: Path, config: Config, plan: Plan, stretch: float, per_group: int, gpus: int) -> tuple[float, Account]:
+    """Seconds of work of a run, and its account."""
+    pools = [pool for one in plan.passes for pool in one.pools]
+    actors: dict[int, int] = defaultdict(int)
+    for pool in pools:
+        actors[pool.placement.pass_number] += pool.actors
+    ray.init(
+        num_cpus=_CPUS,
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _system_config=_KEEP_WORKERS,
+    )
     try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        actors = sum(pool.actors for pool in pools.values()) if has_one_pass else 0
-        diary: Any = ray.remote(num_cpus=0)(Diary).remote(actors)
-        sleeper = _planned_sleeper(
-            {name: (pool.seconds or 0.0) * stretch for name, pool in pools.items()}, _loading(plan), diary
+        diary: Any = ray.remote(num_cpus=0)(Diary).remote(dict(actors))
+        sleeping = sleeper({pool.name: (pool.seconds or 0.0) * stretch for pool in pools}, diary, _NOISE)
+        summary = annotate_dataset(
+            folder / "posts",
+            folder / "out",
+            _with_embedded_models(config, plan, per_group),
+            fresh=True,
+            limits=Limits(price=_PRICE),
+            progress=lambda _: None,
+            actor=sleeping,
         )
-        began = time.time()
-        annotate_dataset(folder / "posts", folder / "out", running, fresh=True, actor=sleeper)
         ended = time.time()
-        entries = ray.get(diary.read.remote())
+        return _working_seconds(ray.get(diary.read.remote()), ended), summary.account
     finally:
         ray.shutdown()
-        cluster.shutdown()
-    if has_one_pass:
-        began = min(begin for _, begin, _ in entries)
-    return {"seconds": ended - began, "started": has_one_pass}
 
 
-def _with_embedded_models(config: Config, plan: Plan) -> Config:
+def _working_seconds(batches: Sequence[Batch], ended: float) -> float:
+    """Of a run, without the times in which the actors of a pass start: in these nobody works."""
+    spans: dict[str, Batch] = {}
+    for batch in sorted(batches, key=lambda each: each.begin):
+        span = spans.get(batch.actor, batch)
+        spans[batch.actor] = replace(span, end=max(span.end, batch.end))
+    seconds, until = 0.0, -math.inf
+    for span in sorted(spans.values(), key=lambda each: each.begin):
+        seconds += max(0.0, span.end - max(span.begin, until))
+        until = max(until, span.end)
+    return seconds + ended - until
+
+
+def _with_embedded_models(config: Config, plan: Plan, per_group: int) -> Config:
     """The planned pools; the models, which nobody loads, are those that need no download."""
-    placements = [pool.placement for one in plan.passes for pool in one.pools]
-    actors = [pool.actors for one in plan.passes for pool in one.pools]
+    planned = [pool for one in plan.passes for pool in one.pools]
     pools = [
-        each.model_copy(update={"min_actors": count, "max_actors": count, "batch_size": _BATCH, "num_cpus": 0.01})
-        for each, count in zip(placements, actors, strict=True)
+        pool.placement.model_copy(
+            update={
+                "min_actors": pool.actors,
+                "max_actors": pool.actors,
+                "batch_size": _ROWS_PER_BATCH,
+                "num_cpus": 0.01,
+            }
+        )
+        for pool in planned
     ]
     return load_config(
-        overrides=[f"reranker.enabled={str(config.reranker.enabled).lower()}", f"pipeline.rows_per_block={_BATCH}"],
+        overrides=[
+            f"reranker.enabled={str(config.reranker.enabled).lower()}",
+            f"pipeline.rows_per_block={_ROWS_PER_BATCH}",
+            f"pipeline.rows_per_group={per_group}",
+        ],
         pipeline={"pools": [each.model_dump() for each in pools]},
     )
-
-
-def _loading(plan: Plan) -> dict[str, float]:
-    """Seconds in which an actor of each pool loads its weights."""
-    pools = [pool for one in plan.passes for pool in one.pools]
-    return {pool.name: sum(model.weights for model in pool.need.models) / LOADING_RATE for pool in pools}
-
-
-def _planned_sleeper(seconds_per_post: dict[str, float], loading: dict[str, float], diary: Any) -> type:
-    """A class of actors that load and work for as long as their pool is planned to."""
-
-    class PlannedSleeper(PassThrough):
-        def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
-            self._actor = ray.get_runtime_context().get_actor_id()
-            self._seconds = seconds_per_post[pool.name]
-            self._random = random.Random(self._actor)
-            time.sleep(loading[pool.name])
-            self._all_are_there = ray.get(diary.arrive.remote(self._actor))
-
-        def __call__(self, table: Any) -> Any:
-            while not self._all_are_there:
-                time.sleep(_POLL_S)
-                self._all_are_there = ray.get(diary.arrive.remote(self._actor))
-            begin = time.time()
-            time.sleep(self._seconds * table.num_rows * self._random.uniform(1 - _NOISE, 1 + _NOISE))
-            diary.add.remote(self._actor, begin, time.time())
-            return table
-
-    return PlannedSleeper

@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from gem_ray.benchmarks.memory import write_texts
-from gem_ray.benchmarks.standins import Diary, sleeper
+from gem_ray.benchmarks.standins import Batch, Diary, sleeper
 from gem_ray.config import Config, load_config
 from gem_ray.pipeline.run import annotate_dataset
 
@@ -44,8 +44,8 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float, groups: int
     cluster = start_cluster(gpus)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        diary: Any = ray.remote(num_cpus=0)(Diary).remote(gpus)
-        actor = sleeper("ground", batch_seconds / _ROWS_PER_BATCH, diary)
+        diary: Any = ray.remote(num_cpus=0)(Diary).remote({1: gpus})
+        actor = sleeper({"ground": batch_seconds / _ROWS_PER_BATCH}, diary)
         started = time.time()
         annotate_dataset(folder / "posts", folder / "out", _config(gpus, per_group), fresh=True, actor=actor)
         entries = ray.get(diary.read.remote())
@@ -83,10 +83,10 @@ def _config(gpus: int, per_group: int) -> Config:
     )
 
 
-def _busy(entries: list[tuple[str, float, float]], gpus: int, started: float) -> dict[str, Any]:
+def _busy(entries: list[Batch], gpus: int, started: float) -> dict[str, Any]:
     batches = defaultdict(list)
-    for actor, begin, end in sorted(entries, key=lambda entry: entry[1]):
-        batches[actor].append((begin, end))
+    for entry in sorted(entries, key=lambda entry: entry.begin):
+        batches[entry.actor].append((entry.begin, entry.end))
     first_begins = max(times[0][0] for times in batches.values())
     steady, over = max(times[0][1] for times in batches.values()), min(times[-1][1] for times in batches.values())
     inside = (max(0.0, min(end, over) - max(begin, steady)) for times in batches.values() for begin, end in times)

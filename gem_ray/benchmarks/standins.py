@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
@@ -28,49 +33,81 @@ class PassThrough:
         return table
 
 
-class Diary:
-    """When each actor of the slow stage began and ended each batch; none begins before all actors are there.
+@dataclass(frozen=True)
+class Batch:
+    """What an actor has slept through.
 
-    Args:
-        actors: how many there will be.
+    Attributes:
+        actor: its id.
+        begin, end: in seconds since 1970.
     """
 
-    def __init__(self, actors: int) -> None:
+    actor: str
+    begin: float
+    end: float
+
+
+class Diary:
+    """When each actor that sleeps began and ended each batch; none begins before all actors of its pass are there.
+
+    Args:
+        actors: pass -> how many there will be.
+    """
+
+    def __init__(self, actors: Mapping[int, int]) -> None:
         self._actors = actors
-        self._present: set[str] = set()
-        self._entries: list[tuple[str, float, float]] = []
+        self._present: dict[int, set[str]] = defaultdict(set)
+        self._batches: list[Batch] = []
 
-    def arrive(self, actor: str) -> bool:
-        """An actor has its first batch; whether all have."""
-        self._present.add(actor)
-        return len(self._present) >= self._actors
+    def arrive(self, pass_number: int, actor: str) -> bool:
+        """An actor is there; whether all of its pass are."""
+        self._present[pass_number].add(actor)
+        return len(self._present[pass_number]) >= self._actors[pass_number]
 
-    def add(self, actor: str, begin: float, end: float) -> None:
-        """A batch of an actor, in seconds since 1970."""
-        self._entries.append((actor, begin, end))
+    def add(self, batch: Batch) -> None:
+        """A batch of an actor."""
+        self._batches.append(batch)
 
-    def read(self) -> list[tuple[str, float, float]]:
+    def read(self) -> list[Batch]:
         """All batches."""
-        return self._entries
+        return self._batches
 
 
-def sleeper(stage: str, seconds_per_post: float, diary: ray.actor.ActorHandle) -> type:
-    """A class of actors that sleep for every batch of one stage, and pass those of all others through."""
+def sleeper(seconds_per_post: Mapping[str, float], diary: ray.actor.ActorHandle, noise: float = 0.0) -> type:
+    """A class of actors that sleep for every batch of some pools, and pass those of all others through.
+
+    Args:
+        seconds_per_post: pool -> how long its actors sleep for a post.
+        diary: takes down the batches.
+        noise: by which share of its time a batch may be faster or slower.
+    """
 
     class Sleeper(PassThrough):
         def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
-            self._seconds_per_post = seconds_per_post if pool.name == stage else 0.0
+            self._seconds_per_post = seconds_per_post.get(pool.name, 0.0)
+            self._pass_number = pool.placement.pass_number
             self._actor = ray.get_runtime_context().get_actor_id()
+            self._random = random.Random(self._actor)
+            self._card = threading.Lock()  # batches overlap in an actor, but a card computes one at a time
             self._all_are_there = False
+            if self._seconds_per_post:
+                self._arrive()
 
         def __call__(self, table: pa.Table) -> pa.Table:
             if self._seconds_per_post:
-                while not self._all_are_there:
-                    self._all_are_there = ray.get(diary.arrive.remote(self._actor))
-                    time.sleep(_POLL_S)
-                begin = time.time()
-                time.sleep(self._seconds_per_post * table.num_rows)
-                diary.add.remote(self._actor, begin, time.time())
+                with self._card:
+                    self._sleep(table.num_rows)
             return table
+
+        def _sleep(self, rows: int) -> None:
+            while not self._all_are_there:
+                time.sleep(_POLL_S)
+                self._arrive()
+            begin = time.time()
+            time.sleep(self._seconds_per_post * rows * self._random.uniform(1 - noise, 1 + noise))
+            diary.add.remote(Batch(self._actor, begin, time.time()))
+
+        def _arrive(self) -> None:
+            self._all_are_there = ray.get(diary.arrive.remote(self._pass_number, self._actor))
 
     return Sleeper

@@ -17,6 +17,7 @@ from gem_ray.commands.options import (
     MapOption,
     PresetOption,
     PriceOption,
+    RequestPriceOption,
     SeedOption,
     SetOption,
     SkipOption,
@@ -67,6 +68,7 @@ def annotate(
         float, typer.Option(help="End when more of the posts have problems of one kind; 1: never.", min=0, max=1)
     ] = MAX_PROBLEM_SHARE,
     price: PriceOption = None,
+    request_price: RequestPriceOption = 0.0,
     budget: Annotated[
         float | None, typer.Option(help="End, to be continued, when the run has cost so much; needs --price.", min=0)
     ] = None,
@@ -87,7 +89,7 @@ def annotate(
     settings = load_config(preset, config, set_ or ())
     as_json = context.obj["json_logs"]
     progress = json_lines() if as_json else None
-    limits = RunLimits(price, budget, parse_deadline(deadline, datetime.now(UTC)) if deadline else None)
+    limits = RunLimits(price, budget, parse_deadline(deadline, datetime.now(UTC)) if deadline else None, request_price)
     if sum((fresh, update, only_problems)) > 1:
         raise typer.BadParameter("--fresh, --update and --only-problems are mutually exclusive")
     try:
@@ -131,6 +133,7 @@ def plan(
     ] = None,
     posts: Annotated[int, typer.Option(help="How many posts, for hours and money.", min=1)] = 1_000_000,
     price: PriceOption = None,
+    request_price: RequestPriceOption = 0.0,
     probe: Annotated[
         str | None,
         typer.Option(help="The input: some hundred of its posts are tagged, for what they ask of the models."),
@@ -168,7 +171,7 @@ def plan(
         return make_plan(settings, fleet, cpus=cpus, measured=speeds, work=work)
 
     result = make(Fleet.parse(gpus, gpu_memory, card), cpus, work)
-    expected = estimate(make, result, posts, settings.pipeline.rows_per_group, price)
+    expected = estimate(make, result, posts, settings.pipeline.rows_per_group, price, request_price)
     facts = result.to_dict() | {"estimate": expected and expected.to_dict()}
     text = json_library.dumps(facts, indent=2)
     if str(json) == "-":

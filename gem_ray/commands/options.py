@@ -48,6 +48,9 @@ PriceOption = Annotated[
     float | None,
     typer.Option(help="What an hour of a card costs, used or not; of a machine, where there are no cards.", min=0),
 ]
+RequestPriceOption = Annotated[
+    float, typer.Option(help="What a million S3 requests for images cost, beside --price.", min=0)
+]
 PerShardOption = Annotated[int, typer.Option(help="Posts in a shard.", min=1)]
 
 DataOption = Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")]

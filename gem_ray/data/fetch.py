@@ -86,7 +86,7 @@ class Fetcher:
 
     Attributes:
         trouble: what is asked for again at the moment, and why; None while images come.
-        fetched: images that came over the network, and their bytes.
+        fetched: images that came over the network, their bytes, and requests to S3, those that failed counted in.
     """
 
     def __init__(self, config: ImageConfig):
@@ -124,6 +124,10 @@ class Fetcher:
         with self._lock:
             self.fetched.update(fetched=1, bytes=len(data))
         return data
+
+    def _count_request(self) -> None:
+        with self._lock:
+            self.fetched["s3_requests"] += 1
 
     def _read_https(self, uri: str) -> bytes:
         with self._event_loop as loop:
@@ -210,11 +214,11 @@ class Fetcher:
 
     @cached_property
     def _s3(self) -> Any:
-        return s3.client(False, self._config.timeout_s, self._config.fetch_concurrency)
+        return s3.client(False, self._config.timeout_s, self._config.fetch_concurrency, self._count_request)
 
     @cached_property
     def _anonymous_s3(self) -> Any:
-        return s3.client(True, self._config.timeout_s, self._config.fetch_concurrency)
+        return s3.client(True, self._config.timeout_s, self._config.fetch_concurrency, self._count_request)
 
     @cached_property
     def _event_loop(self) -> BlockingPortalProvider:

@@ -206,7 +206,7 @@ class ImageLoader:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images that came over the network, and their bytes."""
+        """As `Fetcher.fetched`."""
         return dict(self._fetcher.fetched)
 
     @property

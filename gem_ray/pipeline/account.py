@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gem_ray.stages import LOAD_IMAGE
+
 
 @dataclass(frozen=True)
 class PoolTime:
@@ -57,12 +59,13 @@ class Account:
         annotated: posts that have left the last stage; what was done again counts again.
         stage_seconds: wall time inside each stage, summed over its actors.
         stage_counts: what stages counted themselves: of `knowledge` questions `asked`, answers `from_cache`, `repaired`
-            and `failed`; of `load_image` images `fetched` and their `bytes`; of `rerank` entities `asked` about, tokens
+            and `failed`; of `load_image` images `fetched`, their `bytes` and
+            `s3_requests`; of `rerank` entities `asked` about, tokens
             of their prompts, and those among them that the engine had read before.
         pools: time of the actors, by pool.
         unit_seconds: of all cards that Ray had, also those that nobody used; of machines where there were no cards.
         money: of starts with a price; `None` if none had one.
-        written_bytes: of published annotations.
+        written_bytes: of published annotations; counted for a run, not for a start.
     """
 
     starts: int = 0
@@ -96,6 +99,11 @@ class Account:
         )
 
     @property
+    def requests(self) -> int:
+        """To S3, for images; the few for a run's own files are not counted."""
+        return self.stage_counts.get(LOAD_IMAGE, {}).get("s3_requests", 0)
+
+    @property
     def bottleneck(self) -> str | None:
         """The pool that was busy for the largest share of its time; None where nothing ran."""
         return max(self.pools, key=lambda name: self.pools[name].busy_share, default=None)
@@ -103,7 +111,12 @@ class Account:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON, with what a thousand posts took."""
         plain = asdict(self) | {"pools": {name: pool.to_dict() for name, pool in self.pools.items()}}
-        return {**plain, "bottleneck": self.bottleneck, "per_thousand_posts": self._per_thousand()}
+        return {
+            **plain,
+            "requests": self.requests,
+            "bottleneck": self.bottleneck,
+            "per_thousand_posts": self._per_thousand(),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Account:
@@ -120,6 +133,7 @@ class Account:
             "unit_seconds": self.unit_seconds / thousands,
             "money": None if self.money is None else self.money / thousands,
             "written_bytes": self.written_bytes / thousands,
+            "requests": self.requests / thousands,
         }
 
 

@@ -21,16 +21,13 @@ from gem_ray.pipeline.passes import PassResults
 from gem_ray.pipeline.source import PostSource
 from gem_ray.pipeline.staging import StagedRows, StagingSink
 from gem_ray.pipeline.tables import PASS_SCHEMA
-from gem_ray.pools import passes_of
+from gem_ray.pools import ROWS_AT_ONCE, passes_of
 from gem_ray.records import ANNOTATION_SCHEMA
 
 if TYPE_CHECKING:
     from gem_ray.config import Config
     from gem_ray.pipeline.lease import LeaseClaim
     from gem_ray.pipeline.output_folder import Manifest, RunFolder
-
-# In one execution: of each of its blocks the driver keeps a few kilobytes until it ends.
-_ROWS_AT_ONCE = 6_400_000
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class GroupRunner:
             RunError: a stage or a file gave up.
             FileExistsError: another process has taken the output.
         """
-        most = _ROWS_AT_ONCE if len(self._passes) == 1 else 0
+        most = ROWS_AT_ONCE if len(self._passes) == 1 else 0
         for together in chunks(groups, most):
             self._run_together([_Staged(group, self._folder, len(self._passes)) for group in together])
 

@@ -24,16 +24,26 @@ class RunLimits:
         price: of an hour of a card of the cluster, used or not; of a machine, where there are no cards.
         budget: in the same currency.
         deadline: when the run should have finished.
+        request_price: of a million requests to S3 for images.
     """
 
     price: float | None = None
     budget: float | None = None
     deadline: datetime | None = None
+    request_price: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError: a budget without a price."""
+        """Raises: ConfigError: a budget, or a price of requests, without a price."""
         if self.budget is not None and self.price is None:
             raise ConfigError("--budget needs --price: what an hour of a card costs, or of a machine without cards")
+        if self.request_price and self.price is None:
+            raise ConfigError(
+                "--request-price needs --price: what an hour of a card costs, or of a machine without cards"
+            )
+
+    def money(self, unit_seconds: float, requests: int) -> float | None:
+        """What cards or machines and requests have cost; `None` without a price."""
+        return None if self.price is None else self.price * unit_seconds / 3600 + self.request_price * requests / 1e6
 
     def warnings(self, reading: Reading, now: datetime) -> Iterator[str]:
         """What will be missed if the run goes on at its present speed."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -58,7 +60,7 @@ class Meter:
         self._unit_seconds = 0.0
         self._units = 0.0
         self._counted = began
-        self._saved = time.perf_counter()
+        self._saved = -math.inf  # a start that is killed soon is known, too
         self._warned: set[str] = set()
         self._done: Callable[[], int] = lambda: 0
         self._total = 0
@@ -108,29 +110,26 @@ class Meter:
         left = (self._total - done) / rate if rate else None
         own = self._own(work)
         cost = (self._earlier + own).money
-        price = self._limits.price
         at_end = None
-        if cost is not None and price is not None and left is not None:
-            at_end = cost + price * self._units * left / 3600
+        if left is not None:
+            requests = round(own.requests / max(1, own.annotated) * (self._total - done))
+            rest = self._limits.money(self._units * left, requests)
+            at_end = cost + rest if cost is not None and rest is not None else None
         return Reading(done, self._total, rate, left, cost, at_end, _busiest(own), self._waiting_for(work))
 
-    def save(self, written_bytes: int = 0) -> Account:
+    def save(self) -> Account:
         """Keep what this start has taken; gives back what all starts have taken together.
-
-        Args:
-            written_bytes: of annotations that this start has published.
 
         Raises:
             OSError: it cannot be written, or another process has taken the output.
         """
-        own = self._own(self._executor.work(), written_bytes)
+        own = self._own(self._executor.work())
         with self._claim.checked():
             self._folder.keep_start(self._name, own.to_dict())
         return self._earlier + own
 
-    def _own(self, work: Progress, written_bytes: int = 0) -> Account:
-        price = self._limits.price
-        return Account(
+    def _own(self, work: Progress) -> Account:
+        account = Account(
             starts=1,
             seconds=time.perf_counter() - self._began,
             annotated=work.tally.rows,
@@ -138,9 +137,8 @@ class Meter:
             stage_counts={stage: dict(counts) for stage, counts in work.stage_counts.items()},
             pools=dict(work.pools),
             unit_seconds=self._unit_seconds,
-            money=None if price is None else price * self._unit_seconds / 3600,
-            written_bytes=written_bytes,
         )
+        return replace(account, money=self._limits.money(account.unit_seconds, account.requests))
 
     def _waiting_for(self, work: Progress) -> str | None:
         if trouble := self._trouble():

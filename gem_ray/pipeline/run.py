@@ -358,7 +358,7 @@ class _Work:
         first = next(steps, None)
         if first is None:
             measured = self._folder.read("gamma") or {"gamma": self._run.config.filter.gamma}
-            return _Done(measured["gamma"], 0, anything=False, account=account_of(self._folder))
+            return _Done(measured["gamma"], 0, anything=False, account=self._account())
         run, folder = self._run, self._folder
         meter = Meter(folder, run.claim, run.executor, run.limits, self._began, lambda: run.lease.trouble)
         with run.executor.session(folder.run_id, run.max_problem_share), self._kept(meter), polling(meter.tick, TICK_S):
@@ -372,22 +372,25 @@ class _Work:
                 with reporting(progress, meter.reading, title=self._title()):
                     runner.run(first)
                 first = next(steps, None)
-        return _Done(config.filter.gamma, runner.annotated, anything=True, account=account_of(folder))
+        return _Done(config.filter.gamma, runner.annotated, anything=True, account=self._account())
 
     @contextmanager
     def _kept(self, meter: Meter) -> Iterator[None]:
         """What the start has taken is kept however it ends; where it fails, that it did is what is said."""
-        before = self._written_bytes()
         try:
             yield
         except BaseException:
             with suppress(Exception):
-                meter.save(self._written_bytes() - before)
+                meter.save()
             raise
-        meter.save(self._written_bytes() - before)
+        meter.save()
 
-    def _written_bytes(self) -> int:
-        return sum(file.size for each in self._folder.publications().values() for file in each.files)
+    def _account(self) -> Account:
+        """What all starts have taken; what they have written is read from what is published, so that nothing of a start
+        that was killed is missing.
+        """
+        files = (file for each in self._folder.publications().values() for file in each.files)
+        return replace(account_of(self._folder), written_bytes=sum(file.size for file in files))
 
     def _title(self) -> str:
         """What the progress bar says: rows that are not read are not among its posts."""

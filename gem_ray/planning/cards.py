@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gem_ray.config import ConfigError
+from gem_ray.plurals import counted
 
 GIB = 2**30
 TERA = 10**12
@@ -39,18 +40,38 @@ def _card(memory_gb: int, half: float, single: float, bandwidth: float, source: 
     return Card(memory_gb, half * TERA, single * TERA, bandwidth * GIGA, source)
 
 
-# Dollars for an hour on demand, where --price does not say better: AWS's list prices in us-east-1 of 2024 (g4dn.xlarge,
-# g5.xlarge, g6.xlarge, g6e.xlarge, and an eighth of p4d, p4de and p5); prices have changed since, and differ by place.
+@dataclass(frozen=True)
+class ListPrice:
+    """What an hour of a card costs on demand where `--price` does not say better, with the CPUs that come with it.
+
+    Attributes:
+        dollars: for an hour.
+        source: provider, instance type and region, and where and when the price was read.
+    """
+
+    dollars: float
+    source: str
+
+
+def _aws(instance: str, dollars: float, cards: int, where: str) -> ListPrice:
+    return ListPrice(dollars / cards, f"AWS {instance}, {counted(cards, 'card')}, on demand in us-east-1, {where}")
+
+
+# Prices change, differ by region, and other providers ask half: these are assumptions, and are printed as such. Cards
+# that no large provider rents out have none.
+_SKYPILOT = "SkyPilot's copy of AWS's price list, undated (skypilot-org/skypilot-catalog, {}/aws/vms.csv)"
+_V8, _V9 = _SKYPILOT.format("00148f2, v8"), _SKYPILOT.format("3e9a175, v9")
+_RECEIPTS = "read on 2026-11-09 (datareceipts/data-receipts, 109-gpu-pricing)"
 LIST_PRICES = {
-    "t4": 0.526,
-    "a10g": 1.006,
-    "l4": 0.805,
-    "l40s": 1.861,
-    "a100-40gb": 4.10,
-    "a100-80gb": 5.12,
-    "h100": 12.29,
+    "t4": _aws("g4dn.xlarge", 0.526, 1, _V8),
+    "a10g": _aws("g5.xlarge", 1.006, 1, _V9),
+    "l4": _aws("g6.xlarge", 0.8048, 1, _V8),
+    "l40s": _aws("g6e.xlarge", 1.861, 1, _V8),
+    "a100-40gb": _aws("p4d.24xlarge", 21.957642, 8, _RECEIPTS),
+    "a100-80gb": _aws("p4de.24xlarge", 27.44705, 8, _RECEIPTS),
+    "h100": _aws("p5.48xlarge", 55.04, 8, _RECEIPTS),
+    "h200": _aws("p5en.48xlarge", 63.296, 8, "listed on 2026-08-06 (dstackai/dstack, pull request 4110)"),
 }
-LIST_PRICES_SOURCE = "AWS on demand, us-east-1, list price of 2024; --price says what you pay"
 
 # Of cards with the same memory, the first one is assumed when only the memory is given.
 CARDS = {
@@ -159,11 +180,14 @@ class Fleet:
         return self.count / sum(count / seconds for count, seconds in times)
 
     @property
-    def list_price(self) -> float | None:
-        """Dollars for an hour of all cards; `None` if one has no list price."""
+    def list_price(self) -> ListPrice | None:
+        """For an hour of all cards; `None` if one has no list price."""
         prices = [LIST_PRICES.get(name or "") for _, name, _ in self.kinds]
-        known = [count * price for (count, _, _), price in zip(self.kinds, prices, strict=True) if price is not None]
-        return sum(known) if known and len(known) == len(prices) else None
+        known = [(count, price) for (count, _, _), price in zip(self.kinds, prices, strict=True) if price is not None]
+        if not known or len(known) < len(prices):
+            return None
+        sources = dict.fromkeys(price.source for _, price in known)
+        return ListPrice(sum(count * price.dollars for count, price in known), "; ".join(sources))
 
     def with_one_more(self) -> Fleet:
         """And another card of the first kind."""

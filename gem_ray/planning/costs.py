@@ -59,6 +59,7 @@ class ModelNeed:
         traffic: bytes that decoding reads for a post, over and over, beside the operations.
         measured: the share of a card's peak FLOP/s in half precision that was measured; `None` if none was.
         cpu_seconds: of a core, for a post: what its processor does to images before the model sees them.
+        tokens: of text that the reranker reads for an entity, those that it reads again counted again.
     """
 
     stage: str
@@ -75,6 +76,7 @@ class ModelNeed:
     traffic: float = 0
     measured: float | None = None
     cpu_seconds: float = 0
+    tokens: float = 0
 
     @property
     def utilisation(self) -> float:
@@ -342,16 +344,18 @@ def _rerank(asked: _Asked) -> Need:
             flops=flops,
             measured=LLAVA_UTILISATION,
             processed=processed,
+            tokens=prompt,
         )
         return Need((reranker,))
     # vLLM runs as many tokens at once as it allows, and fills what is left of its share with cached keys and values.
-    tokens = _vllm_tokens(asked.card_memory)
+    at_once, again = _vllm_tokens(asked.card_memory), _asked_again(config)
     reranker = model(
-        tokens // positions,
-        activations=size * (language(tokens).activations + tokens / image_tokens * images.activations),
+        at_once // positions,
+        activations=size * (language(at_once).activations + at_once / image_tokens * images.activations),
         kv_cache=size * positions * whole.kv_per_token,
-        flops=flops + work.hard * _asked_again(config) * 2 * whole.parameters,
+        flops=flops + work.hard * again * 2 * whole.parameters,
         processed=processed,
+        tokens=prompt + again,
     )
     adapter = _adapter(config, language(1), size)
     reserved = int(settings.gpu_memory_utilization * asked.card_memory)
@@ -504,6 +508,7 @@ def _model(
     traffic: float = 0,
     measured: float | None = None,
     processed: tuple[str, float] | None = None,
+    tokens: float = 0,
 ) -> ModelNeed:
     """`processed`: the kind of processor, and how many images of a post it takes."""
     weights = facts.parameters * BYTES[dtype]
@@ -522,6 +527,7 @@ def _model(
         traffic,
         measured,
         processed[1] * image_seconds(processed[0]) if processed else 0.0,
+        tokens,
     )
 
 

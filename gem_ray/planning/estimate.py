@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from gem_ray.planning.cards import LIST_PRICES_SOURCE
 from gem_ray.planning.costs import BANDWIDTH_UTILISATION, UTILISATION
 from gem_ray.planning.cpu_costs import CARRYING_SECONDS, LOADING_RATE, STARTING_SECONDS, machine
 from gem_ray.planning.workload import HEAVY, LIGHT
+from gem_ray.pools import ROWS_AT_ONCE
+from gem_ray.stages import LOAD_IMAGE
 
 if TYPE_CHECKING:
     from gem_ray.planning.cards import Fleet
@@ -52,7 +53,8 @@ class Estimate:
         starting_hours: of it, Ray and loading models, in every pass of every group.
         gpu_hours: of all cards, used or not.
         cpu_hours: of cores.
-        money: of the cards, or of the machine if it has none; `None` if no price is known.
+        requests: to S3 for images, in every pass that looks at them; each is assumed to succeed.
+        money: of the cards, or of the machine if it has none, and of requests; `None` if no price is known.
         money_range: likewise.
         limit: what keeps it from being faster.
         hours_with_one_more_card, hours_with_one_more_cpu: `None` if there are none, or they are not counted.
@@ -65,6 +67,7 @@ class Estimate:
     starting_hours: float
     gpu_hours: float
     cpu_hours: float
+    requests: float
     money: float | None
     money_range: tuple[float, float] | None
     limit: str | None
@@ -77,7 +80,9 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price: float | None) -> Estimate | None:
+def estimate(
+    make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price: float | None, request_price: float = 0.0
+) -> Estimate | None:
     """Estimate a run; None where a speed is not known.
 
     Args:
@@ -86,6 +91,7 @@ def estimate(make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price:
         posts: how many.
         rows_per_group: as the configuration has it.
         price: of an hour of a card, or of the machine if it has none; `None` means the list price, if there is one.
+        request_price: of a million S3 requests.
     """
     if plan.problems or plan.posts_per_hour is None:
         return None
@@ -98,7 +104,12 @@ def estimate(make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price:
     heavy = plan if plan.work.is_measured else make(plan.fleet, plan.cpus, HEAVY)
     fast, slow = _spread(plan)
     low, high = min(usual, hours(light)) * fast, max(usual, hours(heavy)) * slow
-    hourly = plan.fleet.list_price if price is None else price * (plan.gpus or 1)
+    hourly, requests = _hourly(plan, price), posts * _requests(plan)
+
+    def money(hours: float) -> float | None:
+        return hourly and hourly.value * hours + request_price * requests / 1e6
+
+    cheapest, dearest = money(low), money(high)
     more_cards = hours(make(plan.fleet.with_one_more(), plan.cpus, plan.work)) if plan.gpus else None
     more_cpus = hours(make(plan.fleet, plan.cpus + 1, plan.work)) if plan.cpus else None
     return Estimate(
@@ -108,23 +119,33 @@ def estimate(make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price:
         starting_hours=_starting_hours(plan, posts, rows_per_group),
         gpu_hours=plan.gpus * usual,
         cpu_hours=posts * sum(one.cpu_seconds for one in plan.passes) / 3600,
-        money=None if hourly is None else hourly * usual,
-        money_range=None if hourly is None else (hourly * low, hourly * high),
+        requests=requests,
+        money=money(usual),
+        money_range=None if cheapest is None or dearest is None else (cheapest, dearest),
         limit=plan.limit,
         hours_with_one_more_card=more_cards,
         hours_with_one_more_cpu=more_cpus,
-        assumptions=(*_assumptions(plan), *_price(hourly, given=price is not None)),
+        assumptions=(*_assumptions(plan), *([hourly] if hourly else [])),
     )
 
 
-def _price(hourly: float | None, given: bool) -> Iterator[Assumption]:
-    if hourly is not None:
-        yield Assumption("price of an hour", hourly, "as given" if given else LIST_PRICES_SOURCE, given)
+def _requests(plan: Plan) -> float:
+    """To S3, for a post."""
+    passes = sum(any(LOAD_IMAGE in pool.stages for pool in one.pools) for one in plan.passes)
+    return plan.work.s3_images * plan.work.with_entities * passes
+
+
+def _hourly(plan: Plan, price: float | None) -> Assumption | None:
+    """Price of an hour of all cards, or of the machine if it has none; `None` if it is not known."""
+    if price is not None:
+        return Assumption("price of an hour", price * (plan.gpus or 1), "as given", True)
+    listed = plan.fleet.list_price
+    return listed and Assumption("price of an hour, in dollars", listed.dollars, listed.source, False)
 
 
 def _starting_hours(plan: Plan, posts: int, rows_per_group: int) -> float:
-    """One execution for all groups; with several passes, one for each pass of each group."""
-    times = 1 if len(plan.passes) == 1 else math.ceil(posts / rows_per_group)
+    """One execution for groups that follow each other; with several passes, one for each pass of each group."""
+    times = math.ceil(posts / (ROWS_AT_ONCE if len(plan.passes) == 1 else rows_per_group))
     weights = [max(sum(model.weights for model in pool.need.models) for pool in one.pools) for one in plan.passes]
     loading = [size / LOADING_RATE for size in weights]
     return times * sum(STARTING_SECONDS + seconds for seconds in loading) / 3600
@@ -146,6 +167,7 @@ def _assumptions(plan: Plan) -> Iterator[Assumption]:
         ("share of posts with entities", work.with_entities),
         ("share of entities that are hard", work.hard_share),
         ("share of posts with an image", work.with_images),
+        ("share of posts whose image is an object in S3", work.s3_images),
         ("megapixels of an image", work.megapixels),
     ):
         yield Assumption(what, value, work.source, work.is_measured)
@@ -160,6 +182,9 @@ def _assumptions(plan: Plan) -> Iterator[Assumption]:
                 yield Assumption(what, model.utilisation, source, is_measured)
             if model.cpu_seconds:
                 yield Assumption(f"{model.role}: seconds of a core for a post", model.cpu_seconds, machine(), True)
+            if model.tokens:
+                what = f"{model.role}: tokens of text for an entity, by filter.k and reranker.mode"
+                yield Assumption(what, model.tokens, "estimated for 51 categories", False)
             if model.traffic:
                 yield Assumption(
                     f"{model.role}: share of the card's bandwidth",

@@ -123,6 +123,7 @@ def _workload(posts: list[Post], sizes: list[int], megapixels: list[float], path
         hard=sum(entity.hard for entity in entities) / count,
         with_hard=sum(any(entity.hard for entity in post.entities) for post in posts) / count,
         with_images=with_images,
+        s3_images=sum((post.image_uri or "").startswith("s3://") for post in posts) / count,
         with_boxes=min(1.0, usual.with_boxes * scale),
         with_other_boxes=min(1.0, usual.with_other_boxes * scale),
         person_prompts=usual.person_prompts * scale,

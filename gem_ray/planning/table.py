@@ -93,7 +93,8 @@ def _lines(plan: Plan, expected: Estimate | None) -> Iterator[str]:
             yield "with this configuration over it, it fits:"
             yield yaml.safe_dump(plan.advice, sort_keys=False, allow_unicode=True)
         return
-    yield "verdict: it fits"
+    is_whole = not any(pool.need.unknown for one in plan.passes for pool in one.pools)
+    yield "verdict: it fits" + ("" if is_whole else ", as far as the models are known")
     if plan.limit is None or plan.posts_per_hour is None:
         yield "bottleneck: not known; --probe INPUT times what runs on CPUs, --like RUN takes an earlier run's speeds"
         return
@@ -105,13 +106,16 @@ def _lines(plan: Plan, expected: Estimate | None) -> Iterator[str]:
 def _expected(expected: Estimate) -> Iterator[str]:
     low, high = expected.hours_range
     cards = f", {_rounded(expected.gpu_hours)} GPU-hours" if expected.gpu_hours else ""
+    requests = f", {_rounded(expected.requests)} S3 requests for images" if expected.requests else ""
     yield (
         f"{expected.posts:,} posts: about {_rounded(expected.hours)} hours ({_rounded(low)} to {_rounded(high)}){cards}"
-        f", {_rounded(expected.cpu_hours)} hours of a core"
+        f", {_rounded(expected.cpu_hours)} hours of a core{requests}"
     )
     if expected.money is not None and expected.money_range is not None:
         least, most = expected.money_range
         yield f"cost: about {_rounded(expected.money)} ({_rounded(least)} to {_rounded(most)})"
+    elif expected.gpu_hours:
+        yield "cost: not known; no list price is stored for these cards, --price says what an hour of one costs"
     for what, hours in (("card", expected.hours_with_one_more_card), ("CPU", expected.hours_with_one_more_cpu)):
         if hours is not None:
             yield f"one {what} more: about {_rounded(hours)} hours"

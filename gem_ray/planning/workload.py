@@ -28,6 +28,7 @@ class Workload:
         hard: hard mentions in a post: of the embedded tagger at γ = 0.2, on 600 of FMNERG's dev tweets.
         with_hard: share of posts that have any; likewise.
         with_images: share of posts with an image.
+        s3_images: share of posts whose image is an object in S3; assumed to be in the input's files instead.
         with_boxes: share of posts with an entity that is seen.
         with_other_boxes: the same, persons aside, for whom the text prompt goes first.
         person_prompts: categories of seen persons in a post.
@@ -50,6 +51,7 @@ class Workload:
     hard: float = 1.35
     with_hard: float = 0.85
     with_images: float = 1.0
+    s3_images: float = 0.0
     with_boxes: float = 0.56
     with_other_boxes: float = 0.19
     person_prompts: float = 0.42
@@ -126,10 +128,14 @@ def workload_of_run(run: Path) -> Workload:
         rows, entities, seen = facts["rows"], facts["entities"], facts["grounded"]
         usual = TWEETS
         scale = seen / rows / (usual.entities * _SEEN_SHARE) if entities else 0.0
+        with_entities = min(1.0, usual.with_entities * entities / rows / usual.entities)
+        account = facts.get("account", {})
+        requests = account.get("requests", 0) / max(1, account.get("annotated", 0))
         work = replace(
             usual,
             entities=entities / rows,
-            with_entities=min(1.0, usual.with_entities * entities / rows / usual.entities),
+            with_entities=with_entities,
+            s3_images=min(1.0, requests / with_entities) if with_entities else 0.0,
             with_boxes=min(1.0, usual.with_boxes * scale),
             with_other_boxes=min(1.0, usual.with_other_boxes * scale),
             person_prompts=usual.person_prompts * scale,

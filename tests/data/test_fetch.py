@@ -339,8 +339,21 @@ def test_images_are_read_from_s3(s3):
 
 def test_one_request_is_made_for_an_image_in_s3(s3, faulty_s3):
     uri = s3.put(f"{s3.bucket('photos')}/a.jpg", b"pixels")
-    Fetcher(ImageConfig()).fetch(uri)
+    fetcher = Fetcher(ImageConfig())
+    fetcher.fetch(uri)
     assert faulty_s3.counts == {"passed": 1}
+    assert fetcher.fetched == {"fetched": 1, "bytes": 6, "s3_requests": 1}
+
+
+def test_every_request_to_s3_is_counted_also_those_that_fail(s3, faulty_s3):
+    uri = s3.put(f"{s3.bucket('photos')}/a.jpg", b"pixels")
+    fetcher = Fetcher(ImageConfig())
+    faulty_s3.plan = ["slow_down", "passed", "cut"]
+    fetcher.fetch(uri)
+    fetcher.fetch(uri)
+    with pytest.raises(ImageError):
+        fetcher.fetch(uri.replace("a.jpg", "none.jpg"))
+    assert fetcher.fetched["s3_requests"] == faulty_s3.counts.total() == 5
 
 
 def test_a_uri_of_the_data_cannot_choose_the_server(s3, faulty_s3, monkeypatch):

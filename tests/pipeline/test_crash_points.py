@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -32,6 +33,7 @@ import gem_ray.pipeline.compaction as compaction_module
 import gem_ray.pipeline.groups as groups_module
 import gem_ray.pipeline.lease as lease_module
 import gem_ray.pipeline.output_folder as output_folder_module
+import gem_ray.pipeline.meter as meter_module
 import gem_ray.pipeline.run as run_module
 from gem_ray.config import Config, load_config
 from gem_ray.data.output import ANNOTATIONS, SUCCESS, annotation_paths
@@ -40,9 +42,11 @@ from gem_ray.pipeline.compaction import merge
 from gem_ray.pipeline.lease import Lease, LeaseClaim
 from gem_ray.pipeline.ledger import Progress
 from gem_ray.pipeline.output_folder import OutputFolder
+from gem_ray.pipeline.limits import RunLimits
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.records import ANNOTATION_SCHEMA, Post, ProblemKind
+from gem_ray.tally import Tally
 
 Rows = dict[int, tuple[str, str]]  # id -> text, status
 
@@ -167,9 +171,11 @@ class InlineExecutor:
     """Does what `RayExecutor` has Ray do, block by block; remembers the task that was under way when it was killed."""
 
     last: InlineExecutor
+    after_block: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, config: Config, actor: type | None = None) -> None:
         self.late_task: Callable[[Storage], Any] = lambda storage: None
+        self.rows = 0
         InlineExecutor.last = self
 
     def session(self, run_id: str, max_problem_share: float | None) -> Any:
@@ -190,10 +196,12 @@ class InlineExecutor:
             attempts = [True, False] if any(post.text == FLAKY for post in block) else [True]
             for has_failed in attempts:
                 self._write(block, config, sink, origin if is_last else None, has_failed)
+            InlineExecutor.after_block()
             meanwhile()
 
     def _write(self, block: list[Post], config: Config, sink: Any, origin: Any, has_failed: bool) -> None:
         done = [annotated(post, config, has_failed) for post in block]
+        self.rows += len(done)
         if origin is None:
             table = pass_table(posts_to_table(done))
         else:
@@ -209,7 +217,7 @@ class InlineExecutor:
         return files
 
     def work(self) -> Progress:
-        return Progress()
+        return Progress(tally=Tally(rows=self.rows))
 
     def units(self) -> float:
         return 1.0
@@ -455,6 +463,41 @@ def crash_everywhere(scenario: Scenario, world: World) -> int:
         go_on_beside_a_late_task(world, scenario, point)
         check(world, expected)
     return writes
+
+
+def test_the_account_is_complete_wherever_a_start_was_killed(
+    tmp_path: Path, use: Callable[[World], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Posts, bytes, seconds and money, but for what was done after the meter last kept its account."""
+
+    @contextmanager
+    def after_each_block(action: Callable[[], None], every_s: float) -> Iterator[None]:
+        monkeypatch.setattr(InlineExecutor, "after_block", staticmethod(action))
+        yield
+
+    monkeypatch.setattr(run_module, "polling", after_each_block)
+    monkeypatch.setattr(meter_module, "_SAVED_EVERY_S", -1)
+    world, posts, price = use(World(tmp_path)), 8, 3600.0  # of a second
+    world.put(a=["one", "two", "three"], b=["four", "five"], c=["six", "seven", "eight"])
+    begin, counting, limits = world.save(), Process(), RunLimits(price)
+    whole = world.annotate(process=counting, limits=limits).account
+    assert (whole.starts, whole.annotated) == (1, posts)
+    for point in range(2, counting.writes + 1, 2):
+        world.restore(begin)
+        began = time.perf_counter()
+        with suppress(Crash):
+            world.annotate(process=Process(stop_at=point), limits=limits)
+        killed = InlineExecutor.last
+        account = world.annotate(limits=limits).account
+        done = killed.rows + InlineExecutor.last.rows
+        assert posts <= done <= posts + ROWS_PER_BLOCK
+        assert done - ROWS_PER_BLOCK <= account.annotated <= done, point
+        assert account.written_bytes == sum(
+            path.stat().st_size for path in (world.output / ANNOTATIONS).rglob("*.parquet")
+        )
+        assert 1 <= account.starts <= 2
+        assert account.money == pytest.approx(account.unit_seconds)
+        assert account.unit_seconds <= account.seconds <= time.perf_counter() - began
 
 
 def undisturbed(scenario: Scenario, world: World) -> tuple[int, Rows]:

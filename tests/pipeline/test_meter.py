@@ -80,7 +80,7 @@ class Work:
     def work(self) -> Progress:
         now = self.seconds
         pool = PoolTime(4, 1.0, 0.0, 3.6 * now, 0.4 * now)
-        counts = {"knowledge": Counter(asked=round(now), failed=0)}
+        counts = {"knowledge": Counter(asked=round(now), failed=0), "load_image": Counter(s3_requests=round(3 * now))}
         return Progress({"ground": 3.6 * now}, counts, Tally(rows=int(2 * now)), {"ground": pool})
 
 
@@ -144,6 +144,15 @@ def test_the_meter_shows_rate_time_left_and_cost_at_the_end(start) -> None:
     assert reading.remarks == "cost 0.33 of about 1.67, busiest: ground 90%"
 
 
+def test_requests_are_paid_for_as_well(start) -> None:
+    meter, _, go = start(RunLimits(price=3.0, request_price=1e5))
+    go(100)
+    account, reading = meter.save(), meter.reading()
+    assert (account.requests, account.to_dict()["per_thousand_posts"]["requests"]) == (300, 1500)
+    assert account.money == pytest.approx(3.0 * 4 * 100 / 3600 + 0.1 * 300)
+    assert reading.cost_at_end == pytest.approx(3.0 * 4 * 500 / 3600 + 0.1 * 1500)
+
+
 def test_limits_that_will_be_missed_are_said_at_once_and_once(start, caplog: pytest.LogCaptureFixture) -> None:
     limits = RunLimits(price=3.0, budget=1.5, deadline=datetime.now(UTC) + timedelta(seconds=300))
     with caplog.at_level(logging.WARNING):
@@ -197,6 +206,8 @@ def test_deadlines_are_times_from_now_or_moments() -> None:
             parse_deadline(nonsense, NOW)
     with pytest.raises(ConfigError, match="--budget needs --price"):
         RunLimits(budget=1)
+    with pytest.raises(ConfigError, match="--request-price needs --price"):
+        RunLimits(request_price=1)
 
 
 def test_a_server_that_is_asked_again_is_named_until_it_answers(

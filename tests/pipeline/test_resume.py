@@ -82,7 +82,7 @@ def posts(tmp_path: Path) -> Path:
 @pytest.fixture
 def groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each group is an execution of its own, so that those before the one that fails are published."""
-    monkeypatch.setattr("gem_ray.pipeline.groups._ROWS_AT_ONCE", 0)
+    monkeypatch.setattr("gem_ray.pipeline.groups.ROWS_AT_ONCE", 0)
 
 
 @pytest.mark.usefixtures("groups_apart")

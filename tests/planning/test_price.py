@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from typer.testing import CliRunner
 
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.planning.advice import changes_that_fit, merged_config
-from gem_ray.planning.cards import CARDS, Fleet, find_card
+from gem_ray.planning.cards import CARDS, LIST_PRICES, Fleet, find_card
 from gem_ray.planning.cpu_costs import image_seconds
 from gem_ray.planning.estimate import Estimate, estimate
+from gem_ray.planning.model_facts import model_facts
 from gem_ray.planning.plan import Plan, make_plan
+from gem_ray.planning.table import print_plan
 from gem_ray.planning.workload import TWEETS, Workload, workload_of_run
 
 POSTS = 1_000_000
+# Grounding has the share of a card that it needs, on any card with 16 GB or more.
+ROOMY = ["pipeline.pools.ground.num_gpus=0.5"]
+MEASURED = Workload(entropies=TWEETS.entropies, source="400 posts", is_measured=True)
 RERANKED = ["reranker.enabled=true", "reranker.adapter=models/lora"]
 
 
@@ -30,7 +36,8 @@ def expected(config: Config, gpus: str = "8", card: str = "h100", work: Workload
 
     plan = make(Fleet.parse(gpus, None, card), more.get("cpus"), work)
     plan.check()
-    found = estimate(make, plan, more.get("posts", POSTS), config.pipeline.rows_per_group, more.get("price", 2.0))
+    prices = more.get("price", 2.0), more.get("request_price", 0.0)
+    found = estimate(make, plan, more.get("posts", POSTS), config.pipeline.rows_per_group, *prices)
     assert found is not None
     return found
 
@@ -59,14 +66,22 @@ def test_the_price_rises_with_the_number_of_candidates(engine: str) -> None:
     assert costs[0] < costs[1] < costs[2]
 
 
+def test_what_the_number_of_candidates_costs_is_said() -> None:
+    def tokens(*overrides: str) -> float:
+        found = expected(reranked(*overrides))
+        return next(each.value for each in found.assumptions if "tokens of text for an entity" in each.what)
+
+    assert tokens("filter.k=2") < tokens("filter.k=5") < tokens("filter.k=10")
+    assert tokens("reranker.mode=generate") < tokens("reranker.mode=score")
+
+
 def test_on_vllm_scores_cost_more_than_an_answer() -> None:
     scored, generated = (expected(reranked(f"reranker.mode={mode}")).money for mode in ("score", "generate"))
     assert generated < scored
 
 
 def test_a_measured_workload_narrows_the_range() -> None:
-    measured = Workload(entropies=TWEETS.entropies, source="400 posts", is_measured=True)
-    unknown, known = (expected(reranked(), work=work) for work in (TWEETS, measured))
+    unknown, known = (expected(reranked(), work=work) for work in (TWEETS, MEASURED))
     assert unknown.hours == known.hours
     assert unknown.hours_range[0] < known.hours_range[0] < known.hours < known.hours_range[1]
     assert {each.is_measured for each in known.assumptions if each.source == "400 posts"} == {True}
@@ -76,8 +91,8 @@ def test_starting_again_for_each_group_and_pass_is_in_the_time() -> None:
     config = load_config("one-gpu")
     one, ten = (expected(config, "1", "rtx-4090", posts=posts) for posts in (10**6, 10**7))
     assert ten.starting_hours == pytest.approx(10 * one.starting_hours)
-    streamed = [expected(load_config("cluster"), posts=posts).starting_hours for posts in (10**6, 10**7)]
-    assert streamed[0] == streamed[1]
+    streamed = [expected(load_config("cluster"), posts=posts).starting_hours for posts in (10**6, 6 * 10**6, 10**7)]
+    assert streamed[0] == streamed[1] == streamed[2] / 2
 
 
 def test_too_few_cpus_are_the_bottleneck_and_one_more_is_worth_something() -> None:
@@ -90,6 +105,76 @@ def test_too_few_cpus_are_the_bottleneck_and_one_more_is_worth_something() -> No
     assert many.hours_with_one_more_card < many.hours
     # Owlv2's processor alone keeps a core busy for longer than a card needs for a post.
     assert few.cpu_hours > POSTS * TWEETS.person_prompts * image_seconds("owlv2") / 3600
+
+
+def test_all_passes_of_all_groups_are_in_hours_money_and_start_up() -> None:
+    """One card, two passes, ten groups; the sum is made here by hand."""
+    config, posts = load_config("one-gpu"), 10**7
+    seconds = {"prepare": 0.0, "tag": 0.002, "load_image": 0.01, "ground": 0.09}  # of an actor, as of an earlier run
+
+    def make(fleet: Fleet, cpus: int | None, work: Workload) -> Plan:
+        return make_plan(config, fleet, cpus=cpus, measured=seconds, work=work)
+
+    plan = make(Fleet.parse(1, 24, None), None, MEASURED)
+    found = estimate(make, plan, posts, config.pipeline.rows_per_group, 0.5)
+    assert [one.stages for one in plan.passes] == [["prepare", "tag"], ["load_image", "ground"]]
+    assert found is not None
+    tagger = model_facts("tagger.model", config.tagger.model, "", {}).parameters * 4
+    grounder = 2 * (446_128_642 + 641_090_608 + 154_966_792)  # BLIP-large, SAM ViT-H and OWLv2 in half precision
+    starting = 10 * (25 + tagger / 1e9 + 25 + grounder / 1e9)
+    assert found.starting_hours == pytest.approx(starting / 3600)
+    assert found.hours == pytest.approx((posts * (0.002 + 0.1) + starting) / 3600)
+    assert found.gpu_hours == pytest.approx(found.hours)
+    assert found.money == pytest.approx(0.5 * found.hours)
+    carrying = 0.005  # in each pass
+    assert found.cpu_hours * 3600 > posts * 2 * carrying
+
+
+def test_without_a_price_that_of_a_list_is_taken_and_said_with_its_source() -> None:
+    def price_of(gpus: str, price: float | None = None) -> tuple[Any, list[Any]]:
+        found = expected(load_config("cluster", overrides=ROOMY), gpus, price=price)
+        return found, [each for each in found.assumptions if each.what.startswith("price of an hour")]
+
+    for card, listed in LIST_PRICES.items():
+        found, (price,) = price_of(f"2x{card}")
+        assert (price.value, price.source, price.is_measured) == (2 * listed.dollars, listed.source, False)
+        assert found.money == pytest.approx(2 * listed.dollars * found.hours)
+        assert all(part in listed.source for part in ("AWS", "us-east-1", "on demand", "("))
+    _, (mixed,) = price_of("2xl40s+1xa10g")
+    assert mixed.value == pytest.approx(2 * 1.861 + 1.006)
+    assert all(instance in mixed.source for instance in ("g6e.xlarge", "g5.xlarge"))
+    _, (given,) = price_of("2xl40s", 3.0)
+    assert (given.value, given.source, given.is_measured) == (6.0, "as given", True)
+    for unlisted in ("1xrtx-4090", "1xmine:memory=24,tflops=100", "1xa10g+1xrtx-3090"):
+        found, prices = price_of(unlisted)
+        assert (found.money, prices) == (None, [])
+
+
+@pytest.mark.parametrize(("preset", "image_passes"), [("cluster", 1), ("one-gpu", 2)])
+def test_images_in_s3_are_asked_for_in_each_pass_that_looks_at_them(preset: str, image_passes: int) -> None:
+    config = load_config(preset, overrides=[*RERANKED, *ROOMY, "pipeline.pools.rerank.num_gpus=0.8"])
+    work = replace(MEASURED, s3_images=0.5)
+    free, paid = (expected(config, "2", work=work, request_price=price) for price in (0.0, 0.4))
+    assert paid.requests == pytest.approx(POSTS * 0.5 * work.with_entities * image_passes)
+    assert paid.money == pytest.approx(free.money + 0.4 * paid.requests / 1e6)
+    assert paid.money_range[0] == pytest.approx(free.money_range[0] + 0.4 * paid.requests / 1e6)
+    assert expected(config, "2").requests == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        ("--gpus 8 --card h100", ["price of an hour, in dollars: 55 (assumed: AWS p5.48xlarge, 8 cards"]),
+        ("--gpus 8 --card h100 --price 2", ["cost: about", "price of an hour: 16 (measured: as given)"]),
+        ("--gpus 8 --card b200", ["cost: not known", "--price"]),
+    ],
+)
+def test_the_table_says_where_its_price_comes_from(arguments: str, lines: list[str]) -> None:
+    from gem_ray.commands.annotate import app
+
+    done = CliRunner().invoke(app, ["plan", "--preset", "cluster", *arguments.split()])
+    assert done.exit_code == 0, done.output
+    assert all(line in done.stdout.replace("\n", " ") for line in lines), done.stdout
 
 
 def test_the_command_prints_hours_money_and_assumptions() -> None:
@@ -133,10 +218,12 @@ def test_cards_that_nobody_uses_are_said() -> None:
     assert not make_plan(load_config("one-gpu"), gpus=1, card="rtx-4090").notes
 
 
-def test_a_matcher_that_the_plan_does_not_know_is_a_warning() -> None:
+def test_a_matcher_that_the_plan_does_not_know_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(load_config("one-gpu", overrides=["grounder.matcher.kind=llava"]), gpus=1, card="rtx-4090")
     plan.check()
     assert any("does not know what llava needs" in note for note in plan.notes)
+    print_plan(plan)
+    assert "verdict: it fits, as far as the models are known" in capsys.readouterr().out
     assert plan.posts_per_hour is None
 
 
@@ -187,6 +274,11 @@ def test_a_finished_run_says_what_its_posts_were(tmp_path: Path) -> None:
     assert (work.entities, work.hard_share, work.is_measured) == (0.5, pytest.approx(0.25), True)
     assert work.with_boxes < TWEETS.with_boxes
     assert work.under(load_config(overrides=["filter.max_share=0.1"])).hard_share == pytest.approx(0.1)
+    assert work.s3_images == 0
+    facts = {"rows": 200, "entities": 336, "grounded": 10, "reranked": 25}
+    run.write_text(json.dumps(facts | {"account": {"annotated": 200, "requests": 95}}))
+    work = workload_of_run(run)
+    assert work.s3_images * work.with_entities == pytest.approx(95 / 200)
     run.write_text("{}")
     with pytest.raises(ConfigError, match=r"--like: .* is no run\.json"):
         workload_of_run(run)
