@@ -113,13 +113,14 @@ def plan(
 def planned_clusters(
     out: OutOption = Path("out/benchmark"),
     only: Annotated[list[str] | None, typer.Option(help="One cluster, by name; may be repeated.")] = None,
-    batches: Annotated[int, typer.Option(help="Of each actor, at the least.", min=4)] = 16,
+    batches: Annotated[int, typer.Option(help="Of each actor, at the least.", min=4)] = 12,
+    rate: Annotated[float, typer.Option(help="Batches a second that the machine can do beside them.", min=0.1)] = 1.0,
 ) -> None:
     """What `gem-ray plan` says of five GPU clusters, against runs on pretended ones."""
     from gem_ray.benchmarks.planned_clusters import CLUSTERS, measure_planned_clusters
 
     folder = out / "planned-clusters"
-    write_result(out, "planned-clusters", measure_planned_clusters(folder, only or [*CLUSTERS], batches))
+    write_result(out, "planned-clusters", measure_planned_clusters(folder, only or [*CLUSTERS], batches, rate))
 
 
 @app.command("cpu-costs")

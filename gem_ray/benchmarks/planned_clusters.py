@@ -29,8 +29,7 @@ from gem_ray.planning.workload import TWEETS, Workload
 _PRICE = 2.0  # of an hour of a card
 _NOISE = 0.2
 _ROWS_PER_BATCH = 16
-_BATCHES_A_SECOND = 8  # of all pools: what two cores can bring to sleeping actors and back
-_LEAST_SECONDS = 60.0
+_LEAST_SECONDS = 80.0
 _GROUPS = 2
 _FILES_PER_GROUP = 2
 _PROBED = 200
@@ -58,7 +57,7 @@ _RERANKING = ("reranker.enabled=true", "reranker.adapter=models/reranker-lora")
 # A card an actor where there are many: actors are real processes, on this machine.
 _WHOLE_CARDS = ("pipeline.pools.tag.num_gpus=0.1", "pipeline.pools.ground.num_gpus=0.9")
 CLUSTERS = {
-    "1x24-in-passes": Pretended("1xrtx-4090", "one-gpu"),
+    "1x24-in-passes": Pretended("1xrtx-4090", "one-gpu", _RERANKING),
     "4x24": Pretended("4xa10g", "cluster", ("pipeline.pools.ground.num_gpus=0.8",)),
     "8x48": Pretended("8xl40s", "cluster", ("pipeline.pools.ground.num_gpus=0.45",)),
     "64x80": Pretended("64xh100", "cluster", _WHOLE_CARDS),
@@ -66,7 +65,7 @@ CLUSTERS = {
 }
 
 
-def measure_planned_clusters(folder: Path, names: Sequence[str], batches: int) -> dict[str, Any]:
+def measure_planned_clusters(folder: Path, names: Sequence[str], batches: int, rate: float) -> dict[str, Any]:
     """Wall time and cost of each cluster, as planned after a probe and as they were; and the range without a probe.
 
     Everything but the models is the real pipeline. Time is stretched, so that two cores can bring batches to all
@@ -78,20 +77,20 @@ def measure_planned_clusters(folder: Path, names: Sequence[str], batches: int) -
         folder: gets posts and annotations.
         names: of `CLUSTERS`.
         batches: of each actor of the largest pool; more for few actors.
+        rate: batches a second that this machine can bring through all pools.
     """
     write_posts(generate(_PROBED, 3), folder / "probed", per_shard=_PROBED)
-    return {name: _measure(folder / name, CLUSTERS[name], str(folder / "probed"), batches) for name in names}
+    return {name: _measure(folder / name, CLUSTERS[name], str(folder / "probed"), batches, rate) for name in names}
 
 
-def _measure(folder: Path, cluster: Pretended, probed: str, batches: int) -> dict[str, Any]:
+def _measure(folder: Path, cluster: Pretended, probed: str, batches: int, rate: float) -> dict[str, Any]:
     config = load_config(cluster.preset, overrides=cluster.overrides)
     fleet = Fleet.parse(cluster.gpus, None, None)
     plan = make_plan(config, fleet, work=probe(probed, config).work)
     plan.check()
     most_actors = max(pool.actors for one in plan.passes for pool in one.pools)
-    most_pools = max(len(one.pools) for one in plan.passes)
-    seconds = max(_LEAST_SECONDS, batches * most_actors * most_pools / _BATCHES_A_SECOND)
-    per_group = round(seconds * _BATCHES_A_SECOND / most_pools / _GROUPS) * _ROWS_PER_BATCH
+    seconds = max(_LEAST_SECONDS, batches * most_actors / rate)
+    per_group = round(seconds * rate / len(plan.passes) / _GROUPS) * _ROWS_PER_BATCH
     posts = _GROUPS * per_group
     stretch = seconds / (posts / (plan.posts_per_hour or math.inf) * 3600)
     write_texts(folder / "posts", posts, per_file=per_group // _FILES_PER_GROUP)

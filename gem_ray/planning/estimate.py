@@ -107,7 +107,7 @@ def estimate(
     hourly, requests = _hourly(plan, price), posts * _requests(plan)
 
     def money(hours: float) -> float | None:
-        return hourly and hourly.value * hours + request_price * requests / 1e6
+        return None if hourly is None else hourly.value * hours + request_price * requests / 1e6
 
     cheapest, dearest = money(low), money(high)
     more_cards = hours(make(plan.fleet.with_one_more(), plan.cpus, plan.work)) if plan.gpus else None
@@ -140,7 +140,9 @@ def _hourly(plan: Plan, price: float | None) -> Assumption | None:
     if price is not None:
         return Assumption("price of an hour", price * (plan.gpus or 1), "as given", True)
     listed = plan.fleet.list_price
-    return listed and Assumption("price of an hour, in dollars", listed.dollars, listed.source, False)
+    if listed is None:
+        return None
+    return Assumption("price of an hour, in dollars", listed.dollars, listed.source, False)
 
 
 def _starting_hours(plan: Plan, posts: int, rows_per_group: int) -> float:

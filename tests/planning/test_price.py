@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.planning.advice import changes_that_fit, merged_config
 from gem_ray.planning.cards import CARDS, LIST_PRICES, Fleet, find_card
 from gem_ray.planning.cpu_costs import image_seconds
 from gem_ray.planning.estimate import Estimate, estimate
-from gem_ray.planning.model_facts import model_facts
+from gem_ray.planning.model_facts import count_parameters
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.table import print_plan
 from gem_ray.planning.workload import TWEETS, Workload, workload_of_run
@@ -119,7 +120,7 @@ def test_all_passes_of_all_groups_are_in_hours_money_and_start_up() -> None:
     found = estimate(make, plan, posts, config.pipeline.rows_per_group, 0.5)
     assert [one.stages for one in plan.passes] == [["prepare", "tag"], ["load_image", "ground"]]
     assert found is not None
-    tagger = model_facts("tagger.model", config.tagger.model, "", {}).parameters * 4
+    tagger = 4 * count_parameters(resolve(config.tagger.model))
     grounder = 2 * (446_128_642 + 641_090_608 + 154_966_792)  # BLIP-large, SAM ViT-H and OWLv2 in half precision
     starting = 10 * (25 + tagger / 1e9 + 25 + grounder / 1e9)
     assert found.starting_hours == pytest.approx(starting / 3600)
@@ -152,7 +153,7 @@ def test_without_a_price_that_of_a_list_is_taken_and_said_with_its_source() -> N
 
 @pytest.mark.parametrize(("preset", "image_passes"), [("cluster", 1), ("one-gpu", 2)])
 def test_images_in_s3_are_asked_for_in_each_pass_that_looks_at_them(preset: str, image_passes: int) -> None:
-    config = load_config(preset, overrides=[*RERANKED, *ROOMY, "pipeline.pools.rerank.num_gpus=0.8"])
+    config = load_config(preset, overrides=[*RERANKED, *ROOMY, "pipeline.pools.rerank.num_gpus=0.85"])
     work = replace(MEASURED, s3_images=0.5)
     free, paid = (expected(config, "2", work=work, request_price=price) for price in (0.0, 0.4))
     assert paid.requests == pytest.approx(POSTS * 0.5 * work.with_entities * image_passes)
