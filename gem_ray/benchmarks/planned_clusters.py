@@ -29,7 +29,7 @@ from gem_ray.planning.workload import TWEETS, Workload
 _PRICE = 2.0  # of an hour of a card
 _NOISE = 0.2
 _ROWS_PER_BATCH = 16
-_LEAST_SECONDS = 80.0
+_LEAST_SECONDS = 150.0
 _GROUPS = 2
 _FILES_PER_GROUP = 2
 _PROBED = 200
@@ -95,13 +95,13 @@ def _measure(folder: Path, cluster: Pretended, probed: str, batches: int, rate: 
     stretch = seconds / (posts / (plan.posts_per_hour or math.inf) * 3600)
     write_texts(folder / "posts", posts, per_file=per_group // _FILES_PER_GROUP)
     expected, blind = (_estimate(config, fleet, work, posts, per_group) for work in (plan.work, TWEETS))
-    working, account = _run(folder, config, plan, stretch, per_group, fleet.count)
+    spans, publishing, account = _run(folder, config, plan, stretch, per_group, fleet.count)
 
     def hours(each: float) -> float:
         """Of an estimate, with its time of work stretched."""
         return (each - expected.starting_hours) * stretch + expected.starting_hours
 
-    wall = working / 3600 + expected.starting_hours
+    wall = (spans + publishing) / 3600 + expected.starting_hours
     low, high = (hours(each) for each in blind.hours_range)
     assert account.money is not None  # a price was given
     return {
@@ -115,6 +115,9 @@ def _measure(folder: Path, cluster: Pretended, probed: str, batches: int, rate: 
         "planned_seconds": hours(expected.hours) * 3600,
         "measured_seconds": wall * 3600,
         "planned_to_measured": hours(expected.hours) / wall,
+        "planned_seconds_of_work": seconds,
+        "measured_seconds_of_work": spans,
+        "measured_seconds_of_publishing": publishing,
         "planned_money": (expected.money or 0.0) / expected.hours * hours(expected.hours),
         "measured_money": account.money / account.seconds * wall * 3600,
         "range_without_a_probe_seconds": [low * 3600, high * 3600],
@@ -132,8 +135,10 @@ def _estimate(config: Config, fleet: Fleet, work: Workload, posts: int, per_grou
     return found
 
 
-def _run(folder: Path, config: Config, plan: Plan, stretch: float, per_group: int, gpus: int) -> tuple[float, Account]:
-    """Seconds of work of a run, and its account."""
+def _run(
+    folder: Path, config: Config, plan: Plan, stretch: float, per_group: int, gpus: int
+) -> tuple[float, float, Account]:
+    """Seconds of work of a run and from the last batch to the end, and its account."""
     pools = [pool for one in plan.passes for pool in one.pools]
     actors: dict[int, int] = defaultdict(int)
     for pool in pools:
@@ -159,12 +164,13 @@ def _run(folder: Path, config: Config, plan: Plan, stretch: float, per_group: in
             actor=sleeping,
         )
         ended = time.time()
-        return _working_seconds(ray.get(diary.read.remote()), ended), summary.account
+        done = ray.get(diary.read.remote())
+        return _working_seconds(done), ended - max(batch.end for batch in done), summary.account
     finally:
         ray.shutdown()
 
 
-def _working_seconds(batches: Sequence[Batch], ended: float) -> float:
+def _working_seconds(batches: Sequence[Batch]) -> float:
     """Of a run, without the times in which the actors of a pass start: in these nobody works."""
     spans: dict[str, Batch] = {}
     for batch in sorted(batches, key=lambda each: each.begin):
@@ -174,7 +180,7 @@ def _working_seconds(batches: Sequence[Batch], ended: float) -> float:
     for span in sorted(spans.values(), key=lambda each: each.begin):
         seconds += max(0.0, span.end - max(span.begin, until))
         until = max(until, span.end)
-    return seconds + ended - until
+    return seconds
 
 
 def _with_embedded_models(config: Config, plan: Plan, per_group: int) -> Config:
