@@ -18,7 +18,7 @@ from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.pipeline.account import Account
-from gem_ray.pipeline.limits import Limits
+from gem_ray.pipeline.limits import RunLimits
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.planning.cards import Fleet
 from gem_ray.planning.estimate import Estimate, estimate
@@ -159,7 +159,7 @@ def _run(
             folder / "out",
             _with_embedded_models(config, plan, per_group),
             fresh=True,
-            limits=Limits(price=_PRICE),
+            limits=RunLimits(price=_PRICE),
             progress=lambda _: None,
             actor=sleeping,
         )

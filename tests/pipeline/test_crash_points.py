@@ -32,8 +32,8 @@ import gem_ray.data.storage as storage_module
 import gem_ray.pipeline.compaction as compaction_module
 import gem_ray.pipeline.groups as groups_module
 import gem_ray.pipeline.lease as lease_module
-import gem_ray.pipeline.output_folder as output_folder_module
 import gem_ray.pipeline.meter as meter_module
+import gem_ray.pipeline.output_folder as output_folder_module
 import gem_ray.pipeline.run as run_module
 from gem_ray.config import Config, load_config
 from gem_ray.data.output import ANNOTATIONS, SUCCESS, annotation_paths
@@ -41,8 +41,8 @@ from gem_ray.data.storage import ConflictError, LocalStorage, Storage
 from gem_ray.pipeline.compaction import merge
 from gem_ray.pipeline.lease import Lease, LeaseClaim
 from gem_ray.pipeline.ledger import Progress
-from gem_ray.pipeline.output_folder import OutputFolder
 from gem_ray.pipeline.limits import RunLimits
+from gem_ray.pipeline.output_folder import OutputFolder
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.records import ANNOTATION_SCHEMA, Post, ProblemKind

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from gem_ray.checkpoints import resolve
 from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.model_paths import resolve
 from gem_ray.planning.advice import changes_that_fit, merged_config
 from gem_ray.planning.cards import CARDS, LIST_PRICES, Fleet, find_card
 from gem_ray.planning.cpu_costs import image_seconds
