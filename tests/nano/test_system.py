@@ -21,6 +21,7 @@ from gem_ray.data.twitter10000 import read_split
 from gem_ray.evaluation.metrics import ScoreReport, evaluate
 from gem_ray.model_paths import resolve
 from gem_ray.nano.build import RECIPES, WEIGHTS
+from gem_ray.nano.demo import without_grounder
 from gem_ray.nano.scope import SCOPE
 from gem_ray.records import Post, ProblemKind, Status
 from gem_ray.scope import load_scopes
@@ -65,6 +66,11 @@ def test_reranker_and_grounder_are_each_worth_having(gold: list[Post], annotate:
     whole = scores(gold, annotate())
     assert whole.mner.f1 > scores(gold, annotate("reranker.enabled=false")).mner.f1 + 0.01
     assert whole.mnerg.f1 > scores(gold, annotate("grounder.enabled=false")).mnerg.f1 + 0.2
+
+
+def test_without_the_grounder_everything_else_is_the_same(annotate: Callable[..., list[Post]]) -> None:
+    for whole, without in zip(annotate(), annotate("grounder.enabled=false"), strict=True):
+        assert without_grounder(whole).entities == without.entities
 
 
 def test_reranker_looks_at_the_image(gold: list[Post], annotate: Callable[..., list[Post]]) -> None:
