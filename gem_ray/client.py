@@ -106,10 +106,12 @@ class Entity:
     candidates: list[Candidate]
     seen: bool | None
     match_score: float | None
+    seen_probability: float | None
     point: Point | None
     box: Box | None
     box_source: str | None
     box_score: float | None
+    box_confidence: float | None
     heatmap: HeatMap | None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from gem_ray.config import Config, ConfigError
+from gem_ray.config import Config, ConfigError, PromiseConfig
 from gem_ray.logistic import Features, Logistic, logit
 from gem_ray.model_files import ModelFile
 from gem_ray.model_paths import describe, resolve
@@ -75,39 +75,47 @@ def log_shares(probabilities: Sequence[float]) -> np.ndarray:
     return np.log(np.maximum(settled(probabilities), _FLOOR))
 
 
+class GrounderCalibration(_Calibration):
+    """How far a grounder's numbers can be trusted; with its matcher.
+
+    Attributes:
+        seen: the probability that the image shows an entity, of `seen_features`.
+        box: the probability that its box is right, of `box_features`.
+    """
+
+    fault = "is no GrounderCalibration"
+
+    seen: Logistic
+    box: Logistic
+
+
 class Confidence:
-    """Fills `confidence` and `accepted` of the tagger's entities.
+    """Fills `confidence` and `accepted` of the tagger's entities, and may decide which are hard.
 
     Args:
         calibration: of the tagger; `None` means no confidence.
         threshold: from which an entity is accepted; `None` leaves `accepted` null.
+        routing: below which an entity is hard; `None` leaves that to the uncertainty filter.
     """
 
-    def __init__(self, calibration: TaggerCalibration | None, threshold: float | None = None) -> None:
+    def __init__(
+        self, calibration: TaggerCalibration | None, threshold: float | None = None, routing: float | None = None
+    ) -> None:
         self._calibration = calibration
         self._threshold = threshold
+        self._routing = routing
 
     @classmethod
     def from_config(cls, config: Config) -> Confidence:
         """Read the calibration of `tagger.model`.
 
         Raises:
-            ConfigError: the threshold was measured with another tagger, or the tagger has no calibration.
+            ConfigError: a threshold was measured with another tagger, or the tagger has no calibration.
         """
-        reference, settings = config.tagger.model, config.acceptance
-        calibration = TaggerCalibration.load(resolve(reference))
-        if settings.threshold is not None and calibration is None:
-            raise ConfigError(
-                f"acceptance.threshold needs a tagger that says how sure it is, and {reference} has no "
-                f"{TaggerCalibration.file_name}; "
-                "`gem-ray calibrate --store` makes one from labelled posts"
-            )
-        if settings.tagger is not None and (now := describe(reference)) != settings.tagger:
-            raise ConfigError(
-                f"acceptance.threshold was measured with the tagger {settings.tagger}, and this is {now}; "
-                "measure it again with `gem-ray calibrate --accept`"
-            )
-        return cls(calibration, settings.threshold)
+        calibration = TaggerCalibration.load(resolve(config.tagger.model))
+        _check_promise("acceptance", config.acceptance, config.tagger.model, calibration)
+        _check_promise("routing", config.routing, config.tagger.model, calibration)
+        return cls(calibration, config.acceptance.threshold, config.routing.threshold)
 
     def __call__(self, posts: list[Post]) -> list[Post]:
         """Judge every entity that has a `marginal`, and clear the marginal."""
@@ -115,11 +123,26 @@ class Confidence:
             for entity in post.entities:
                 if entity.marginal is not None:
                     judge(entity, self._of(entity), self._threshold)
+                    if self._routing is not None:
+                        entity.hard = (entity.confidence or 0.0) < self._routing
                     entity.marginal = None
         return posts
 
     def _of(self, entity: Entity) -> float | None:
         return self._calibration.model(tagger_features(entity)) if self._calibration is not None else None
+
+
+def _check_promise(section: str, promise: PromiseConfig, reference: str, calibration: TaggerCalibration | None) -> None:
+    if promise.threshold is not None and calibration is None:
+        raise ConfigError(
+            f"{section}.threshold needs a tagger that says how sure it is, and {reference} has no "
+            f"{TaggerCalibration.file_name}; `gem-ray calibrate --store` makes one from labelled posts"
+        )
+    if promise.tagger is not None and (now := describe(reference)) != promise.tagger:
+        raise ConfigError(
+            f"{section}.threshold was measured with the tagger {promise.tagger}, and this is {now}; "
+            "measure it again with `gem-ray calibrate`"
+        )
 
 
 def judge(entity: Entity, confidence: float | None, threshold: float | None) -> None:
@@ -149,3 +172,24 @@ def reranker_features(before: float, category: float) -> Features:
         category: the combined probability of the category that was decided on.
     """
     return {"tagger": logit(before, GRAIN), "category": logit(category, GRAIN)}
+
+
+def seen_features(entity: Entity) -> Features:
+    """What the grounder's calibration looks at for whether an image shows an entity."""
+    assert entity.match_score is not None  # the grounder has just set it
+    return {"match": logit(entity.match_score, GRAIN)}
+
+
+def box_features(entity: Entity, post: Post) -> Features:
+    """What the grounder's calibration looks at for whether a box is right: each source's scores mean something else.
+
+    Args:
+        entity: with a box.
+        post: its post, with the size of the image.
+    """
+    assert entity.box is not None  # only boxes are judged
+    size = (post.image_width or 1) * (post.image_height or 1)
+    features = {**seen_features(entity), f"{entity.box_source}": 1.0, "area": float(np.log(entity.box.area / size))}
+    if entity.box_score is not None:
+        features[f"{entity.box_source}_score"] = logit(entity.box_score, GRAIN)
+    return features

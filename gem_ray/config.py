@@ -136,16 +136,30 @@ class FilterConfig(_Section):
     k: PositiveInt = Field(5, description="candidate categories")
 
 
-class AcceptanceConfig(_Section):
+class PromiseConfig(_Section):
+    """A confidence above which a precision is promised."""
+
+    threshold: Probability | None = Field(None, description="the lowest `confidence` of which it is promised")
+    precision: Probability | None = Field(None, description="what is promised of the entities from `threshold` on")
+    delta: Probability | None = Field(None, description="how probable it is, at most, that the promise does not hold")
+    tagger: str | None = Field(
+        None, description="the tagger (`reference@hash`) that it was measured with; another one is refused"
+    )
+
+
+class RoutingConfig(PromiseConfig):
+    """Which entities the tagger decides alone; `gem-ray calibrate --target` writes this section."""
+
+    threshold: Probability | None = Field(
+        None, description="the tagger's `confidence` below which an entity is hard; none: `filter` decides"
+    )
+
+
+class AcceptanceConfig(PromiseConfig):
     """Which entities are good enough to go unchecked; `gem-ray calibrate --accept` writes this section."""
 
     threshold: Probability | None = Field(
         None, description="`confidence` from which an entity is `accepted`; none: nobody says, and `accepted` is null"
-    )
-    precision: Probability | None = Field(None, description="what is promised of the accepted entities")
-    delta: Probability | None = Field(None, description="how probable it is, at most, that the promise does not hold")
-    tagger: str | None = Field(
-        None, description="the tagger (`reference@hash`) that it was measured with; another one is refused"
     )
 
 
@@ -501,6 +515,7 @@ class Config(_Section):
     knowledge: KnowledgeConfig = Field(default_factory=KnowledgeConfig)
     tagger: TaggerConfig = Field(default_factory=TaggerConfig)
     filter: FilterConfig = Field(default_factory=FilterConfig)
+    routing: RoutingConfig = Field(default_factory=RoutingConfig)
     acceptance: AcceptanceConfig = Field(default_factory=AcceptanceConfig)
     reranker: RerankerConfig = Field(default_factory=RerankerConfig)
     grounder: GrounderConfig = Field(default_factory=GrounderConfig)
@@ -516,6 +531,12 @@ class Config(_Section):
     def public(self) -> dict[str, Any]:
         """The tree as it may be stored and shown: credentials are cut out."""
         return redacted(self.model_dump(mode="json"))
+
+    @model_validator(mode="after")
+    def _routes_one_way(self) -> Config:
+        if self.routing.threshold is not None and self.filter.max_share is not None:
+            raise ValueError("routing.threshold and filter.max_share both say which entities are hard: set one of them")
+        return self
 
     @model_validator(mode="after")
     def _can_scale(self) -> Config:

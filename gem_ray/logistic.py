@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +12,9 @@ _CONVERGED = 1e-9
 
 Features = Mapping[str, float]
 """By name; what is not there is 0."""
+
+Local = tuple[float, np.ndarray, np.ndarray]
+"""A function at a place: its value, its slope (F,), and its curvature (F, F), which is positive where it is concave."""
 
 
 class Logistic(BaseModel):
@@ -48,20 +51,37 @@ class Logistic(BaseModel):
         x = np.hstack([np.ones((len(raw), 1)), (raw - middle) / spread])  # (N, 1 + F)
         y = np.asarray(outcomes, float)
         ridge = np.diag([1e-6, *[penalty] * len(names)])  # a trace on the intercept: all may have come true
-        weights = np.zeros(x.shape[1])
-        for _ in range(_STEPS):
-            p = sigmoid(x @ weights)
-            slope = x.T @ (y - p) - ridge @ weights
-            curvature = (x * (p * (1 - p))[:, None]).T @ x + ridge
-            step = np.linalg.solve(curvature, slope)
-            weights = weights + step
-            if np.abs(step).max() < _CONVERGED:
-                break
+
+        def likelihood(weights: np.ndarray) -> Local:
+            logits = x @ weights
+            p = sigmoid(logits)
+            value = y @ logits - np.logaddexp(0, logits).sum() - weights @ ridge @ weights / 2
+            return value, x.T @ (y - p) - ridge @ weights, (x * (p * (1 - p))[:, None]).T @ x + ridge
+
+        weights = maximum(likelihood, np.zeros(x.shape[1]))
         scaled = weights[1:] / spread
         return cls(
             intercept=round(float(weights[0] - scaled @ middle), 6),
             weights={name: round(float(weight), 6) for name, weight in zip(names, scaled, strict=True)},
         )
+
+
+def maximum(function: Callable[[np.ndarray], Local], start: np.ndarray) -> np.ndarray:
+    """Where a concave function is highest, by Newton's method; a step that overshoots is halved until it does not.
+
+    Args:
+        function: of weights (F,).
+        start: (F,), where to begin.
+    """
+    weights, (value, slope, curvature) = start, function(start)
+    for _ in range(_STEPS):
+        step = np.linalg.solve(curvature, slope)
+        while (there := function(weights + step))[0] < value and np.abs(step).max() >= _CONVERGED:
+            step = step / 2
+        weights, (value, slope, curvature) = weights + step, there
+        if np.abs(step).max() < _CONVERGED:
+            break
+    return weights
 
 
 def sigmoid(x: np.ndarray | float) -> np.ndarray:

@@ -119,10 +119,12 @@ class Entity:
 
     `text[start:end]` of the post is `text`; words are half-open intervals of the post's tokens.
     `score` is the probability of `fine` that made the last decision about it; `entropy` is in nats (eq. 10), and `hard`
-    is the filter's verdict that it is above γ.
+    is the verdict that the reranker is to be asked: the entropy is above γ, or the tagger's confidence below
+    `routing.threshold`.
     `seen` is the grounder's verdict: true with a box, false without; None where it did not judge: there is no usable
     image, no grounder, or the grounder failed. `confidence` is None where the model that decided has no calibration;
-    `accepted` where no threshold is configured for it, or there is no confidence.
+    `accepted` where no threshold is configured for it, or there is no confidence. `seen_probability` and
+    `box_confidence` are None where the grounder did not judge, or its matcher has no calibration.
     """
 
     text: str
@@ -141,10 +143,12 @@ class Entity:
     candidates: list[Candidate] = field(default_factory=list)
     seen: bool | None = None
     match_score: float | None = None  # P_T
+    seen_probability: float | None = None  # P_T, calibrated
     point: Point | None = None
     box: Box | None = None
     box_source: str | None = None
     box_score: float | None = None
+    box_confidence: float | None = None  # that the box is right
     heatmap: HeatMap | None = None
     # (C_f,) mean fine logits over the words: from the tagger to the filter, never written.
     logits: np.ndarray | None = field(default=None, repr=False, compare=False)
@@ -301,10 +305,12 @@ ENTITY_TYPE = pa.struct(
         ("candidates", pa.list_(CANDIDATE_TYPE)),
         ("seen", pa.bool_()),
         ("match_score", pa.float32()),
+        ("seen_probability", pa.float32()),
         ("point", POINT_TYPE),
         ("box", BOX_TYPE),
         ("box_source", pa.string()),
         ("box_score", pa.float32()),
+        ("box_confidence", pa.float32()),
         ("heatmap", HEATMAP_TYPE),
     ]
 )

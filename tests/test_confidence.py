@@ -32,8 +32,8 @@ def tagger(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def config(folder: Path, **acceptance: object) -> Config:
-    return load_config(tagger={"model": str(folder)}, acceptance=acceptance)
+def config(folder: Path, section: str = "acceptance", **promise: object) -> Config:
+    return load_config(tagger={"model": str(folder)}, **{section: promise})
 
 
 def test_what_is_saved_is_what_judges(tagger: Path) -> None:
@@ -47,11 +47,12 @@ def test_what_is_saved_is_what_judges(tagger: Path) -> None:
     assert [entity.marginal for entity in done.entities] == [None, None]
 
 
-def test_a_tagger_without_a_calibration_says_nothing_and_takes_no_threshold(tagger: Path) -> None:
+@pytest.mark.parametrize("section", ["acceptance", "routing"])
+def test_a_tagger_without_a_calibration_says_nothing_and_takes_no_threshold(tagger: Path, section: str) -> None:
     [done] = Confidence.from_config(config(tagger))([post(0.9)])
     assert [(entity.confidence, entity.accepted) for entity in done.entities] == [(None, None)]
-    with pytest.raises(ConfigError, match="how sure it is"):
-        Confidence.from_config(config(tagger, threshold=0.5))
+    with pytest.raises(ConfigError, match=rf"{section}\.threshold needs a tagger that says how sure it is"):
+        Confidence.from_config(config(tagger, section, threshold=0.5))
 
 
 def test_a_file_that_is_no_calibration_is_named(tagger: Path) -> None:
@@ -60,13 +61,30 @@ def test_a_file_that_is_no_calibration_is_named(tagger: Path) -> None:
         Confidence.from_config(config(tagger))
 
 
-def test_a_threshold_is_for_the_tagger_that_it_was_measured_with(tagger: Path) -> None:
+@pytest.mark.parametrize("section", ["acceptance", "routing"])
+def test_a_threshold_is_for_the_tagger_that_it_was_measured_with(tagger: Path, section: str) -> None:
     CALIBRATION.save(tagger)
     measured = describe(str(tagger))
-    Confidence.from_config(config(tagger, threshold=0.9, tagger=measured))
+    Confidence.from_config(config(tagger, section, threshold=0.9, tagger=measured))
     CALIBRATION.model_copy(update={"fitted_on": "others"}).save(tagger)
-    with pytest.raises(ConfigError, match="measured with the tagger"):
-        Confidence.from_config(config(tagger, threshold=0.9, tagger=measured))
+    with pytest.raises(ConfigError, match=rf"{section}\.threshold was measured with the tagger"):
+        Confidence.from_config(config(tagger, section, threshold=0.9, tagger=measured))
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=1), st.floats(0, 1), st.booleans())
+def test_entities_below_the_threshold_of_routing_are_hard_whatever_the_filter_says(
+    marginals: list[float], threshold: float, by_filter: bool
+) -> None:
+    done = post(*marginals)
+    for entity in done.entities:
+        entity.hard = by_filter
+    Confidence(CALIBRATION, routing=threshold)([done])
+    assert [entity.hard for entity in done.entities] == [entity.confidence < threshold for entity in done.entities]
+
+
+def test_a_budget_and_a_threshold_of_routing_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="set one of them"):
+        load_config(routing={"threshold": 0.9}, filter={"max_share": 0.2})
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

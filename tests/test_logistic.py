@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from gem_ray.logistic import Logistic, logit, sigmoid
+from gem_ray.logistic import Local, Logistic, logit, maximum, sigmoid
 
 
 def test_the_fit_is_that_of_scikit_learn() -> None:
@@ -29,6 +29,18 @@ def test_a_feature_that_is_not_given_is_0_and_one_that_is_not_known_counts_nothi
 def test_outcomes_that_are_all_alike_still_give_a_model() -> None:
     model = Logistic.fit([{"a": float(n)} for n in range(20)], [True] * 20)
     assert 0.9 < model({"a": 10.0}) < 1
+
+
+@given(st.floats(-20, 20), st.floats(-3, 3))
+def test_the_maximum_is_found_from_where_a_whole_step_of_newtons_would_overshoot(start: float, middle: float) -> None:
+    def function(x: np.ndarray) -> Local:
+        slope = -10 * np.tanh(x - middle) - 0.1 * x
+        curvature = 10 / np.cosh(x - middle) ** 2 + 0.1
+        value = -10 * np.logaddexp(x - middle, middle - x) - 0.05 * x**2
+        return float(value[0]), slope, np.diag(curvature)
+
+    found = maximum(function, np.array([start]))
+    assert function(found)[1] == pytest.approx(0, abs=1e-6)
 
 
 @given(st.floats(0.01, 0.99))

@@ -42,10 +42,12 @@ def _seen_entity() -> Entity:
         candidates=[Candidate("city", 0.75), Candidate("sports_team", 0.25)],
         seen=True,
         match_score=0.875,
+        seen_probability=0.75,
         point=Point(3.5, 4.5),
         box=Box(1, 2, 30, 40),
         box_source="sam",
         box_score=0.5,
+        box_confidence=0.25,
         heatmap=HeatMap(1, 2, b"\x00\xff"),
         logits=np.arange(3.0),
     )

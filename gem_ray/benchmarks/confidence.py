@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gem_ray.checkpoints import resolve
+from gem_ray.confidence import GrounderCalibration, RerankerCalibration, reranker_features
 from gem_ray.config import Config
 from gem_ray.evaluation.acceptance import certify
 from gem_ray.evaluation.confidences import (
@@ -28,8 +30,10 @@ from gem_ray.evaluation.confidences import (
     without_knowledge,
 )
 from gem_ray.evaluation.fold_candidates import fold_of
+from gem_ray.evaluation.grounder_confidence import GroundedExample, fit_grounder, grounder_examples
 from gem_ray.logistic import sigmoid
 from gem_ray.records import Post
+from gem_ray.rerank.reranker import load_calibration
 from gem_ray.tagger.chains import segment_probabilities
 from gem_ray.tagger.predict import predict_words
 from gem_ray.tagger.tagger import Tagger
@@ -62,11 +66,17 @@ def measure_confidence(
     Args:
         config: of the system, whose tagger has not been trained on the posts.
         tweets: labelled, with knowledge.
-        generated: labelled, with images, for the reranker.
+        generated: labelled, with images, for reranker and grounder, to which their calibrations were not fitted.
 
     Returns:
         The figures, and a reliability plot beside a risk–coverage curve.
+
+    Raises:
+        ValueError: the matcher has no calibration.
     """
+    grounder = GrounderCalibration.load(resolve(config.grounder.matcher.model))
+    if grounder is None:
+        raise ValueError(f"{config.grounder.matcher.model} has no {GrounderCalibration.file_name}")
     views = {"without_knowledge": without_knowledge(tweets), "with_knowledge": list(tweets)}
     examples = {name: list(tagger_examples(map(replace, posts), config)) for name, posts in views.items()}
     scored = by_folds(examples)
@@ -75,7 +85,10 @@ def measure_confidence(
         "folds": FOLDS,
         **{name: about(each, len(tweets)) for name, each in scored.items()},
         "cost": measure_cost(config, views["without_knowledge"]),
-        "reranker": measure_reranker(list(reranker_answers(map(replace, generated), config)), generated),
+        "reranker": measure_reranker(
+            list(reranker_answers(map(replace, generated), config)), generated, load_calibration(config)
+        ),
+        "grounder": measure_grounder(list(grounder_examples(map(replace, generated), config)), grounder),
     }
     return result, plot(scored)
 
@@ -175,16 +188,75 @@ def measure_cost(config: Config, posts: Sequence[Post]) -> dict[str, float]:
     return {"seconds": plain + extra, "of_it_for_confidence": extra, "more_time": extra / plain}
 
 
-def measure_reranker(answers: Sequence[Answer], posts: Sequence[Post]) -> dict[str, Any]:
-    """Right entities by who decides, with the reranker's answers as they are and shuffled among the candidates."""
+def measure_reranker(
+    answers: Sequence[Answer], posts: Sequence[Post], stored: RerankerCalibration | None
+) -> dict[str, Any]:
+    """Right entities by who decides, with the reranker's answers as they are and shuffled among the candidates.
+
+    Args:
+        answers: to the hard entities of the posts.
+        posts: labelled.
+        stored: the calibration that is with the reranker, fitted to other posts; None: there is none.
+    """
     return {
         "posts": len(posts),
         "asked": len(answers),
         "gold": sum(len(post.gold or ()) for post in posts),
         "tagger": sum(each.tagged == each.gold for each in answers),
-        "as_it_is": _decided(answers),
+        "as_it_is": _decided(answers) | ({} if stored is None else {"stored": _by_stored(answers, stored)}),
         "shuffled": _decided([_shuffled(each) for each in answers]),
     }
+
+
+def _by_stored(answers: Sequence[Answer], stored: RerankerCalibration) -> dict[str, Any]:
+    decided = [decide(each, stored) for each in answers]
+    right = np.array([fine == each.gold for each, (fine, _) in zip(answers, decided, strict=True)])
+    pairs = zip(answers, decided, strict=True)
+    confidence = np.array([stored.model(reranker_features(each.confidence, score)) for each, (_, score) in pairs])
+    before = np.array([max(each.reranker) for each in answers])
+    answered = np.array([each.answered == each.gold for each in answers])
+    return {"calibrated": int(right.sum()), "before": _trust(before, answered), "after": _trust(confidence, right)}
+
+
+def measure_grounder(examples: Sequence[GroundedExample], stored: GrounderCalibration) -> dict[str, Any]:
+    """How far P_T and the scores of boxes can be trusted: as they are, calibrated, and calibrated on other names.
+
+    Args:
+        examples: of posts to which the calibration was not fitted.
+        stored: the calibration that is with the matcher.
+    """
+    known = [each for each in examples if each.is_shown is not None]
+    boxed = [each for each in examples if each.box is not None]
+    shown = np.array([bool(each.is_shown) for each in known])
+    right = np.array([each.box_right for each in boxed])
+    others = [
+        fit_grounder([each for each in examples if fold_of(each.text, FOLDS) != fold], "other names")
+        for fold in range(FOLDS)
+    ]
+    seen = np.array([stored.seen(each.match) for each in known])
+    seen_by_name = np.array([others[fold_of(each.text, FOLDS)].seen(each.match) for each in known])
+    box = np.array([stored.box(each.box or {}) for each in boxed])
+    box_by_name = np.array([others[fold_of(each.text, FOLDS)].box(each.box or {}) for each in boxed])
+    return {
+        "seen": {
+            "entities": len(known),
+            "right": float(shown.mean()),
+            "match_score": _trust(np.array([each.match_score for each in known]), shown),
+            "seen_probability": _trust(seen, shown),
+            "of_other_names": _trust(seen_by_name, shown),
+        },
+        "box": {
+            "entities": len(boxed),
+            "right": float(right.mean()),
+            "box_score": _trust(np.array([each.box_score for each in boxed]), right),
+            "box_confidence": _trust(box, right),
+            "of_other_names": _trust(box_by_name, right),
+        },
+    }
+
+
+def _trust(values: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    return {"ece": expected_calibration_error(values, right, _BINS), "auc": area_under_curve(values, right)}
 
 
 def _decided(answers: Sequence[Answer]) -> dict[str, Any]:

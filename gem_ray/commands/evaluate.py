@@ -101,7 +101,7 @@ def errors(
 def calibrate(
     data: Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")],
     out: Annotated[
-        Path, typer.Option(help="Folder for `calibration.json`, `calibration.png` and `acceptance.yaml`.")
+        Path, typer.Option(help="Folder for `calibration.json`, `calibration.png` and `thresholds.yaml`.")
     ] = Path("out/calibration"),
     split: Annotated[str, typer.Option(help="Split of a Twitter10000 root.")] = "dev",
     images: Annotated[Path | None, typer.Option(help="Images of a Twitter10000 root, named by image id.")] = None,
@@ -116,18 +116,29 @@ def calibrate(
             max=0.999,
         ),
     ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            help="Find the confidence above which the tagger alone is right with at least this probability: entities "
+            "below it go to the reranker.",
+            min=0.5,
+            max=0.999,
+        ),
+    ] = None,
     delta: Annotated[
-        float, typer.Option(help="With `--accept`: the probability that this does not hold.", min=0.001, max=0.5)
+        float,
+        typer.Option(help="With `--accept` and `--target`: the probability that it does not hold.", min=0.001, max=0.5),
     ] = 0.05,
     store: Annotated[
         bool,
         typer.Option(
             "--store",
             help="Fit `confidence` to these posts, which no model may have been trained on, and keep it with the "
-            "tagger; with `--rerank`, with the reranker too.",
+            "tagger; with `--rerank` and `--ground`, with the reranker and the matcher too.",
         ),
     ] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Ask the configured reranker about every entity.")] = False,
+    ground: Annotated[bool, typer.Option("--ground", help="With `--store`: of the grounder too.")] = False,
     reranked: Annotated[
         Path | None, typer.Option(help="Or take its answers from this output of `annotate --set filter.gamma=0`.")
     ] = None,
@@ -139,29 +150,48 @@ def calibrate(
 ) -> None:
     """What labelled posts say of the models: γ by entropy (Figure 5), confidence, and what can go unchecked."""
     from gem_ray.config import ConfigError, load_config
-    from gem_ray.evaluation import acceptance_report, calibration, calibration_report, confidences, dev_set
+    from gem_ray.evaluation import (
+        acceptance_report,
+        calibration,
+        calibration_report,
+        confidences,
+        dev_set,
+        grounder_confidence,
+    )
 
     if rerank and reranked:
         raise ConfigError("--rerank and --reranked are mutually exclusive")
+    if ground and not store:
+        raise ConfigError("--ground needs --store")
     settings = load_config(preset, config, set_ or ())
     answers = dev_set.EarlierRun(reranked) if reranked else dev_set.ConfiguredReranker(settings) if rerank else None
     posts = labelled_posts(data, split, images, settings.labels)
     if store:
-        if accept is not None:
-            raise ConfigError("--store and --accept: what was fitted to posts cannot be tested on them; take others")
+        if accept is not None or target is not None:
+            raise ConfigError(
+                "--store with --accept or --target: what was fitted to posts cannot be tested on them; take others"
+            )
         fitted_on = f"{len(posts)} posts of {data.resolve().name}"
         typer.echo(f"confidence: {confidences.store_tagger(posts, settings, fitted_on)}")
         if rerank:
             typer.echo(f"confidence: {confidences.store_reranker(posts, settings, fitted_on)}")
+        if ground:
+            typer.echo(f"confidence: {grounder_confidence.store_grounder(posts, settings, fitted_on)}")
     entities = list(dev_set.judge_dev_set(posts, settings, k, answers))
     result = calibration.calibrate(entities, k, settings.filter.gamma, max_share, bin_width)
     calibration_report.write_calibration(result, out)
     calibration_report.print_calibration(result)
     typer.echo(f"figures: {out / 'calibration.json'}, plot: {out / 'calibration.png'}")
+    if target is not None:
+        found = acceptance_report.certify_tagger(posts, settings, target, delta)
+        settings = acceptance_report.promised(found, "routing", settings)
+        typer.echo(f"tagger: {acceptance_report.describe(found)}; the others go to the reranker")
     if accept is not None:
         found = acceptance_report.certify_posts(posts, settings, accept, delta)
-        typer.echo(acceptance_report.describe(found))
-        typer.echo(f"acceptance: {acceptance_report.write_acceptance(found, settings, out)}, for `annotate --config`")
+        settings = acceptance_report.promised(found, "acceptance", settings)
+        typer.echo(f"system: {acceptance_report.describe(found)}")
+    if target is not None or accept is not None:
+        typer.echo(f"thresholds: {acceptance_report.write_promises(settings, out)}, for `annotate --config`")
 
 
 @app.command(epilog="Example: `gem-ray gallery posts/ out/ gallery.html`")

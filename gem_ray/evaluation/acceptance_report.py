@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from gem_ray.config import AcceptanceConfig, Config
+from gem_ray.config import AcceptanceConfig, Config, PromiseConfig, RoutingConfig
 from gem_ray.data.files import whole_text
 from gem_ray.evaluation.acceptance import Acceptance, certify, fewest_entities
 from gem_ray.evaluation.confidences import judge_confidences
@@ -16,7 +16,8 @@ from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.model_paths import describe as describe_model
 from gem_ray.records import Post
 
-_FILE = "acceptance.yaml"
+_FILE = "thresholds.yaml"
+_SECTIONS: dict[str, type[PromiseConfig]] = {"routing": RoutingConfig, "acceptance": AcceptanceConfig}
 
 
 def certify_posts(posts: Iterable[Post], config: Config, precision: float, delta: float) -> Acceptance:
@@ -37,6 +38,16 @@ def certify_posts(posts: Iterable[Post], config: Config, precision: float, delta
     return found
 
 
+def certify_tagger(posts: Iterable[Post], config: Config, precision: float, delta: float) -> Acceptance:
+    """The same of the tagger alone: from which confidence on it needs no reranker.
+
+    Raises:
+        EvaluationError: as `certify_posts`.
+    """
+    reranker = config.reranker.model_copy(update={"enabled": False})
+    return certify_posts(posts, config.model_copy(update={"reranker": reranker}), precision, delta)
+
+
 def describe(found: Acceptance) -> str:
     """In a sentence."""
     return (
@@ -46,14 +57,21 @@ def describe(found: Acceptance) -> str:
     )
 
 
-def write_acceptance(found: Acceptance, config: Config, folder: Path) -> Path:
-    """Write the section `acceptance` of a configuration."""
-    section = AcceptanceConfig(
+def promised(found: Acceptance, section: str, config: Config) -> Config:
+    """A configuration with a threshold in its section `routing` or `acceptance`."""
+    promise = _SECTIONS[section](
         threshold=found.threshold,
         precision=found.precision,
         delta=found.delta,
         tagger=describe_model(config.tagger.model),
     )
+    return config.model_copy(update={section: promise})
+
+
+def write_promises(config: Config, folder: Path) -> Path:
+    """Write the sections of a configuration in which something is promised."""
+    sections = {name: getattr(config, name) for name in _SECTIONS}
+    values = {name: section.model_dump() for name, section in sections.items() if section.threshold is not None}
     with whole_text(folder / _FILE) as file:
-        yaml.safe_dump({"acceptance": section.model_dump()}, file, sort_keys=False)
+        yaml.safe_dump(values, file, sort_keys=False)
     return folder / _FILE

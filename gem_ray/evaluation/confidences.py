@@ -13,7 +13,7 @@ from gem_ray.annotator import build_stage
 from gem_ray.confidence import RerankerCalibration, TaggerCalibration, log_shares, reranker_features, tagger_features
 from gem_ray.config import Config
 from gem_ray.evaluation.rules import EvaluationError, Rules, judge
-from gem_ray.logistic import Features, Logistic
+from gem_ray.logistic import Features, Local, Logistic, maximum
 from gem_ray.model_paths import here
 from gem_ray.records import Post
 from gem_ray.rerank.engine import Choice
@@ -207,22 +207,22 @@ def decide(answer: Answer, calibration: RerankerCalibration) -> tuple[str, float
 
 def _power_weights(logs: Sequence[np.ndarray], gold: Sequence[int], rows: Sequence[int]) -> list[float]:
     """Weights of some rows of `logs` that maximise Σ log softmax(weights · logs)[gold], with a trace of shrinkage."""
-    weights = np.ones(len(rows)) / len(rows)
-    for _ in range(50):
-        slope, curvature = -_SHRINKAGE * weights, _SHRINKAGE * np.eye(len(rows))
-        for table, right in zip(logs, gold, strict=True):
-            table = table[list(rows)]
+    tables = [table[list(rows)] for table in logs]
+
+    def likelihood(weights: np.ndarray) -> Local:
+        value, slope = -_SHRINKAGE / 2 * (weights @ weights), -_SHRINKAGE * weights
+        curvature = _SHRINKAGE * np.eye(len(rows))
+        for table, right in zip(tables, gold, strict=True):
             logits = weights @ table
-            shares = np.exp(logits - logits.max())
-            shares /= shares.sum()
+            total = np.logaddexp.reduce(logits)
+            shares = np.exp(logits - total)
             middle = table @ shares
-            slope += table[:, right] - middle
+            value += logits[right] - total
+            slope = slope + table[:, right] - middle
             curvature += (table * shares) @ table.T - np.outer(middle, middle)
-        step = np.linalg.solve(curvature, slope)
-        weights += step
-        if np.abs(step).max() < 1e-9:
-            break
-    return weights.tolist()
+        return float(value), slope, curvature
+
+    return maximum(likelihood, np.full(len(rows), 1 / len(rows))).tolist()
 
 
 def store_tagger(posts: Sequence[Post], config: Config, fitted_on: str) -> Path:
@@ -241,7 +241,7 @@ def store_tagger(posts: Sequence[Post], config: Config, fitted_on: str) -> Path:
     Raises:
         ValueError: the tagger is not a directory of this machine; or it finds nothing in the posts.
     """
-    folder = _own_folder(config.tagger.model)
+    folder = own_folder(config.tagger.model)
     both = [posts, without_knowledge(posts)] if any(post.knowledge or post.caption for post in posts) else [posts]
     examples = [example for some in both for example in tagger_examples(map(_fresh, some), config)]
     fit_tagger(examples, fitted_on).save(folder)
@@ -262,7 +262,7 @@ def store_reranker(posts: Sequence[Post], config: Config, fitted_on: str) -> Pat
     Raises:
         ValueError: the reranker is not a directory of this machine; or it has no answer about the posts.
     """
-    folder = _own_folder(calibrated_reference(config))
+    folder = own_folder(calibrated_reference(config))
     fit_reranker(list(reranker_answers(map(_fresh, posts), config)), fitted_on).save(folder)
     return folder
 
@@ -272,7 +272,12 @@ def _fresh(post: Post) -> Post:
     return replace(post, entities=[], problems=[])
 
 
-def _own_folder(reference: str | None) -> Path:
+def own_folder(reference: str | None) -> Path:
+    """A model's directory, in which a calibration can be kept.
+
+    Raises:
+        ValueError: it is none of this machine.
+    """
     path = here(reference) if reference is not None else None
     if path is None or not path.is_dir():
         raise ValueError(

@@ -98,6 +98,7 @@ def _annotation(entity: Entity, box: Box, number: int, image_id: int, ids: Mappi
         "confidence": entity.confidence,
         "accepted": entity.accepted,
         "box_score": entity.box_score,
+        "box_confidence": entity.box_confidence,
         "text": entity.text,
         "start": entity.start,
         "end": entity.end,

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gem_ray.confidence import GrounderCalibration, box_features, seen_features
 from gem_ray.config import Config, MatcherConfig
 from gem_ray.grounding.blip import check_blip
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
@@ -64,6 +65,8 @@ class _Found:
 class Grounder:
     """Fills `seen` and `match_score` of entities, and `point`, `box` and `heatmap` of those that are seen.
 
+    With a calibration, `seen_probability` and `box_confidence` too.
+
     Args:
         matcher: says whether and where.
         boxes: makes boxes out of peaks.
@@ -71,6 +74,7 @@ class Grounder:
         save_heatmaps: keep the maps.
         subpatch_peak: interpolate peaks between patches.
         scopes: what the models know; entities outside are not judged.
+        calibration: says how far P_T and boxes can be trusted; `None`: nobody does.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Grounder:
         save_heatmaps: bool = False,
         subpatch_peak: bool = False,
         scopes: Sequence[Scope] = (),
+        calibration: GrounderCalibration | None = None,
     ) -> None:
         self.matcher = matcher
         self.boxes = boxes
@@ -88,6 +93,7 @@ class Grounder:
         self.save_heatmaps = save_heatmaps
         self.subpatch_peak = subpatch_peak
         self._scopes = tuple(scopes)
+        self._calibration = calibration
 
     @classmethod
     def from_config(cls, config: Config) -> Grounder:
@@ -100,6 +106,7 @@ class Grounder:
             settings.save_heatmaps,
             settings.subpatch_peak,
             load_scopes("ground", config),
+            GrounderCalibration.load(resolve(settings.model)),
         )
 
     def reconfigure(self, config: Config) -> None:
@@ -128,6 +135,8 @@ class Grounder:
         for (_, _, entity), match in zip(asked, matches, strict=True):
             entity.match_score = float(settled(match.probability))
             entity.seen = self._is_seen(entity.match_score, match)
+            if self._calibration is not None:
+                entity.seen_probability = float(settled(self._calibration.seen(seen_features(entity))))
         return [
             _Found(post, entity, match.map)
             for (_, post, entity), match in zip(asked, matches, strict=True)
@@ -162,6 +171,9 @@ class Grounder:
             each.entity.box = to_original(result.box, (width, height), _original_size(each.post))
             each.entity.box_source = result.source
             each.entity.box_score = result.score
+            if self._calibration is not None:
+                probability = self._calibration.box(box_features(each.entity, each.post))
+                each.entity.box_confidence = float(settled(probability))
 
 
 def to_original(box: Box, size: tuple[int, int], original: tuple[int, int]) -> Box:

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gem_ray.nano.confidence import calibrate
 from gem_ray.nano.scope import SCOPE
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -34,6 +35,7 @@ _VISION = {
     "text-segmenter": ["text-segmenter"],
     "sam": ["sam"],
 }
+FOLDERS = ("tagger", *(folder for folders in _VISION.values() for folder in folders))
 
 
 def build(
@@ -45,7 +47,7 @@ def build(
     jobs: int = 2,
     on_done: Callable[[str, dict[str, Any]], None] = lambda name, scores: None,
 ) -> dict[str, dict[str, Any]]:
-    """Train the embedded models.
+    """Train the embedded models, and calibrate them when all are there.
 
     Args:
         out: folder that gets one model directory each, and `scores.json`.
@@ -77,6 +79,8 @@ def build(
             scores[pending[done]] = done.result()
             scores_file.write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
             on_done(pending[done], scores[pending[done]])
+    if all((out / folder).is_dir() for folder in FOLDERS):
+        calibrate(out, seed)
     return {name: scores[name] for name in names}
 
 

@@ -82,7 +82,7 @@ class Workload:
         share = self.hard_share
         if config.filter.max_share is not None:
             share = config.filter.max_share
-        elif self.entropies:
+        elif self.entropies and config.routing.threshold is None:
             places = np.linspace(0, 1, len(self.entropies))
             share = 1 - float(np.interp(config.filter.gamma, self.entropies, places, left=0.0, right=1.0))
         return self.with_hard_share(share)

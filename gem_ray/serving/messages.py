@@ -179,17 +179,21 @@ class EntityOut(BaseModel):
     fine: str
     score: float
     entropy: float
-    hard: bool = Field(description="its entropy is above `gamma`")
+    hard: bool = Field(
+        description="its entropy is above `gamma`, or the tagger's confidence below `routing.threshold`, if configured"
+    )
     reranked: bool
     confidence: float | None = Field(description="that span and category are both right; null: nothing calibrates it")
     accepted: bool | None = Field(description="`confidence` reaches `acceptance.threshold`; null: none is configured")
     candidates: list[CandidateOut]
     seen: bool | None = Field(description="whether the image shows it; null: not judged")
     match_score: float | None
+    seen_probability: float | None = Field(description="`match_score`, calibrated; null: nothing calibrates it")
     point: PointOut | None
     box: BoxOut | None
     box_source: str | None
     box_score: float | None
+    box_confidence: float | None = Field(description="that the box is right; null: nothing calibrates it")
     heatmap: HeatMapOut | None
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -97,15 +98,28 @@ def judged(count: int, error_every: int) -> list[JudgedConfidence]:
     return [JudgedConfidence(str(n), 0.99 if n % 2 else 0.4, n % (2 * error_every) != 1) for n in range(count)]
 
 
-def test_what_was_found_is_a_piece_of_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptance_report, "judge_confidences", lambda posts, config: judged(2000, 50))
+@pytest.mark.parametrize(("section", "reranks"), [("acceptance", True), ("routing", False)])
+def test_what_was_found_is_a_piece_of_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, reranks: bool
+) -> None:
+    asked = []
+
+    def judge(posts, config):
+        asked.append(config.reranker.enabled)
+        return judged(2000, 50)
+
+    monkeypatch.setattr(acceptance_report, "judge_confidences", judge)
     config = load_config()
-    found = acceptance_report.certify_posts([], config, 0.95, 0.05)
+    certify = acceptance_report.certify_posts if reranks else acceptance_report.certify_tagger
+    found = certify([], config, 0.95, 0.05)
+    assert asked == [reranks]
     assert (found.threshold, found.share) == (0.5, 0.5)  # 0.4 is below the lowest threshold that is tried
-    settings = load_config(file=acceptance_report.write_acceptance(found, config, tmp_path)).acceptance
+    assert "980 of 1000 are" in acceptance_report.describe(found)
+    stored = acceptance_report.write_promises(acceptance_report.promised(found, section, config), tmp_path)
+    settings = getattr(load_config(file=stored), section)
     assert (settings.threshold, settings.precision, settings.delta) == (0.5, 0.95, 0.05)
     assert settings.tagger == describe("nano:tagger")
-    assert "980 of 1000 are" in acceptance_report.describe(found)
+    assert list(yaml.safe_load(stored.read_text())) == [section]
 
 
 def test_a_promise_that_cannot_be_kept_is_refused_with_what_it_would_take(monkeypatch: pytest.MonkeyPatch) -> None:

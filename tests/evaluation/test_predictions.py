@@ -109,9 +109,12 @@ def test_what_is_in_a_bucket_is_scored_and_shown_by_the_commands(s3, tmp_path):
     assert read_run(out) == facts
 
 
+LATER = ("seen", "confidence", "seen_probability", "box_confidence")
+
+
 def first_edition():
     """The schema before there was a version in its metadata."""
-    known = pa.struct([field for field in ENTITY_TYPE if field.name not in ("seen", "confidence")])
+    known = pa.struct([field for field in ENTITY_TYPE if field.name not in LATER])
     types = {"entities": pa.list_(known), "models": pa.map_(pa.string(), pa.string())}
     return pa.schema([(field.name, types.get(field.name, field.type)) for field in ANNOTATION_SCHEMA])
 

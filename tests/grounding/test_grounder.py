@@ -4,12 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gem_ray.confidence import GrounderCalibration, box_features
 from gem_ray.config import parse_config
 from gem_ray.grounding.boxes import BoxMaker, BoxResult
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.grounder import Grounder, heat_map, to_original
 from gem_ray.grounding.matcher import Match, Matcher
 from gem_ray.grounding.trace import peak
+from gem_ray.logistic import Logistic
+from gem_ray.noise import settled
 from gem_ray.pipeline.tables import annotations_table
 from gem_ray.records import Box, Entity, Post, ProblemKind
 from gem_ray.scope import Scope
@@ -92,6 +95,38 @@ def test_only_images_with_a_seen_entity_are_handed_on(random_blip):
     assert 0 < len(seen) <= len(posts)
     assert all(image is p.image for image, p in zip(images, seen, strict=True))
     assert len(requests) == sum(score > threshold for score in scores)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_a_calibration_says_how_probable_it_is_that_an_entity_is_seen_and_that_its_box_is_right(random_blip, threshold):
+    halved = Logistic(intercept=0.0, weights={"match": 0.5})
+    calibration = GrounderCalibration(fitted_on="a test", seen=halved, box=Logistic(intercept=1.0, weights={}))
+    posts = [post(0, "Cleveland", "Sea")]
+    ground(random_blip, posts, threshold, calibration=calibration)
+    for each in posts[0].entities:
+        odds = each.match_score / (1 - each.match_score)
+        assert each.seen_probability == pytest.approx(odds**0.5 / (1 + odds**0.5), rel=1e-3)
+        assert each.seen_probability == settled(each.seen_probability)
+        assert each.box_confidence == (settled(1 / (1 + np.exp(-1))) if each.box else None)
+    assert all(each.seen == (threshold == 0) for each in posts[0].entities)  # P_T decides, as without
+
+
+def test_without_a_calibration_nobody_says_how_sure_it_is(random_blip):
+    posts = [post(0, "Cleveland")]
+    ground(random_blip, posts, threshold=0.0)
+    assert posts[0].entities[0].seen_probability is posts[0].entities[0].box_confidence is None
+
+
+def test_the_scores_of_each_segmenter_have_a_weight_of_their_own():
+    boxed = {"match_score": 0.5, "box": Box(0, 0, 20, 10)}
+    sizes = Post("p", "Sea", image_width=40, image_height=40)
+    sam, text, mapped = (
+        box_features(replace(entity("Sea"), **boxed, box_source=source, box_score=score), sizes)
+        for source, score in (("sam", 0.75), ("text", 0.75), ("map", None))
+    )
+    assert sam == pytest.approx({"match": 0, "sam": 1, "sam_score": np.log(3), "area": np.log(1 / 8)})
+    assert text == pytest.approx({"match": 0, "text": 1, "text_score": np.log(3), "area": np.log(1 / 8)})
+    assert mapped == pytest.approx({"match": 0, "map": 1, "area": np.log(1 / 8)})
 
 
 def test_posts_with_nothing_to_ground_are_left_alone(random_blip):

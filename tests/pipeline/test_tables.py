@@ -49,10 +49,12 @@ entities = st.builds(
     candidates=st.lists(st.builds(Candidate, texts, floats), max_size=3),
     seen=maybe(st.booleans()),
     match_score=maybe(floats),
+    seen_probability=maybe(floats),
     point=maybe(st.builds(Point, floats, floats)),
     box=maybe(st.builds(Box, floats, floats, floats, floats)),
     box_source=maybe(texts),
     box_score=maybe(floats),
+    box_confidence=maybe(floats),
     heatmap=maybe(st.builds(HeatMap, sizes, sizes, st.binary(max_size=8))),
 )
 posts_strategy = st.lists(

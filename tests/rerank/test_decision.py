@@ -72,16 +72,16 @@ def test_a_reranker_of_no_weight_changes_no_category(index: int, probability: fl
     assert reranked(Choice(index, probability, said), calibration(0.7, 0.0)).fine == "city"
 
 
-def answers(informed: bool, count: int = 400) -> list[Answer]:
-    """The tagger is right in six of ten; the reranker in nine of ten, or says anything."""
-    random = np.random.default_rng(0)
+def answers(informed: bool, count: int = 400, least: float = 0.01, seed: int = 0) -> list[Answer]:
+    """The tagger is right in six of ten; the reranker in nine of ten, or says anything, as surely as `least` allows."""
+    random = np.random.default_rng(seed)
     result = []
     for number in range(count):
         gold, *others = random.permutation(3)
         tagged = gold if random.random() < 0.6 else others[0]
         said = random.integers(3) if not informed else gold if random.random() < 0.9 else others[1]
-        tagger, reranker = np.full(3, 0.2), np.full(3, 0.01)
-        tagger[tagged], reranker[said] = 0.6, 0.98
+        tagger, reranker = np.full(3, 0.2), np.full(3, least)
+        tagger[tagged], reranker[said] = 0.6, 1 - 2 * least
         result.append(
             Answer(
                 str(number),
@@ -97,8 +97,10 @@ def answers(informed: bool, count: int = 400) -> list[Answer]:
     return result
 
 
-def test_a_reranker_whose_answers_say_nothing_costs_nothing() -> None:
-    bad = answers(informed=False)
+@pytest.mark.parametrize("least", [0.01, 1e-3, 0.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reranker_whose_answers_say_nothing_costs_nothing(least: float, seed: int) -> None:
+    bad = answers(informed=False, least=least, seed=seed)
     weights = fit_reranker(bad[:200], "a test")
     assert weights.reranker < 0.1 * weights.tagger
     tagger = sum(each.tagged == each.gold for each in bad[200:])

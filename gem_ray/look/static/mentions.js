@@ -50,7 +50,9 @@ function readings(mention, gamma) {
   const rows = [["score", fixed(mention.score)], ["confidence", mention.confidence],
     ["accepted", { true: "yes", false: "no" }[mention.accepted]],
     ...(mention.seen === null ? [["in the image", "not judged"]] : [["in the image (P_T)", fixed(mention.match_score)]]),
-    ["box from", mention.box && (mention.box_source || "unknown")], ["box score", mention.box_score]];
+    ["calibrated", mention.seen_probability],
+    ["box from", mention.box && (mention.box_source || "unknown")], ["box score", mention.box_score],
+    ["box confidence", mention.box_confidence]];
   return html("dl", { class: "readings" },
     html("dt", {}, "entropy"), html("dd", {}, `${fixed(mention.entropy)} nats`),
     gamma !== null && gauge(mention.entropy, gamma),

@@ -1,0 +1,60 @@
+"""Calibrations of a grounder, on examples whose truth is known."""
+
+import numpy as np
+import pytest
+
+from gem_ray.checkpoints import resolve
+from gem_ray.confidence import GrounderCalibration
+from gem_ray.config import load_config
+from gem_ray.evaluation.confidences import area_under_curve, expected_calibration_error
+from gem_ray.evaluation.grounder_confidence import GroundedExample, fit_grounder
+from gem_ray.logistic import logit, sigmoid
+from gem_ray.rerank.reranker import load_calibration
+
+
+def examples(count: int) -> list[GroundedExample]:
+    """A matcher that is far too sure; boxes are right more often if they are of SAM, and the higher their scores."""
+    random = np.random.default_rng(count)
+    found = []
+    for number in range(count):
+        truth, score, by_sam = random.normal(), random.normal(), random.random() < 0.5
+        match = float(sigmoid(4 * truth))
+        right = random.random() < sigmoid(1.5 * score + (1 if by_sam else -1))
+        box = (
+            {"match": logit(match, 1e-3), "sam": 1.0, "sam_score": score}
+            if by_sam
+            else {"text": 1.0, "text_score": score}
+        )
+        is_shown = bool(random.random() < sigmoid(truth)) if number % 10 else None
+        found.append(
+            GroundedExample(
+                str(number), "Sea", {"match": logit(match, 1e-3)}, match, is_shown, box, float(sigmoid(score)), right
+            )
+        )
+    return found
+
+
+def test_calibrated_numbers_hold_on_other_posts() -> None:
+    calibration, others = fit_grounder(examples(4000), "a test"), examples(8000)
+    known = [each for each in others if each.is_shown is not None]
+    shown = np.array([each.is_shown for each in known])
+    raw = np.array([each.match_score for each in known])
+    seen = np.array([calibration.seen(each.match) for each in known])
+    assert expected_calibration_error(seen, shown) < 0.03 < 0.1 < expected_calibration_error(raw, shown)
+
+    right = np.array([each.box_right for each in others])
+    score = np.array([each.box_score for each in others])
+    box = np.array([calibration.box(each.box) for each in others])
+    assert expected_calibration_error(box, right) < 0.03
+    assert area_under_curve(box, right) > area_under_curve(score, right) + 0.03
+
+
+def test_nothing_is_fitted_to_posts_in_which_nothing_was_boxed() -> None:
+    with pytest.raises(ValueError, match="boxed no entity"):
+        fit_grounder([], "a test")
+
+
+def test_the_embedded_models_say_how_far_they_can_be_trusted() -> None:
+    config = load_config()
+    assert load_calibration(config) is not None
+    assert GrounderCalibration.load(resolve(config.grounder.matcher.model)) is not None
