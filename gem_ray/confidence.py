@@ -180,16 +180,9 @@ def seen_features(entity: Entity) -> Features:
     return {"match": logit(entity.match_score, GRAIN)}
 
 
-def box_features(entity: Entity, post: Post) -> Features:
-    """What the grounder's calibration looks at for whether a box is right: each source's scores mean something else.
-
-    Args:
-        entity: with a box.
-        post: its post, with the size of the image.
-    """
-    assert entity.box is not None  # only boxes are judged
-    size = (post.image_width or 1) * (post.image_height or 1)
-    features = {**seen_features(entity), f"{entity.box_source}": 1.0, "area": float(np.log(entity.box.area / size))}
+def box_features(entity: Entity) -> Features:
+    """What the grounder's calibration looks at for whether a box is right: each source's scores mean something else."""
+    features = {**seen_features(entity), f"{entity.box_source}": 1.0}
     if entity.box_score is not None:
         features[f"{entity.box_source}_score"] = logit(entity.box_score, GRAIN)
     return features

@@ -66,7 +66,7 @@ def grounder_examples(posts: Iterable[Post], config: Config) -> Iterator[Grounde
                         seen_features(entity),
                         entity.match_score,
                         None if verdict.gold is None else bool(verdict.gold.boxes),
-                        None if entity.box is None else box_features(entity, post),
+                        None if entity.box is None else box_features(entity),
                         entity.box_score or 0.0,
                         verdict.region,
                     )

@@ -172,8 +172,7 @@ class Grounder:
             each.entity.box_source = result.source
             each.entity.box_score = result.score
             if self._calibration is not None:
-                probability = self._calibration.box(box_features(each.entity, each.post))
-                each.entity.box_confidence = float(settled(probability))
+                each.entity.box_confidence = float(settled(self._calibration.box(box_features(each.entity))))
 
 
 def to_original(box: Box, size: tuple[int, int], original: tuple[int, int]) -> Box:

@@ -118,15 +118,13 @@ def test_without_a_calibration_nobody_says_how_sure_it_is(random_blip):
 
 
 def test_the_scores_of_each_segmenter_have_a_weight_of_their_own():
-    boxed = {"match_score": 0.5, "box": Box(0, 0, 20, 10)}
-    sizes = Post("p", "Sea", image_width=40, image_height=40)
     sam, text, mapped = (
-        box_features(replace(entity("Sea"), **boxed, box_source=source, box_score=score), sizes)
+        box_features(replace(entity("Sea"), match_score=0.5, box_source=source, box_score=score))
         for source, score in (("sam", 0.75), ("text", 0.75), ("map", None))
     )
-    assert sam == pytest.approx({"match": 0, "sam": 1, "sam_score": np.log(3), "area": np.log(1 / 8)})
-    assert text == pytest.approx({"match": 0, "text": 1, "text_score": np.log(3), "area": np.log(1 / 8)})
-    assert mapped == pytest.approx({"match": 0, "map": 1, "area": np.log(1 / 8)})
+    assert sam == pytest.approx({"match": 0, "sam": 1, "sam_score": np.log(3)})
+    assert text == pytest.approx({"match": 0, "text": 1, "text_score": np.log(3)})
+    assert mapped == pytest.approx({"match": 0, "map": 1})
 
 
 def test_posts_with_nothing_to_ground_are_left_alone(random_blip):
