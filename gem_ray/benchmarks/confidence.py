@@ -83,7 +83,10 @@ def measure_confidence(
     result: dict[str, Any] = {
         "posts": len(tweets),
         "folds": FOLDS,
-        **{name: about(each, len(tweets)) for name, each in scored.items()},
+        **{
+            name: about(each, len(tweets)) | {"routing": routed(each, examples[name], config.filter.gamma)}
+            for name, each in scored.items()
+        },
         "cost": measure_cost(config, views["without_knowledge"]),
         "reranker": measure_reranker(
             list(reranker_answers(map(replace, generated), config)), generated, load_calibration(config)
@@ -135,6 +138,30 @@ def about(scored: Scored, posts: int) -> dict[str, Any]:
             for goal in PRECISIONS
         },
     }
+
+
+def routed(scored: Scored, examples: Sequence[Example], gamma: float) -> dict[str, Any]:
+    """What the tagger decides alone, and how much of it is right: by γ, by a promised confidence, and by as many.
+
+    Args:
+        scored: the entities.
+        examples: the same entities.
+        gamma: entropy in nats.
+    """
+    entropy, confidence = np.array([each.features["entropy"] for each in examples]), scored.scores["confidence"]
+    target = PRECISIONS[0]
+    found = certify(confidence, scored.right, scored.posts, target, DELTA)
+    above = confidence >= (found.threshold if found.threshold is not None else np.inf)
+    least = np.argsort(entropy, kind="stable")[: above.sum()]
+    return {
+        f"gamma {gamma:g}": _kept(scored.right, entropy <= gamma),
+        f"target {target:g}": _kept(scored.right, above),
+        "as many by entropy": _kept(scored.right, np.isin(np.arange(len(entropy)), least)),
+    }
+
+
+def _kept(right: np.ndarray, kept: np.ndarray) -> dict[str, float]:
+    return {"share": float(kept.mean()), "right": float(right[kept].mean()) if kept.any() else 0.0}
 
 
 def share_at(values: np.ndarray, right: np.ndarray, precision: float) -> float:
