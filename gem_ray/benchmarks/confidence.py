@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gem_ray.checkpoints import resolve
 from gem_ray.confidence import GrounderCalibration, RerankerCalibration, reranker_features
 from gem_ray.config import Config
 from gem_ray.evaluation.acceptance import certify
@@ -32,6 +31,7 @@ from gem_ray.evaluation.confidences import (
 from gem_ray.evaluation.fold_candidates import fold_of
 from gem_ray.evaluation.grounder_confidence import GroundedExample, fit_grounder, grounder_examples
 from gem_ray.logistic import sigmoid
+from gem_ray.model_paths import resolve
 from gem_ray.records import Post
 from gem_ray.rerank.reranker import load_calibration
 from gem_ray.tagger.chains import segment_probabilities

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from gem_ray.checkpoints import resolve
 from gem_ray.confidence import GrounderCalibration
 from gem_ray.config import load_config
 from gem_ray.evaluation.confidences import area_under_curve, expected_calibration_error
 from gem_ray.evaluation.grounder_confidence import GroundedExample, fit_grounder
 from gem_ray.logistic import logit, sigmoid
+from gem_ray.model_paths import resolve
 from gem_ray.rerank.reranker import load_calibration
 
 
