@@ -129,7 +129,9 @@ class TaggerConfig(_Section):
 class FilterConfig(_Section):
     """The uncertainty filter and the reranker's candidates (§3.3.1)."""
 
-    gamma: float = Field(0.2, ge=0, description="entropy in nats above which an entity is hard")
+    gamma: float = Field(
+        0.2, ge=0, description="entropy in nats above which an entity is hard; left aside by `routing.threshold`"
+    )
     max_share: Probability | None = Field(
         None, description="budget: share of entities that may be hard; a run measures γ for it and leaves `gamma` aside"
     )
