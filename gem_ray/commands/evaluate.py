@@ -140,7 +140,11 @@ def calibrate(
     rerank: Annotated[bool, typer.Option("--rerank", help="Ask the configured reranker about every entity.")] = False,
     ground: Annotated[bool, typer.Option("--ground", help="With `--store`: of the grounder too.")] = False,
     reranked: Annotated[
-        Path | None, typer.Option(help="Or take its answers from this output of `annotate --set filter.gamma=0`.")
+        Path | None,
+        typer.Option(
+            help="Or take its answers from this output of `annotate --set filter.gamma=0 --set "
+            "reranker.decision=answer`."
+        ),
     ] = None,
     k: Annotated[int, typer.Option(help="Candidates in which the gold category is looked for.", min=1)] = 5,
     bin_width: Annotated[float, typer.Option(help="Of entropy, in nats.", min=0.01)] = 0.2,

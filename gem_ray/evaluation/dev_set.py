@@ -59,7 +59,7 @@ def judge_dev_set(
     if answers and entities and not answered:
         raise EvaluationError(
             "the reranker has no answer to any entity of the dev set: it needs the posts' images, and all entities "
-            "must go to it (annotate with --set filter.gamma=0)"
+            "must go to it (annotate with --set filter.gamma=0 --set reranker.decision=answer)"
         )
 
 
@@ -75,7 +75,8 @@ class EarlierRun:
     """What the reranker said in a run of `annotate`.
 
     Args:
-        path: its output directory; best a run with `filter.gamma=0`, in which every entity was reranked.
+        path: its output directory; best a run with `filter.gamma=0`, in which every entity was reranked, and
+            `reranker.decision=answer`, in which its answers decided.
 
     Raises:
         FileNotFoundError: there are no annotations at `path`.

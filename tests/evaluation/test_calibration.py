@@ -180,7 +180,7 @@ def test_the_command_calibrates_the_embedded_tagger(posts: list[Post], tmp_path:
 
 
 def test_answers_of_an_earlier_run_are_those_of_the_reranker_asked_now(posts: list[Post], tmp_path: Path) -> None:
-    config = load_config(overrides=["filter.gamma=0", "grounder.enabled=false"])
+    config = load_config(overrides=["filter.gamma=0", "reranker.decision=answer", "grounder.enabled=false"])
     write_posts(posts, tmp_path / "posts")
     annotated = Annotator.from_config(config).annotate([replace(post, problems=[], entities=[]) for post in posts])
     rows = [{**post.annotation(), "run_id": "r", "models": []} for post in annotated]
