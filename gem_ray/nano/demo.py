@@ -99,7 +99,8 @@ def compare(gold: Sequence[Post], systems: Mapping[str, Sequence[Post]]) -> Comp
 
 def without_grounder(post: Post) -> Post:
     """The post as it was before the grounder, which comes last and changes nothing else."""
-    nothing = dict.fromkeys(("seen", "match_score", "point", "box", "box_source", "box_score", "heatmap"))
+    of_match, of_box = ("seen", "match_score", "seen_probability"), ("box", "box_source", "box_score", "box_confidence")
+    nothing = dict.fromkeys((*of_match, "point", *of_box, "heatmap"))
     return replace(post, entities=[replace(entity, **nothing) for entity in post.entities])
 
 
