@@ -195,23 +195,34 @@ def _entity(row: Mapping[str, Any]) -> Entity:
 
 
 class _Requests:
-    """What both clients send, and when they try again."""
+    """What both clients are made with, what they send, and when they try again."""
 
-    def __init__(self, http: httpx.Client | httpx.AsyncClient, retries: int, max_pause_s: float) -> None:
-        self._build = http.build_request
+    _transport: type[httpx.Client | httpx.AsyncClient]
+    _http: Any
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        api_key: str | None = None,
+        retries: int = 4,
+        timeout_s: float = 90,
+        max_pause_s: float = 30,
+    ) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = self._transport(base_url=base_url, headers=headers, timeout=timeout_s)
         self._retries = retries
         self._max_pause_s = max_pause_s
 
-    def get(self, path: str) -> httpx.Request:
-        return self._build("GET", path)
+    def _get(self, path: str) -> httpx.Request:
+        return self._http.build_request("GET", path)
 
-    def post(self, path: str, body: str, heatmaps: bool, accept: str = "application/json") -> httpx.Request:
+    def _post(self, path: str, body: str, heatmaps: bool, accept: str = "application/json") -> httpx.Request:
         headers = {"Content-Type": "application/json", "Accept": accept}
-        return self._build(
+        return self._http.build_request(
             "POST", path, content=body.encode(), headers=headers, params={"heatmaps": "true"} if heatmaps else None
         )
 
-    def batches(self, posts: Sequence[str], limits: Limits) -> Iterator[tuple[int, str]]:
+    def _cut(self, posts: Sequence[str], limits: Limits) -> Iterator[tuple[int, str]]:
         """Bodies of at most so many posts and bytes, each with the position of its first post."""
         start, size = 0, 0
         room = limits.max_body_bytes - sum(map(len, _FRAME))
@@ -222,7 +233,7 @@ class _Requests:
             size += len(post) + 1
         yield start, ",".join(posts[start:]).join(_FRAME)
 
-    def check(self, answer: httpx.Response, attempt: int) -> float | None:
+    def _pause_after(self, answer: httpx.Response, attempt: int) -> float | None:
         """None for a success, else the seconds to wait before another try; raises for a refusal that stays."""
         if answer.is_success:
             return None
@@ -230,8 +241,8 @@ class _Requests:
             raise ClientError(_detail(answer), answer.status_code)
         return self._pause_s(attempt, answer.headers.get("Retry-After", ""))
 
-    def after_failure(self, request: httpx.Request, error: httpx.TransportError, attempt: int) -> float:
-        """As `check`, of a request that got no answer."""
+    def _pause_after_failure(self, request: httpx.Request, error: httpx.TransportError, attempt: int) -> float:
+        """As `_pause_after`, of a request that got no answer."""
         if attempt == self._retries:
             raise ClientError(f"{request.url} gave no answer in {attempt + 1} tries: {error}") from error
         return self._pause_s(attempt)
@@ -242,7 +253,7 @@ class _Requests:
         return min(max(_FIRST_PAUSE_S * 2**attempt, asked) * random.uniform(1, 1.5), self._max_pause_s)
 
 
-class Client:
+class Client(_Requests):
     """Asks a service to annotate posts. Safe to use from several threads.
 
     A request that fails on its way, or that the service is too busy for, is sent again: annotating twice is harmless.
@@ -255,16 +266,8 @@ class Client:
         max_pause_s: longest pause before a retry, whatever the service asks for.
     """
 
-    def __init__(
-        self,
-        base_url: str = "http://127.0.0.1:8000",
-        api_key: str | None = None,
-        retries: int = 4,
-        timeout_s: float = 90,
-        max_pause_s: float = 30,
-    ) -> None:
-        self._http = httpx.Client(base_url=base_url, headers=_headers(api_key), timeout=timeout_s)
-        self._requests = _Requests(self._http, retries, max_pause_s)
+    _transport = httpx.Client
+    _http: httpx.Client
 
     def __enter__(self) -> Client:
         return self
@@ -289,7 +292,7 @@ class Client:
             ClientError: the service refused, or could not be reached.
         """
         body = _body({"text": text, "image": image} | fields)
-        return Annotation.from_json(self._ask(self._requests.post("/v1/annotate", body, heatmaps)))
+        return Annotation.from_json(self._ask(self._post("/v1/annotate", body, heatmaps)))
 
     def annotate_batch(self, posts: Sequence[Mapping[str, Any]], *, heatmaps: bool = False) -> list[Annotation]:
         """Annotate any number of posts, each a mapping of the arguments of `annotate`; the answers are in their order.
@@ -299,7 +302,7 @@ class Client:
         """
         rows: list[Any] = []
         for _, body in self._batches(posts):
-            rows += self._ask(self._requests.post("/v1/annotate/batch", body, heatmaps))["annotations"]
+            rows += self._ask(self._post("/v1/annotate/batch", body, heatmaps))["annotations"]
         return [Annotation.from_json(row) for row in rows]
 
     def stream(
@@ -311,7 +314,7 @@ class Client:
             ClientError: the service refused a whole batch, or the connection broke.
         """
         for start, body in self._batches(posts):
-            request = self._requests.post("/v1/annotate/batch", body, heatmaps, "application/x-ndjson")
+            request = self._post("/v1/annotate/batch", body, heatmaps, "application/x-ndjson")
             answer = self._send(request, stream=True)
             try:
                 for line in answer.iter_lines():
@@ -323,15 +326,15 @@ class Client:
 
     def taxonomy(self) -> dict[str, list[str]]:
         """Coarse category -> its fine categories."""
-        coarse: dict[str, list[str]] = self._ask(self._requests.get("/v1/taxonomy"))["coarse"]
+        coarse: dict[str, list[str]] = self._ask(self._get("/v1/taxonomy"))["coarse"]
         return coarse
 
     def limits(self) -> Limits:
         """What a request may hold."""
-        return _known(Limits, self._ask(self._requests.get("/v1/limits")))
+        return _known(Limits, self._ask(self._get("/v1/limits")))
 
     def _batches(self, posts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
-        return self._requests.batches([_body(post) for post in posts], self.limits()) if posts else iter(())
+        return self._cut([_body(post) for post in posts], self.limits()) if posts else iter(())
 
     def _ask(self, request: httpx.Request) -> Any:
         return self._send(request).json()
@@ -343,28 +346,20 @@ class Client:
                 answer = self._http.send(request, stream=stream)
                 if not answer.is_success:
                     answer.read()
-                pause_s = self._requests.check(answer, attempt)
+                pause_s = self._pause_after(answer, attempt)
             except httpx.TransportError as error:
-                pause_s = self._requests.after_failure(request, error, attempt)
+                pause_s = self._pause_after_failure(request, error, attempt)
             if pause_s is None:
                 return answer
             time.sleep(pause_s)
             attempt += 1
 
 
-class AsyncClient:
+class AsyncClient(_Requests):
     """As `Client`, for asyncio."""
 
-    def __init__(
-        self,
-        base_url: str = "http://127.0.0.1:8000",
-        api_key: str | None = None,
-        retries: int = 4,
-        timeout_s: float = 90,
-        max_pause_s: float = 30,
-    ) -> None:
-        self._http = httpx.AsyncClient(base_url=base_url, headers=_headers(api_key), timeout=timeout_s)
-        self._requests = _Requests(self._http, retries, max_pause_s)
+    _transport = httpx.AsyncClient
+    _http: httpx.AsyncClient
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -381,13 +376,13 @@ class AsyncClient:
     ) -> Annotation:
         """As `Client.annotate`."""
         body = await asyncio.to_thread(_body, {"text": text, "image": image} | fields)  # it may read a file
-        return Annotation.from_json(await self._ask(self._requests.post("/v1/annotate", body, heatmaps)))
+        return Annotation.from_json(await self._ask(self._post("/v1/annotate", body, heatmaps)))
 
     async def annotate_batch(self, posts: Sequence[Mapping[str, Any]], *, heatmaps: bool = False) -> list[Annotation]:
         """As `Client.annotate_batch`."""
         rows: list[Any] = []
         for _, body in await self._batches(posts):
-            rows += (await self._ask(self._requests.post("/v1/annotate/batch", body, heatmaps)))["annotations"]
+            rows += (await self._ask(self._post("/v1/annotate/batch", body, heatmaps)))["annotations"]
         return [Annotation.from_json(row) for row in rows]
 
     async def stream(
@@ -395,7 +390,7 @@ class AsyncClient:
     ) -> AsyncIterator[tuple[int, Annotation | ClientError]]:
         """As `Client.stream`."""
         for start, body in await self._batches(posts):
-            request = self._requests.post("/v1/annotate/batch", body, heatmaps, "application/x-ndjson")
+            request = self._post("/v1/annotate/batch", body, heatmaps, "application/x-ndjson")
             answer = await self._send(request, stream=True)
             try:
                 async for line in answer.aiter_lines():
@@ -407,18 +402,18 @@ class AsyncClient:
 
     async def taxonomy(self) -> dict[str, list[str]]:
         """As `Client.taxonomy`."""
-        coarse: dict[str, list[str]] = (await self._ask(self._requests.get("/v1/taxonomy")))["coarse"]
+        coarse: dict[str, list[str]] = (await self._ask(self._get("/v1/taxonomy")))["coarse"]
         return coarse
 
     async def limits(self) -> Limits:
         """As `Client.limits`."""
-        return _known(Limits, await self._ask(self._requests.get("/v1/limits")))
+        return _known(Limits, await self._ask(self._get("/v1/limits")))
 
     async def _batches(self, posts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
         if not posts:
             return iter(())
         bodies = await asyncio.to_thread(lambda: [_body(post) for post in posts])
-        return self._requests.batches(bodies, await self.limits())
+        return self._cut(bodies, await self.limits())
 
     async def _ask(self, request: httpx.Request) -> Any:
         return (await self._send(request)).json()
@@ -430,17 +425,13 @@ class AsyncClient:
                 answer = await self._http.send(request, stream=stream)
                 if not answer.is_success:
                     await answer.aread()
-                pause_s = self._requests.check(answer, attempt)
+                pause_s = self._pause_after(answer, attempt)
             except httpx.TransportError as error:
-                pause_s = self._requests.after_failure(request, error, attempt)
+                pause_s = self._pause_after_failure(request, error, attempt)
             if pause_s is None:
                 return answer
             await asyncio.sleep(pause_s)
             attempt += 1
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _body(post: Mapping[str, Any]) -> str:

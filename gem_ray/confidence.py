@@ -14,7 +14,7 @@ from pydantic import Field
 
 from gem_ray.config import Config, ConfigError, PromiseConfig
 from gem_ray.logistic import Features, Logistic, logit
-from gem_ray.model_files import ModelFile
+from gem_ray.model_files import CONFIDENCE_FILE, ModelFile
 from gem_ray.model_paths import describe, resolve
 from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Entity, Post
@@ -23,7 +23,7 @@ _FLOOR = 1e-3  # what a model finds less probable counts as so probable: the las
 
 
 class _Calibration(ModelFile):
-    file_name = "confidence.json"
+    file_name = CONFIDENCE_FILE
 
     fitted_on: str = Field(min_length=1, description="which labelled posts, for people")
 

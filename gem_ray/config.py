@@ -16,6 +16,7 @@ from gem_ray.pools import serving_pools
 from gem_ray.redaction import redacted
 from gem_ray.stages import LOAD_IMAGE, find_stage, in_order, stage_names
 from gem_ray.strict import load_yaml
+from gem_ray.taxonomy import LabelSetName
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -508,9 +509,7 @@ class ServingConfig(_Section):
 class Config(_Section):
     """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one leaf."""
 
-    labels: Literal["fmnerg", "gmner"] = Field(
-        "fmnerg", description="label set: FMNERG's 51 fine categories, or the four of GMNER"
-    )
+    labels: LabelSetName = Field("fmnerg", description="label set: FMNERG's 51 fine categories, or the four of GMNER")
     device: str = _speed("auto", "`auto`, `cpu`, `cuda`, `cuda:1`")
     text: TextConfig = Field(default_factory=TextConfig)
     image: ImageConfig = Field(default_factory=ImageConfig)

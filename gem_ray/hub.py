@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_ray.cache import cache_folder
+from gem_ray.model_files import CONFIDENCE_FILE, GROUNDING_FILE, SCOPE_FILE
 
 _REFERENCE = re.compile(
     r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^\s@:]+))?(?::(?P<file>[^\s:]+))?", re.ASCII
@@ -37,9 +38,9 @@ _SETTINGS = (
     "vocab.txt",
     "merges.txt",
     "*.model",
-    "grounding.json",
-    "scope.json",
-    "confidence.json",
+    GROUNDING_FILE,
+    SCOPE_FILE,
+    CONFIDENCE_FILE,
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )

@@ -7,6 +7,8 @@ from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+GROUNDING_FILE, SCOPE_FILE, CONFIDENCE_FILE = "grounding.json", "scope.json", "confidence.json"
+
 F = TypeVar("F", bound="ModelFile")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
@@ -283,43 +284,32 @@ def gold_from_rows(rows: Sequence[Mapping[str, Any]] | None) -> list[GoldEntity]
     ]
 
 
-POINT_TYPE = pa.struct([("x", pa.float32()), ("y", pa.float32())])
-BOX_TYPE = pa.struct([(name, pa.float32()) for name in ("x1", "y1", "x2", "y2")])
-CANDIDATE_TYPE = pa.struct([("fine", pa.string()), ("probability", pa.float32())])
-HEATMAP_TYPE = pa.struct([("height", pa.int32()), ("width", pa.int32()), ("data", pa.binary())])
-ENTITY_TYPE = pa.struct(
-    [
-        ("text", pa.string()),
-        ("start", pa.int32()),
-        ("end", pa.int32()),
-        ("word_start", pa.int32()),
-        ("word_end", pa.int32()),
-        ("coarse", pa.string()),
-        ("fine", pa.string()),
-        ("score", pa.float32()),
-        ("entropy", pa.float32()),
-        ("hard", pa.bool_()),
-        ("reranked", pa.bool_()),
-        ("confidence", pa.float32()),
-        ("accepted", pa.bool_()),
-        ("candidates", pa.list_(CANDIDATE_TYPE)),
-        ("seen", pa.bool_()),
-        ("match_score", pa.float32()),
-        ("seen_probability", pa.float32()),
-        ("point", POINT_TYPE),
-        ("box", BOX_TYPE),
-        ("box_source", pa.string()),
-        ("box_score", pa.float32()),
-        ("box_confidence", pa.float32()),
-        ("heatmap", HEATMAP_TYPE),
-    ]
-)
-PROBLEM_TYPE = pa.struct([("stage", pa.string()), ("kind", pa.string()), ("message", pa.string())])
-GOLD_TYPE = pa.list_(
-    pa.struct(
-        [("word_start", pa.int32()), ("word_end", pa.int32()), ("fine", pa.string()), ("boxes", pa.list_(BOX_TYPE))]
-    )
-)
+_SCALARS = {
+    str: pa.string(),
+    ProblemKind: pa.string(),
+    int: pa.int32(),
+    float: pa.float32(),
+    bool: pa.bool_(),
+    bytes: pa.binary(),
+}
+
+
+def _struct(kind: type) -> pa.DataType:
+    """A dataclass in Arrow: its fields, without those that are never written."""
+    hints = get_type_hints(kind, localns={"np": SimpleNamespace(ndarray=object)})
+    return pa.struct([(each.name, _arrow(hints[each.name])) for each in fields(kind) if each.name not in UNWRITTEN])
+
+
+def _arrow(hint: Any) -> pa.DataType:
+    """The Arrow type for an annotation: a scalar, a dataclass, `list[X]`, `tuple[X, ...]` or `X | None`."""
+    if (origin := get_origin(hint)) is None:
+        return _SCALARS[hint] if hint in _SCALARS else _struct(hint)
+    inner = _arrow(get_args(hint)[0])
+    return pa.list_(inner) if origin in (list, tuple) else inner
+
+
+ENTITY_TYPE = _struct(Entity)
+GOLD_TYPE = pa.list_(_struct(GoldEntity))
 
 INPUT_SCHEMA = pa.schema(
     [
@@ -334,8 +324,6 @@ INPUT_SCHEMA = pa.schema(
     ]
 )
 """What `gem-ray shards` writes and `gem-ray annotate` reads; only `post_id` and `text` are required of a user's own."""
-
-MODEL_TYPE = pa.struct([("role", pa.string()), ("reference", pa.string())])
 
 SCHEMA_VERSION = 2
 """Of `ANNOTATION_SCHEMA`; stands in the metadata of every published file."""
@@ -352,10 +340,10 @@ ANNOTATION_SCHEMA = pa.schema(
         ("knowledge", pa.string()),
         ("entities", pa.list_(ENTITY_TYPE)),
         ("status", pa.string()),
-        ("problems", pa.list_(PROBLEM_TYPE)),
+        ("problems", pa.list_(_struct(Problem))),
         ("row_id", pa.int64()),
         ("run_id", pa.string()),
-        ("models", pa.list_(MODEL_TYPE)),
+        ("models", pa.list_(pa.struct([("role", pa.string()), ("reference", pa.string())]))),
     ],
     metadata={SCHEMA_VERSION_KEY: str(SCHEMA_VERSION)},
 )

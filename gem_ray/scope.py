@@ -9,7 +9,7 @@ from functools import cached_property
 from pydantic import Field, field_validator
 
 from gem_ray.config import Config, nearest
-from gem_ray.model_files import ModelFile
+from gem_ray.model_files import SCOPE_FILE, ModelFile
 from gem_ray.model_paths import resolve
 from gem_ray.model_references import model_keys, reference_at
 from gem_ray.records import Entity, Post
@@ -22,7 +22,7 @@ _OTHER_ADAPTERS = "reranker_adapter_"  # loaded beside the one in use
 class Scope(ModelFile):
     """The entities and images that a model was made for. What is not said is not bounded."""
 
-    file_name = "scope.json"
+    file_name = SCOPE_FILE
     fault = "does not say what a model knows"
 
     knows: str = Field(min_length=1, description="what it knows, for people: ends the sentence `it knows only …`")

@@ -7,34 +7,29 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from gem_ray.model_files import GROUNDING_FILE, ModelFile
 from gem_ray.noise import between, settled
 
-_FILE = "grounding.json"
 
-
-class Decision(BaseModel):
+class Decision(ModelFile):
     """Settings of a matcher that its own dev set chose; a configuration may set others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    file_name = GROUNDING_FILE
+    fault = "is no Decision"
 
     threshold: float = Field(0.5, ge=0, le=1, description="P_T above which an entity is grounded")
     layer: int | None = Field(None, ge=0, description="cross-attention layer to trace; default: the middle-upper one")
 
     @classmethod
-    def load(cls, folder: Path) -> Decision:
+    def load(cls, path: Path) -> Decision:
         """A model directory's, or the defaults where it has none.
 
         Raises:
             ValueError: the file holds something else.
         """
-        file = folder / _FILE
-        return cls.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else cls()
-
-    def save(self, folder: Path) -> None:
-        """Write it into a model directory."""
-        (folder / _FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return super().load(path) or cls()
 
 
 def best_threshold(probabilities: Sequence[float], present: Sequence[bool]) -> tuple[float, float]:

@@ -78,15 +78,15 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     try:
         return pa.Table.from_pylist(rows, schema=schema)
     except UnicodeEncodeError:  # half of a surrogate pair, as careless JSON has it, is no UTF-8
-        return pa.Table.from_pylist([_encodable(row) for row in rows], schema=schema)
+        return pa.Table.from_pylist([_without_surrogates(row) for row in rows], schema=schema)
 
 
-def _encodable(value: Any) -> Any:
+def _without_surrogates(value: Any) -> Any:
     """The value with U+FFFD, one character for one, so that offsets hold, where text cannot be written as UTF-8."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, dict):
-        return {key: _encodable(item) for key, item in value.items()}
+        return {key: _without_surrogates(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encodable(item) for item in value]
+        return [_without_surrogates(item) for item in value]
     return value
