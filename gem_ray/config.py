@@ -41,6 +41,19 @@ def _speed(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={_AFFECTS: False}, **limits)
 
 
+ShareOfCard = Annotated[
+    float, Field(gt=0, le=1, description="vLLM: share of the card's memory", json_schema_extra={_AFFECTS: False})
+]
+KvCacheBytes = Annotated[
+    PositiveInt | None,
+    Field(
+        description="vLLM: size of the KV cache, which `plan --json` computes for models that share a card; null means "
+        "what is left of `gpu_memory_utilization`",
+        json_schema_extra={_AFFECTS: False},
+    ),
+]
+
+
 class TextConfig(_Section):
     """What a post's text may be."""
 
@@ -53,14 +66,15 @@ class ImageConfig(_Section):
     max_bytes: PositiveInt = Field(32 * 2**20, description="encoded size over which an image is refused")
     max_pixels: PositiveInt = Field(120_000_000, description="width × height over which an image is refused")
     max_decoding_bytes: PositiveInt = Field(
-        2**30, description="memory for what a process decodes at once; an image that takes more by itself is refused"
+        2**30,
+        description="memory for the images that a process decodes at once; an image that needs more alone is refused",
     )
-    max_side: PositiveInt = Field(1024, description="decoded images are reduced to this longer side, in pixels")
-    root: Path | None = Field(None, description="folder to which relative `image_uri` paths refer, and are confined")
+    max_side: PositiveInt = Field(1024, description="decoded images are scaled down to this longer side, in pixels")
+    root: Path | None = Field(None, description="folder that relative `image_uri` paths start from and may not leave")
     allow_http: bool = Field(False, description="fetch `https://` image URIs")
     http_hosts: list[str] | None = Field(
         None,
-        description="the only hosts (`host`, or `host:port`) to fetch from, redirects included; none: any public one",
+        description="only hosts (`host` or `host:port`) to fetch from, also after a redirect; null means any public one",
     )
     timeout_s: float = _speed(
         10, "time for one try to fetch an image; S3 is tried six times, a web server three times", gt=0
@@ -78,7 +92,9 @@ class EndpointConfig(_Section):
     model: str = Field("gpt-3.5-turbo", description="model name sent to the endpoint; for vLLM, a checkpoint")
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
     concurrency: PositiveInt = _speed(8, "questions asked at once, by each actor")
-    requests_per_minute: float | None = _speed(None, "tries of each actor, evenly spaced; none: any", gt=0)
+    requests_per_minute: float | None = _speed(
+        None, "rate limit of each actor, evenly spaced; null means unlimited", gt=0
+    )
     max_tokens: PositiveInt = Field(256, description="length of an answer")
     timeout_s: float = _speed(60, "time for one try", gt=0)
     retries: int = _speed(4, "further tries when the endpoint is busy, broken, slow or gone", ge=0)
@@ -89,14 +105,10 @@ class ExplainerConfig(EndpointConfig):
     """Where auxiliary knowledge comes from (§3.2.1)."""
 
     engine: Literal["endpoint", "vllm"] = Field("endpoint", description="`vllm`: a model in this process, no address")
-    dtype: DType = Field("float32", description="vLLM: of the model")
+    dtype: DType = Field("float32", description="vLLM: precision of the model")
     max_model_len: PositiveInt = Field(4096, description="vLLM: tokens of question and answer; the examples take 800")
-    gpu_memory_utilization: float = _speed(0.5, "vLLM: share of the card's memory", gt=0, le=1)
-    kv_cache_bytes: PositiveInt | None = _speed(
-        None,
-        "vLLM: of cached keys and values, as `plan --json` works them out, so that an engine need not measure what "
-        "others leave of the card; none: what is left of its share",
-    )
+    gpu_memory_utilization: ShareOfCard = 0.5
+    kv_cache_bytes: KvCacheBytes = None
 
     @model_validator(mode="after")
     def _knows_whom_to_ask(self) -> ExplainerConfig:
@@ -110,11 +122,11 @@ class ExplainerConfig(EndpointConfig):
 class KnowledgeConfig(_Section):
     """Captions and auxiliary knowledge (§3.2.1). Columns that the data brings are always used first."""
 
-    captioner: str | None = Field(None, description="BLIP-2 checkpoint; none: posts without caption stay without")
+    captioner: str | None = Field(None, description="BLIP-2 checkpoint; null means no captions are made")
     captioner_batch_size: PositiveInt = _speed(8, "images in one forward pass")
     captioner_dtype: DType = Field("float32", description="precision of the captioner")
-    explainer: ExplainerConfig | None = Field(None, description="none: posts without knowledge stay without")
-    cache: Path | None = Field(None, description="folder that keeps answers, so that a second run asks nothing twice")
+    explainer: ExplainerConfig | None = Field(None, description="null means no knowledge is asked for")
+    cache: Path | None = Field(None, description="folder that keeps answers across runs")
 
 
 class TaggerConfig(_Section):
@@ -124,7 +136,7 @@ class TaggerConfig(_Section):
     batch_tokens: PositiveInt = _speed(8192, "subwords in one forward pass, padding included")
     max_length: PositiveInt = Field(256, description="subwords of text and knowledge together")
     dtype: DType = Field("float32", description="precision of the encoder; heads and CRFs stay in float32")
-    compile: bool = _speed(False, "compile the encoder: takes a minute and a C++ compiler at the start")
+    compile: bool = _speed(False, "compile the encoder at the start: takes a minute, and needs a C++ compiler")
 
 
 class FilterConfig(_Section):
@@ -134,7 +146,7 @@ class FilterConfig(_Section):
         0.2, ge=0, description="entropy in nats above which an entity is hard; left aside by `routing.threshold`"
     )
     max_share: Probability | None = Field(
-        None, description="budget: share of entities that may be hard; a run measures γ for it and leaves `gamma` aside"
+        None, description="largest share of entities that may be hard; a run measures the γ for it and ignores `gamma`"
     )
     k: PositiveInt = Field(5, description="candidate categories")
 
@@ -162,36 +174,37 @@ class AcceptanceConfig(PromiseConfig):
     """Which entities are good enough to go unchecked; `gem-ray calibrate --accept` writes this section."""
 
     threshold: Probability | None = Field(
-        None, description="`confidence` from which an entity is `accepted`; none: nobody says, and `accepted` is null"
+        None, description="lowest `confidence` of an `accepted` entity; null leaves `accepted` null"
     )
 
 
 class RerankerEndpointConfig(EndpointConfig):
-    """A model that is asked in context, by worked examples, instead of a trained one (§5.1)."""
+    """A model that is prompted with worked examples instead of a trained one (§5.1)."""
 
     max_tokens: PositiveInt = Field(16, description="length of an answer: a category's name")
-    image: bool = Field(True, description="send the image; false: the caption in its place")
-    hint: bool = Field(False, description="tell the tagger's own probabilities")
+    image: bool = Field(True, description="send the image; false sends the caption instead")
+    hint: bool = Field(False, description="include the tagger's probabilities in the prompt")
 
 
 class RerankerConfig(_Section):
     """The LLaVA reranker (§3.3.2), or another in its place (§5.1)."""
 
-    enabled: bool = Field(True, description="false: hard entities keep the tagger's category")
+    enabled: bool = Field(True, description="false leaves hard entities with the tagger's category")
     engine: Literal["transformers", "vllm", "text", "endpoint"] = Field(
-        "transformers", description="`text`: a language model that reads the caption; `endpoint`: whoever answers there"
+        "transformers",
+        description="`text`: a language model that reads the caption; `endpoint`: an OpenAI-compatible API",
     )
-    endpoint: RerankerEndpointConfig | None = Field(None, description="for the engine of that name")
+    endpoint: RerankerEndpointConfig | None = Field(None, description="for the engine `endpoint`")
     model: str = Field("nano:reranker", description="LLaVA checkpoint, or the language model of engine `text`")
     adapter: str | None = Field(
-        "nano:reranker-lora", description="LoRA adapter, or a name out of `adapters`; none: the model as it is"
+        "nano:reranker-lora", description="LoRA adapter, or a name in `adapters`; null means the base model"
     )
     # Which of them is in use is part of a run's models.
     adapters: dict[str, str] = _speed({}, "adapters loaded side by side, by name")
     template: str | None = Field(
         None,
         pattern=r"\{question\}",
-        description="conversation around `{question}`, image first; none: the model's own, or LLaVA-1.5's",
+        description="conversation around `{question}`, image first; default: the model's own, else LLaVA-1.5's",
     )
     mode: Literal["generate", "score"] = Field(
         "score",
@@ -212,19 +225,15 @@ class RerankerConfig(_Section):
     )
     max_model_len: PositiveInt | None = Field(
         None,
-        description="tokens of prompt, image and answer; longer ones are not reranked; none: 1,024, or 448 beside what "
-        "the model makes of an image of `image.max_side`",
+        description="tokens of prompt, image and answer; longer ones are not reranked; default: 1,024, or 448 more "
+        "than an image of `image.max_side` takes",
     )
     merge_adapter: bool | None = _speed(
-        None, "vLLM: serve a copy of the model with its only adapter merged; none: where there is no GPU"
+        None, "vLLM: serve a copy of the model with its only adapter merged; default: only without a GPU"
     )
     max_lora_rank: PositiveInt = Field(64, description="vLLM: the largest adapter rank")
-    gpu_memory_utilization: float = _speed(0.5, "vLLM: share of the card's memory", gt=0, le=1)
-    kv_cache_bytes: PositiveInt | None = _speed(
-        None,
-        "vLLM: of cached keys and values, as `plan --json` works them out, so that an engine need not measure what "
-        "others leave of the card; none: what is left of its share",
-    )
+    gpu_memory_utilization: ShareOfCard = 0.5
+    kv_cache_bytes: KvCacheBytes = None
     concurrency: PositiveInt = _speed(
         3, "vLLM: batches of posts that overlap in an actor, so that none waits for the slowest row"
     )
@@ -254,10 +263,10 @@ class MatcherConfig(_Section):
     batch_size: PositiveInt = _speed(32, "entities in one pass through the text encoder, at most")
     image_batch_size: PositiveInt = _speed(16, "images in one pass through the image encoder, at most")
     threshold: Probability | None = Field(
-        None, description="P_T above which an entity is grounded; none: as stored with the model, or ½"
+        None, description="P_T above which an entity is grounded; default: as stored with the model, else ½"
     )
     layer: int | None = Field(
-        None, ge=0, description="cross-attention layer; none: as stored with the model, or the middle-upper one"
+        None, ge=0, description="cross-attention layer; default: as stored with the model, else the middle-upper one"
     )
     tokens: Literal["all", "inner", "words"] = Field(
         "all", description="text tokens that eq. 11 sums over: all, without the special ones, the entity's own"
@@ -286,15 +295,15 @@ class SamConfig(_Section):
 
     model: str = Field("nano:sam", description="a model directory, or a published `sam_vit_*.pth`")
     batch_size: PositiveInt = _speed(8, "images in one pass through the image encoder")
-    dtype: DType = Field("float32", description="of the image encoder")
+    dtype: DType = Field("float32", description="precision of the image encoder")
 
 
 class BoxConfig(_Section):
     """From the peak to a box (§3.4.3)."""
 
-    sam: SamConfig | None = Field(default_factory=SamConfig, description="null: boxes without SAM")
+    sam: SamConfig | None = Field(default_factory=SamConfig, description="null means no SAM")
     text: TextSegmenterConfig | None = Field(
-        default_factory=TextSegmenterConfig, description="null: boxes without a text-prompted segmenter"
+        default_factory=TextSegmenterConfig, description="null means no text-prompted segmenter"
     )
     text_first: list[str] = Field(
         default_factory=lambda: ["person"],
@@ -313,7 +322,7 @@ class BoxConfig(_Section):
 class GrounderConfig(_Section):
     """Matching, tracing and boxes (§3.4)."""
 
-    enabled: bool = Field(True, description="false: `seen` is null for every entity, and there are no boxes")
+    enabled: bool = Field(True, description="false leaves `seen` null, and makes no boxes")
     matcher: MatcherConfig = Field(default_factory=MatcherConfig)
     boxes: BoxConfig = Field(default_factory=BoxConfig)
 
@@ -345,10 +354,10 @@ class StagePool(_Pool):
 
     num_cpus: float = Field(1, gt=0, description="CPUs each actor reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs each actor reserves; fractions share a card")
-    min_actors: PositiveInt = Field(1, description="actors at the least")
-    max_actors: PositiveInt | None = Field(1, description="none: as many as the CPUs allow")
+    min_actors: PositiveInt = Field(1, description="fewest actors")
+    max_actors: PositiveInt | None = Field(1, description="null means as many as the CPUs allow")
     pass_number: PositiveInt = Field(
-        1, description="pools of one number run at once; those of the next begin when the posts of a group are through"
+        1, description="pools of one number run together; those of the next start when a group of posts is through"
     )
 
     @model_validator(mode="after")
@@ -383,8 +392,8 @@ class PipelineConfig(_Section):
 
     rows_per_block: PositiveInt | None = Field(
         None,
-        description="posts in a block, the grain of streaming and of resume; none: 64 where a stage looks at images or "
-        "asks a language model, else 64 to 512, more for longer inputs",
+        description="posts in a block, the unit of streaming and of resuming; default: 64 where a stage looks at "
+        "images or asks a language model, else 64 to 512, more for longer inputs",
     )
     rows_per_group: PositiveInt = Field(1_000_000, description="posts that are published together")
     pools: Annotated[list[StagePool], Field(min_length=1)] = Field(
@@ -413,9 +422,9 @@ class ReplicaPlacement(_Section):
 
     num_cpus: float = Field(1, ge=0, description="CPUs each replica reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs each replica reserves; fractions share a card")
-    min_replicas: PositiveInt = Field(1, description="replicas at the least")
-    max_replicas: PositiveInt = Field(1, description="replicas at the most")
-    target_ongoing: float = Field(16, gt=0, description="requests a replica has at once, which autoscaling aims at")
+    min_replicas: PositiveInt = Field(1, description="fewest replicas")
+    max_replicas: PositiveInt = Field(1, description="most replicas")
+    target_ongoing: float = Field(16, gt=0, description="concurrent requests per replica that autoscaling aims at")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> ReplicaPlacement:
@@ -428,7 +437,7 @@ class IngressReplicas(ReplicaPlacement):
     """The deployment that answers HTTP."""
 
     num_cpus: float = Field(0.5, ge=0, description="CPUs each replica reserves")
-    target_ongoing: float = Field(32, gt=0, description="requests a replica has at once, which autoscaling aims at")
+    target_ongoing: float = Field(32, gt=0, description="concurrent requests per replica that autoscaling aims at")
 
 
 class ReplicaPool(_Pool, ReplicaPlacement):
@@ -440,46 +449,50 @@ class ReplicaPool(_Pool, ReplicaPlacement):
 class ServingConfig(_Section):
     """The online service: its limits, and its deployments."""
 
-    api_keys_file: Path | None = Field(None, description="SHA-256 of the API keys in hex, a line each")
-    api_keys_env: str = Field("GEM_RAY_API_KEYS", description="environment variable with such hashes, besides the file")
-    max_body_bytes: PositiveInt = Field(24 * 2**20, description="body of a request")
-    max_bodies_bytes: PositiveInt = Field(
-        256 * 2**20, description="bodies of all requests that an ingress replica holds at once; above it answers 429"
+    api_keys_file: Path | None = Field(None, description="file with the SHA-256 of each API key in hex, one a line")
+    api_keys_env: str = Field(
+        "GEM_RAY_API_KEYS", description="environment variable with such hashes, in addition to the file"
     )
-    body_timeout_s: float = Field(5, gt=0, description="time for a body to come; `min_body_rate` adds to it")
+    max_body_bytes: PositiveInt = Field(24 * 2**20, description="size of a request's body")
+    max_bodies_bytes: PositiveInt = Field(
+        256 * 2**20, description="size of all bodies that an ingress replica holds at once; above that it answers 429"
+    )
+    body_timeout_s: float = Field(5, gt=0, description="time for a body to arrive; `min_body_rate` adds to it")
     min_body_rate: PositiveInt = Field(
         64 * 2**10,
-        description="bytes of a body for each of which `body_timeout_s` grows by a second, up to `timeout_s`",
+        description="bytes per second: `body_timeout_s` grows by a second for each so many bytes, up to `timeout_s`",
     )
     max_image_pixels: PositiveInt = Field(
         25_000_000,
-        description="width × height over which a request's image is refused; `image.max_pixels` holds besides",
+        description="width × height over which a request's image is refused; `image.max_pixels` applies too",
     )
     max_batch_posts: PositiveInt = Field(32, description="posts of a batch request")
     max_in_flight: PositiveInt = Field(64, description="posts in each ingress replica, above which it answers 429")
     max_in_flight_per_key: PositiveInt | None = Field(
         None,
-        description="posts of one API key in each ingress replica; null: where there are several, "
+        description="posts of one API key in each ingress replica; default: if there are several keys, "
         "three quarters of `max_in_flight`, and at least a batch",
     )
-    retry_after_s: PositiveInt = Field(1, description="what an answer of 429 or 503 asks its client to wait, at least")
-    access_log: Path | None = Field(None, description="file to which an ingress replica adds a line for each request")
+    retry_after_s: PositiveInt = Field(1, description="least `Retry-After` of a 429 or 503")
+    access_log: Path | None = Field(
+        None, description="file to which an ingress replica appends a line for each request"
+    )
     timeout_s: float = Field(60, gt=0, description="time for a post")
     image_hosts: list[str] = Field(
         default_factory=list, description="hosts from which `image_url` is fetched; empty: image URLs are refused"
     )
     stage_calls: PositiveInt | None = Field(
         1,
-        description="calls of an ingress replica at once to each replica that a stage may have; posts that come "
-        "meanwhile share the next one; none: any number, for many ingress replicas",
+        description="concurrent calls of an ingress replica to each replica that a stage may have; posts that arrive "
+        "meanwhile share the next call; null means unlimited, for many ingress replicas",
     )
     linger_s: float = Field(
         0.1,
         ge=0,
-        description="longest that a call of a stage which is not half full waits for more posts, while an ingress "
-        "replica has more posts than the stage's batch; with fewer none waits",
+        description="how long a call that is less than half full waits for more posts, while the ingress replica holds "
+        "more posts than a batch; with fewer, calls do not wait",
     )
-    drain_s: float = Field(30, ge=0, description="time that a replica which is stopped has for what it has begun")
+    drain_s: float = Field(30, ge=0, description="time a stopping replica has to finish its requests")
     health_check_s: float = Field(5, gt=0, description="time between two health checks of a replica")
     ingress: IngressReplicas = Field(default_factory=IngressReplicas)
     pools: Annotated[list[ReplicaPool], Field(min_length=1)] = Field(
@@ -561,7 +574,7 @@ class Config(_Section):
 
 
 def affecting(values: Mapping[str, Any], kind: type[BaseModel] = Config) -> dict[str, Any]:
-    """What of a configuration decides on the annotations: the tree without the keys that are marked otherwise.
+    """The part of a configuration that decides the annotations: the tree without the keys that are marked otherwise.
 
     Args:
         values: as `Config.public` gives them, or as an earlier version did.
@@ -738,7 +751,7 @@ def section_type(annotation: Any) -> type[BaseModel] | None:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """For a message about a name that is none: the one that was meant, perhaps, and all that there are."""
+    """For a message about an unknown name: the nearest one, and all that there are."""
     close = difflib.get_close_matches(name, known, n=1)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f"{guess}expected one of {', '.join(known)}"
