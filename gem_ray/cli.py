@@ -39,7 +39,7 @@ def _common(
     context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,  # `main` reads it from the arguments
     json_logs: Annotated[bool, typer.Option(help="Progress of `annotate` and `export` as JSON lines.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log at level INFO.")] = False,
 ) -> None:
     import logging
 

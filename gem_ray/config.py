@@ -74,7 +74,7 @@ class ImageConfig(_Section):
     allow_http: bool = Field(False, description="fetch `https://` image URIs")
     http_hosts: list[str] | None = Field(
         None,
-        description="only hosts (`host` or `host:port`) to fetch from, also after a redirect; null means any public one",
+        description="hosts (`host`, `host:port`) to fetch from and to be redirected to; null means any public one",
     )
     timeout_s: float = _speed(
         10, "time for one try to fetch an image; S3 is tried six times, a web server three times", gt=0
@@ -143,7 +143,7 @@ class FilterConfig(_Section):
     """The uncertainty filter and the reranker's candidates (§3.3.1)."""
 
     gamma: float = Field(
-        0.2, ge=0, description="entropy in nats above which an entity is hard; left aside by `routing.threshold`"
+        0.2, ge=0, description="entropy in nats above which an entity is hard; ignored with `routing.threshold`"
     )
     max_share: Probability | None = Field(
         None, description="largest share of entities that may be hard; a run measures the γ for it and ignores `gamma`"
@@ -154,11 +154,11 @@ class FilterConfig(_Section):
 class PromiseConfig(_Section):
     """A confidence above which a precision is promised."""
 
-    threshold: Probability | None = Field(None, description="the lowest `confidence` of which it is promised")
-    precision: Probability | None = Field(None, description="what is promised of the entities from `threshold` on")
-    delta: Probability | None = Field(None, description="how probable it is, at most, that the promise does not hold")
+    threshold: Probability | None = Field(None, description="lowest `confidence` that the promise covers")
+    precision: Probability | None = Field(None, description="precision promised for the entities from `threshold` on")
+    delta: Probability | None = Field(None, description="highest probability that the promise is broken")
     tagger: str | None = Field(
-        None, description="the tagger (`reference@hash`) that it was measured with; another one is refused"
+        None, description="the tagger (`reference@hash`) that this was measured with; any other is refused"
     )
 
 
@@ -166,7 +166,7 @@ class RoutingConfig(PromiseConfig):
     """Which entities the tagger decides alone; `gem-ray calibrate --target` writes this section."""
 
     threshold: Probability | None = Field(
-        None, description="the tagger's `confidence` below which an entity is hard; none: `filter` decides"
+        None, description="the tagger's `confidence` below which an entity is hard; null means that `filter` decides"
     )
 
 

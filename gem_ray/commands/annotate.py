@@ -37,12 +37,12 @@ app = typer.Typer()
 
 @app.command(epilog="Example: `gem-ray demo --out out/demo --posts 200`")
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("out/demo"),
     posts: Annotated[int, typer.Option(help="How many posts.", min=1)] = 200,
     seed: SeedOption = 7,
     unseen_names: UnseenNamesOption = 0.4,
 ) -> None:
-    """Generated posts through the whole system: annotations, scores, ablations and a gallery."""
+    """Run the whole system on generated posts: annotations, scores, ablations and a gallery."""
     from gem_ray.nano.demo import run_demo
 
     run_demo(out, posts, seed, unseen_names)
@@ -58,25 +58,28 @@ def annotate(
     set_: SetOption = None,
     map_: MapOption = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N posts.", min=1)] = None,
-    fresh: Annotated[bool, typer.Option(help="Begin anew; what is at OUTPUT is replaced when that is done.")] = False,
-    update: Annotated[bool, typer.Option(help="Take in files that were added to INPUT since.")] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="Start a new run, which replaces what is at OUTPUT when it is done.")
+    ] = False,
+    update: Annotated[bool, typer.Option(help="Add the files that are new in INPUT to the run.")] = False,
     only_problems: Annotated[
-        bool, typer.Option(help="Do again the rows of a finished run that were degraded or rejected.")
+        bool, typer.Option(help="Redo the rows of a finished run that were degraded or rejected.")
     ] = False,
     skip_bad_files: SkipOption = False,
     max_problem_share: Annotated[
-        float, typer.Option(help="End when more of the posts have problems of one kind; 1: never.", min=0, max=1)
+        float, typer.Option(help="Fail when more of the posts have the same kind of problem; 1: never.", min=0, max=1)
     ] = MAX_PROBLEM_SHARE,
     price: PriceOption = None,
     request_price: RequestPriceOption = 0.0,
     budget: Annotated[
-        float | None, typer.Option(help="End, to be continued, when the run has cost so much; needs --price.", min=0)
+        float | None,
+        typer.Option(help="Stop when the run has cost this much; needs --price. The same command resumes it.", min=0),
     ] = None,
     deadline: Annotated[
-        str | None, typer.Option(help="Warn when the run will end later: `2h30m` from now, or `2026-12-31T18:00`.")
+        str | None, typer.Option(help="Warn when the run will finish later: `2h30m` from now, or `2026-12-31T18:00`.")
     ] = None,
 ) -> None:
-    """Annotate every post of a data set, or continue where this command stopped.
+    """Annotate every post of a data set, or resume an unfinished run.
 
     Exit code 1: failed, or too many posts did. 3: done, but some rows were rejected, or some files not read.
     """
@@ -122,28 +125,32 @@ def plan(
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
-    gpus: Annotated[str, typer.Option(help="Cards: how many, or which, as `8xl40s+4xa10g`.")] = "0",
+    gpus: Annotated[str, typer.Option(help="GPUs: how many, or which: `8xl40s+4xa10g`.")] = "0",
     gpu_memory: Annotated[
-        float | None, typer.Option(help="Memory of a card, in GB; the card's, or 24, if not given.", min=1)
+        float | None, typer.Option(help="Memory of a GPU in GB; default: the card's, else 24.", min=1)
     ] = None,
-    cpus: Annotated[int | None, typer.Option(help="CPUs; as many as it takes if not given.", min=1)] = None,
+    cpus: Annotated[int | None, typer.Option(help="CPUs; default: as many as the plan needs.", min=1)] = None,
     card: Annotated[
         str | None,
-        typer.Option(help="Which card, for its speed: `rtx-4090`, `h100`, …, or `name:memory=24,tflops=165`."),
+        typer.Option(help="Model of the GPU, for its speed: `rtx-4090`, `h100`, …, or `name:memory=24,tflops=165`."),
     ] = None,
-    posts: Annotated[int, typer.Option(help="How many posts, for hours and money.", min=1)] = 1_000_000,
+    posts: Annotated[int, typer.Option(help="Posts to plan for.", min=1)] = 1_000_000,
     price: PriceOption = None,
     request_price: RequestPriceOption = 0.0,
     probe: Annotated[
         str | None,
-        typer.Option(help="The input: some hundred of its posts are tagged, for what they ask of the models."),
+        typer.Option(
+            help="Input to sample: a few hundred of its posts are tagged, to measure what they ask of the models."
+        ),
     ] = None,
     like: Annotated[
-        Path | None, typer.Option(help="`run.json` of an earlier run, for its posts and its speeds.", exists=True)
+        Path | None, typer.Option(help="`run.json` of an earlier run, for its posts and its speed.", exists=True)
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write it as JSON; `-`: print that alone.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write JSON to this file; `-` prints it, and nothing else.")
+    ] = None,
 ) -> None:
-    """What runs where, with which batch, how long it will take and what it will cost. Exit code 2: it does not fit.
+    """Plan which model runs where, how long a run takes and what it costs. Exit code 2: it does not fit.
 
     The `config` of the JSON, given to `annotate --config`, bounds the pools as they were planned.
     """
@@ -193,14 +200,15 @@ def submit(
     address: Annotated[
         str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
     ] = LOCAL_ADDRESS,
-    working_dir: Annotated[Path, typer.Option(help="The checkout whose source runs.", file_okay=False)] = Path(),
+    working_dir: Annotated[Path, typer.Option(help="Checkout to upload and run.", file_okay=False)] = Path(),
     include: Annotated[
-        list[str] | None, typer.Option(help="A file or folder in it that goes too: a config. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Another file or folder of the checkout to upload, such as a config. Repeatable."),
     ] = None,
     env: Annotated[
         list[str] | None, typer.Option(help="`NAME=value` for the job, or `NAME` as it is here. Repeatable.")
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the log and end as the job ends.")] = True,
+    wait: Annotated[bool, typer.Option(help="Follow the log, and exit as the job does.")] = True,
 ) -> None:
     """Run a command as a job on a Ray cluster. With token authentication: `RAY_AUTH_MODE=token`, `RAY_AUTH_TOKEN=…`."""
     from gem_ray.cluster.submit import commands_for, follow_job, job_environment, submit_job

@@ -34,13 +34,13 @@ def check(
     input: Annotated[str, typer.Argument(help="Parquet or WebDataset shards: a file or a folder.")],
     map_: MapOption = None,
     skip_bad_files: SkipOption = False,
-    sample: Annotated[int, typer.Option(help="Posts to look at.", min=1)] = 200,
-    json: Annotated[Path | None, typer.Option(help="Write what was found here.")] = None,
+    sample: Annotated[int, typer.Option(help="Posts to sample.", min=1)] = 200,
+    json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """What is in an input, what is left out and why, and what `annotate` would refuse; no model is loaded.
+    """Show what is in an input, and what `annotate` would leave out or refuse. Loads no model.
 
     Exit code 2: `annotate` would refuse the input. 3: posts of the sample cannot be annotated, or files are skipped.
     """

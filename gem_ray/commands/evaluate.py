@@ -28,14 +28,14 @@ def evaluate(
     predictions: Annotated[str, typer.Argument(help="An output folder of `annotate`.")],
     split: Annotated[str | None, typer.Option(help="Split of a Twitter10000 root.")] = None,
     labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
-    protocol: Annotated[Protocol, typer.Option(help="How mentions are keyed.")] = Protocol.STRICT,
-    iou: Annotated[float, typer.Option(help="A box is right above this.", min=0, max=1)] = 0.5,
+    protocol: Annotated[Protocol, typer.Option(help="How mentions are matched.")] = Protocol.STRICT,
+    iou: Annotated[float, typer.Option(help="IoU above which a box is right.", min=0, max=1)] = 0.5,
     against: Annotated[
         str | None, typer.Option(help="Another output folder, compared by paired bootstrap over posts.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the scores here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the scores as JSON.")] = None,
 ) -> None:
-    """Score annotations against gold: MNER, EEG, MNERG and their company."""
+    """Score annotations against gold: MNER, EEG, MNERG, spans and more."""
     from gem_ray.evaluation.metrics import evaluate as score
     from gem_ray.evaluation.predictions import check_same_rows, read_gold, read_predictions_of
     from gem_ray.evaluation.score_report import print_differences, print_scores, write_scores
@@ -66,12 +66,13 @@ def errors(
     split: Annotated[str | None, typer.Option(help="Split of a Twitter10000 root.")] = None,
     labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
     train: Annotated[
-        str | None, typer.Option(help="Training posts, whose mentions say how rare a category is; a root's `train`.")
+        str | None,
+        typer.Option(help="Training posts, to tell which categories are rare; of a Twitter10000 root, its `train`."),
     ] = None,
-    images: Annotated[str | None, typer.Option(help="Shards or a folder with the pictures; GOLD if not given.")] = None,
+    images: Annotated[str | None, typer.Option(help="Shards or a folder with the images; default: GOLD.")] = None,
     worst: Annotated[int, typer.Option(help="Posts to show.", min=0)] = 40,
 ) -> None:
-    """One page of mistakes: spans, confused and rare categories, the worst cases with their pictures."""
+    """Write a page of errors: spans, confused and rare categories, and the worst posts with their images."""
     from gem_ray.config import ImageConfig
     from gem_ray.data.twitter10000 import is_root
     from gem_ray.evaluation.error_report import write_error_report
@@ -127,7 +128,7 @@ def calibrate(
     ] = None,
     delta: Annotated[
         float,
-        typer.Option(help="With `--accept` and `--target`: the probability that it does not hold.", min=0.001, max=0.5),
+        typer.Option(help="With `--accept` and `--target`: highest probability that it does not hold.", min=0.001, max=0.5),
     ] = 0.05,
     store: Annotated[
         bool,
@@ -142,17 +143,17 @@ def calibrate(
     reranked: Annotated[
         Path | None,
         typer.Option(
-            help="Or take its answers from this output of `annotate --set filter.gamma=0 --set "
-            "reranker.decision=answer`."
+            help="Take the answers from this output of `annotate --set filter.gamma=0 --set "
+            "reranker.decision=answer` instead."
         ),
     ] = None,
-    k: Annotated[int, typer.Option(help="Candidates in which the gold category is looked for.", min=1)] = 5,
-    bin_width: Annotated[float, typer.Option(help="Of entropy, in nats.", min=0.01)] = 0.2,
+    k: Annotated[int, typer.Option(help="Candidates among which the gold category is looked for.", min=1)] = 5,
+    bin_width: Annotated[float, typer.Option(help="Width of a bin of entropy, in nats.", min=0.01)] = 0.2,
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """What labelled posts say of the models: γ by entropy (Figure 5), confidence, and what can go unchecked."""
+    """Calibrate on labelled posts: γ by entropy (Figure 5), confidence, and what can go unchecked."""
     from gem_ray.config import ConfigError, load_config
     from gem_ray.evaluation import (
         acceptance_report,
@@ -205,7 +206,7 @@ def gallery(
     out: Annotated[Path, typer.Argument(help="The HTML page to write.")],
     limit: Annotated[int, typer.Option(help="At most this many posts.", min=1)] = 5000,
 ) -> None:
-    """One self-contained page with posts, entities, boxes and heat maps."""
+    """Write one self-contained page with posts, entities, boxes and heat maps."""
     from gem_ray.evaluation.gallery import write_gallery_of_run
 
     write_gallery_of_run(posts, annotations, out, limit=limit)
@@ -216,16 +217,16 @@ def gallery(
 def experiment(
     name: Annotated[str, typer.Argument(help="`table1`, `figure5`, `cost` …, or a YAML file of the same form.")],
     data: Annotated[Path, typer.Option(help="A Twitter10000 root, or a folder with shards in `train/` and `dev/`.")],
-    out: Annotated[Path, typer.Option(help="Folder of the runs, which experiments share, and of `NAME/table.md`.")],
-    seeds: Annotated[int, typer.Option(help="Trainings of each variant whose tagger is trained.", min=1)] = 3,
-    only: Annotated[list[str] | None, typer.Option(help="Just this variant. Repeatable.")] = None,
-    tabulate: Annotated[bool, typer.Option("--tabulate", help="Run nothing: tabulate what is there.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the runs, which experiments share, and for `NAME/table.md`.")],
+    seeds: Annotated[int, typer.Option(help="Trainings of each variant that trains a tagger.", min=1)] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this variant. Repeatable.")] = None,
+    tabulate: Annotated[bool, typer.Option("--tabulate", help="Run nothing; tabulate the finished runs.")] = False,
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
     recipe_set: RecipeSetOption = None,
 ) -> None:
-    """A table or figure of the paper: variants of the system, compared. Finished runs are skipped."""
+    """Compare variants of the system, as a table or figure of the paper does. Finished runs are skipped."""
     from gem_ray.config import load_config
     from gem_ray.experiments.data import read_experiment_posts
     from gem_ray.experiments.definition import load_experiment

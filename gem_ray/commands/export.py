@@ -28,7 +28,7 @@ def export(
     context: typer.Context,
     annotations: Annotated[str, typer.Argument(help="An output folder of `annotate`, or a Parquet file of it.")],
     out: Annotated[Path, typer.Argument(help="The file to write.")],
-    format_: Annotated[ExportFormat, typer.Option("--format", "-f", help="What is written.")],
+    format_: Annotated[ExportFormat, typer.Option("--format", "-f", help="Output format.")],
     images: Annotated[
         str | None,
         typer.Option(
@@ -36,9 +36,9 @@ def export(
             "shards become files in `images/` beside OUT; an `image_uri` is passed on."
         ),
     ] = None,
-    labels: Annotated[Labels | None, typer.Option(help="Label set; if not given, what `run.json` says.")] = None,
+    labels: Annotated[Labels | None, typer.Option(help="Label set; default: as in `run.json`.")] = None,
 ) -> None:
-    """Annotations as COCO boxes, JSON lines, CoNLL tags or Label Studio tasks."""
+    """Export annotations as COCO boxes, JSON lines, CoNLL tags or Label Studio tasks."""
     from gem_ray.export.run import export_annotations
     from gem_ray.pipeline.progress import json_lines
     from gem_ray.taxonomy import LABEL_SETS

@@ -11,14 +11,14 @@ from gem_ray.commands.options import ConfigOption, PresetOption, SetOption
 if TYPE_CHECKING:
     from gem_ray.planning.needs import ModelNeeded
 
-app = typer.Typer(help="The models that a configuration needs.", no_args_is_help=True)
+app = typer.Typer(help="List or download the models that a configuration needs.", no_args_is_help=True)
 
 
 @app.command("list", epilog="Example: `gem-ray models list --preset one-gpu`")
 def list_(preset: PresetOption = "nano", config: ConfigOption = None, set_: SetOption = None) -> None:
-    """What a configuration loads: size, licence, revision, and where it is. Fetches nothing.
+    """List what a configuration loads: size, licence, revision, and where it is. Downloads nothing.
 
-    Sizes are what is loaded, not whole repositories; ≈: computed, because the hub cannot be asked.
+    Sizes are of what is loaded, not of whole repositories; ≈ marks those computed because the hub cannot be asked.
     """
     from rich.console import Console
     from rich.table import Table
@@ -53,10 +53,10 @@ def fetch(
     config: ConfigOption = None,
     set_: SetOption = None,
     to: Annotated[
-        str | None, typer.Option(help="A folder or an `s3://` prefix for copies; this machine's caches if not given.")
+        str | None, typer.Option(help="Folder or `s3://` prefix for copies; default: the caches of this machine.")
     ] = None,
 ) -> None:
-    """Fetch what a configuration loads and nothing else, for clusters without internet.
+    """Download what a configuration loads and nothing else, for clusters without internet.
 
     With `--to`, prints the settings that use the copies: save them, and give them to `annotate --config`.
     """

@@ -31,22 +31,24 @@ class Labels(StrEnum):
     GMNER = "gmner"
 
 
-PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Start from this preset.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file over the preset.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="One key: `filter.gamma=0.3`. Repeatable.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Preset to start from.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file that overrides the preset.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override one key: `filter.gamma=0.3`. Repeatable.")
+]
+SeedOption = Annotated[int, typer.Option(help="Random seed.", min=0)]
 UnseenNamesOption = Annotated[
-    float, typer.Option(help="Share of entities with names that training never saw.", min=0, max=1)
+    float, typer.Option(help="Share of entities whose names were not in training.", min=0, max=1)
 ]
 MapOption = Annotated[
-    list[str] | None, typer.Option("--map", help="Other names of columns: `text=tweet,post_id=id`. Repeatable.")
+    list[str] | None, typer.Option("--map", help="Columns with other names: `text=tweet,post_id=id`. Repeatable.")
 ]
 SkipOption = Annotated[
-    bool, typer.Option("--skip-bad-files", help="Go on without files that cannot be read, and count their rows.")
+    bool, typer.Option("--skip-bad-files", help="Skip files that cannot be read, and count their rows.")
 ]
 PriceOption = Annotated[
     float | None,
-    typer.Option(help="What an hour of a card costs, used or not; of a machine, where there are no cards.", min=0),
+    typer.Option(help="Price of an hour of a GPU, used or not; without GPUs, of a machine.", min=0),
 ]
 RequestPriceOption = Annotated[
     float, typer.Option(help="What a million S3 requests for images cost, beside --price.", min=0)
@@ -58,7 +60,7 @@ OutOption = Annotated[Path, typer.Option(help="The model directory to write.")]
 SplitOption = Annotated[str, typer.Option(help="Split of a Twitter10000 root to learn from.")]
 ImagesOption = Annotated[Path | None, typer.Option(help="Images of a Twitter10000 root, named by image id.")]
 RecipeSetOption = Annotated[
-    list[str] | None, typer.Option("--recipe-set", help="One setting of the recipe: `epochs=3`. Repeatable.")
+    list[str] | None, typer.Option("--recipe-set", help="Override one setting of the recipe: `epochs=3`. Repeatable.")
 ]
 
 

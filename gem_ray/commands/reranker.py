@@ -27,7 +27,7 @@ def reranker_tables(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Reranker against tagger by entropy (Figure 5), over K (Figure 6), and with other images or none."""
+    """Compare reranker and tagger by entropy (Figure 5), over K (Figure 6), and with other images or none."""
     from rich.console import Console
 
     from gem_ray.config import load_config

@@ -50,16 +50,19 @@ def sample(
         ),
     ] = Design.UNCERTAINTY,
     images: Annotated[
-        str | None, typer.Option(help="The shards that were annotated, or a folder of images; without, no regions.")
+        str | None,
+        typer.Option(help="The shards that were annotated, or a folder of images; without it, tasks have no regions."),
     ] = None,
     after: Annotated[
-        Path | None, typer.Option(help="A review that goes on: --posts in all, of which only the new ones are tasks.")
+        Path | None, typer.Option(help="Extend this review to --posts in all; only the new ones become tasks.")
     ] = None,
     without: Annotated[
-        list[Path] | None, typer.Option(help="Leave out the posts of this review, as trained on. Repeatable.")
+        list[Path] | None,
+        typer.Option(help="Leave out the posts of this review, because a model was trained on them. Repeatable."),
     ] = None,
     blind: Annotated[
-        bool, typer.Option("--blind", help="Leave the predictions out of the tasks, so that they sway nobody.")
+        bool,
+        typer.Option("--blind", help="Leave the predictions out of the tasks, so that they do not bias the checkers."),
     ] = False,
     seed: SeedOption = 0,
 ) -> None:
@@ -94,7 +97,7 @@ def read(
         str | None, typer.Option(help="The shards that were annotated: puts images into the new ones.")
     ] = None,
 ) -> None:
-    """Checked posts as shards with gold, for `train`, `evaluate` and `calibrate`."""
+    """Convert checked posts to shards with gold, for `train`, `evaluate` and `calibrate`."""
     from gem_ray.review.corrections import read_corrections
     from gem_ray.review.folder import read_review
     from gem_ray.review.gold import write_gold
@@ -115,16 +118,17 @@ def certify(
     review: ReviewArgument,
     export: ExportArgument,
     out: Annotated[Path, typer.Argument(help="Folder for `certificate.html` and `certificate.json`.")],
-    claim: Annotated[list[str] | None, typer.Option(help="A claim to settle: `mner.f1>=0.65`. Repeatable.")] = None,
+    claim: Annotated[list[str] | None, typer.Option(help="Claim to test: `mner.f1>=0.65`. Repeatable.")] = None,
     width: Annotated[
-        float | None, typer.Option(help="Say how many checks intervals of ± this take: `0.03`.", min=0.001, max=0.5)
+        float | None,
+        typer.Option(help="Estimate how many checks intervals of ± this need: `0.03`.", min=0.001, max=0.5),
     ] = None,
-    iou: Annotated[float, typer.Option(help="A box is right above this.", min=0, max=1)] = 0.5,
+    iou: Annotated[float, typer.Option(help="IoU above which a box is right.", min=0, max=1)] = 0.5,
     against: Annotated[
         str | None, typer.Option(help="A second run over the same posts: what it changed, and whether it is better.")
     ] = None,
 ) -> None:
-    """Precision, recall and F1 of the whole run with 95 % intervals."""
+    """Certify precision, recall and F1 of the whole run, with 95 % intervals."""
     from gem_ray.review.certificate import Claim, write_certificate
     from gem_ray.review.certificate import certify as prove
     from gem_ray.review.corrections import read_corrections

@@ -21,9 +21,10 @@ def serve(
     ] = None,
     set_: SetOption = None,
     host: Annotated[
-        str | None, typer.Option(help="Address to listen on; 127.0.0.1, or the config's. Others need API keys.")
+        str | None,
+        typer.Option(help="Address to listen on; default: 127.0.0.1, or the config's. Others need API keys."),
     ] = None,
-    port: Annotated[int | None, typer.Option(help="8000, or the config's.", min=1, max=65535)] = None,
+    port: Annotated[int | None, typer.Option(help="Port; default: 8000, or the config's.", min=1, max=65535)] = None,
 ) -> None:
     """Annotate over HTTP, with a page to try it, until the command is stopped (Ctrl-C, SIGTERM).
 
@@ -62,15 +63,15 @@ def serve(
                 service.reload_keys()
             except ConfigError as error:
                 typer.secho(f"reload failed; keeping the current config: {redacted(str(error))}", fg="red", err=True)
-        typer.echo("finishing what has begun")
+        typer.echo("finishing running requests")
 
 
 @app.command("new-key", epilog="Example: `gem-ray new-key --to keys.txt`")
 def new_key(
     to: Annotated[
-        Path | None, typer.Option(help="Append the hash here, for serving.api_keys_file; else it is printed.")
+        Path | None, typer.Option(help="File to append the hash to, for serving.api_keys_file; default: print it.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Whose key it is, for metrics and the access log; one word.")] = "",
+    name: Annotated[str, typer.Option(help="Owner of the key, for metrics and the access log; one word.")] = "",
 ) -> None:
     """Make an API key: the key for a client, and its hash for the server."""
     from gem_ray.serving.keys import ApiKeys

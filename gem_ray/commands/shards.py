@@ -27,7 +27,7 @@ _SHOWN_REASONS = 5
 OutArgument = Annotated[str, typer.Argument(help="Folder for the shards.")]
 EmbedOption = Annotated[bool, typer.Option(help="Put images beside the file into the shards.")]
 
-app = typer.Typer(help="Make Parquet shards out of other formats.", no_args_is_help=True)
+app = typer.Typer(help="Convert other formats to Parquet shards.", no_args_is_help=True)
 
 
 @app.command("twitter10000", epilog="Example: `gem-ray shards twitter10000 data/twitter10000 posts/ --split dev`")
@@ -87,7 +87,7 @@ def shards_csv(
     out: OutArgument,
     embed_images: EmbedOption = True,
     map_: MapOption = None,
-    quotes: Annotated[bool, typer.Option(help='`"` encloses cells; without, it is a character as any other.')] = True,
+    quotes: Annotated[bool, typer.Option(help='Treat `"` as the quote character.')] = True,
     per_shard: PerShardOption = 1000,
 ) -> None:
     """Values separated by commas, semicolons, tabs or `|`; also compressed."""
@@ -117,7 +117,7 @@ def shards_again(
     map_: MapOption = None,
     per_shard: PerShardOption = 1000,
 ) -> None:
-    """What `annotate` reads as it is, in shards of another size, with columns of the right names, and with footers."""
+    """Rewrite shards: to another size, with renamed columns, and with Parquet's footers."""
     from gem_ray.data.shards import read_posts
 
     _write_shards(read_posts(path, columns=parse_columns(map_)), out, per_shard)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gem_ray.tagger.trainer import TrainingProgress
 
 app = typer.Typer(help="Train a component.", no_args_is_help=True)
-nano = typer.Typer(help="The embedded default's models.", no_args_is_help=True)
+nano = typer.Typer(help="The embedded models.", no_args_is_help=True)
 
 
 @app.command("tagger", epilog="Example: `gem-ray train tagger --data data/twitter10000 --out models/tagger`")
@@ -36,14 +36,17 @@ def train_tagger_command(
         str | None, typer.Option(help="`nano`, `paper-bert` or `paper-roberta`; default: for a small encoder.")
     ] = None,
     split: SplitOption = "train",
-    dev: Annotated[Path | None, typer.Option(help="Shards to choose the epoch by; else the last one is kept.")] = None,
+    dev: Annotated[
+        Path | None, typer.Option(help="Shards to choose the epoch by; without them the last epoch is kept.")
+    ] = None,
     dev_split: Annotated[str, typer.Option(help="The same, as a split of a Twitter10000 root.")] = "dev",
     workers: Annotated[
-        int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)
+        int,
+        typer.Option(help="Processes that share the work through Ray Train; all must see OUT at the same path.", min=1),
     ] = 1,
     recipe_set: RecipeSetOption = None,
 ) -> None:
-    """The dual-path CRF tagger (§3.2). Stopped, the same command goes on from the last checkpoint."""
+    """The dual-path CRF tagger (§3.2). The same command resumes from the last checkpoint."""
     from gem_ray.tagger.recipe import load_tagger_recipe
 
     settings = load_tagger_recipe(recipe, **parse_recipe_settings(recipe_set))
@@ -87,15 +90,16 @@ def train_reranker_command(
     candidates: Annotated[
         Path | None,
         typer.Option(
-            help="What `gem-ray train candidates` wrote; the paper's rule if none.", exists=True, dir_okay=False
+            help="Output of `gem-ray train candidates`; default: the paper's rule.", exists=True, dir_okay=False
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that share the work, by Ray Train; OUT must be a folder that all see.", min=1)
+        int,
+        typer.Option(help="Processes that share the work through Ray Train; all must see OUT at the same path.", min=1),
     ] = 1,
     recipe_set: RecipeSetOption = None,
 ) -> None:
-    """A LoRA adapter for the LLaVA reranker (§3.3.2). Stopped, the same command goes on from the last checkpoint."""
+    """A LoRA adapter for the LLaVA reranker (§3.3.2). The same command resumes from the last checkpoint."""
     from gem_ray.rerank.candidates import StoredCandidates
     from gem_ray.rerank.recipe import load_reranker_recipe
     from gem_ray.taxonomy import LABEL_SETS
@@ -117,14 +121,14 @@ def train_reranker_command(
 @app.command("candidates", epilog="Example: `gem-ray train candidates --data data/twitter10000 --out folds/`")
 def train_candidates_command(
     data: DataOption,
-    out: Annotated[Path, typer.Option(help="The folder that gets `candidates.parquet`.")],
+    out: Annotated[Path, typer.Option(help="Folder for `candidates.parquet`.")],
     recipe: Annotated[str | None, typer.Option(help="The tagger's recipe.")] = None,
     split: SplitOption = "train",
     folds: Annotated[int, typer.Option(help="Taggers to train, each on the posts of all other folds.", min=2)] = 5,
-    k: Annotated[int, typer.Option(help="Candidates to store of each mention.", min=1)] = 10,
+    k: Annotated[int, typer.Option(help="Candidates to store for each mention.", min=1)] = 10,
     recipe_set: RecipeSetOption = None,
 ) -> None:
-    """Candidates for the reranker's training as it will get them: the tagger's own, on posts that it has not seen."""
+    """The tagger's candidates on held-out folds, to train the reranker on."""
     from gem_ray.evaluation.fold_candidates import store_fold_candidates
     from gem_ray.tagger.recipe import load_tagger_recipe
 
@@ -144,7 +148,7 @@ def train_matcher_command(
     images: ImagesOption = None,
     recipe_set: RecipeSetOption = None,
 ) -> None:
-    """The BLIP matcher (§3.4.1). Stopped, the same command goes on from the last checkpoint."""
+    """The BLIP matcher (§3.4.1). The same command resumes from the last checkpoint."""
     from gem_ray.config import parse_settings
     from gem_ray.grounding.matcher_recipe import MatcherTraining
     from gem_ray.grounding.train_matcher import train_matcher
@@ -183,20 +187,18 @@ def train_text_segmenter_command(
 
 @nano.command("build", epilog="Example: `gem-ray nano build --tweets data/twitter10000 --only matcher`")
 def nano_build(
-    out: Annotated[Path | None, typer.Option(help="Folder for the models; the package's own if not given.")] = None,
-    tweets: Annotated[
-        Path | None, typer.Option(help="A Twitter10000 root, for the tagger; `../shared/data/twitter10000` if none.")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Just this model. Repeatable.")] = None,
-    jobs: Annotated[int, typer.Option(help="Models trained at a time.", min=1)] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for the models; default: the package itself.")] = None,
+    tweets: Annotated[Path, typer.Option(help="A Twitter10000 root, for the tagger.")] = Path("data/twitter10000"),
+    only: Annotated[list[str] | None, typer.Option(help="Train only this model. Repeatable.")] = None,
+    jobs: Annotated[int, typer.Option(help="Models to train in parallel.", min=1)] = 2,
     seed: SeedOption = 0,
 ) -> None:
-    """Train the embedded models again, from scratch."""
-    from gem_ray.nano.build import DEFAULT_TWEETS, WEIGHTS, build
+    """Train the embedded models from scratch."""
+    from gem_ray.nano.build import WEIGHTS, build
 
     build(
         out or WEIGHTS,
-        tweets=tweets or DEFAULT_TWEETS,
+        tweets=tweets,
         seed=seed,
         only=only or (),
         jobs=jobs,

@@ -30,13 +30,11 @@ class Variant(_Part):
     label: str = Field(description="what the table calls it")
     settings: dict[str, Any] | None = Field(
         None,
-        description="of the recipe by which its tagger is trained, over the experiment's; default: it is not trained",
+        description="settings of its tagger's recipe, over the experiment's; default: it trains no tagger",
     )
-    recipe: str | None = Field(
-        None, description="a preset of its own, in place of the experiment's recipe and settings"
-    )
-    tagger: str | None = Field(None, description="the variant whose trained tagger it uses; default: the preset's")
-    config: dict[str, Any] = Field(default_factory=dict, description="of the whole system, over the experiment's")
+    recipe: str | None = Field(None, description="recipe of its own, instead of the experiment's recipe and settings")
+    tagger: str | None = Field(None, description="variant whose trained tagger it uses; default: the preset's")
+    config: dict[str, Any] = Field(default_factory=dict, description="keys of the configuration, over the experiment's")
     at: float | None = Field(None, description="its place on the plot's axis")
 
     @property
@@ -84,7 +82,7 @@ class PublishedRow(_Part):
     """Figures that somebody else measured."""
 
     label: str
-    values: list[float | str | None] = Field(description="one a column, as printed; none where there is none")
+    values: list[float | str | None] = Field(description="one per column, as printed; null for a missing one")
 
 
 class PublishedFigures(_Part):
@@ -113,8 +111,10 @@ class Experiment(_Part):
     title: str
     about: str = Field("", description="a sentence under the title")
     recipe: str = Field("nano", description="the recipe that trained variants change")
-    settings: dict[str, Any] = Field(default_factory=dict, description="of the recipe, for all variants")
-    config: dict[str, Any] = Field(default_factory=dict, description="of the system, over the preset, for all variants")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the recipe, for all variants")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="keys of the configuration, over the preset, for all variants"
+    )
     variants: list[Variant]
     columns: list[Column]
     rows: list[Row] = Field(default_factory=list, description="default: one for each variant")

@@ -33,16 +33,16 @@ class TextSegmenterTraining(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: PositiveInt = Field(2000, description="of the optimizer")
+    steps: PositiveInt = Field(2000, description="steps of the optimizer")
     batch_size: PositiveInt = Field(16, description="images in a step")
     absent: NonNegativeInt = Field(
-        2, description="prompts added to each image that it does not show; their mask is empty"
+        2, description="prompts for absent objects to add to each image; their mask is empty"
     )
-    learning_rate: float = Field(1e-3, gt=0, description="the peak of the one-cycle schedule")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     train_backbone: bool = Field(False, description="train CLIP too; otherwise only the decoder")
-    seed: int = Field(0, description="of the order of samples and the choice of absent prompts")
+    seed: int = Field(0, description="random seed, for the order of samples and the absent prompts")
     report_every: PositiveInt = Field(50, description="steps between reports")
     device: str = Field("auto", description="as the config's `device`")
 

@@ -16,7 +16,6 @@ from gem_ray.nano.confidence import calibrate
 from gem_ray.nano.scope import SCOPE
 
 WEIGHTS = Path(__file__).parent / "weights"
-DEFAULT_TWEETS = Path("../shared/data/twitter10000")
 
 # Model -> the function that trains it, longest first. Each takes (weights folder, seed, tweets) and returns its scores.
 RECIPES: dict[str, str] = {
@@ -41,7 +40,7 @@ FOLDERS = ("tagger", *(folder for folders in _VISION.values() for folder in fold
 def build(
     out: Path = WEIGHTS,
     *,
-    tweets: Path = DEFAULT_TWEETS,
+    tweets: Path,
     seed: int = 0,
     only: Sequence[str] = (),
     jobs: int = 2,

@@ -17,10 +17,10 @@ class RerankerTraining(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     labels: LabelSetName = Field("fmnerg", description="label set of the gold")
-    rank: PositiveInt = Field(64, description="of the adapter")
+    rank: PositiveInt = Field(64, description="rank of the adapter")
     alpha: float = Field(128, gt=0, description="scale of the adapter, over its rank")
     dropout: Probability = Field(0.05, description="on the adapter's input")
-    k: PositiveInt = Field(5, description="candidates of an entity; drawn anew in each epoch")
+    k: PositiveInt = Field(5, description="candidates of an entity, redrawn in each epoch")
     template: str | None = Field(None, description="conversation around `{question}`; default: the model's own")
     image_fit: ImageFit = Field("pad", description="as `reranker.image_fit`")
     max_length: PositiveInt = Field(1024, description="positions of prompt, image and answer; longer ones are left out")
@@ -28,20 +28,22 @@ class RerankerTraining(BaseModel):
     epochs: PositiveInt = Field(3, description="passes over the posts")
     batch_size: PositiveInt = Field(4, description="entities in a batch of one worker")
     gradient_accumulation: PositiveInt = Field(1, description="batches in a step of the optimizer")
-    learning_rate: float = Field(5e-6, gt=0, description="the highest")
+    learning_rate: float = Field(5e-6, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warmup")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
 
-    precision: DType = Field("float32", description="of the frozen base; the adapter is single precision")
-    four_bit: bool = Field(False, description="base in 4 bits, by bitsandbytes: 7 B parameters on a card of 24 GB")
-    gradient_checkpointing: bool = Field(False, description="compute activations twice rather than keep them")
+    precision: DType = Field("float32", description="precision of the frozen base; the adapter stays in float32")
+    four_bit: bool = Field(
+        False, description="quantize the base to 4 bits with bitsandbytes: 7 B parameters fit a card of 24 GB"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
     device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
     checkpoint_steps: PositiveInt = Field(500, description="steps between checkpoints")
     report_every: PositiveInt = Field(50, description="steps between reports")
     image: ImageConfig = Field(default_factory=ImageConfig, description="limits of the posts' images")
-    seed: int = Field(0, description="of everything random")
+    seed: int = Field(0, description="random seed")
 
 
 def load_reranker_recipe(name: str | None = None, **values: Any) -> RerankerTraining:
