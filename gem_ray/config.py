@@ -41,17 +41,12 @@ def _speed(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={_AFFECTS: False}, **limits)
 
 
-ShareOfCard = Annotated[
-    float, Field(gt=0, le=1, description="vLLM: share of the card's memory", json_schema_extra={_AFFECTS: False})
-]
-KvCacheBytes = Annotated[
-    PositiveInt | None,
-    Field(
-        description="vLLM: size of the KV cache, which `plan --json` computes for models that share a card; null means "
-        "what is left of `gpu_memory_utilization`",
-        json_schema_extra={_AFFECTS: False},
-    ),
-]
+_SHARE_OF_CARD = _speed(0.5, "vLLM: share of the card's memory", gt=0, le=1)
+_KV_CACHE_BYTES = _speed(
+    None,
+    "vLLM: size of the KV cache, which `plan --json` computes for models that share a card; null means what is left of "
+    "`gpu_memory_utilization`",
+)
 
 
 class TextConfig(_Section):
@@ -107,8 +102,8 @@ class ExplainerConfig(EndpointConfig):
     engine: Literal["endpoint", "vllm"] = Field("endpoint", description="`vllm`: a model in this process, no address")
     dtype: DType = Field("float32", description="vLLM: precision of the model")
     max_model_len: PositiveInt = Field(4096, description="vLLM: tokens of question and answer; the examples take 800")
-    gpu_memory_utilization: ShareOfCard = 0.5
-    kv_cache_bytes: KvCacheBytes = None
+    gpu_memory_utilization: float = _SHARE_OF_CARD
+    kv_cache_bytes: PositiveInt | None = _KV_CACHE_BYTES
 
     @model_validator(mode="after")
     def _knows_whom_to_ask(self) -> ExplainerConfig:
@@ -232,8 +227,8 @@ class RerankerConfig(_Section):
         None, "vLLM: serve a copy of the model with its only adapter merged; default: only without a GPU"
     )
     max_lora_rank: PositiveInt = Field(64, description="vLLM: the largest adapter rank")
-    gpu_memory_utilization: ShareOfCard = 0.5
-    kv_cache_bytes: KvCacheBytes = None
+    gpu_memory_utilization: float = _SHARE_OF_CARD
+    kv_cache_bytes: PositiveInt | None = _KV_CACHE_BYTES
     concurrency: PositiveInt = _speed(
         3, "vLLM: batches of posts that overlap in an actor, so that none waits for the slowest row"
     )

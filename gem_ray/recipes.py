@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
-from gem_ray.config import ConfigError, parse_settings
+from gem_ray.config import ConfigError, DType, PositiveInt, parse_settings
 from gem_ray.strict import load_yaml
+from gem_ray.taxonomy import LabelSetName
 
 R = TypeVar("R", bound=BaseModel)
+
+
+class Recipe(BaseModel):
+    """What every training with `transformers.Trainer` is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: LabelSetName = Field("fmnerg", description="label set of the gold")
+    batch_size: PositiveInt = Field(16, description="posts in a batch of one worker")
+    gradient_accumulation: PositiveInt = Field(1, description="batches in a step of the optimizer")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warmup")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the rate rises")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    precision: DType = Field("float32", description="precision of the arithmetic; weights stay in float32")
+    device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
+    seed: int = Field(0, ge=0, description="random seed")
 
 
 def recipe_names(component: str) -> list[str]:

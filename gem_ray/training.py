@@ -5,35 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pydantic import BaseModel
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from gem_ray.config import ConfigError, DType
+from gem_ray.config import ConfigError
+from gem_ray.recipes import Recipe
 
 
-class CommonSettings(Protocol):
-    """What every recipe has."""
-
-    @property
-    def batch_size(self) -> int: ...  # noqa: D102
-    @property
-    def gradient_accumulation(self) -> int: ...  # noqa: D102
-    @property
-    def schedule(self) -> str: ...  # noqa: D102
-    @property
-    def warmup(self) -> float: ...  # noqa: D102
-    @property
-    def max_grad_norm(self) -> float: ...  # noqa: D102
-    @property
-    def precision(self) -> DType: ...  # noqa: D102
-    @property
-    def seed(self) -> int: ...  # noqa: D102
-
-
-def training_arguments(recipe: CommonSettings, checkpoints: Path, **particular: Any) -> TrainingArguments:
+def training_arguments(recipe: Recipe, checkpoints: Path, **particular: Any) -> TrainingArguments:
     """Arguments of a training that keeps its last and its best checkpoint, and prints nothing.
 
     Args:
@@ -62,8 +43,8 @@ def training_arguments(recipe: CommonSettings, checkpoints: Path, **particular: 
     return arguments
 
 
-def last_checkpoint(folder: Path, recipe: BaseModel, inputs: Mapping[str, str], may_begin: bool) -> str | None:
-    """Where a training goes on; where none was begun, what it is is put there.
+def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may_begin: bool) -> str | None:
+    """Find the last checkpoint; for a new training, record its recipe and inputs.
 
     Args:
         folder: of `transformers.Trainer`'s checkpoints.

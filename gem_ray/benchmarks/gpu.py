@@ -50,7 +50,7 @@ def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
     while time.perf_counter() - started < _SECONDS or len(seconds) < 5:
         begun = time.perf_counter()
         action()
-        _wait(device)
+        wait(device)
         seconds.append(time.perf_counter() - begun)
     return median(seconds[2:])
 
@@ -92,7 +92,8 @@ def per_second(images: int, entities: int, seconds: float) -> Row:
     return {"images_per_second": images / seconds, "entities_per_second": entities / seconds}
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the card has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

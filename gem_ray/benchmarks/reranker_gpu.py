@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gem_ray.benchmarks.gpu import describe, matmul_peak
+from gem_ray.benchmarks.gpu import describe, matmul_peak, wait
 from gem_ray.benchmarks.plain_reranker import PlainReranker
 from gem_ray.data.generated import generate
 from gem_ray.device import torch_device
@@ -153,14 +153,10 @@ def _mean_tokens(config: LlavaConfig, tokenizer: PreTrainedTokenizerFast, reques
 
 
 def _seconds(action: Callable[[], Any], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
+    wait(device)
     started = time.perf_counter()
     action()
-    wait()
+    wait(device)
     return time.perf_counter() - started
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from gem_ray.config import DType, ImageConfig, ImageFit, PositiveInt, Probability
-from gem_ray.recipes import load_recipe
-from gem_ray.taxonomy import LabelSetName
+from gem_ray.recipes import Recipe, load_recipe
 
 
-class RerankerTraining(BaseModel):
+class RerankerTraining(Recipe):
     """How an adapter is trained. The defaults are the paper's recipe; its rate is very small for LoRA."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    labels: LabelSetName = Field("fmnerg", description="label set of the gold")
     rank: PositiveInt = Field(64, description="rank of the adapter")
     alpha: float = Field(128, gt=0, description="scale of the adapter, over its rank")
     dropout: Probability = Field(0.05, description="on the adapter's input")
@@ -27,23 +23,18 @@ class RerankerTraining(BaseModel):
 
     epochs: PositiveInt = Field(3, description="passes over the posts")
     batch_size: PositiveInt = Field(4, description="entities in a batch of one worker")
-    gradient_accumulation: PositiveInt = Field(1, description="batches in a step of the optimizer")
     learning_rate: float = Field(5e-6, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warmup")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
 
     precision: DType = Field("float32", description="precision of the frozen base; the adapter stays in float32")
     four_bit: bool = Field(
         False, description="quantize the base to 4 bits with bitsandbytes: 7 B parameters fit a card of 24 GB"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
-    device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
     checkpoint_steps: PositiveInt = Field(500, description="steps between checkpoints")
     report_every: PositiveInt = Field(50, description="steps between reports")
     image: ImageConfig = Field(default_factory=ImageConfig, description="limits of the posts' images")
-    seed: int = Field(0, description="random seed")
 
 
 def load_reranker_recipe(name: str | None = None, **values: Any) -> RerankerTraining:

