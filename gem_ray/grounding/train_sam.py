@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -39,72 +39,12 @@ class SamSample:
 
 
 @dataclass(frozen=True)
-class SamTraining:
-    """How SAM is trained.
-
-    Args:
-        steps: optimizer steps.
-        batch_size: images in a step.
-        learning_rate: the peak of the one-cycle schedule.
-        weight_decay: AdamW's.
-        clip: largest norm of the gradient.
-        report_every: steps between reports.
-    """
-
-    steps: int = 1000
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    report_every: int = 50
-
-
-@dataclass(frozen=True)
 class _Input:
     """A sample in the model's frame: image (3, S, S), points (P, 1, 2), and for each point its masks (V, M, M)."""
 
     image: torch.Tensor
     points: torch.Tensor
     masks: list[torch.Tensor]
-
-
-def train_sam(
-    model: modeling.Sam,
-    samples: Iterator[SamSample],
-    settings: SamTraining,
-    report: Callable[[int, float], None] = lambda step, loss: None,
-) -> list[float]:
-    """Train a model in place.
-
-    Args:
-        model: on its device.
-        samples: as many as `steps × batch_size`.
-        settings: see there.
-        report: called with the step and the mean loss since the last report.
-
-    Returns:
-        The loss of every step.
-    """
-    model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
-    )
-    losses: list[float] = []
-    for step in range(1, settings.steps + 1):
-        loss = batch_loss(model, [next(samples) for _ in range(settings.batch_size)])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if step % settings.report_every == 0:
-            report(step, float(np.mean(losses[-settings.report_every :])))
-    model.eval()
-    return losses
 
 
 def batch_loss(model: modeling.Sam, batch: Sequence[SamSample]) -> torch.Tensor:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt
 from torch.nn import functional as F
 from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from gem_ray.config import PositiveInt
 from gem_ray.device import torch_device
+from gem_ray.grounding.one_cycle import OneCycle, Report
 from gem_ray.grounding.text_segmenter import category_prompt, image_activations, mask_logits, prompt_conditions
 from gem_ray.loading import load_pretrained
 from gem_ray.model_paths import resolve
@@ -28,26 +29,17 @@ class PromptSample:
     masks: dict[str, np.ndarray]
 
 
-class TextSegmenterTraining(BaseModel):
+class TextSegmenterTraining(OneCycle):
     """How CLIPSeg is trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: PositiveInt = Field(2000, description="steps of the optimizer")
     batch_size: PositiveInt = Field(16, description="images in a step")
     absent: NonNegativeInt = Field(
         2, description="prompts for absent objects to add to each image; their mask is empty"
     )
-    learning_rate: float = Field(1e-3, gt=0, description="peak of the one-cycle schedule")
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     train_backbone: bool = Field(False, description="train CLIP too; otherwise only the decoder")
     seed: int = Field(0, description="random seed, for the order of samples and the absent prompts")
-    report_every: PositiveInt = Field(50, description="steps between reports")
     device: str = Field("auto", description="as the config's `device`")
-
-
-Report = Callable[[int, float], None]
 
 
 def train_text_segmenter(
@@ -135,30 +127,13 @@ def fit_clipseg(
     """
     rng = np.random.default_rng(settings.seed)
     model.clip.requires_grad_(settings.train_backbone)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
-    )
-    model.train()
-    losses: list[float] = []
-    for step in range(1, settings.steps + 1):
-        batch = [next(samples) for _ in range(settings.batch_size)]
+
+    def loss(batch: list[PromptSample]) -> torch.Tensor:
         known = sorted({*prompts, *(prompt for sample in batch for prompt in sample.masks)})
         chosen = [_with_absent(sample, known, settings.absent, rng) for sample in batch]
-        loss = _batch_loss(model, processor, batch, chosen)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if step % settings.report_every == 0:
-            report(step, float(np.mean(losses[-settings.report_every :])))
-    model.eval()
-    return losses
+        return _batch_loss(model, processor, batch, chosen)
+
+    return settings.fit(model, samples, loss, report)
 
 
 def _with_absent(sample: PromptSample, known: list[str], absent: int, rng: np.random.Generator) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,15 @@ from transformers import (
 
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import PlacedEmblem, Scene, make_scene
+from gem_ray.grounding.one_cycle import OneCycle, Report
 from gem_ray.grounding.sam import SamSegmenter, save_sam
 from gem_ray.grounding.sam_build import SamSizes
 from gem_ray.grounding.sam_build import build_sam as untrained_sam
 from gem_ray.grounding.text_segmenter import CLIPSeg, category_prompt, mask_box
-from gem_ray.grounding.train_sam import PointTarget, SamSample, SamTraining
-from gem_ray.grounding.train_sam import train_sam as fit_sam
+from gem_ray.grounding.train_sam import PointTarget, SamSample, batch_loss
 from gem_ray.grounding.train_text_segmenter import PromptSample, TextSegmenterTraining, fit_clipseg
 from gem_ray.records import Box
 from gem_ray.taxonomy import FMNERG, GMNER
-
-Report = Callable[[int, float], None]
 
 SAM_SIZES = SamSizes(image_size=256, patch_size=16, width=96, depth=4, window=4, global_layers=(1, 3))
 _CLIPSEG_SIDE, _CLIPSEG_PATCH = 144, 8
@@ -75,8 +74,8 @@ def train_sam(
     """
     torch.manual_seed(seed)
     model = untrained_sam(SAM_SIZES)
-    settings = SamTraining(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-    losses = fit_sam(model, sam_samples(seed, points), settings, report)
+    settings = OneCycle(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    losses = settings.fit(model, sam_samples(seed, points), partial(batch_loss, model), report)
     save_sam(model, SAM_SIZES, out)
     return {"loss": float(np.mean(losses[-50:])), **measure_sam(SamSegmenter(model), seed + 1)}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from transformers import SamImageProcessorPil, SamModel, SamProcessor
 from gem_ray.config import parse_config
 from gem_ray.grounding import sam as sam_module
 from gem_ray.grounding import sam_attention
+from gem_ray.grounding.one_cycle import OneCycle
 from gem_ray.grounding.sam import SamSegmenter, load_sam, save_sam
 from gem_ray.grounding.sam_attention import FusedAttention
 from gem_ray.grounding.sam_build import SamSizes, build_sam
-from gem_ray.grounding.train_sam import PointTarget, SamSample, SamTraining, point_loss, train_sam
+from gem_ray.grounding.train_sam import PointTarget, SamSample, batch_loss, point_loss
 from gem_ray.records import Box
 
 TINY = SamSizes(
@@ -269,8 +271,8 @@ def test_training_teaches_a_square_to_be_cut_out_at_its_point():
 
     model = build_sam(replace(TINY, width=32, prompt_width=32, decoder_hidden=64))
     reports = []
-    settings = SamTraining(steps=100, batch_size=8, learning_rate=3e-3, report_every=50)
-    losses = train_sam(model, samples(), settings, lambda step, loss: reports.append((step, loss)))
+    settings = OneCycle(steps=100, batch_size=8, learning_rate=3e-3)
+    losses = settings.fit(model, samples(), partial(batch_loss, model), lambda step, loss: reports.append((step, loss)))
     assert [step for step, _ in reports] == [50, 100]
     assert reports[-1][1] == pytest.approx(np.mean(losses[50:]))
 
