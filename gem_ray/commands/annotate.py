@@ -58,9 +58,7 @@ def annotate(
     set_: SetOption = None,
     map_: MapOption = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N posts.", min=1)] = None,
-    fresh: Annotated[
-        bool, typer.Option(help="Start a new run, which replaces what is at OUTPUT when it is done.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option(help="Start a new run; when done, it replaces what is at OUTPUT.")] = False,
     update: Annotated[bool, typer.Option(help="Add the files that are new in INPUT to the run.")] = False,
     only_problems: Annotated[
         bool, typer.Option(help="Redo the rows of a finished run that were degraded or rejected.")
@@ -72,8 +70,7 @@ def annotate(
     price: PriceOption = None,
     request_price: RequestPriceOption = 0.0,
     budget: Annotated[
-        float | None,
-        typer.Option(help="Stop when the run has cost this much; needs --price. The same command resumes it.", min=0),
+        float | None, typer.Option(help="Stop, to be resumed, when the run has cost this much; needs --price.", min=0)
     ] = None,
     deadline: Annotated[
         str | None, typer.Option(help="Warn when the run will finish later: `2h30m` from now, or `2026-12-31T18:00`.")
@@ -139,16 +136,12 @@ def plan(
     request_price: RequestPriceOption = 0.0,
     probe: Annotated[
         str | None,
-        typer.Option(
-            help="Input to sample: a few hundred of its posts are tagged, to measure what they ask of the models."
-        ),
+        typer.Option(help="Input, of which a few hundred posts are tagged to measure what they ask of the models."),
     ] = None,
     like: Annotated[
         Path | None, typer.Option(help="`run.json` of an earlier run, for its posts and its speed.", exists=True)
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write JSON to this file; `-` prints it, and nothing else.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="JSON file to write; `-` prints JSON alone.")] = None,
 ) -> None:
     """Plan which model runs where, how long a run takes and what it costs. Exit code 2: it does not fit.
 
@@ -202,8 +195,7 @@ def submit(
     ] = LOCAL_ADDRESS,
     working_dir: Annotated[Path, typer.Option(help="Checkout to upload and run.", file_okay=False)] = Path(),
     include: Annotated[
-        list[str] | None,
-        typer.Option(help="Another file or folder of the checkout to upload, such as a config. Repeatable."),
+        list[str] | None, typer.Option(help="Another file or folder of the checkout to upload. Repeatable.")
     ] = None,
     env: Annotated[
         list[str] | None, typer.Option(help="`NAME=value` for the job, or `NAME` as it is here. Repeatable.")

@@ -66,8 +66,7 @@ def errors(
     split: Annotated[str | None, typer.Option(help="Split of a Twitter10000 root.")] = None,
     labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
     train: Annotated[
-        str | None,
-        typer.Option(help="Training posts, to tell which categories are rare; of a Twitter10000 root, its `train`."),
+        str | None, typer.Option(help="Training posts, to tell rare categories; of a Twitter10000 root, its `train`.")
     ] = None,
     images: Annotated[str | None, typer.Option(help="Shards or a folder with the images; default: GOLD.")] = None,
     worst: Annotated[int, typer.Option(help="Posts to show.", min=0)] = 40,

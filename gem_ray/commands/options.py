@@ -33,9 +33,7 @@ class Labels(StrEnum):
 
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Preset to start from.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file that overrides the preset.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", "-s", help="Override one key: `filter.gamma=0.3`. Repeatable.")
-]
+SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="Set a key: `filter.gamma=0.3`. Repeatable.")]
 SeedOption = Annotated[int, typer.Option(help="Random seed.", min=0)]
 UnseenNamesOption = Annotated[
     float, typer.Option(help="Share of entities whose names were not in training.", min=0, max=1)

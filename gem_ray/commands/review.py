@@ -50,19 +50,16 @@ def sample(
         ),
     ] = Design.UNCERTAINTY,
     images: Annotated[
-        str | None,
-        typer.Option(help="The shards that were annotated, or a folder of images; without it, tasks have no regions."),
+        str | None, typer.Option(help="The shards that were annotated, or a folder of images; default: no regions.")
     ] = None,
     after: Annotated[
         Path | None, typer.Option(help="Extend this review to --posts in all; only the new ones become tasks.")
     ] = None,
     without: Annotated[
-        list[Path] | None,
-        typer.Option(help="Leave out the posts of this review, because a model was trained on them. Repeatable."),
+        list[Path] | None, typer.Option(help="Leave out the posts of this review: a model learnt them. Repeatable.")
     ] = None,
     blind: Annotated[
-        bool,
-        typer.Option("--blind", help="Leave the predictions out of the tasks, so that they do not bias the checkers."),
+        bool, typer.Option("--blind", help="Leave the predictions out of the tasks, to not bias the checkers.")
     ] = False,
     seed: SeedOption = 0,
 ) -> None:
