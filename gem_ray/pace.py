@@ -7,7 +7,7 @@ import time
 
 
 class Pace:
-    """Hands out moments, evenly spaced, to the threads of a client: no burst, and so no rate is passed in any interval.
+    """Rate limiter with evenly spaced slots, for the threads of a client: no bursts, so the rate holds in any interval.
 
     Args:
         per_minute: how many; `None` means unlimited.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Status(StrEnum):
-    """How far a post came. A partition column of the output."""
+    """Outcome of a post. A partition column of the output."""
 
     OK = "ok"
     DEGRADED = "degraded"  # the text was annotated, without the image or the knowledge that it should have had

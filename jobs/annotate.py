@@ -3,4 +3,4 @@
 from gem_ray.entrypoint import run_job
 
 if __name__ == "__main__":
-    run_job("annotate", stopped="stopped; the same command goes on where this one stopped")
+    run_job("annotate", stopped="stopped; run the same command to resume")

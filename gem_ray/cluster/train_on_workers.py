@@ -101,7 +101,7 @@ def _on_workers(
         report = trainer.fit().return_value
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise RuntimeError(f"the workers failed, and the same command goes on from {out}: {reason}") from error
+        raise RuntimeError(f"the workers failed; run the same command to resume from {out}: {reason}") from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     if isinstance(report, ValueError):

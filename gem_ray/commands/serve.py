@@ -79,7 +79,7 @@ def new_key(
 
     key, digest = make()
     line = f"{digest} {name}".strip()
-    ApiKeys(line)  # raises on a name that is none
+    ApiKeys(line)  # raises on an invalid name
     if to is not None:  # before the key is shown, which is worth nothing if its hash cannot be written
         with to.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")

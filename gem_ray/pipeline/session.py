@@ -107,7 +107,7 @@ def _released_on_failure() -> Iterator[None]:
 
 
 def _clear_frames(error: BaseException | None, cleared: set[int]) -> None:
-    """Of an error and of all that led to it: their variables go, where they were raised can still be read.
+    """Clear local variables in the frames of an error and of its causes; line numbers stay readable.
 
     A traceback ends at the function that caught the error, and the frame of that one knows its callers', which
     `traceback.clear_frames` does not reach.
@@ -157,7 +157,7 @@ def _reserved(config: Config) -> dict[str, float]:
 
 
 def _check_resources(config: Config, can_grow: bool) -> None:
-    """Say so where a run would wait for ever for resources; a cluster may still start nodes that have them."""
+    """Fail if a run would wait for ever for resources; only warn if a cluster may still start nodes that have them."""
     needed = _reserved(config)
     needed["CPU"] += CPUS_FOR_TASKS
     there = ray.cluster_resources()

@@ -56,7 +56,7 @@ def train_reranker(
 ) -> dict[str, float]:
     """Fit an adapter to the gold entities of posts with images, and write it as peft does.
 
-    Stopped, by whatever, the same call goes on from the last checkpoint, and ends with the same weights.
+    After a stop, the same call resumes from the last checkpoint, and ends with the same weights.
 
     Args:
         posts: those without gold, or without an image that can be read, are passed over.

@@ -41,7 +41,7 @@ def train_tagger(
 ) -> dict[str, Any]:
     """Fine-tune an encoder into a tagger and save the epoch with the best dev scores (§3.2).
 
-    An epoch's value is the mean of its fine F1 with and without knowledge. Stopped, by whatever, the same call goes on
+    An epoch's value is the mean of its fine F1 with and without knowledge. After a stop, the same call resumes
     from the last checkpoint, and ends with the same weights.
 
     Args:

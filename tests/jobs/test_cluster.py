@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_the_job_running_and_a_stop_ends_it_cleanly(head, tmp_path
     follow = f"from gem_ray.cluster.submit import follow_job; raise SystemExit(follow_job({job!r}, {head.address!r}))"
     ended = head.run(sys.executable, "-c", follow)
     assert ended.returncode == 1
-    assert ended.stdout.splitlines()[-1] == "stopped; the same command goes on where this one stopped"
+    assert ended.stdout.splitlines()[-1] == "stopped; run the same command to resume"
     assert f"job {job} stopped" in ended.stderr
 
 

@@ -59,7 +59,7 @@ def test_workers_that_fail_are_explained_in_a_sentence(
     monkeypatch.setattr("gem_ray.cluster.train_on_workers._MAX_FAILURES", 0)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "begun.json").mkdir()  # in the way of what rank 0 writes
-    with pytest.raises(RuntimeError, match="the workers failed, and the same command goes on") as error:
+    with pytest.raises(RuntimeError, match="the workers failed; run the same command to resume") as error:
         train_tagger_on_workers(posts, posts, tmp_path, settings, 2)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ray-train").exists()
