@@ -294,7 +294,7 @@ _SCALARS = {
 }
 
 
-def _struct(kind: type) -> pa.DataType:
+def _struct(kind: Any) -> pa.DataType:
     """A dataclass in Arrow: its fields, without those that are never written."""
     hints = get_type_hints(kind, localns={"np": SimpleNamespace(ndarray=object)})
     return pa.struct([(each.name, _arrow(hints[each.name])) for each in fields(kind) if each.name not in UNWRITTEN])
