@@ -82,8 +82,10 @@ def test_entities_are_stored_as_they_always_were():
         "struct<text: string, start: int32, end: int32, word_start: int32, word_end: int32, coarse: string, "
         "fine: string, score: float, entropy: float, hard: bool, reranked: bool, confidence: float, accepted: bool, "
         "candidates: list<item: struct<fine: string, probability: float>>, seen: bool, match_score: float, "
-        "point: struct<x: float, y: float>, box: struct<x1: float, y1: float, x2: float, y2: float>, "
-        "box_source: string, box_score: float, heatmap: struct<height: int32, width: int32, data: binary>>"
+        "seen_probability: float, point: struct<x: float, y: float>, "
+        "box: struct<x1: float, y1: float, x2: float, y2: float>, "
+        "box_source: string, box_score: float, box_confidence: float, "
+        "heatmap: struct<height: int32, width: int32, data: binary>>"
     )
     assert str(INPUT_SCHEMA.field("gold").type) == (
         "list<item: struct<word_start: int32, word_end: int32, fine: string, "

@@ -127,7 +127,9 @@ def calibrate(
     ] = None,
     delta: Annotated[
         float,
-        typer.Option(help="With `--accept` and `--target`: highest probability that it does not hold.", min=0.001, max=0.5),
+        typer.Option(
+            help="With `--accept`, `--target`: highest probability that it does not hold.", min=0.001, max=0.5
+        ),
     ] = 0.05,
     store: Annotated[
         bool,
