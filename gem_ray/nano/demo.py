@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -100,7 +101,7 @@ def compare(gold: Sequence[Post], systems: Mapping[str, Sequence[Post]]) -> Comp
 def without_grounder(post: Post) -> Post:
     """The post as it was before the grounder, which comes last and changes nothing else."""
     of_match, of_box = ("seen", "match_score", "seen_probability"), ("box", "box_source", "box_score", "box_confidence")
-    nothing = dict.fromkeys((*of_match, "point", *of_box, "heatmap"))
+    nothing: dict[str, Any] = dict.fromkeys((*of_match, "point", *of_box, "heatmap"))
     return replace(post, entities=[replace(entity, **nothing) for entity in post.entities])
 
 
