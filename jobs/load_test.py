@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,7 +120,10 @@ def _service(url: str | None, preset: str, overrides: list[str] | None) -> Itera
     from gem_ray.serving.schemas import preset_schema
     from gem_ray.serving.session import serving
 
-    with serving(preset_schema(preset, overrides or (), "127.0.0.1", 8321)) as service:
+    with socket.socket() as probe:  # several services may be measured on one machine
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with serving(preset_schema(preset, overrides or (), "127.0.0.1", port)) as service:
         yield _Service(service.url, api_key)
 
 

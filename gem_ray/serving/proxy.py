@@ -1,4 +1,4 @@
-"""What Serve's HTTP proxies add to uvicorn: a limit for the time and the size of a request's head.
+"""What Serve's HTTP proxies add to uvicorn: limits for a request's head, and bodies in parts that are worth a call.
 
 A proxy calls `middlewares` where `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names it.
 """
@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from contextlib import suppress
 
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 IMPORT_PATH = f"{__name__}:middlewares"
 HEAD_TIMEOUT_S = 10.0
 MAX_HEAD_BYTES = 64 * 2**10
+GATHER_BYTES = 64 * 2**10
+GATHER_S = 2.0  # less than any body may pause
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
@@ -91,7 +94,42 @@ class CleanRequestId:
         await self._app(scope, receive, send)
 
 
+class GatherBody:
+    """Passes a body on in parts of some size, or what has come in some time: the ingress fetches each by a call of Ray,
+    which costs both processes milliseconds, and who sends slowly would cause one with every byte.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        await self._app(scope, _gathered(receive) if scope["type"] == "http" else receive, send)
+
+
+def _gathered(receive: Receive) -> Receive:
+    after: list[Message] = []  # what came behind a part that was cut off
+
+    async def gathered() -> Message:
+        if after:
+            return after.pop()
+        first = message = await receive()
+        parts = [first.get("body", b"")]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GATHER_S):
+                while message.get("more_body", False) and sum(map(len, parts)) < GATHER_BYTES:
+                    message = await receive()
+                    if message["type"] != first["type"]:
+                        after.append(message)
+                        break
+                    parts.append(message.get("body", b""))
+        more = bool(after) or message.get("more_body", False)
+        return {**first, "body": b"".join(parts), "more_body": more} if first["type"] == "http.request" else first
+
+    return gathered
+
+
 def middlewares() -> list[Middleware]:
     """Put the protocol in the place of uvicorn's own, for which Serve has no option, before a proxy starts."""
     auto.AutoHTTPProtocol = LimitedProtocol
-    return [Middleware(CleanRequestId)]
+    return [Middleware(CleanRequestId), Middleware(GatherBody)]

@@ -194,6 +194,44 @@ def test_a_body_that_comes_byte_by_byte_is_cut_off(api):
         assert time.monotonic() - started < 3
 
 
+@given(sizes=st.lists(st.integers(0, 40_000), max_size=20), is_cut_off=st.booleans())
+def test_a_body_is_passed_on_whole_in_parts_that_are_worth_a_call(sizes, is_cut_off):
+    sent = [{"type": "http.request", "body": b"x" * size, "more_body": True} for size in sizes]
+    end = {"type": "http.disconnect"} if is_cut_off else {"type": "http.request", "body": b"", "more_body": False}
+    coming, seen = iter([*sent, end]), []
+
+    async def receive():
+        return next(coming)
+
+    async def app(scope, receive, send):
+        while not seen or seen[-1].get("more_body"):
+            seen.append(await receive())
+
+    asyncio.run(proxy.GatherBody(app)({"type": "http"}, receive, None))
+    assert sum(len(message.get("body", b"")) for message in seen) == sum(sizes)
+    assert (seen[-1]["type"] == "http.disconnect") == is_cut_off
+    assert len(seen) <= sum(sizes) // proxy.GATHER_BYTES + 2
+
+
+def test_who_sends_byte_by_byte_causes_few_calls(monkeypatch):
+    monkeypatch.setattr(proxy, "GATHER_S", 0.2)
+    seen, sent = [], 0
+
+    async def receive():
+        nonlocal sent
+        await asyncio.sleep(0.01)
+        sent += 1
+        return {"type": "http.request", "body": b" ", "more_body": sent < 60}
+
+    async def app(scope, receive, send):
+        while not seen or seen[-1]["more_body"]:
+            seen.append(await receive())
+
+    asyncio.run(proxy.GatherBody(app)({"type": "http"}, receive, None))
+    assert sum(len(message["body"]) for message in seen) == 60
+    assert len(seen) < 20
+
+
 def test_a_large_body_over_a_slow_line_arrives(api):
     """Four times slower than the time for a small body allows."""
     body = json.dumps({"text": TEXT, "image": base64.b64encode(b"x" * 300_000).decode()}).encode()
