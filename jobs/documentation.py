@@ -1,8 +1,9 @@
 """Pages of the documentation that are made from the code, as a hook of MkDocs: `make docs`.
 
-They are the reference of the configuration, of the training recipes, of the commands and of the Python API, the pages
-that the repository has outside `docs/`, and a page with the text of each file that another page links to. A link to a
-name in a Python file, `crf.py#LinearChainCRF`, leads to the line of its definition. Neither torch nor Ray is imported.
+They are the reference of the configuration, of the training recipes, of the commands, of the HTTP API and of the Python
+API, the pages that the repository has outside `docs/`, and a page with the text of each file that another page links
+to. A link to a name in a Python file, `crf.py#LinearChainCRF`, leads to the line of its definition. Neither torch nor
+Ray is imported, but for the HTTP API when the site is built.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ from gem_ray.config import Config, section_type
 from gem_ray.grounding.matcher_recipe import MatcherTraining
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.tagger.recipe import TaggerTraining
+from jobs.http_reference import http_page, openapi
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {"tagger": TaggerTraining, "reranker": RerankerTraining, "matcher": MatcherTraining}
-INCLUDED = {"clusters.md": "clusters/README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+INCLUDED = {
+    "changelog.md": "CHANGELOG.md",
+    "clusters.md": "clusters/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "examples.md": "examples/README.md",
+}
 """Page of the site -> page of the repository outside `docs/`."""
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 """The target of a Markdown link or image to a file: its path and its fragment."""
@@ -148,7 +155,7 @@ def recipes_page() -> str:
 
 def _section_text(section: Section, with_effect: bool) -> str:
     """A heading and a table; every row has its path as an anchor."""
-    head = ["key", "default", "type", *(["annotations"] if with_effect else []), "meaning"]
+    head = ["key", "meaning", "default", "type", *(["annotations"] if with_effect else [])]
     lines = [
         f"\n## `{section.path}`\n" if section.path else "",
         section.meaning,
@@ -159,7 +166,7 @@ def _section_text(section: Section, with_effect: bool) -> str:
     for key in section.keys:
         effect = ["changes" if key.changes_annotations else "–"] if with_effect else []
         name = f'<span id="{key.path}">`{key.path}`</span>'
-        lines.append(_row([name, key.default, key.type, *effect, key.meaning]))
+        lines.append(_row([name, key.meaning, key.default, key.type, *effect]))
     return "\n".join(lines) + "\n"
 
 
@@ -209,11 +216,26 @@ def linked_files(text: str, folder: Path) -> Iterator[Path]:
 
 
 def source_page(file: Path) -> str:
-    """A page with the text of a file of the repository, which the search leaves out."""
+    """A page with the text of a file of the repository, which the search leaves out; of a notebook, its cells."""
     name = file.relative_to(ROOT).as_posix()
+    if file.suffix == ".ipynb":
+        return notebook_page(json.loads(file.read_text(encoding="utf-8")))
     fence = f'`````{_LANGUAGES.get(file.suffix, "text")} linenums="1"'
     text = file.read_text(encoding="utf-8").rstrip("\n")
     return f"---\nsearch: {{exclude: true}}\n---\n# `{name}`\n\n{fence}\n{text}\n`````\n"
+
+
+def notebook_page(notebook: dict[str, Any]) -> str:
+    """A notebook's texts, code and stored pictures."""
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        pictures = [output["data"].get("image/png") for output in cell.get("outputs", ())]
+        parts += [
+            f'<img alt="what the cell shows" src="data:image/png;base64,{each.strip()}">' for each in pictures if each
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -224,6 +246,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/recipes.md": recipes_page(),
         "reference/commands.md": commands_page(),
         "reference/python.md": python_page(),
+        "reference/http.md": http_page(openapi()),
     }
     made |= {uri: included_page(ROOT / source, docs) for uri, source in INCLUDED.items()}
     for uri, content in made.items():

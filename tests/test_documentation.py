@@ -17,8 +17,13 @@ from gem_ray.cli import app
 from gem_ray.config import Config, affecting
 from gem_ray.records import ANNOTATION_SCHEMA, ENTITY_TYPE
 from jobs.documentation import INCLUDED, RECIPES, ROOT, line_of, linked_files, sections
+from jobs.http_reference import openapi
 
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "clusters" / "README.md"]
+PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(ROOT.glob("*.md")),
+    *(ROOT / folder / "README.md" for folder in ("clusters", "examples")),
+]
 FETCHED = re.compile(
     r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//|<link(?![^>]*rel=\"?canonical)[^>]*href=\"?(?:https?:)?//"
 )
@@ -158,3 +163,44 @@ def test_equations_lead_to_the_lines_that_compute_them(site):
     assert len(links) > 10
     for page, anchor in links:
         assert f'id="{anchor}"' in (site / page).read_text(encoding="utf-8"), (page, anchor)
+
+
+def test_the_site_has_every_route_status_and_field_of_the_http_api(site):
+    document = openapi()
+    page = (site / "reference" / "http.html").read_text(encoding="utf-8")
+    cells = set(re.findall(r"<td>(?:<span[^>]*>)?<code>([^<]+)</code>", page))
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert f"<code>{method.upper()} {path}</code>" in page
+            assert {each["name"] for each in operation.get("parameters", ())} <= cells
+    assert {name.removeprefix("Problem") for name in document["components"]["responses"]} <= cells
+    for name, schema in document["components"]["schemas"].items():
+        assert f'id="{name.lower()}"' in page
+        assert schema.get("properties", {}).keys() <= cells
+
+
+@pytest.mark.parametrize(
+    ("asked", "page", "answer"),
+    [
+        ("how to resume", "resume.html", "The same command on the same output continues where it stopped"),
+        ("what filter.gamma does", "reference/configuration.html", 'id="filter.gamma"'),
+        ("where equation 9 is", "source/gem_ray/tagger/model.py.html", "eq. 9"),
+        ("how to add an exporter", "contributing.html", 'id="add-an-exporter"'),
+        ("how to add a stage", "new-stage.html", "LanguageFilter"),
+        ("what an HTTP answer holds", "reference/http.html", 'id="entityout"'),
+        ("an example with S3", "source/examples/s3.py.html", "s3://bucket/posts/"),
+    ],
+)
+def test_an_answer_is_two_clicks_from_the_start(site, asked, page, answer):
+    """By links of the texts alone; the navigation and the search are there besides."""
+    first = _links(site / "index.html")
+    second = {target for link in first if link.suffix == ".html" for target in _links(link)}
+    assert site / page in first | second, asked
+    assert answer in (site / page).read_text(encoding="utf-8"), asked
+
+
+def _links(page: Path) -> set[Path]:
+    """Files of the site that the text of a page links to."""
+    article = page.read_text(encoding="utf-8").partition("<article")[2].partition("</article>")[0]
+    hrefs = [href for href in re.findall(r'href="([^"#]+)', article) if ":" not in href]
+    return {Path(os.path.normpath(page.parent / href)) for href in hrefs}

@@ -139,92 +139,94 @@ class BatchIn(BaseModel):
 class CandidateOut(BaseModel):
     """A fine category and its probability."""
 
-    fine: str
-    probability: float
+    fine: str = Field(description="one of `GET /v1/taxonomy`")
+    probability: float = Field(description="by the tagger")
 
 
 class PointOut(BaseModel):
     """A pixel of the upright original image."""
 
-    x: float
-    y: float
+    x: float = Field(description="from the left, in pixels")
+    y: float = Field(description="from the top, in pixels")
 
 
 class BoxOut(BaseModel):
     """Pixels of the upright original image; `x2`, `y2` exclusive."""
 
-    x1: float
-    y1: float
-    x2: float
-    y2: float
+    x1: float = Field(description="left edge")
+    y1: float = Field(description="upper edge")
+    x2: float = Field(description="right edge, exclusive")
+    y2: float = Field(description="lower edge, exclusive")
 
 
 class HeatMapOut(BaseModel):
     """The map of eq. 11 over image patches: `height × width` bytes, row by row, in base64."""
 
-    height: int
-    width: int
-    data: str
+    height: int = Field(description="rows of patches")
+    width: int = Field(description="patches in a row")
+    data: str = Field(description="a byte a patch, from 0 to 255, in base64")
 
 
 class EntityOut(BaseModel):
     """An entity; `text[start:end]` of the post is its text."""
 
-    text: str
-    start: int
-    end: int
-    word_start: int
-    word_end: int
-    coarse: str
-    fine: str
-    score: float
-    entropy: float
+    text: str = Field(description="as the post has it")
+    start: int = Field(description="first character in the post's text")
+    end: int = Field(description="behind its last character")
+    word_start: int = Field(description="first word in `tokens`")
+    word_end: int = Field(description="behind its last word")
+    coarse: str = Field(description="coarse category")
+    fine: str = Field(description="fine category, below the coarse one")
+    score: float = Field(description="probability of `fine`, of the model that decided last")
+    entropy: float = Field(description="of the tagger's categories, in nats (eq. 10)")
     hard: bool = Field(
         description="its entropy is above `gamma`, or the tagger's confidence below `routing.threshold`, if configured"
     )
-    reranked: bool
+    reranked: bool = Field(description="the reranker was asked, and answered")
     confidence: float | None = Field(description="that span and category are both right; null: nothing calibrates it")
     accepted: bool | None = Field(description="`confidence` reaches `acceptance.threshold`; null: none is configured")
-    candidates: list[CandidateOut]
+    candidates: list[CandidateOut] = Field(description="the K most probable categories; the first is the likeliest")
     seen: bool | None = Field(description="whether the image shows it; null: not judged")
-    match_score: float | None
+    match_score: float | None = Field(description="P_T, on which `seen` rests")
     seen_probability: float | None = Field(description="`match_score`, calibrated; null: nothing calibrates it")
-    point: PointOut | None
-    box: BoxOut | None
-    box_source: str | None
-    box_score: float | None
+    point: PointOut | None = Field(description="peak of the map of eq. 11")
+    box: BoxOut | None = Field(description="where it is seen; null unless `seen` is true")
+    box_source: str | None = Field(description="`sam`; `text`: the text-prompted segmenter; `map`: the map alone")
+    box_score: float | None = Field(description="SAM's predicted IoU, or the segmenter's score; null for `map`")
     box_confidence: float | None = Field(description="that the box is right; null: nothing calibrates it")
-    heatmap: HeatMapOut | None
+    heatmap: HeatMapOut | None = Field(description="with `?heatmaps=true`, of an entity that is seen")
 
 
 class ModelOut(BaseModel):
     """A model that the answer is made with."""
 
-    role: str
+    role: str = Field(description="`tagger`, `reranker`, `matcher`, …")
     reference: str = Field(description="name@hash")
 
 
 class PostProblemOut(BaseModel):
     """Why a post is degraded or rejected."""
 
-    stage: str
-    kind: ProblemKind
-    message: str
+    stage: str = Field(description="which stage says so")
+    kind: ProblemKind = Field(description="for programs")
+    message: str = Field(description="for people")
 
 
 class AnnotationOut(BaseModel):
     """An annotated post: the fields of an output row, and how they came about."""
 
-    post_id: str
-    text: str
-    tokens: list[str]
-    image_width: int | None
-    image_height: int | None
-    caption: str | None
-    knowledge: str | None
-    entities: list[EntityOut]
-    status: Literal["ok", "degraded", "rejected"]
-    problems: list[PostProblemOut]
+    post_id: str = Field(description="of the request, or made up")
+    text: str = Field(description="of the request")
+    tokens: list[str] = Field(description="the words: of the request, or as the text was cut")
+    image_width: int | None = Field(description="of the upright image, in pixels; null: no usable image")
+    image_height: int | None = Field(description="of the upright image, in pixels; null: no usable image")
+    caption: str | None = Field(description="as the tagger read it: of the request, or of the knowledge stage")
+    knowledge: str | None = Field(description="as the tagger read it: of the request, or of the knowledge stage")
+    entities: list[EntityOut] = Field(description="in the order of the text")
+    status: Literal["ok", "degraded", "rejected"] = Field(
+        description="`degraded`: annotated without an image, a reranking or an explanation that was asked for"
+    )
+    problems: list[PostProblemOut] = Field(description="why the post is degraded or rejected")
     run_id: str = Field(description="of this deployment of the service")
     models: list[ModelOut] = Field(description="of the stages that the post needed")
     seconds: dict[str, float] = Field(description="of its batch in each stage that it needed, and `waiting` for them")
@@ -234,7 +236,7 @@ class AnnotationOut(BaseModel):
 class BatchOut(BaseModel):
     """Annotations in the order of the posts."""
 
-    annotations: list[AnnotationOut]
+    annotations: list[AnnotationOut] = Field(description="one a post")
 
 
 class AnnotationLine(AnnotationOut):
@@ -246,22 +248,22 @@ class AnnotationLine(AnnotationOut):
 class Models(BaseModel):
     """What annotates here."""
 
-    models: list[ModelOut]
+    models: list[ModelOut] = Field(description="of all stages")
 
 
 class Version(BaseModel):
     """What answers."""
 
     version: str = Field(description="of gem-ray")
-    api: Literal["v1"] = "v1"
+    api: Literal["v1"] = Field("v1", description="of the paths under `/v1/`")
     run_id: str = Field(description="of this deployment of the service")
 
 
 class Taxonomy(BaseModel):
     """Categories: coarse -> fine."""
 
-    labels: LabelSetName
-    coarse: dict[str, list[str]]
+    labels: LabelSetName = Field(description="which set of categories")
+    coarse: dict[str, list[str]] = Field(description="coarse category -> its fine ones")
 
 
 class Limits(BaseModel):
@@ -274,7 +276,7 @@ class Limits(BaseModel):
     max_image_pixels: int = Field(description="width × height, in every format")
     max_text_chars: int = Field(description="of text, caption and knowledge, each")
     max_tokens: int = Field(description="words of a post that brings its own")
-    max_batch_posts: int
+    max_batch_posts: int = Field(description="posts of a batch")
     timeout_s: float = Field(description="time for a post")
     image_urls: bool = Field(description="whether `image_url` is fetched at all")
     gamma: float = Field(description="entropy in nats above which an entity is reranked")

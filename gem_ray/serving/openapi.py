@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
 from gem_ray.serving.bodies import FORM, JSON
@@ -69,7 +69,7 @@ LINES = {"schema": {"anyOf": [_schema("AnnotationLine"), _schema("ProblemLine")]
 class ProblemLine(BaseModel):
     """A line about a post that could not be annotated."""
 
-    index: int
+    index: int = Field(description="of the post in the batch")
     problem: ProblemDetails
 
 
@@ -107,7 +107,7 @@ def _document(api: FastAPI) -> dict[str, Any]:
     schemas = components["schemas"] | own["$defs"]
     schemas["PostForm"] = _post_form(schemas["PostIn"])
     schemas["Problem"] = schemas.pop("ProblemDetails") | {"title": "Problem"}
-    schemas["ProblemLine"]["properties"]["problem"] = _schema("Problem")
+    schemas["ProblemLine"]["properties"]["problem"] = _schema("Problem") | {"description": "why"}
     components["schemas"] = dict(sorted(schemas.items()))
     components["responses"] = {f"Problem{status}": _problem(status) for status in _MEANINGS}
     components["securitySchemes"] = {

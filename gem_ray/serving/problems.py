@@ -24,10 +24,10 @@ class ProblemDetails(BaseModel):
     """What every answer that is no success holds (RFC 9457)."""
 
     type: str = Field("about:blank", description="`about:blank`: the status says it all")
-    title: str
-    status: int
-    detail: str
-    instance: str | None = None
+    title: str = Field(description="the status in words")
+    status: int = Field(description="of the answer; of a line, the one that the post would have had alone")
+    detail: str = Field(description="what is wrong, and how to mend it")
+    instance: str | None = Field(None, description="not given")
     request_id: str | None = Field(None, description="`X-Request-ID`, which the server's logs have, too")
 
 

@@ -61,6 +61,13 @@ def test_every_refusal_is_the_one_problem(document):
             assert status == "200" or answer["$ref"].endswith(f"Problem{status}")
 
 
+def test_every_body_and_field_says_what_it_is(document):
+    schemas = document["components"]["schemas"]
+    assert [name for name, schema in schemas.items() if not schema.get("description")] == []
+    fields = [(name, field, each) for name in schemas for field, each in schemas[name].get("properties", {}).items()]
+    assert [(name, field) for name, field, each in fields if not each.get("description")] == []
+
+
 def test_what_is_sent_has_an_example_that_is_answered(api, document):
     for method, path, operation in operations(document):
         if method == "post":
