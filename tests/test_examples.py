@@ -7,11 +7,14 @@ import json
 import re
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 import ray
 from pyarrow import fs
@@ -23,6 +26,7 @@ from gem_ray.stages import STAGES
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 POSTS = 40
+ELSEWHERE = {"client.py"}  # with the service of tests/serving/test_client.py
 
 
 def run(name: str, *arguments: object) -> str:
@@ -59,6 +63,11 @@ def annotated(s3: Any, posts: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out, said
 
 
+@pytest.fixture(scope="module")
+def rows(annotated: tuple[Path, str]) -> list[dict[str, Any]]:
+    return ds.dataset(annotated[0] / "annotations", partitioning="hive").to_table().to_pylist()
+
+
 def test_s3(annotated: tuple[Path, str]) -> None:
     assert re.fullmatch(
         rf"{POSTS} posts, \d+ entities, 0 rejected\n0 posts the second time\n{POSTS} rows, {POSTS} of them ok\n",
@@ -72,6 +81,14 @@ def test_annotate_in_process(posts: Path) -> None:
     assert "  prepare: the post has neither image nor image_uri\n" in said
     assert said.count("(ok): ") == 8
     assert "Box(x1=" in said
+
+
+def test_stage_in_ray_data(posts: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    run("stage_in_ray_data.py", posts, tmp_path / "people")
+    people = pq.read_table(tmp_path / "people").to_pylist()
+    assert {row["coarse"] for row in people} == {"person"}
+    found = {(row["post_id"], entity["text"]) for row in rows for entity in row["entities"]}
+    assert {(row["post_id"], row["name"]) for row in people} <= found
 
 
 def test_custom_stage(posts: Path) -> None:
@@ -89,6 +106,14 @@ def test_custom_reranker(posts: Path) -> None:
     assert lines
     assert all(re.fullmatch(r".+: \w+ -> \w+, [01]\.\d\d", line) for line in lines)
     assert any(line.split(" -> ")[0].split(": ")[1] != line.split(" -> ")[1].split(",")[0] for line in lines)
+
+
+def test_read_results(annotated: tuple[Path, str], rows: list[dict[str, Any]]) -> None:
+    said = run("read_results.py", annotated[0])
+    mentions = Counter(entity["fine"] for row in rows for entity in row["entities"])
+    seen = Counter(entity["fine"] for row in rows for entity in row["entities"] if entity["seen"])
+    fine = min(mentions, key=lambda fine: (-mentions[fine], fine))  # the first row of both tables
+    assert len(re.findall(rf"│ {fine} +[│┆] +{mentions[fine]} +[│┆] +{seen[fine]} +│", said)) == 2, said
 
 
 def test_review_round_trip(annotated: tuple[Path, str], posts: Path, tmp_path: Path) -> None:

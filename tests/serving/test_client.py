@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 import gem_ray
 from gem_ray import client as client_module
 from gem_ray.client import Annotation, ClientError, Limits
+from gem_ray.data.shards import write_posts
 from gem_ray.serving import messages
 from gem_ray.taxonomy import FMNERG_TREE
 
@@ -53,6 +55,17 @@ class InALoop:
 
 
 KINDS = {"sync": gem_ray.Client, "async": InALoop}
+
+
+def test_the_example_runs(service, posts, tmp_path, monkeypatch, capsys):
+    write_posts(posts[:8], tmp_path / "posts")
+    monkeypatch.setattr(sys, "argv", ["client.py", str(tmp_path / "posts"), service.url])
+    runpy.run_path(str(ROOT / "examples" / "client.py"), run_name="__main__")
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("degraded [('Taylor Swift', '")  # it has no image
+    assert [line.split()[0] for line in others[:8]] == ["ok"] * 8
+    assert sorted(int(line.split()[0]) for line in others[8:]) == list(range(8))
+    assert all(line.endswith(" s waited") for line in others[8:])
 
 
 @pytest.fixture(params=KINDS)
