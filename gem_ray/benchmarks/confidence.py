@@ -17,8 +17,8 @@ from gem_ray.confidence import GrounderCalibration, RerankerCalibration, reranke
 from gem_ray.config import Config
 from gem_ray.evaluation.acceptance import certify
 from gem_ray.evaluation.confidences import (
-    Answer,
-    Example,
+    RerankerExample,
+    TaggerExample,
     area_under_curve,
     decide,
     expected_calibration_error,
@@ -96,7 +96,7 @@ def measure_confidence(
     return result, plot(scored)
 
 
-def by_folds(examples: dict[str, list[Example]]) -> dict[str, Scored]:
+def by_folds(examples: dict[str, list[TaggerExample]]) -> dict[str, Scored]:
     """Confidences of each view, from calibrations of all views of the other folds' posts."""
     models = [
         fit_tagger(
@@ -140,7 +140,7 @@ def about(scored: Scored, posts: int) -> dict[str, Any]:
     }
 
 
-def routed(scored: Scored, examples: Sequence[Example], gamma: float) -> dict[str, Any]:
+def routed(scored: Scored, examples: Sequence[TaggerExample], gamma: float) -> dict[str, Any]:
     """What the tagger decides alone, and how much of it is right: by γ, by a promised confidence, and by as many.
 
     Args:
@@ -216,7 +216,7 @@ def measure_cost(config: Config, posts: Sequence[Post]) -> dict[str, float]:
 
 
 def measure_reranker(
-    answers: Sequence[Answer], posts: Sequence[Post], stored: RerankerCalibration | None
+    answers: Sequence[RerankerExample], posts: Sequence[Post], stored: RerankerCalibration | None
 ) -> dict[str, Any]:
     """Right entities by who decides, with the reranker's answers as they are and shuffled among the candidates.
 
@@ -235,7 +235,7 @@ def measure_reranker(
     }
 
 
-def _by_stored(answers: Sequence[Answer], stored: RerankerCalibration) -> dict[str, Any]:
+def _by_stored(answers: Sequence[RerankerExample], stored: RerankerCalibration) -> dict[str, Any]:
     decided = [decide(each, stored) for each in answers]
     right = np.array([fine == each.gold for each, (fine, _) in zip(answers, decided, strict=True)])
     pairs = zip(answers, decided, strict=True)
@@ -286,7 +286,7 @@ def _trust(values: np.ndarray, right: np.ndarray) -> dict[str, float]:
     return {"ece": expected_calibration_error(values, right, _BINS), "auc": area_under_curve(values, right)}
 
 
-def _decided(answers: Sequence[Answer]) -> dict[str, Any]:
+def _decided(answers: Sequence[RerankerExample]) -> dict[str, Any]:
     models = [fit_reranker([a for a in answers if fold_of(a.post_id, FOLDS) != fold], "folds") for fold in range(FOLDS)]
     decided = [decide(each, models[fold_of(each.post_id, FOLDS)]) for each in answers]
     right = np.array([fine == each.gold for each, (fine, _) in zip(answers, decided, strict=True)])
@@ -298,7 +298,7 @@ def _decided(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _shuffled(answer: Answer) -> Answer:
+def _shuffled(answer: RerankerExample) -> RerankerExample:
     """As if the reranker had learnt from labels in disorder: its probabilities are of other candidates."""
     order = random.Random(repr(asdict(answer))).sample(range(len(answer.choices)), len(answer.choices))
     said = tuple(answer.reranker[place] for place in order)

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from gem_ray.benchmarks.memory import write_texts
-from gem_ray.benchmarks.standins import Batch, Diary, sleeper
+from gem_ray.benchmarks.standins import Diary, SleptBatch, sleeper
 from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
@@ -21,7 +21,7 @@ from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.limits import RunLimits
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.planning.cards import Fleet
-from gem_ray.planning.estimate import Estimate, estimate
+from gem_ray.planning.estimate import RunEstimate, estimate
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.probe import probe
 from gem_ray.planning.workload import TWEETS, Workload
@@ -126,7 +126,7 @@ def _measure(folder: Path, cluster: Pretended, probed: str, batches: int, rate: 
     }
 
 
-def _estimate(config: Config, fleet: Fleet, work: Workload, posts: int, per_group: int) -> Estimate:
+def _estimate(config: Config, fleet: Fleet, work: Workload, posts: int, per_group: int) -> RunEstimate:
     def make(fleet: Fleet, cpus: int | None, work: Workload) -> Plan:
         return make_plan(config, fleet, cpus=cpus, work=work)
 
@@ -170,9 +170,9 @@ def _run(
         ray.shutdown()
 
 
-def _working_seconds(batches: Sequence[Batch]) -> float:
+def _working_seconds(batches: Sequence[SleptBatch]) -> float:
     """Of a run, without the times in which the actors of a pass start: in these nobody works."""
-    spans: dict[str, Batch] = {}
+    spans: dict[str, SleptBatch] = {}
     for batch in sorted(batches, key=lambda each: each.begin):
         span = spans.get(batch.actor, batch)
         spans[batch.actor] = replace(span, end=max(span.end, batch.end))

@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from gem_ray.benchmarks.memory import write_texts
-from gem_ray.benchmarks.standins import Batch, Diary, sleeper
+from gem_ray.benchmarks.standins import Diary, SleptBatch, sleeper
 from gem_ray.config import Config, load_config
 from gem_ray.pipeline.run import annotate_dataset
 
@@ -83,7 +83,7 @@ def _config(gpus: int, per_group: int) -> Config:
     )
 
 
-def _busy(entries: list[Batch], gpus: int, started: float) -> dict[str, Any]:
+def _busy(entries: list[SleptBatch], gpus: int, started: float) -> dict[str, Any]:
     batches = defaultdict(list)
     for entry in sorted(entries, key=lambda entry: entry.begin):
         batches[entry.actor].append((entry.begin, entry.end))

@@ -34,7 +34,7 @@ class PassThrough:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SleptBatch:
     """What an actor has slept through.
 
     Attributes:
@@ -57,18 +57,18 @@ class Diary:
     def __init__(self, actors: Mapping[int, int]) -> None:
         self._actors = actors
         self._present: dict[int, set[str]] = defaultdict(set)
-        self._batches: list[Batch] = []
+        self._batches: list[SleptBatch] = []
 
     def arrive(self, pass_number: int, actor: str) -> bool:
         """An actor is there; whether all of its pass are."""
         self._present[pass_number].add(actor)
         return len(self._present[pass_number]) >= self._actors[pass_number]
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: SleptBatch) -> None:
         """A batch of an actor."""
         self._batches.append(batch)
 
-    def read(self) -> list[Batch]:
+    def read(self) -> list[SleptBatch]:
         """All batches."""
         return self._batches
 
@@ -105,7 +105,7 @@ def sleeper(seconds_per_post: Mapping[str, float], diary: ray.actor.ActorHandle,
                 self._arrive()
             begin = time.time()
             time.sleep(self._seconds_per_post * rows * self._random.uniform(1 - noise, 1 + noise))
-            diary.add.remote(Batch(self._actor, begin, time.time()))
+            diary.add.remote(SleptBatch(self._actor, begin, time.time()))
 
         def _arrive(self) -> None:
             self._all_are_there = ray.get(diary.arrive.remote(self._pass_number, self._actor))

@@ -14,7 +14,7 @@ from gem_ray.plurals import counted
 app = typer.Typer(help="Have people check a sample of a run, and certify the whole.", no_args_is_help=True)
 
 
-class Design(StrEnum):
+class DesignKind(StrEnum):
     """How posts are drawn."""
 
     UNIFORM = "uniform"
@@ -44,11 +44,11 @@ def sample(
         Purpose, typer.Option("--for", help="`certificate`: a random sample. `training`: the posts that teach most.")
     ] = Purpose.CERTIFICATE,
     design: Annotated[
-        Design,
+        DesignKind,
         typer.Option(
             help="`uncertainty`: uncertain posts more often; `stratified`: in proportion; `uniform`: all alike."
         ),
-    ] = Design.UNCERTAINTY,
+    ] = DesignKind.UNCERTAINTY,
     images: Annotated[
         str | None, typer.Option(help="The shards that were annotated, or a folder of images; default: no regions.")
     ] = None,

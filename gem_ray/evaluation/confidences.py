@@ -36,7 +36,7 @@ class JudgedConfidence:
 
 
 @dataclass(frozen=True)
-class Example:
+class TaggerExample:
     """An entity of a labelled post, as the calibration of the tagger sees it."""
 
     post_id: str
@@ -72,7 +72,7 @@ def judge_confidences(posts: Iterable[Post], config: Config) -> Iterator[JudgedC
         )
 
 
-def tagger_examples(posts: Iterable[Post], config: Config) -> Iterator[Example]:
+def tagger_examples(posts: Iterable[Post], config: Config) -> Iterator[TaggerExample]:
     """Tag labelled posts, and judge every entity for the tagger's calibration.
 
     Args:
@@ -92,10 +92,10 @@ def tagger_examples(posts: Iterable[Post], config: Config) -> Iterator[Example]:
         uncertainty(tagger(block))
         for post in block:
             for entity, right in zip(post.entities, rightness(post, config), strict=True):
-                yield Example(post.post_id, tagger_features(entity), entity.score, right)
+                yield TaggerExample(post.post_id, tagger_features(entity), entity.score, right)
 
 
-def fit_tagger(examples: Sequence[Example], fitted_on: str) -> TaggerCalibration:
+def fit_tagger(examples: Sequence[TaggerExample], fitted_on: str) -> TaggerCalibration:
     """The tagger's calibration.
 
     Args:
@@ -110,7 +110,7 @@ def fit_tagger(examples: Sequence[Example], fitted_on: str) -> TaggerCalibration
 
 
 @dataclass(frozen=True)
-class Answer:
+class RerankerExample:
     """What tagger and reranker say of an entity of a labelled post.
 
     Attributes:
@@ -134,7 +134,7 @@ class Answer:
     gold: str | None
 
 
-def reranker_answers(posts: Iterable[Post], config: Config) -> Iterator[Answer]:
+def reranker_answers(posts: Iterable[Post], config: Config) -> Iterator[RerankerExample]:
     """Tag labelled posts and ask the reranker about the hard entities.
 
     Args:
@@ -152,7 +152,7 @@ def reranker_answers(posts: Iterable[Post], config: Config) -> Iterator[Answer]:
         gold_of = {id(post): _gold_of(post, rules) for post in block}
         for post, entity, request, answer in reranker.ask(block):
             if isinstance(answer, Choice) and entity.confidence is not None:
-                yield Answer(
+                yield RerankerExample(
                     post.post_id,
                     entity.fine,
                     request.choices[answer.index],
@@ -170,7 +170,7 @@ def _gold_of(post: Post, rules: Rules) -> dict[int, str]:
     return {id(entity): verdict.gold.category for entity, verdict in pairs if verdict.gold is not None}
 
 
-def fit_reranker(answers: Sequence[Answer], fitted_on: str) -> RerankerCalibration:
+def fit_reranker(answers: Sequence[RerankerExample], fitted_on: str) -> RerankerCalibration:
     """The reranker's calibration: the weights that make the gold categories most probable, by Newton's method.
 
     Args:
@@ -198,7 +198,7 @@ def fit_reranker(answers: Sequence[Answer], fitted_on: str) -> RerankerCalibrati
     return weights.model_copy(update={"model": Logistic.fit(features, right)})
 
 
-def decide(answer: Answer, calibration: RerankerCalibration) -> tuple[str, float]:
+def decide(answer: RerankerExample, calibration: RerankerCalibration) -> tuple[str, float]:
     """The category that a calibrated reranker decides on, and its combined probability."""
     combined = calibration.combined(answer.tagger, answer.reranker)
     fine = more_probable(answer.tagged, answer.answered, answer.choices, combined)

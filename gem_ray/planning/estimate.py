@@ -43,7 +43,7 @@ class Assumption:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """Of a number of posts.
 
     Attributes:
@@ -82,7 +82,7 @@ class Estimate:
 
 def estimate(
     make: MakePlan, plan: Plan, posts: int, rows_per_group: int, price: float | None, request_price: float = 0.0
-) -> Estimate | None:
+) -> RunEstimate | None:
     """Estimate a run; None where a speed is not known.
 
     Args:
@@ -112,7 +112,7 @@ def estimate(
     cheapest, dearest = money(low), money(high)
     more_cards = hours(make(plan.fleet.with_one_more(), plan.cpus, plan.work)) if plan.gpus else None
     more_cpus = hours(make(plan.fleet, plan.cpus + 1, plan.work)) if plan.cpus else None
-    return Estimate(
+    return RunEstimate(
         posts=posts,
         hours=usual,
         hours_range=(low, high),

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gem_ray.planning.allocation import PlannedPool
 from gem_ray.planning.costs import PROCESS_OVERHEAD, ModelNeed, is_known
-from gem_ray.planning.estimate import Estimate
+from gem_ray.planning.estimate import RunEstimate
 from gem_ray.planning.plan import PassPlan, Plan
 from gem_ray.planning.refusals import gib
 
@@ -20,7 +20,7 @@ _MODEL_WIDTH = 22
 _COLUMNS = ("weights", "activ.", "KV", "total", "GPUs", "actors", "batch", "posts/s", "source")
 
 
-def print_plan(plan: Plan, expected: Estimate | None = None) -> None:
+def print_plan(plan: Plan, expected: RunEstimate | None = None) -> None:
     """Print what runs where, then what it comes to.
 
     Args:
@@ -78,7 +78,7 @@ def _sizes(model: ModelNeed, pool: PlannedPool) -> list[str]:
     return [model.name, gib(model.weights), gib(model.activations), gib(cache) if cache else ""]
 
 
-def _lines(plan: Plan, expected: Estimate | None) -> Iterator[str]:
+def _lines(plan: Plan, expected: RunEstimate | None) -> Iterator[str]:
     yield ""
     where = f"{plan.gpus} × {plan.gpu_memory_gb:g} GB" if plan.gpus else "CPUs"
     yield f"on {where}" + (f" (speed of {plan.card})" if plan.card else "") + "; memory in GiB, of an actor;"
@@ -103,7 +103,7 @@ def _lines(plan: Plan, expected: Estimate | None) -> Iterator[str]:
         yield from _expected(expected)
 
 
-def _expected(expected: Estimate) -> Iterator[str]:
+def _expected(expected: RunEstimate) -> Iterator[str]:
     low, high = expected.hours_range
     cards = f", {_rounded(expected.gpu_hours)} GPU-hours" if expected.gpu_hours else ""
     requests = f", {_rounded(expected.requests)} S3 requests for images" if expected.requests else ""

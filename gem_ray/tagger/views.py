@@ -21,7 +21,7 @@ Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingPost:
     """A training post: its subwords and its gold mentions, `(word start, word end, fine category)`."""
 
     subwords: SubwordPost
@@ -57,7 +57,7 @@ class TrainingViews(Dataset):
             raise ValueError("no training post has both tokens and gold entities")
         self.features, self.settings = features, settings
         self.examples = [
-            Example(subwords, [(entity.word_start, entity.word_end, entity.fine) for entity in post.gold or ()])
+            TrainingPost(subwords, [(entity.word_start, entity.word_end, entity.fine) for entity in post.gold or ()])
             for post, subwords in zip(posts, features.subwords(posts), strict=True)
         ]
         self._tag = {tag: number for number, tag in enumerate(LABEL_SETS[settings.labels].fine_tags)}
@@ -82,11 +82,11 @@ class TrainingViews(Dataset):
             return View(first)
         return View(first, self._window(example, with_knowledge=settings.second_view == "same" and not without))
 
-    def tags(self, example: Example) -> list[int]:
+    def tags(self, example: TrainingPost) -> list[int]:
         """The gold fine tag of each word, as an index."""
         return [self._tag[tag] for tag in encode_bio(example.spans, len(example.subwords.words))]
 
-    def _window(self, example: Example, with_knowledge: bool) -> Window:
+    def _window(self, example: TrainingPost, with_knowledge: bool) -> Window:
         post = example.subwords
         if not with_knowledge:
             post = replace(post, knowledge=[], knowledge_cases=[])
@@ -94,13 +94,13 @@ class TrainingViews(Dataset):
         window.tags = self.tags(example)[: window.word_end]
         return window
 
-    def _with_hidden_words(self, example: Example, random: Random) -> Example:
+    def _with_hidden_words(self, example: TrainingPost, random: Random) -> TrainingPost:
         post = example.subwords
         hidden = [random.random() < self.settings.word_dropout for _ in post.words]
         words = [[self._hidden] * len(word) if hide else word for word, hide in zip(post.words, hidden, strict=True)]
         return replace(example, subwords=replace(post, words=words))
 
-    def _with_other_mentions(self, example: Example, random: Random) -> Example:
+    def _with_other_mentions(self, example: TrainingPost, random: Random) -> TrainingPost:
         """Every mention replaced by one of the same category from another place (Dai and Adel 2020)."""
         words, cases, spans = [], [], []
         position = 0
@@ -114,7 +114,7 @@ class TrainingViews(Dataset):
             position = end
         words += example.subwords.words[position:]
         cases += example.subwords.word_cases[position:]
-        return Example(SubwordPost(words, [], cases, []), spans)
+        return TrainingPost(SubwordPost(words, [], cases, []), spans)
 
 
 class LengthGroupedSampler(Sampler[Key]):
@@ -163,7 +163,7 @@ def collate_views(views: Sequence[View], pad_token_id: int) -> dict[str, dict[st
     return {name: dict(vars(batch)) for name, batch in batches.items()}
 
 
-def _mentions_by_category(examples: Sequence[Example]) -> dict[str, list[tuple[list[list[int]], list[list[int]]]]]:
+def _mentions_by_category(examples: Sequence[TrainingPost]) -> dict[str, list[tuple[list[list[int]], list[list[int]]]]]:
     """Words and cases of all gold mentions."""
     mentions: dict[str, list[tuple[list[list[int]], list[list[int]]]]] = {}
     for example in examples:

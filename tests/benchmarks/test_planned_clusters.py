@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gem_ray.benchmarks.planned_clusters import CLUSTERS, Pretended, _working_seconds
-from gem_ray.benchmarks.standins import Batch
+from gem_ray.benchmarks.standins import SleptBatch
 from gem_ray.config import load_config
 from gem_ray.planning.plan import make_plan
 
@@ -16,7 +16,7 @@ TENTHS = st.integers(0, 500).map(lambda tenths: tenths / 10)
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), TENTHS, TENTHS), min_size=1))
 def test_time_in_which_no_actor_is_there_is_no_work(given_batches: list[tuple[str, float, float]]) -> None:
-    batches = [Batch(actor, begin, begin + length) for actor, begin, length in given_batches]
+    batches = [SleptBatch(actor, begin, begin + length) for actor, begin, length in given_batches]
     ends = max(batch.end for batch in batches)
     spans = {
         actor: (min(b.begin for b in batches if b.actor == actor), max(b.end for b in batches if b.actor == actor))

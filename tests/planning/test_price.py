@@ -18,7 +18,7 @@ from gem_ray.model_paths import resolve
 from gem_ray.planning.advice import changes_that_fit, merged_config
 from gem_ray.planning.cards import CARDS, LIST_PRICES, Fleet, find_card
 from gem_ray.planning.cpu_costs import image_seconds
-from gem_ray.planning.estimate import Estimate, estimate
+from gem_ray.planning.estimate import RunEstimate, estimate
 from gem_ray.planning.model_facts import count_parameters
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.table import print_plan
@@ -31,7 +31,7 @@ MEASURED = Workload(entropies=TWEETS.entropies, source="400 posts", is_measured=
 RERANKED = ["reranker.enabled=true", "reranker.adapter=models/lora"]
 
 
-def expected(config: Config, gpus: str = "8", card: str = "h100", work: Workload = TWEETS, **more: Any) -> Estimate:
+def expected(config: Config, gpus: str = "8", card: str = "h100", work: Workload = TWEETS, **more: Any) -> RunEstimate:
     def make(fleet: Fleet, cpus: int | None, work: Workload) -> Plan:
         return make_plan(config, fleet, cpus=cpus, work=work)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gem_ray.confidence import RerankerCalibration
 from gem_ray.config import load_config
-from gem_ray.evaluation.confidences import Answer, decide, fit_reranker
+from gem_ray.evaluation.confidences import RerankerExample, decide, fit_reranker
 from gem_ray.logistic import Logistic
 from gem_ray.records import Candidate, Entity, Post
 from gem_ray.rerank.engine import Choice
@@ -72,7 +72,7 @@ def test_a_reranker_of_no_weight_changes_no_category(index: int, probability: fl
     assert reranked(Choice(index, probability, said), calibration(0.7, 0.0)).fine == "city"
 
 
-def answers(informed: bool, count: int = 400, least: float = 0.01, seed: int = 0) -> list[Answer]:
+def answers(informed: bool, count: int = 400, least: float = 0.01, seed: int = 0) -> list[RerankerExample]:
     """The tagger is right in six of ten; the reranker in nine of ten, or says anything, as surely as `least` allows."""
     random = np.random.default_rng(seed)
     result = []
@@ -83,7 +83,7 @@ def answers(informed: bool, count: int = 400, least: float = 0.01, seed: int = 0
         tagger, reranker = np.full(3, 0.2), np.full(3, least)
         tagger[tagged], reranker[said] = 0.6, 1 - 2 * least
         result.append(
-            Answer(
+            RerankerExample(
                 str(number),
                 CHOICES[tagged],
                 CHOICES[said],
