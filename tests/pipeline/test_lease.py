@@ -223,8 +223,11 @@ def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_p
     def take(reading: Reading) -> None:
         if reading.done and not there:
             storage.write(FILE, json.dumps({"owner": "another", "host": "elsewhere", "pid": 1}).encode())
-            time.sleep(1)  # for what was being written
-            there.append(staged_rows())
+            before = -1
+            while before < (rows := staged_rows()):  # what was being written still comes
+                before = rows
+                time.sleep(1)
+            there.append(rows)
 
     with pytest.raises(FileExistsError, match=r"another process .* on elsewhere"):
         annotate_dataset(
