@@ -221,7 +221,7 @@ def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_p
         return sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").rglob("staged/**/*.parquet"))
 
     def take(reading: Reading) -> None:
-        if reading.done and not there:
+        if not there and staged_rows():
             storage.write(FILE, json.dumps({"owner": "another", "host": "elsewhere", "pid": 1}).encode())
             before = -1
             while before < (rows := staged_rows()):  # what was being written still comes
