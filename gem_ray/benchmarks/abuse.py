@@ -17,13 +17,12 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from gem_ray.benchmarks.load import Load, request_of
+from gem_ray.benchmarks.load import Load, percentiles, request_of
 from gem_ray.data.generated import generate
 
 _SEED, _POSTS = 7, 64
 _TIMEOUT_S = 120
 _SETTLE_S = 5.0  # what has ended is freed
-_QUANTILES = (50, 95, 99)
 _LARGE_BYTES = 23 * 2**20  # just below what a request may have
 _SLOW_PAUSE_S = 0.5
 _SLOW_PARTS = 10
@@ -71,6 +70,12 @@ def hostile_forms(size: int) -> dict[str, bytes]:
     }
 
 
+def _large_bodies() -> list[tuple[str, bytes]]:
+    """Their content types, and the bodies of every kind."""
+    bodies = [(_JSON, body) for body in hostile_bodies(_LARGE_BYTES).values()]
+    return bodies + [(FORM, body) for body in hostile_forms(_LARGE_BYTES).values()]
+
+
 def _repeated(size: int, start: bytes, item: bytes, end: bytes) -> bytes:
     return start + b",".join([item] * ((size - len(start) - len(end)) // (len(item) + 1))) + end
 
@@ -87,8 +92,7 @@ class Abuse:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port or 80
         self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        forms = [(FORM, body) for body in hostile_forms(_LARGE_BYTES).values()]
-        self._large = cycle([*((_JSON, body) for body in hostile_bodies(_LARGE_BYTES).values()), *forms])
+        self._large = cycle(_large_bodies())
 
     async def send_slowly(self) -> None:
         """A body that begins, and then a byte now and then."""
@@ -149,13 +153,11 @@ class Mixture:
         broken = [
             request_of("Paris tonight", image) for image in (b"no image", good[0][0][:2000], b"\x89PNG\r\n\x1a\n")
         ]
-        hostile = [(body, {"Content-Type": _JSON}) for body in hostile_bodies(_LARGE_BYTES).values()]
-        forms = [(body, {"Content-Type": FORM}) for body in hostile_forms(_LARGE_BYTES).values()]
         self._of_kind = {
             "good": cycle(good),
             "large image": cycle([request_of("Paris tonight", _large_image())]),
             "broken image": cycle(broken),
-            "hostile body": cycle([*hostile, *forms]),
+            "hostile body": cycle([(body, {"Content-Type": kind}) for kind, body in _large_bodies()]),
             "slow": cycle(good),
             "slow and gone": cycle(good),
             "wrong key": cycle(good),
@@ -276,7 +278,8 @@ async def _health_under(
     tasks = [asyncio.create_task(begin()) for begin in begins]
     try:
         await asyncio.sleep(1)  # the load is there
-        return _summary(await _ask_health(url, seconds))
+        answers = await _ask_health(url, seconds)
+        return {"answers": len(answers), **percentiles(answers)}
     finally:
         for task in tasks:
             task.cancel()
@@ -289,8 +292,3 @@ async def _ask_health(url: str, seconds: float) -> list[float]:
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     return json.loads(output)
-
-
-def _summary(seconds: Sequence[float]) -> dict[str, float]:
-    quantiles = {f"p{quantile}": float(np.percentile(seconds, quantile)) for quantile in _QUANTILES}
-    return {"answers": len(seconds), **quantiles, "max": max(seconds)}

@@ -51,7 +51,7 @@ class Outcome:
             "annotated_per_second": self.per_second,
             "seconds": self.seconds,
             "statuses": {str(status): len(times) for status, times in sorted(self.latencies.items())},
-            "latency_s": {str(status): _percentiles(times) for status, times in sorted(self.latencies.items())},
+            "latency_s": {str(status): percentiles(times) for status, times in sorted(self.latencies.items())},
             "share_of_time": {name: seconds / total for name, seconds in self.stage_seconds.most_common()},
         }
 
@@ -173,6 +173,7 @@ def _median(outcome: Outcome) -> float:
     return float(np.median(outcome.latencies[200]))
 
 
-def _percentiles(times: Sequence[float]) -> dict[str, float]:
+def percentiles(times: Sequence[float]) -> dict[str, float]:
+    """Percentiles of times and the longest, in their unit."""
     quantiles = {f"p{quantile}": float(np.percentile(times, quantile)) for quantile in _QUANTILES}
     return quantiles | {"max": max(times)}
