@@ -12,8 +12,8 @@ def tab_to(page, selector, most=40):
 
 
 def test_from_an_empty_page_to_a_downloaded_result(page, post, tmp_path):
-    tab_to(page, "#file")
     with page.expect_file_chooser() as chooser:
+        tab_to(page, "#file")  # inside: the browser is told to report choosers only a moment after `expect` returns
         page.keyboard.press("Enter")
     chooser.value.set_files({"name": "post.jpg", "mimeType": "image/jpeg", "buffer": post.image_bytes})
     page.locator("#remove").wait_for()
