@@ -38,8 +38,7 @@ posts.forEach((post, position) => {
     reranked: [entity.reranked ? "yes" : "no"], verdict: verdictsOf(post.verdicts[index]),
   }, index));
   post.missed.forEach((gold, index) => add({
-    coarse: [gold.coarse], fine: [gold.fine], grounded: [gold.boxes.length ? "seen" : "absent"], reranked: [],
-    verdict: ["wrong", "missed"],
+    coarse: [gold.coarse], fine: [gold.fine], grounded: [], reranked: [], verdict: ["wrong", "missed"],
   }, post.entities.length + index));
   if (!post.entities.length && !post.missed.length) {
     add({ coarse: [], fine: [], grounded: [], reranked: [], verdict: [] }, null);

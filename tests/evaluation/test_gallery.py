@@ -277,6 +277,7 @@ def test_the_browser_runs_nothing_of_a_hostile_post(shown):
     [
         ("#status=degraded", ["1"]),
         ("#grounded=unjudged", ["1", "2"]),
+        ("#grounded=absent", ["0"]),  # the mention that the system missed in the other has no judgement of its own
         ("#post=degraded", ["1"]),
         ("#coarse=location,organization&grounded=absent&verdict=category&q=nasa", ["0"]),
     ],
