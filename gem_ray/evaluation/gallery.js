@@ -222,6 +222,7 @@ function totals() {
     ["posts", posts.length],
     ["mentions", entities.length],
     ["seen in the image", entities.filter((entity) => entity.seen).length],
+    ["not seen", entities.filter((entity) => entity.seen === false).length],
     ["not judged", entities.filter((entity) => entity.seen === null).length],
     ["reranked", entities.filter((entity) => entity.reranked).length],
     ["degraded", count("degraded")],
