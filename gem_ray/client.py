@@ -10,9 +10,12 @@ import base64
 import json
 import os
 import random
+import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing, closing
+from dataclasses import dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -34,9 +37,13 @@ __all__ = [
 
 Image: TypeAlias = bytes | str | os.PathLike[str]
 _T = TypeVar("_T")
-_RETRIED = (429, 502, 503, 504)
+_RETRIED = (408, 429, 502, 503, 504)
 _FIRST_PAUSE_S = 0.5
 _FRAME = ('{"posts":[', "]}")
+_NDJSON = "application/x-ndjson"
+_SHOWN_POSITIONS = 5
+_WRONG = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading an answer raises that is not one of gem-ray's."""
 
 
 class ClientError(RuntimeError):
@@ -44,11 +51,13 @@ class ClientError(RuntimeError):
 
     Attributes:
         status: of the answer; None where there was none.
+        answered: of `annotate_batch`: the annotations of the first posts, which were answered before.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.answered: list[Annotation] = []
 
 
 @dataclass(frozen=True)
@@ -194,10 +203,64 @@ def _entity(row: Mapping[str, Any]) -> Entity:
     )
 
 
+@dataclass
+class _Batch:
+    """Posts of one request, in JSON, by their positions; those that a line answers leave it."""
+
+    posts: dict[int, str] = field(default_factory=dict)
+    size: int = sum(map(len, _FRAME))
+    _asked: dict[int, int] = field(default_factory=dict)
+
+    def add(self, position: int, post: str) -> None:
+        self.posts[position] = post
+        self.size += len(post) + 1
+
+    def body(self) -> str:
+        self._asked = dict(enumerate(self.posts))
+        return ",".join(self.posts.values()).join(_FRAME)
+
+    def read(self, answer: Any) -> list[Annotation]:
+        pairs = zip(self.posts, answer["annotations"], strict=True)
+        return [Annotation.from_json(row) for _, row in pairs]
+
+    def read_line(self, line: str) -> tuple[int, Annotation | ClientError]:
+        row = json.loads(line)
+        position = self._asked[row["index"]]
+        problem = row.get("problem")
+        answer = ClientError(problem["detail"], problem["status"]) if problem else Annotation.from_json(row)
+        del self.posts[position]  # which refuses a second answer
+        return position, answer
+
+    def unanswered(self) -> str:
+        positions = [*self.posts]
+        more = len(positions) - _SHOWN_POSITIONS
+        named = ", ".join(map(str, positions[:_SHOWN_POSITIONS])) + (f" and {more} more" if more > 0 else "")
+        return f"no answer to the post{'s' * (len(positions) > 1)} at {named}"
+
+
+class _Cutter:
+    """Cuts posts into batches that the service's limits allow. A post that is too large alone is sent alone."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.batch = _Batch()
+
+    def add(self, position: int, post: str) -> _Batch | None:
+        """The batch before this post, if there is no room for it there."""
+        full, limits = self.batch, self._limits
+        has_room = len(full.posts) < limits.max_batch_posts and full.size + len(post) + 1 <= limits.max_body_bytes
+        if not full.posts or has_room:
+            full.add(position, post)
+            return None
+        self.batch = _Batch()
+        self.batch.add(position, post)
+        return full
+
+
 class _Requests:
     """What both clients are made with, what they send, and when they try again."""
 
-    _transport: type[httpx.Client | httpx.AsyncClient]
+    _transport: Callable[..., Any]
     _http: Any
 
     def __init__(
@@ -208,8 +271,11 @@ class _Requests:
         timeout_s: float = 90,
         max_pause_s: float = 30,
     ) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = self._transport(base_url=base_url, headers=headers, timeout=timeout_s)
+        url, auth = _address(base_url)
+        headers = {"Authorization": f"Bearer {_checked(api_key)}"} if api_key else {}
+        if auth and headers:
+            raise ValueError("give an api_key, or a name and password in base_url, not both: one header holds them")
+        self._http = self._transport(base_url=url, headers=headers, auth=auth, timeout=timeout_s)
         self._retries = retries
         self._max_pause_s = max_pause_s
 
@@ -222,29 +288,19 @@ class _Requests:
             "POST", path, content=body.encode(), headers=headers, params={"heatmaps": "true"} if heatmaps else None
         )
 
-    def _cut(self, posts: Sequence[str], limits: Limits) -> Iterator[tuple[int, str]]:
-        """Bodies of at most so many posts and bytes, each with the position of its first post."""
-        start, size = 0, 0
-        room = limits.max_body_bytes - sum(map(len, _FRAME))
-        for index, post in enumerate(posts):
-            if index > start and (index - start == limits.max_batch_posts or size + len(post) + 1 > room):
-                yield start, ",".join(posts[start:index]).join(_FRAME)
-                start, size = index, 0
-            size += len(post) + 1
-        yield start, ",".join(posts[start:]).join(_FRAME)
-
     def _pause_after(self, answer: httpx.Response, attempt: int) -> float | None:
         """None for a success, else the seconds to wait before another try; raises for a refusal that stays."""
         if answer.is_success:
             return None
-        if attempt == self._retries or answer.status_code not in _RETRIED:
+        if attempt >= self._retries or answer.status_code not in _RETRIED:
             raise ClientError(_detail(answer), answer.status_code)
         return self._pause_s(attempt, answer.headers.get("Retry-After", ""))
 
-    def _pause_after_failure(self, request: httpx.Request, error: httpx.TransportError, attempt: int) -> float:
-        """As `_pause_after`, of a request that got no answer."""
-        if attempt == self._retries:
-            raise ClientError(f"{request.url} gave no answer in {attempt + 1} tries: {error}") from error
+    def _pause_after_failure(self, what: str, error: Exception | None, attempt: int) -> float:
+        """As `_pause_after`, of a request that got no answer, or not all of it."""
+        if attempt >= self._retries:
+            reason = error or "the answer ended before that"
+            raise ClientError(f"{what} in {attempt + 1} tries: {reason}") from error
         return self._pause_s(attempt)
 
     def _pause_s(self, attempt: int, retry_after: str = "") -> float:
@@ -259,11 +315,14 @@ class Client(_Requests):
     A request that fails on its way, or that the service is too busy for, is sent again: annotating twice is harmless.
 
     Args:
-        base_url: where the service is.
+        base_url: where the service is; it may hold a name and password, for a proxy that wants them.
         api_key: a key that it knows, if it wants one.
         retries: further tries.
         timeout_s: time for one try.
         max_pause_s: longest pause before a retry, whatever the service asks for.
+
+    Raises:
+        ValueError: the address is none of HTTP, or the key cannot be one. Neither is repeated in the message.
     """
 
     _transport = httpx.Client
@@ -289,55 +348,73 @@ class Client(_Requests):
             fields: `post_id`, `tokens`, `caption`, `knowledge`, `image_url`.
 
         Raises:
-            ClientError: the service refused, or could not be reached.
+            ClientError: the service refused, could not be reached, or gave an answer that is none of gem-ray's.
+            OSError: the image's file cannot be read.
         """
         body = _body({"text": text, "image": image} | fields)
-        return Annotation.from_json(self._ask(self._post("/v1/annotate", body, heatmaps)))
+        return self._ask(self._post("/v1/annotate", body, heatmaps), Annotation.from_json)
 
-    def annotate_batch(self, posts: Sequence[Mapping[str, Any]], *, heatmaps: bool = False) -> list[Annotation]:
+    def annotate_batch(self, posts: Iterable[Mapping[str, Any]], *, heatmaps: bool = False) -> list[Annotation]:
         """Annotate any number of posts, each a mapping of the arguments of `annotate`; the answers are in their order.
 
+        Posts are taken, and their files read, a request at a time.
+
         Raises:
-            ClientError: the service refused, or could not be reached.
+            ClientError: as `annotate`, or a post cannot be sent; `answered` has what was answered before.
         """
-        rows: list[Any] = []
-        for _, body in self._batches(posts):
-            rows += self._ask(self._post("/v1/annotate/batch", body, heatmaps))["annotations"]
-        return [Annotation.from_json(row) for row in rows]
+        done: list[Annotation] = []
+        try:
+            for batch in self._batches(posts):
+                done += self._ask(self._post("/v1/annotate/batch", batch.body(), heatmaps), batch.read)
+        except ClientError as error:
+            error.answered = done
+            raise
+        return done
 
     def stream(
-        self, posts: Sequence[Mapping[str, Any]], *, heatmaps: bool = False
+        self, posts: Iterable[Mapping[str, Any]], *, heatmaps: bool = False
     ) -> Iterator[tuple[int, Annotation | ClientError]]:
         """As `annotate_batch`, but each answer, with the position of its post, as soon as it is there.
 
+        Where an answer breaks off, the posts that it left out are asked for again.
+
         Raises:
-            ClientError: the service refused a whole batch, or the connection broke.
+            ClientError: the service refused a whole batch, left out posts in every try, or a post cannot be sent.
         """
-        for start, body in self._batches(posts):
-            request = self._post("/v1/annotate/batch", body, heatmaps, "application/x-ndjson")
-            answer = self._send(request, stream=True)
-            try:
-                for line in answer.iter_lines():
-                    yield _line(line, start)
-            except httpx.HTTPError as error:
-                raise ClientError(f"the answer broke off: {error}") from error
-            finally:
-                answer.close()
+        for batch in self._batches(posts):
+            for attempt in count():
+                request = self._post("/v1/annotate/batch", batch.body(), heatmaps, _NDJSON)
+                broken: Exception | None = None
+                with closing(self._send(request, stream=True)) as answer:
+                    try:
+                        for line in answer.iter_lines():
+                            yield _understood(batch.read_line, line)
+                    except (httpx.RequestError, ClientError) as error:
+                        broken = error
+                if not batch.posts:
+                    break
+                time.sleep(self._pause_after_failure(batch.unanswered(), broken, attempt))
 
     def taxonomy(self) -> dict[str, list[str]]:
         """Coarse category -> its fine categories."""
-        coarse: dict[str, list[str]] = self._ask(self._get("/v1/taxonomy"))["coarse"]
-        return coarse
+        return self._ask(self._get("/v1/taxonomy"), _coarse)
 
     def limits(self) -> Limits:
         """What a request may hold."""
-        return _known(Limits, self._ask(self._get("/v1/limits")))
+        return self._ask(self._get("/v1/limits"), _limits)
 
-    def _batches(self, posts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
-        return self._cut([_body(post) for post in posts], self.limits()) if posts else iter(())
+    def _batches(self, posts: Iterable[Mapping[str, Any]]) -> Iterator[_Batch]:
+        cutter = None
+        for position, post in enumerate(posts):
+            cutter = cutter or _Cutter(self.limits())
+            if full := cutter.add(position, _body_at(position, post)):
+                yield full
+        if cutter:
+            yield cutter.batch
 
-    def _ask(self, request: httpx.Request) -> Any:
-        return self._send(request).json()
+    def _ask(self, request: httpx.Request, read: Callable[[Any], _T]) -> _T:
+        answer = self._send(request)
+        return _understood(lambda: read(answer.json()))
 
     def _send(self, request: httpx.Request, stream: bool = False) -> httpx.Response:
         attempt = 0
@@ -347,8 +424,8 @@ class Client(_Requests):
                 if not answer.is_success:
                     answer.read()
                 pause_s = self._pause_after(answer, attempt)
-            except httpx.TransportError as error:
-                pause_s = self._pause_after_failure(request, error, attempt)
+            except httpx.RequestError as error:
+                pause_s = self._pause_after_failure(f"{request.url} gave no answer", error, attempt)
             if pause_s is None:
                 return answer
             time.sleep(pause_s)
@@ -376,47 +453,57 @@ class AsyncClient(_Requests):
     ) -> Annotation:
         """As `Client.annotate`."""
         body = await asyncio.to_thread(_body, {"text": text, "image": image} | fields)  # it may read a file
-        return Annotation.from_json(await self._ask(self._post("/v1/annotate", body, heatmaps)))
+        return await self._ask(self._post("/v1/annotate", body, heatmaps), Annotation.from_json)
 
-    async def annotate_batch(self, posts: Sequence[Mapping[str, Any]], *, heatmaps: bool = False) -> list[Annotation]:
+    async def annotate_batch(self, posts: Iterable[Mapping[str, Any]], *, heatmaps: bool = False) -> list[Annotation]:
         """As `Client.annotate_batch`."""
-        rows: list[Any] = []
-        for _, body in await self._batches(posts):
-            rows += (await self._ask(self._post("/v1/annotate/batch", body, heatmaps)))["annotations"]
-        return [Annotation.from_json(row) for row in rows]
+        done: list[Annotation] = []
+        try:
+            async for batch in self._batches(posts):
+                done += await self._ask(self._post("/v1/annotate/batch", batch.body(), heatmaps), batch.read)
+        except ClientError as error:
+            error.answered = done
+            raise
+        return done
 
     async def stream(
-        self, posts: Sequence[Mapping[str, Any]], *, heatmaps: bool = False
+        self, posts: Iterable[Mapping[str, Any]], *, heatmaps: bool = False
     ) -> AsyncIterator[tuple[int, Annotation | ClientError]]:
         """As `Client.stream`."""
-        for start, body in await self._batches(posts):
-            request = self._post("/v1/annotate/batch", body, heatmaps, "application/x-ndjson")
-            answer = await self._send(request, stream=True)
-            try:
-                async for line in answer.aiter_lines():
-                    yield _line(line, start)
-            except httpx.HTTPError as error:
-                raise ClientError(f"the answer broke off: {error}") from error
-            finally:
-                await answer.aclose()
+        async for batch in self._batches(posts):
+            for attempt in count():
+                request = self._post("/v1/annotate/batch", batch.body(), heatmaps, _NDJSON)
+                broken: Exception | None = None
+                async with aclosing(await self._send(request, stream=True)) as answer:
+                    try:
+                        async for line in answer.aiter_lines():
+                            yield _understood(batch.read_line, line)
+                    except (httpx.RequestError, ClientError) as error:
+                        broken = error
+                if not batch.posts:
+                    break
+                await asyncio.sleep(self._pause_after_failure(batch.unanswered(), broken, attempt))
 
     async def taxonomy(self) -> dict[str, list[str]]:
         """As `Client.taxonomy`."""
-        coarse: dict[str, list[str]] = (await self._ask(self._get("/v1/taxonomy")))["coarse"]
-        return coarse
+        return await self._ask(self._get("/v1/taxonomy"), _coarse)
 
     async def limits(self) -> Limits:
         """As `Client.limits`."""
-        return _known(Limits, await self._ask(self._get("/v1/limits")))
+        return await self._ask(self._get("/v1/limits"), _limits)
 
-    async def _batches(self, posts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
-        if not posts:
-            return iter(())
-        bodies = await asyncio.to_thread(lambda: [_body(post) for post in posts])
-        return self._cut(bodies, await self.limits())
+    async def _batches(self, posts: Iterable[Mapping[str, Any]]) -> AsyncIterator[_Batch]:
+        cutter = None
+        for position, post in enumerate(posts):
+            cutter = cutter or _Cutter(await self.limits())
+            if full := cutter.add(position, await asyncio.to_thread(_body_at, position, post)):
+                yield full
+        if cutter:
+            yield cutter.batch
 
-    async def _ask(self, request: httpx.Request) -> Any:
-        return (await self._send(request)).json()
+    async def _ask(self, request: httpx.Request, read: Callable[[Any], _T]) -> _T:
+        answer = await self._send(request)
+        return _understood(lambda: read(answer.json()))
 
     async def _send(self, request: httpx.Request, stream: bool = False) -> httpx.Response:
         attempt = 0
@@ -426,34 +513,67 @@ class AsyncClient(_Requests):
                 if not answer.is_success:
                     await answer.aread()
                 pause_s = self._pause_after(answer, attempt)
-            except httpx.TransportError as error:
-                pause_s = self._pause_after_failure(request, error, attempt)
+            except httpx.RequestError as error:
+                pause_s = self._pause_after_failure(f"{request.url} gave no answer", error, attempt)
             if pause_s is None:
                 return answer
             await asyncio.sleep(pause_s)
             attempt += 1
 
 
+def _address(base_url: str) -> tuple[httpx.URL, tuple[str, str] | None]:
+    """Where requests go, and the name and password for them, which no message then repeats."""
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        raise ValueError("base_url is no URL") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("base_url must begin with http:// or https://, and name a host")
+    auth = (url.username, url.password) if url.userinfo else None
+    return url.copy_with(userinfo=b""), auth
+
+
+def _checked(api_key: str) -> str:
+    if not re.fullmatch(r"[!-~]+", api_key):
+        raise ValueError("api_key must be of visible ASCII characters; does a line feed or blank stand at its end?")
+    return api_key
+
+
 def _body(post: Mapping[str, Any]) -> str:
     values = {name: value for name, value in post.items() if value is not None}
     image = values.get("image")
     if image is not None:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        data = Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
         values["image"] = base64.b64encode(data).decode("ascii")
     return json.dumps(values)
 
 
-def _line(line: str, start: int) -> tuple[int, Annotation | ClientError]:
-    row = json.loads(line)
-    index = start + row["index"]
-    if problem := row.get("problem"):
-        return index, ClientError(problem["detail"], problem["status"])
-    return index, Annotation.from_json(row)
+def _body_at(position: int, post: Mapping[str, Any]) -> str:
+    try:
+        return _body(post)
+    except (OSError, *_WRONG) as error:
+        raise ClientError(f"the post at {position} cannot be sent: {error}") from error
+
+
+def _understood(read: Callable[..., _T], *arguments: Any) -> _T:
+    try:
+        return read(*arguments)
+    except _WRONG as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ClientError(f"the answer is none of gem-ray's; is something else at this address? ({what})") from error
+
+
+def _coarse(answer: Any) -> dict[str, list[str]]:
+    return {**answer["coarse"]}
+
+
+def _limits(answer: Any) -> Limits:
+    return _known(Limits, answer)
 
 
 def _detail(answer: httpx.Response) -> str:
     try:
         problem = answer.json()
         return f"{problem['status']} {problem['title']}: {problem['detail']}"
-    except (ValueError, KeyError, TypeError):  # from a proxy in between, or from Serve itself
+    except _WRONG:  # from a proxy in between, or from Serve itself
         return f"the service answered {answer.status_code}"

@@ -12,11 +12,16 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import fields
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from inspect import isawaitable
+from itertools import islice
 from pathlib import Path
 
+import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import gem_ray
 from gem_ray import client as client_module
@@ -174,6 +179,7 @@ class OutOfOrder(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.times.append(time.monotonic())
+        self.server.auth.append(self.headers["Authorization"])
         status, headers = self.server.plan.pop(0)
         if status is None:
             return  # hangs up
@@ -194,7 +200,7 @@ class OutOfOrder(BaseHTTPRequestHandler):
 def flaky(monkeypatch, make):
     monkeypatch.setattr("gem_ray.client._FIRST_PAUSE_S", 0.01)
     server = ThreadingHTTPServer(("127.0.0.1", 0), OutOfOrder)
-    server.plan, server.times = [], []
+    server.plan, server.times, server.auth = [], [], []
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     server.client = make(f"http://127.0.0.1:{server.server_port}", retries=3)
     with server.client:
@@ -236,3 +242,189 @@ def test_nobody_there(make):
 def test_the_package_has_nothing_else():
     with pytest.raises(AttributeError, match="Klient"):
         _ = gem_ray.Klient
+
+
+ENTITY = dict.fromkeys(messages.EntityOut.model_fields) | {"candidates": []}
+ROW = dict.fromkeys(messages.AnnotationOut.model_fields) | {
+    "entities": [ENTITY],
+    "problems": [],
+    "models": [],
+}
+LIMITS = dict.fromkeys(messages.Limits.model_fields, 10000) | {"max_batch_posts": 3}
+
+
+class Parts(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body, and how it ends."""
+
+    def __init__(self, data, error=None):
+        self.data, self.error = data, error
+
+    def __iter__(self):
+        yield self.data
+        if self.error:
+            raise self.error
+
+    async def __aiter__(self):
+        for part in self:
+            yield part
+
+
+@pytest.fixture
+def against(monkeypatch, make):
+    """A client of what a function answers to each request."""
+    monkeypatch.setattr("gem_ray.client._FIRST_PAUSE_S", 0)
+
+    def client(handler, **options):
+        transport = httpx.MockTransport(handler)
+        for kind, of_httpx in ((gem_ray.Client, httpx.Client), (gem_ray.AsyncClient, httpx.AsyncClient)):
+            monkeypatch.setattr(kind, "_transport", partial(of_httpx, transport=transport))
+        return make("http://service", **options)
+
+    return client
+
+
+def lines_of(request):
+    return [
+        json.dumps({"index": index} | ROW | {"text": post["text"]}).encode() + b"\n"
+        for index, post in enumerate(json.loads(request.content)["posts"])
+    ]
+
+
+ENDS = [None, httpx.RemoteProtocolError("cut"), httpx.ReadTimeout("slow"), httpx.DecodingError("bad gzip")]
+DAMAGE = st.tuples(st.integers(0, 400), st.sampled_from([b"", b"<html>", b'{"index":9}\n', b'{"index":-1}\n', b"\xff"]))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(damages=st.lists(st.tuples(DAMAGE, st.sampled_from(ENDS)), max_size=6), count=st.integers(1, 5))
+def test_however_answers_are_cut_each_post_is_answered_once_or_named(against, damages, count):
+    """An answer may end anywhere, cleanly or not, with nonsense at its end."""
+
+    def handler(request):
+        if request.method == "GET":
+            return httpx.Response(200, json=LIMITS)
+        data, end = b"".join(lines_of(request)), None
+        if left:
+            (at, nonsense), end = left.pop(0)
+            data = data[: at * 5] + nonsense
+        return httpx.Response(200, stream=Parts(data, end))
+
+    texts = [str(number) for number in range(count)]
+    for retries in (0, 10):
+        left = [*damages]
+        seen, failure = {}, None
+        with against(handler, retries=retries) as client:
+            try:
+                for index, annotation in client.stream({"text": text} for text in texts):
+                    assert index not in seen
+                    seen[index] = annotation.text
+            except ClientError as error:
+                failure = str(error)
+        if failure is None:
+            assert seen == dict(enumerate(texts))
+        else:
+            assert retries == 0
+            assert "no answer to the post" in failure
+
+
+ANSWERS = {
+    "html": {"html": "<html>log in</html>"},
+    "another shape": {"json": {"ok": True}},
+    "no object": {"json": [1]},
+    "nothing": {"content": b""},
+    "no text": {"content": b"\xff\xfe\xfd"},
+    "deep": {"content": b"[" * 100_000},
+    "bad gzip": {"stream": Parts(b"no gzip"), "headers": {"Content-Encoding": "gzip"}},
+    "cut": {"stream": Parts(b"{", httpx.RemoteProtocolError("cut"))},
+}
+CALLS = {
+    "annotate": lambda client: client.annotate(TEXT),
+    "annotate_batch": lambda client: client.annotate_batch([{"text": TEXT}]),
+    "stream": lambda client: list(client.stream([{"text": TEXT}])),
+    "taxonomy": lambda client: client.taxonomy(),
+    "limits": lambda client: client.limits(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("has_limits", [True, False])
+def test_what_no_service_of_ours_answers_is_a_client_error(against, call, answer, has_limits):
+    def handler(request):
+        is_limits = has_limits and request.url.path == "/v1/limits" and call != "limits"
+        return httpx.Response(200, **({"json": LIMITS} if is_limits else ANSWERS[answer]))
+
+    with against(handler, retries=1) as client, pytest.raises(ClientError):
+        CALLS[call](client)
+
+
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+def test_statuses_that_pass_are_tried_again(against, status):
+    answers = iter([httpx.Response(status), httpx.Response(200, json={"coarse": {}})])
+    with against(lambda _: next(answers), retries=1) as client:
+        assert client.taxonomy() == {}
+
+
+def test_posts_are_taken_a_request_at_a_time_and_what_was_answered_is_kept(against):
+    taken = []
+
+    def handler(request):
+        if request.method == "GET":
+            return httpx.Response(200, json=LIMITS)
+        posts = json.loads(request.content)["posts"]
+        assert len(taken) <= int(posts[-1]["text"]) + 2
+        if posts[0]["text"] == "6":
+            return httpx.Response(413)
+        return httpx.Response(200, json={"annotations": [ROW | {"text": post["text"]} for post in posts]})
+
+    def posts():
+        for number in range(100):
+            taken.append(number)
+            yield {"text": str(number)}
+
+    with against(handler) as client, pytest.raises(ClientError) as caught:
+        client.annotate_batch(posts())
+    assert [annotation.text for annotation in caught.value.answered] == list("012345")
+    assert caught.value.status == 413
+    taken.clear()
+    with against(handler) as client, pytest.raises(ClientError, match="post at 4 cannot be sent") as caught:
+        client.annotate_batch([*islice(posts(), 4), {"text": "4", "image": "/there/is/none"}])
+    assert len(caught.value.answered) == 3
+
+
+SECRET = "SECRET"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"api_key": f"gem-{SECRET}\n"},
+        {"api_key": f"gem-{SECRET} x"},
+        {"api_key": f"{SECRET}\u0416"},
+        {"base_url": "127.0.0.1:8000"},
+        {"base_url": "localhost"},
+        {"base_url": "ftp://host"},
+        {"base_url": "http://"},
+        {"base_url": f"http://bob:{SECRET}@host:port"},
+        {"base_url": f"http://bob:{SECRET}@host", "api_key": "gem-key"},
+    ],
+)
+def test_an_address_or_key_that_can_be_none_is_refused_at_once_and_not_repeated(make, arguments):
+    with pytest.raises(ValueError, match=r"base_url|api_key") as caught:
+        make(**arguments)
+    assert SECRET not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_a_password_in_the_address_is_sent_and_never_told(make, flaky):
+    flaky.plan += [(None, {})]
+    address = f"http://bob:{SECRET}@127.0.0.1:{flaky.server_port}"
+    with (
+        make(address, retries=0) as client,
+        pytest.raises(ClientError, match=r"http://127.0.0.1.* no answer") as caught,
+    ):
+        client.taxonomy()
+    assert SECRET not in str(caught.value)
+    flaky.plan += [(200, {})]
+    with make(address, retries=0) as client:
+        client.taxonomy()
+    assert flaky.auth[-1] == "Basic Ym9iOlNFQ1JFVA=="
