@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands import annotate, check, evaluate, export, models, reranker, review, serve, shards, train
+from gem_ray.commands import annotate, check, config, evaluate, export, models, reranker, review, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
 from gem_ray.redaction import RedactingFormatter, redacted
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(annotate.app)
 app.add_typer(check.app)
+app.add_typer(config.app)
 app.add_typer(evaluate.app)
 app.add_typer(export.app)
 app.add_typer(models.app, name="models")

@@ -13,7 +13,6 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,19 @@ from typer.main import get_command
 
 import gem_ray
 from gem_ray.cli import app
-from gem_ray.config import Config, section_type
+from gem_ray.config import Config
+from gem_ray.config_keys import Section, sections
 from gem_ray.grounding.matcher_recipe import MatcherTraining
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.tagger.recipe import TaggerTraining
 from jobs.http_reference import http_page, openapi
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {"tagger": TaggerTraining, "reranker": RerankerTraining, "matcher": MatcherTraining}
+RECIPES: dict[str, type[BaseModel]] = {
+    "tagger": TaggerTraining,
+    "reranker": RerankerTraining,
+    "matcher": MatcherTraining,
+}
 INCLUDED = {
     "changelog.md": "CHANGELOG.md",
     "clusters.md": "clusters/README.md",
@@ -50,7 +54,8 @@ _CONFIGURATION = """# Configuration
 
 Every key of the configuration. Start from a preset (`--preset one-gpu`), put a YAML file over it (`--config my.yaml`),
 or set one key (`--set filter.gamma=0.3`). The tree is checked before anything starts; an unknown key is an error that
-names the nearest one. The defaults below are those of the code; `nano` and the other presets change some of them.
+names the nearest one. The defaults below are those of the code; `nano` and the other presets change some of them:
+`gem-ray config --preset one-gpu` shows the values of a preset.
 
 The column *annotations* says whether the key changes what is annotated. A run refuses to resume with another value of
 such a key. The others change where and how fast posts are annotated, and may differ between two starts.
@@ -66,77 +71,6 @@ _PYTHON = """# Python API
 What `gem_ray` exports, stable within a minor version. Names are imported on first use: `import gem_ray` loads neither
 torch nor Ray.
 """
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of the configuration or setting of a recipe."""
-
-    path: str
-    type: str
-    default: str
-    changes_annotations: bool
-    meaning: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """Keys that stand under one path; that of the whole tree is empty."""
-
-    path: str
-    meaning: str
-    keys: list[Key]
-
-
-def sections(kind: type[BaseModel], path: str = "", affects: bool = True) -> Iterator[Section]:
-    """A tree of settings, section by section, each before those under it.
-
-    Args:
-        kind: the model of the section.
-        path: where it is in the tree, `grounder.matcher`.
-        affects: whether the section that it is in changes annotations.
-    """
-    properties = kind.model_json_schema()["properties"]
-    keys, below = [], []
-    for name, field in kind.model_fields.items():
-        schema = properties[name]
-        own_path = f"{path}.{name}".lstrip(".")
-        changes = affects and schema.get("affects_output", True)
-        section = section_type(field.annotation)
-        if section is not None:
-            below += sections(section, own_path + (".STAGE" if schema.get("type") == "array" else ""), changes)
-        if section is None or "$ref" not in schema:  # one that is always there needs no line of its own
-            default = _default(field.get_default(call_default_factory=True), field.is_required())
-            keys.append(Key(own_path, _type_text(schema), default, changes, schema.get("description", "")))
-    yield Section(path, (kind.__doc__ or "").strip(), keys)
-    yield from below
-
-
-def _type_text(schema: dict[str, Any]) -> str:
-    if "anyOf" in schema:
-        return " or ".join(_type_text(option) for option in schema["anyOf"])
-    if "enum" in schema or "const" in schema:
-        return " or ".join(f"`{value}`" for value in schema.get("enum") or [schema["const"]])
-    if "$ref" in schema:
-        return "section"
-    if schema["type"] == "array":
-        return f"list of {_type_text(schema['items'])}"
-    if schema["type"] == "object":
-        return f"mapping to {_type_text(schema['additionalProperties'])}"
-    if schema.get("format") == "path":
-        return "path"
-    names = {"boolean": "true or false", "null": "`null`"}
-    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    shown = [f"{sign} {schema[name]:g}" for name, sign in limits.items() if name in schema]
-    return " ".join([names.get(schema["type"], schema["type"]), ", ".join(shown)]).strip()
-
-
-def _default(value: Any, is_required: bool) -> str:
-    if is_required:
-        return "required"
-    if isinstance(value, BaseModel) or (isinstance(value, list) and any(isinstance(each, BaseModel) for each in value)):
-        return "below"
-    return f"`{json.dumps(value, default=str, ensure_ascii=False)}`"
 
 
 def configuration_page() -> str:
@@ -166,7 +100,18 @@ def _section_text(section: Section, with_effect: bool) -> str:
     for key in section.keys:
         effect = ["changes" if key.changes_annotations else "–"] if with_effect else []
         name = f'<span id="{key.path}">`{key.path}`</span>'
-        lines.append(_row([name, key.meaning, key.default, key.type, *effect]))
+        default = key.default_text
+        lines.append(
+            _row(
+                [
+                    name,
+                    key.meaning,
+                    f"`{default}`" if default not in ("below", "required") else default,
+                    key.type,
+                    *effect,
+                ]
+            )
+        )
     return "\n".join(lines) + "\n"
 
 
