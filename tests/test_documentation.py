@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import markdown
 import pytest
 from pydantic import BaseModel, Field
 from typer.main import get_command
@@ -24,6 +25,7 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *(ROOT / folder / "README.md" for folder in ("clusters", "examples")),
 ]
+LONGEST_LINE = 125
 FETCHED = re.compile(
     r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//|<link(?![^>]*rel=\"?canonical)[^>]*href=\"?(?:https?:)?//"
 )
@@ -97,6 +99,50 @@ def test_files_that_a_page_links_to_are_there(page):
     made = {ROOT / "docs" / name for name in INCLUDED}
     missing = {path for path in linked_files(page.read_text(encoding="utf-8"), page.parent) if not path.exists()} - made
     assert {path for path in missing if path.parent != ROOT / "docs" / "reference"} == set()
+
+
+def problems_of(text: str) -> list[str]:
+    """What a reader of a Markdown text would stumble over: marks that are no marks, and long lines of prose."""
+    fences = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
+    prose = fences.sub("", text)
+    html = re.sub(r"<(code|pre)>.*?</\1>", "", markdown.markdown(prose, extensions=["tables"]), flags=re.DOTALL)
+    left = re.findall(r".{,30}(?:\]\(|\[\[|\*\*|`).{,30}", re.sub(r"<[^>]+>", "", html))
+    long = [line for line in prose.splitlines() if len(line) > LONGEST_LINE and not line.lstrip().startswith("|")]
+    return left + long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_marks_are_closed_and_prose_is_wrapped(page):
+    """Tables that commands write have the lines that they have."""
+    text = page.read_text(encoding="utf-8")
+    problems = problems_of(text)
+    is_written = page.is_relative_to(ROOT / "docs" / "experiments")
+    assert [each for each in problems if not is_written or len(each) <= LONGEST_LINE] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["See [[Speed](a.md)](a.md#speed).", "It is **fast.", "Run `gem-ray plan.", "word " * 26],
+)
+def test_a_mark_that_is_not_closed_or_a_long_line_is_found(text):
+    assert problems_of(text)
+    assert problems_of(f"```\n{text}\n```\n\n| `a[[` | [b](c.md) |\n| --- | --- |\n| **c** | {'x' * 200} |\n") == []
+
+
+NAMED_FILE = r"`((?:gem_ray|tests|docs|clusters|jobs|examples|client|serve_configs)/[^`\s]*)`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_files_that_are_named_exist_and_hold_what_they_are_said_to_hold(page):
+    if page.name == "CHANGELOG.md":
+        return  # of what was
+    text = page.read_text(encoding="utf-8")
+    paths = {path for path in re.findall(NAMED_FILE, text) if "NAME" not in path}
+    assert [path for path in sorted(paths) if not list(ROOT.glob(path))] == []
+    for name, path in re.findall(rf"`([\w.]+)`\s+(?:in|of)\s+{NAMED_FILE}", text):
+        for part in name.split("."):
+            definition = rf"^\s*(?:(?:async )?def |class )?{part}\b\s*[(:=]"
+            assert re.search(definition, (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (name, path)
 
 
 def test_the_page_of_results_links_every_file_of_figures():

@@ -82,15 +82,6 @@ def test_make_targets_that_are_named_exist(file):
     assert named <= _targets()
 
 
-@pytest.mark.parametrize("file", ["CONTRIBUTING.md", "SECURITY.md"])
-def test_files_that_are_named_exist(file):
-    text = (ROOT / file).read_text(encoding="utf-8")
-    named = re.findall(r"`((?:gem_ray|tests|docs|clusters)/[^`]*)`|\]\(([^)#]+)\)", text)
-    paths = {path or link for path, link in named if "NAME" not in path}
-    assert paths
-    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
-
-
 def test_constraints_pin_every_requirement_within_its_range():
     pins = _pins()
     assert not BUILDS & pins.keys()
