@@ -25,7 +25,7 @@ class PlannedPool:
         pool: its stages, what each actor reserves, and the pool's bounds.
         need: what each actor needs.
         actors: how many.
-        seconds: of one actor for a post; `None` if not known.
+        seconds: of one actor for a post; `None` if not known, 0 if posts ask nothing of it.
         source: where `seconds` is from.
         cpu_seconds: of a core, for a post.
     """
@@ -58,8 +58,13 @@ class PlannedPool:
         return math.inf if self.placement.max_actors is None else self.placement.max_actors
 
     @property
+    def seconds_per_post(self) -> float | None:
+        """Of all its actors together; `None` if not known."""
+        return None if self.seconds is None else self.seconds / self.actors
+
+    @property
     def posts_per_second(self) -> float | None:
-        """Of all its actors; `None` if not known."""
+        """Of all its actors together; `None` if not known, or if posts ask nothing of them."""
         return self.actors / self.seconds if self.seconds else None
 
     @property
@@ -128,9 +133,15 @@ def allocate(pools: Iterable[PlannedPool], gpus: int, cpus: int | None) -> tuple
     timed = [pool.name for pool in grown.values() if pool.is_timed]
     cards = Cards.holding(gpus, grown.values())
     assert cards is not None  # `refusals.too_many` has seen to it
-    are_known = all(grown[name].seconds for name in timed)
+    are_known = all(grown[name].seconds is not None for name in timed)
+
+    def seconds_per_post(pool: PlannedPool) -> float:
+        return (pool.seconds_per_post or 0.0) if are_known else 1 / pool.actors
+
     while timed:
-        slowest = min((grown[name] for name in timed), key=lambda p: p.actors / ((are_known and p.seconds) or 1.0))
+        slowest = max((grown[name] for name in timed), key=seconds_per_post)
+        if not seconds_per_post(slowest):
+            break
         spent = CPUS_FOR_TASKS + sum(pool.cpus for pool in grown.values())
         if slowest.actors >= slowest.most or spent + slowest.placement.num_cpus > _room(slowest, cpus):
             break

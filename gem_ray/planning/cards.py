@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gem_ray.config import ConfigError
 from gem_ray.plurals import counted
@@ -25,7 +25,7 @@ class Card:
         source: where the figures are from.
     """
 
-    memory_gb: int
+    memory_gb: float
     half: float
     single: float
     bandwidth: float
@@ -36,7 +36,7 @@ class Card:
         return self.single if dtype == "float32" else self.half
 
 
-def _card(memory_gb: int, half: float, single: float, bandwidth: float, source: str) -> Card:
+def _card(memory_gb: float, half: float, single: float, bandwidth: float, source: str) -> Card:
     return Card(memory_gb, half * TERA, single * TERA, bandwidth * GIGA, source)
 
 
@@ -73,12 +73,12 @@ LIST_PRICES = {
     "h200": _aws("p5en.48xlarge", 63.296, 8, "listed on 2026-08-06 (dstackai/dstack, pull request 4110)"),
 }
 
-# Of cards with the same memory, the first one is assumed when only the memory is given.
+# Where only the memory is given, the first card with it is assumed: the slowest one that has a list price.
 CARDS = {
     "t4": _card(16, 65, 8.1, 320, "NVIDIA T4 data sheet"),
+    "a10g": _card(24, 70, 35, 600, "NVIDIA A10G data sheet for AWS"),
     "rtx-4090": _card(24, 165.2, 82.6, 1008, "NVIDIA Ada GPU architecture white paper"),
     "rtx-3090": _card(24, 71, 35.6, 936, "NVIDIA Ampere GA102 white paper"),
-    "a10g": _card(24, 70, 35, 600, "NVIDIA A10G data sheet for AWS"),
     "l4": _card(24, 121, 30.3, 300, "NVIDIA L4 data sheet"),
     "a100-40gb": _card(40, 312, 19.5, 1555, "NVIDIA A100 data sheet, SXM"),
     "l40s": _card(48, 362, 91.6, 864, "NVIDIA L40S data sheet"),
@@ -97,13 +97,13 @@ def find_card(name: str | None, memory_gb: float | None) -> tuple[str | None, Ca
         memory_gb: of a card without a name.
 
     Raises:
-        ConfigError: an unknown name, or a description without memory and speed.
+        ConfigError: an unknown name, or a description without memory and speed, or with sizes that no card has.
     """
     if name is None:
         known = next((each for each, card in CARDS.items() if card.memory_gb == memory_gb), None)
         return known, CARDS[known] if known else None
     short, is_described, description = name.partition(":")
-    if is_described:
+    if is_described and short:
         return short, _described(name, description)
     if name not in CARDS:
         raise ConfigError(
@@ -115,15 +115,24 @@ def find_card(name: str | None, memory_gb: float | None) -> tuple[str | None, Ca
 
 def _described(name: str, description: str) -> Card:
     """A card of the user's own. In float32 half of its speed is assumed, and a byte for 165 operations."""
+    pairs = [part.partition("=") for part in description.split(",")]
     try:
-        values = {key: float(value) for key, value in (part.split("=") for part in description.split(","))}
-        half = values.pop("tflops")
-        card = _card(int(values.pop("memory")), half, half / 2, values.pop("bandwidth", half / 165 * 1000), "as given")
-    except (ValueError, KeyError):
-        raise ConfigError(f"--card takes name:memory=24,tflops=165, not {name!r}") from None
-    if values:
-        raise ConfigError(f"--card knows memory, tflops and bandwidth, not {', '.join(values)}")
-    return card
+        values = {key: float(value) for key, _, value in pairs}
+    except ValueError:
+        values = {}
+    if len(values) < len(pairs) or not {"memory", "tflops"} <= values.keys():
+        raise ConfigError(f"--card takes name:memory=24,tflops=165, not {name!r}")
+    if unknown := values.keys() - {"memory", "tflops", "bandwidth"}:
+        raise ConfigError(f"--card knows memory, tflops and bandwidth, not {', '.join(sorted(unknown))}")
+    for key, value in values.items():
+        _check_size(f"--card {name}: {key}", value)
+    half = values["tflops"]
+    return _card(values["memory"], half, half / 2, values.get("bandwidth", half / 165 * 1000), "as given")
+
+
+def _check_size(what: str, value: float) -> None:
+    if not _LEAST <= value <= _MOST:  # nan neither
+        raise ConfigError(f"{what} must be a number from {_LEAST:g} to {_MOST:,.0f}, not {value:g}")
 
 
 @dataclass(frozen=True)
@@ -133,29 +142,40 @@ class Fleet:
     Attributes:
         kinds: how many there are, their name, and what is known of their speed (`None`: nothing).
         memory_gb: of the smallest, in 2³⁰ bytes: what an actor must fit on.
+        is_assumed: whether only the memory was given, and the kind was chosen by it.
     """
 
     kinds: tuple[tuple[int, str | None, Card | None], ...] = ()
     memory_gb: float = 0.0
+    is_assumed: bool = False
 
     @classmethod
     def parse(cls, gpus: str | int, memory_gb: float | None, card: str | None) -> Fleet:
         """`8` cards of a memory or a name; or `8xl40s+4xa10g`.
 
         Raises:
-            ConfigError: neither a number nor a list of cards, or cards that are not known.
+            ConfigError: neither a number nor a list of cards, cards that are not known, or cards that are described
+                twice.
         """
-        if str(gpus).isdecimal():
-            if not int(gpus):
-                return cls()
+        if memory_gb is not None:
+            _check_size("--gpu-memory", memory_gb)
+        described = " and ".join(["--card"] * (card is not None) + ["--gpu-memory"] * (memory_gb is not None))
+        if str(gpus) == "0":
+            if described:
+                raise ConfigError(f"{described} without GPUs: give their number with --gpus")
+            return cls()
+        if count := _count(str(gpus)):
             name, facts = find_card(card, memory_gb or _USUAL_MEMORY_GB)
-            return cls(((int(gpus), name, facts),), memory_gb or (facts.memory_gb if facts else _USUAL_MEMORY_GB))
+            memory = memory_gb or (facts.memory_gb if facts else _USUAL_MEMORY_GB)
+            return cls(((count, name, facts),), memory, is_assumed=card is None)
         kinds: list[tuple[int, str | None, Card | None]] = []
         for part in str(gpus).split("+"):
-            count, times, name = part.partition("x")
-            if not (count.isdecimal() and times and name):
+            number, times, name = part.partition("x")
+            if not (count := _count(number)) or not (times and name):
                 raise ConfigError(f"--gpus takes 8, or 8xl40s+4xa10g, not {gpus!r}")
-            kinds.append((int(count), *find_card(name, None)))
+            kinds.append((count, *find_card(name, None)))
+        if described:
+            raise ConfigError(f"{described}: --gpus {gpus} says already which cards there are")
         return cls(tuple(kinds), min(facts.memory_gb for _, _, facts in kinds if facts))
 
     @property
@@ -192,7 +212,14 @@ class Fleet:
     def with_one_more(self) -> Fleet:
         """And another card of the first kind."""
         (count, name, card), *others = self.kinds
-        return Fleet(((count + 1, name, card), *others), self.memory_gb)
+        return replace(self, kinds=((count + 1, name, card), *others))
+
+
+def _count(text: str) -> int:
+    """A number of cards; 0 if it is none."""
+    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else 0
 
 
 _USUAL_MEMORY_GB = 24.0
+_LEAST, _MOST = 0.1, 1e6  # GB, TFLOP/s and GB/s of any card
+_MOST_DIGITS = 6

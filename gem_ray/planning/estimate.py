@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from gem_ray.planning.cards import TERA
 from gem_ray.planning.costs import BANDWIDTH_UTILISATION, UTILISATION
 from gem_ray.planning.cpu_costs import CARRYING_SECONDS, LOADING_RATE, STARTING_SECONDS, machine
 from gem_ray.planning.workload import HEAVY, LIGHT
@@ -93,11 +94,11 @@ def estimate(
         price: of an hour of a card, or of the machine if it has none; `None` means the list price, if there is one.
         request_price: of a million S3 requests.
     """
-    if plan.problems or plan.posts_per_hour is None:
+    if plan.problems or plan.seconds_per_post is None:
         return None
 
     def hours(other: Plan) -> float:
-        return posts / (other.posts_per_hour or math.inf) + _starting_hours(other, posts, rows_per_group)
+        return posts * (other.seconds_per_post or 0.0) / 3600 + _starting_hours(other, posts, rows_per_group)
 
     usual = hours(plan)
     light = plan if plan.work.is_measured else make(plan.fleet, plan.cpus, LIGHT)
@@ -164,6 +165,11 @@ def _spread(plan: Plan) -> tuple[float, float]:
 
 def _assumptions(plan: Plan) -> Iterator[Assumption]:
     work = plan.work
+    for _, name, card in plan.fleet.kinds:
+        if card is not None:
+            taken = f", taken for a card of {plan.gpu_memory_gb:g} GB" if plan.fleet.is_assumed else ""
+            what = f"TFLOP/s of {name} in half precision{taken}"
+            yield Assumption(what, card.half / TERA, card.source, False)
     for what, value in (
         ("entities in a post", work.entities),
         ("share of posts with entities", work.with_entities),

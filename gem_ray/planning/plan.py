@@ -48,9 +48,9 @@ class PassPlan:
     def bottleneck(self) -> PlannedPool | None:
         """The slowest pool; `None` if a speed is not known."""
         timed = [pool for pool in self.pools if pool.is_timed]
-        if any(pool.posts_per_second is None for pool in timed):
+        if any(pool.seconds_per_post is None for pool in timed):
             return None
-        return min(timed, key=_rate, default=None)
+        return max(timed, key=_seconds, default=None)
 
     @property
     def cpu_seconds(self) -> float:
@@ -61,7 +61,7 @@ class PassPlan:
     def is_cpu_bound(self) -> bool:
         """Whether the CPUs are too few for what the slowest pool could do."""
         slowest = self.bottleneck
-        return bool(self.cpus and slowest and _rate(slowest) * self.cpu_seconds > self.cpus)
+        return bool(self.cpus and slowest and self.cpu_seconds / self.cpus > _seconds(slowest))
 
     @property
     def limit(self) -> str | None:
@@ -71,11 +71,16 @@ class PassPlan:
         return self.bottleneck.name if self.bottleneck else None
 
     @property
-    def posts_per_second(self) -> float | None:
-        """Of the slowest pool, or what the CPUs allow."""
+    def seconds_per_post(self) -> float | None:
+        """Of the slowest pool, or what the CPUs need; `None` if a speed is not known."""
         if self.bottleneck is None:
             return None
-        return self.cpus / self.cpu_seconds if self.is_cpu_bound and self.cpus else self.bottleneck.posts_per_second
+        return self.cpu_seconds / self.cpus if self.is_cpu_bound and self.cpus else _seconds(self.bottleneck)
+
+    @property
+    def posts_per_second(self) -> float | None:
+        """`None` if a speed is not known, or if posts ask nothing of the pass."""
+        return 1 / self.seconds_per_post if self.seconds_per_post else None
 
 
 @dataclass(frozen=True)
@@ -127,13 +132,17 @@ class Plan:
     @property
     def bottleneck(self) -> PlannedPool | None:
         """The slowest pool of the pass that takes longest; `None` if a speed is not known."""
-        return min(self._slowest(), key=_rate, default=None)
+        return max(self._slowest(), key=_seconds, default=None)
+
+    @property
+    def seconds_per_post(self) -> float | None:
+        """Of all passes together; `None` if a speed is not known."""
+        return sum(one.seconds_per_post or 0.0 for one in self._timed()) if self._slowest() else None
 
     @property
     def posts_per_hour(self) -> float | None:
-        """Of all passes together; `None` if a speed is not known."""
-        slowest = self._slowest()
-        return 3600 / sum(1 / (one.posts_per_second or 1) for one in self._timed()) if slowest else None
+        """Of all passes together; `None` if a speed is not known, or if posts ask nothing of any."""
+        return 3600 / self.seconds_per_post if self.seconds_per_post else None
 
     @property
     def gpu_hours_per_million(self) -> float | None:
@@ -143,7 +152,7 @@ class Plan:
     @property
     def limit(self) -> str | None:
         """What keeps the pass that takes longest from being faster; `None` if a speed is not known."""
-        return min(self._timed(), key=lambda one: one.posts_per_second or 0).limit if self._slowest() else None
+        return max(self._timed(), key=lambda one: one.seconds_per_post or 0.0).limit if self._slowest() else None
 
     def _timed(self) -> list[PassPlan]:
         """Passes that do more than to wait for an endpoint."""
@@ -186,8 +195,8 @@ class Plan:
         }
 
 
-def _rate(pool: PlannedPool) -> float:
-    return pool.posts_per_second or 0.0
+def _seconds(pool: PlannedPool) -> float:
+    return pool.seconds_per_post or 0.0
 
 
 def _pass_dict(one: PassPlan) -> dict[str, Any]:

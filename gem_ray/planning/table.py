@@ -51,9 +51,9 @@ def _table(plan: Plan) -> Table:
 
 def _add_pool(table: Table, pool: PlannedPool, fits: bool) -> None:
     """A row for each model; the first has what an actor reserves, and further stages that share it begin with a +."""
-    rate = pool.posts_per_second if fits else None
+    rate = "?" if not fits or pool.seconds is None else _rate(pool.posts_per_second)
     reserves = [gib(pool.need.held), f"{pool.placement.num_gpus:g}", str(pool.actors)]
-    speed = ["?" if rate is None else _rounded(rate, 3), pool.source]
+    speed = [rate, pool.source]
     for number, (stage, sizes, batch) in enumerate(_rows(pool)):
         table.add_row(stage, *sizes, *(["", "", ""] if number else reserves), batch, *(["", ""] if number else speed))
 
@@ -95,10 +95,11 @@ def _lines(plan: Plan, expected: RunEstimate | None) -> Iterator[str]:
         return
     is_whole = not any(pool.need.unknown for one in plan.passes for pool in one.pools)
     yield "verdict: it fits" + ("" if is_whole else ", as far as the models are known")
-    if plan.limit is None or plan.posts_per_hour is None:
+    if plan.limit is None:
         yield "bottleneck: not known; --probe INPUT times what runs on CPUs, --like RUN takes an earlier run's speeds"
         return
-    yield f"bottleneck: {plan.limit}; about {_rounded(plan.posts_per_hour)} posts an hour"
+    rate = f"; about {_rounded(plan.posts_per_hour)} posts an hour" if plan.posts_per_hour else ""
+    yield f"bottleneck: {plan.limit}{rate}"
     if expected is not None:
         yield from _expected(expected)
 
@@ -130,8 +131,12 @@ def _rounded(value: float, digits: int = 2) -> str:
     return f"{float(f'{value:.{digits}g}'):,.10g}"
 
 
+def _rate(posts_per_second: float | None) -> str:
+    return "any" if posts_per_second is None else _rounded(posts_per_second, 3)
+
+
 def _slowest(one: PassPlan) -> str:
     if one.limit is None:
         return ""
-    rate = f"; {_rounded(one.posts_per_second or 0, 3)} posts/s"
+    rate = f"; {_rate(one.posts_per_second)} posts/s"
     return f"{rate}, the slowest is {one.limit}" if len(one.pools) > 1 or one.is_cpu_bound else rate

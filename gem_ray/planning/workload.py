@@ -111,10 +111,23 @@ _ENTROPIES = (
 )
 # fmt: on
 TWEETS = Workload(entropies=_ENTROPIES)
+
+
+def _tweets_with(hard_share: float, with_hard: float) -> Workload:
+    """Tweets of whose entities another share is hard at γ = 0.2, and a share at every other γ that is larger or smaller
+    by the same factor.
+    """
+    places = np.linspace(0, 1, len(_ENTROPIES))
+    factor = hard_share / (1 - np.interp(0.2, _ENTROPIES, places))
+    entropies = np.interp(1 - (1 - places) / factor, places, _ENTROPIES, left=0.0)
+    hard = hard_share * TWEETS.entities
+    return replace(TWEETS, hard=hard, with_hard=with_hard, entropies=tuple(map(float, entropies)))
+
+
 # Where nothing is measured, the truth may lie between these: generated posts had 37 % of hard entities at γ = 0.2,
 # tweets 81 %; and half of the posts may have no image, which is assumed.
-LIGHT = replace(TWEETS, hard=0.37 * 1.68, with_hard=0.5, with_images=0.5, entropies=())
-HEAVY = replace(TWEETS, hard=0.81 * 1.68, with_hard=0.86, entropies=())
+LIGHT = replace(_tweets_with(0.37, with_hard=0.5), with_images=0.5)
+HEAVY = _tweets_with(0.81, with_hard=0.86)
 
 
 def workload_of_run(run: Path) -> Workload:

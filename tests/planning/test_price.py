@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.model_paths import resolve
 from gem_ray.planning.advice import changes_that_fit, merged_config
-from gem_ray.planning.cards import CARDS, LIST_PRICES, Fleet, find_card
+from gem_ray.planning.cards import CARDS, GIB, LIST_PRICES, Fleet, find_card
 from gem_ray.planning.cpu_costs import image_seconds
 from gem_ray.planning.estimate import RunEstimate, estimate
 from gem_ray.planning.model_facts import count_parameters
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.table import print_plan
-from gem_ray.planning.workload import TWEETS, Workload, workload_of_run
+from gem_ray.planning.workload import HEAVY, LIGHT, TWEETS, Workload, workload_of_run
 
 POSTS = 1_000_000
 # Grounding has the share of a card that it needs, on any card with 16 GB or more.
@@ -35,7 +36,7 @@ def expected(config: Config, gpus: str = "8", card: str = "h100", work: Workload
     def make(fleet: Fleet, cpus: int | None, work: Workload) -> Plan:
         return make_plan(config, fleet, cpus=cpus, work=work)
 
-    plan = make(Fleet.parse(gpus, None, card), more.get("cpus"), work)
+    plan = make(Fleet.parse(gpus, None, card if gpus.isdecimal() else None), more.get("cpus"), work)
     plan.check()
     prices = more.get("price", 2.0), more.get("request_price", 0.0)
     found = estimate(make, plan, more.get("posts", POSTS), config.pipeline.rows_per_group, *prices)
@@ -59,6 +60,37 @@ def test_the_price_falls_with_gamma() -> None:
     costs = [expected(reranked(f"filter.gamma={gamma}")).money for gamma in (0.2, 1.0, 3.0)]
     assert costs == sorted(costs, reverse=True)
     assert costs[2] < 0.6 * costs[0]
+
+
+@pytest.mark.parametrize("preset", ["cluster", "one-gpu"])
+@pytest.mark.parametrize("nothing_is_hard", ["filter.gamma=3.2", "filter.max_share=0"])
+def test_the_price_is_known_where_no_entity_is_hard(preset: str, nothing_is_hard: str) -> None:
+    shares = [*ROOMY, "pipeline.pools.rerank.num_gpus=0.85"]
+    idle = load_config(preset, overrides=[*RERANKED, *shares, nothing_is_hard])
+    found = expected(idle, "8", "h100")
+    assert found.money is not None
+    assert found.limit == "ground"
+    without = expected(load_config(preset, overrides=shares), "8", "h100")
+    assert found.hours - found.starting_hours == pytest.approx(without.hours - without.starting_hours, rel=0.2)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_posts_that_ask_nothing_of_the_models_have_a_price_too() -> None:
+    """Each pass takes as long as it takes to start."""
+    nothing = {"prepare": 0.0, "tag": 0.0, "load_image": 0.0, "ground": 0.0}
+    plan = make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=24, measured=nothing)
+    json.dumps(plan.to_dict(), allow_nan=False)
+    found = estimate(lambda *_: plan, plan, POSTS, POSTS, 1.0)
+    assert found is not None
+    assert found.hours == found.starting_hours == found.money
+
+
+def test_the_range_follows_gamma() -> None:
+    usual, none_hard = (expected(reranked(f"filter.gamma={gamma}")).hours_range for gamma in (0.2, 3.2))
+    assert none_hard[1] < 0.6 * usual[1]
+    for work, share in ((LIGHT, 0.37), (HEAVY, 0.81)):
+        assert work.under(load_config(overrides=["filter.gamma=0.2"])).hard_share == pytest.approx(share, abs=0.01)
+        assert work.under(load_config(overrides=["filter.gamma=3.2"])).hard_share == 0
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
@@ -181,13 +213,15 @@ def test_the_table_says_where_its_price_comes_from(arguments: str, lines: list[s
 def test_the_command_prints_hours_money_and_assumptions() -> None:
     from gem_ray.commands.annotate import app
 
-    command = "plan --preset one-gpu --gpus 1 --gpu-memory 24 --posts 10000000 --price 0.5 --json -"
+    command = "plan --preset one-gpu --gpus 1 --gpu-memory 24 --posts 10000000 --json -"
     done = CliRunner().invoke(app, command.split())
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)["estimate"]
-    assert facts["money"] == pytest.approx(0.5 * facts["hours"])
+    assert facts["money"] == pytest.approx(LIST_PRICES["a10g"].dollars * facts["hours"])
     assert facts["hours_range"][0] < facts["hours"] < facts["hours_range"][1]
     sources = {each["what"]: each["is_measured"] for each in facts["assumptions"]}
+    assert not sources["TFLOP/s of a10g in half precision, taken for a card of 24 GB"]
+    assert not sources["price of an hour, in dollars"]
     assert sources["sam: share of the card's peak FLOP/s"]
     assert not sources["share of entities that are hard"]
 
@@ -204,13 +238,72 @@ def test_cards_may_be_mixed_or_described() -> None:
     for wrong in ("mine:memory=32", "mine:tflops=x,memory=1", "mine:memory=1,tflops=1,speed=2"):
         with pytest.raises(ConfigError, match="--card"):
             find_card(wrong, None)
-    for wrong in ("8xl40s+", "many", "xl40s"):
+    for wrong in ("8xl40s+", "many", "xl40s", "0xa10g", "2xa10g+0xl40s"):
         with pytest.raises(ConfigError, match="--gpus takes"):
             Fleet.parse(wrong, None, None)
     slow, mixed, fast = (
         make_plan(load_config("cluster"), gpus).posts_per_hour for gpus in ("12xa10g", "8xl40s+4xa10g", "12xl40s")
     )
     assert slow < mixed < fast
+
+
+NUMBERS = st.sampled_from(["0", "-3", "nan", "inf", "1e-320", "1e300", "24", "165.5", "0x18", ""])
+PARTS = st.builds(lambda key, value: f"{key}={value}", st.sampled_from(["memory", "tflops", "bandwidth", "x"]), NUMBERS)
+DESCRIPTIONS = st.builds(
+    lambda name, parts: f"{name}:{','.join(parts)}", st.sampled_from(["mine", ""]), st.lists(PARTS)
+)
+SOME_CARDS = st.one_of(st.sampled_from([*CARDS]), DESCRIPTIONS, st.text(max_size=12))
+SOME_FLEETS = st.one_of(
+    st.text(max_size=12),
+    NUMBERS,
+    st.lists(st.builds(lambda count, card: f"{count}x{card}", NUMBERS, SOME_CARDS), max_size=3).map("+".join),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(gpus=SOME_FLEETS, memory_gb=st.none() | st.floats(), card=st.none() | SOME_CARDS)
+@example(gpus="1", memory_gb=None, card="x:memory=24,tflops=0")
+@example(gpus="0xa10g", memory_gb=None, card=None)
+@example(gpus="1", memory_gb=None, card="x:memory=inf,tflops=1")
+def test_every_description_of_cards_is_a_fleet_or_an_error_that_says_so(
+    gpus: str, memory_gb: float | None, card: str | None
+) -> None:
+    try:
+        fleet = Fleet.parse(gpus, memory_gb, card)
+    except ConfigError:
+        return
+    assert int(fleet.memory_gb * GIB) > 0 or not fleet.kinds
+    assert all(count > 0 for count, _, _ in fleet.kinds)
+    # What is asked for is in it, not dropped without a word.
+    assert memory_gb in (None, fleet.memory_gb)
+    assert card is None or card.startswith(str(fleet.name))
+    for _, _, facts in fleet.kinds:
+        for speed in (facts.half, facts.single, facts.bandwidth) if facts else ():
+            assert 0 < speed < math.inf
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--gpus 2xa10g --card h100",
+        "--gpus 2xa10g --gpu-memory 80",
+        "--card h100",
+        "--gpus 1 --card x:memory=-3,tflops=1",
+    ],
+)
+def test_the_command_refuses_cards_that_contradict_each_other(arguments: str) -> None:
+    from gem_ray.commands.annotate import app
+
+    done = CliRunner().invoke(app, ["plan", *arguments.split()])
+    assert isinstance(done.exception, ConfigError)
+    assert "--card" in str(done.exception) or "--gpu-memory" in str(done.exception)
+
+
+def test_a_card_that_is_chosen_by_its_memory_has_a_price_if_one_with_that_memory_has() -> None:
+    for memory in {card.memory_gb for card in CARDS.values()}:
+        has_price = any(name in LIST_PRICES for name, card in CARDS.items() if card.memory_gb == memory)
+        chosen, _ = find_card(None, memory)
+        assert (chosen in LIST_PRICES) == has_price
 
 
 def test_cards_that_nobody_uses_are_said() -> None:
