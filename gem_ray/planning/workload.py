@@ -119,9 +119,9 @@ def _tweets_with(hard_share: float, with_hard: float) -> Workload:
     """
     places = np.linspace(0, 1, len(_ENTROPIES))
     factor = hard_share / (1 - np.interp(0.2, _ENTROPIES, places))
-    entropies = np.interp(1 - (1 - places) / factor, places, _ENTROPIES, left=0.0)
+    entropies: list[float] = np.interp(1 - (1 - places) / factor, places, _ENTROPIES, left=0.0).tolist()
     hard = hard_share * TWEETS.entities
-    return replace(TWEETS, hard=hard, with_hard=with_hard, entropies=tuple(map(float, entropies)))
+    return replace(TWEETS, hard=hard, with_hard=with_hard, entropies=tuple(entropies))
 
 
 # Where nothing is measured, the truth may lie between these: generated posts had 37 % of hard entities at γ = 0.2,
