@@ -31,17 +31,17 @@ class LeaseClaim:
     Attributes:
         storage: of the output.
         output: as the user named it.
-        epoch: grows with every holder, so that a holder of long ago is never taken for the present one.
+        owner: drawn at random, so that no holder is taken for another, not even after the whole output was deleted.
     """
 
     storage: Storage
     output: str
-    epoch: int
+    owner: str
 
     @property
     def holds(self) -> bool:
         """True while nobody has taken the output over."""
-        return self._holder().get("epoch") == self.epoch
+        return self._holder().get("owner") == self.owner
 
     def check(self) -> None:
         """Before something is written or deleted, and after.
@@ -50,7 +50,7 @@ class LeaseClaim:
             FileExistsError: another process has taken the output.
         """
         holder = self._holder()
-        if holder.get("epoch") != self.epoch:
+        if holder.get("owner") != self.owner:
             raise FileExistsError(_message(self.output, holder))
 
     @contextmanager
@@ -80,7 +80,7 @@ class Lease:
         self._output = directory.output
         self._beat_s = beat_s
         self._stop = threading.Event()
-        self._facts: dict[str, Any] = {**_this_process(), "owner": uuid.uuid4().hex}
+        self._facts: dict[str, Any] = {**_this_process(), "owner": uuid.uuid4().hex, "beats": 0}
         self._version: str | None = None
         self._last_beat = time.monotonic()
 
@@ -105,31 +105,33 @@ class Lease:
         finally:
             self._stop.set()
             beating.join()
-            # The file stays, for its epoch. Whoever took the output over has changed it.
+            # The file stays, and says so. Whoever took the output over has changed it.
             with suppress(ConflictError, OSError):
                 self._write(released=True)
 
     def _take(self) -> LeaseClaim:
-        before = self._silent_holder()
-        self._facts |= {"epoch": before.get("epoch", 0) + 1, "beats": 0, "released": False}
+        self._wait_for_holder()
         try:
-            self._write()
+            self._write(released=False)
         except ConflictError:
             raise FileExistsError(_message(self._output, self._storage.read_json(_FILE) or {})) from None
-        return LeaseClaim(self._storage, self._output, self._facts["epoch"])
+        return LeaseClaim(self._storage, self._output, self._facts["owner"])
 
-    def _silent_holder(self) -> Mapping[str, Any]:
-        """The lease that may be taken over; waits until it is clear whether its holder is alive."""
+    def _wait_for_holder(self) -> None:
+        """Wait until it is clear whether the holder, if there is one, is alive.
+
+        Raises:
+            FileExistsError: it is.
+        """
         before = self._look()
         for _ in range(_SILENT_BEATS):
             if before is None or before.get("released") or _is_dead_here(before):
-                break
+                return
             time.sleep(self._beat_s)
             now = self._look()
             if now != before and now is not None and not now.get("released"):
                 raise FileExistsError(_message(self._output, now))
             before = now
-        return before or {}
 
     def _look(self) -> Mapping[str, Any] | None:
         """The lease as it is. Its version is read first: what changes in between makes taking it over fail."""
@@ -138,7 +140,14 @@ class Lease:
 
     def _write(self, **facts: Any) -> None:
         self._facts |= {"beats": self._facts["beats"] + 1, **facts}
-        self._version = self._storage.swap(_FILE, as_json(self._facts), self._version)
+        content = as_json(self._facts)
+        try:
+            self._version = self._storage.swap(_FILE, content, self._version)
+        except ConflictError:
+            # Perhaps with what this process has written last, whose answer was lost.
+            if (self._look() or {}).get("owner") != self._facts["owner"]:
+                raise
+            self._version = self._storage.swap(_FILE, content, self._version)
         self._last_beat = time.monotonic()
 
     def _keep_beating(self) -> None:

@@ -190,8 +190,9 @@ class RunFolder:
         Raises:
             FileExistsError: another process has done so.
         """
-        number = len(self._added()) + 1
-        if not self.create(f"files/{number:04d}", {"files": [asdict(file) for file in files]}):
+        # After the parts that these files' numbers follow, whatever has been added since.
+        name = f"files/{len(self.manifest().parts):04d}"
+        if not self.create(name, {"files": [asdict(file) for file in files]}):
             raise FileExistsError("another process has added files to this run; try again")
         self._manifest = None
 
@@ -231,8 +232,13 @@ class RunFolder:
         return {name: Round(**each) for name, each in facts.items() if each is not None}
 
     def begin_round(self, name: str, each: Round) -> None:
-        """Fix what a round does."""
-        self.create(f"rounds/{name}", asdict(each))
+        """Fix what a round does.
+
+        Raises:
+            FileExistsError: another process has fixed it otherwise.
+        """
+        if not self.create(f"rounds/{name}", asdict(each)):
+            raise FileExistsError("another process does rows of this run again; try again")
 
     def staged(self, group: str, number: int) -> str:
         """Where a pass over a group writes its rows."""

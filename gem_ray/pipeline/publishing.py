@@ -76,7 +76,8 @@ def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
     stale = [name for name in there if _OWN.fullmatch(name) and name not in live]
     moves = {name: merged_name(folder.run_id, group, name) for name, group in live.items()}
     moves = {n: source for n, source in moves.items() if source in waiting and there.get(n) != sizes[n]}
-    if stale or moves:
+    is_short = any(there.get(name) != sizes[name] for name in live)
+    if stale or is_short:
         with claim.checked():
             storage.delete(SUCCESS)
     for name in stale:
@@ -151,11 +152,18 @@ def tally_of(published: Mapping[str, Publication]) -> Tally:
     return sum((Tally.from_dict(file.tally) for file in sorted(files, key=lambda file: file.name)), Tally())
 
 
-def mark_complete(directory: OutputFolder, run_id: str, rows: int, files: int) -> None:
-    """Write `_SUCCESS`: `annotations/` holds all rows of the run, and nothing else."""
+def mark_complete(directory: OutputFolder, claim: LeaseClaim, run_id: str, rows: int, files: int) -> None:
+    """Write `_SUCCESS`: `annotations/` holds all rows of the run, and nothing else.
+
+    Raises:
+        FileExistsError: another process has taken the output.
+        ConflictError: it has just changed the file.
+    """
+    version = directory.storage.version(SUCCESS)
     content = as_json({"run_id": run_id, "rows": rows, "files": files})
-    if directory.storage.read(SUCCESS) != content:
-        directory.storage.write(SUCCESS, content)
+    with claim.checked():
+        if directory.storage.read(SUCCESS) != content:
+            directory.storage.swap(SUCCESS, content, version)
 
 
 def _names(storage: Storage) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gem_ray.annotator import models_of
 from gem_ray.data.check import column_remarks
 from gem_ray.data.listing import Listing, list_shards
-from gem_ray.data.output import RUN_FACTS, live_files, run_ids
+from gem_ray.data.output import RUN_FACTS, SUCCESS, live_files, run_ids
 from gem_ray.data.storage import ConflictError, as_json
 from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.execution import RayExecutor, RunError
@@ -176,7 +176,9 @@ class _Run:
         check_same(manifest, self.config, self.models, self.limit, self.reader.columns, only_problems)
         added = new_files(manifest, self.listing, update)
         if added:
-            folder.add(self._count(added, first_number=max((file.number for file in manifest.files), default=-1) + 1))
+            files = self._count(added, first_number=max((file.number for file in manifest.files), default=-1) + 1)
+            with self.claim.checked():
+                folder.add(files)
         return folder
 
     def _count(self, shards: Sequence[StoredFile], first_number: int = 0) -> list[InputFile]:
@@ -266,8 +268,8 @@ class _Run:
                 unread=unread,
             )
             self._write_facts(summary)
+        mark_complete(self.directory, self.claim, folder.run_id, tally.rows, len(live_files(published)))
         with self.claim.checked():
-            mark_complete(self.directory, folder.run_id, tally.rows, len(live_files(published)))
             folder.clear()
             self.directory.forget_runs_before(folder.run_id)
         return summary
@@ -335,6 +337,8 @@ class _Work:
         lost = lost_files(self._storage, published)
         if not lost:
             return None
+        with self._run.claim.checked():
+            self._storage.delete(SUCCESS)
         return self._round("r", lost, lambda: lost_ids(self._storage, self._groups, published, lost))
 
     def round_of_problems(self) -> Group | None:
@@ -349,7 +353,8 @@ class _Work:
         open_rounds = [n for n, each in rounds.items() if each == wanted and n not in published and n[0] == kind]
         name = open_rounds[0] if open_rounds else f"{kind}{len(rounds):03d}"
         if not open_rounds:
-            self._folder.begin_round(name, wanted)
+            with self._run.claim.checked():
+                self._folder.begin_round(name, wanted)
         return Group(name, self._manifest.files, ids(), tuple(replaces))
 
     def run(self, rounds: list[Callable[[], Group | None]], progress: Report | None) -> _Done:

@@ -9,6 +9,7 @@ file, rename) or as S3 (no rename, folders are prefixes).
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import threading
@@ -224,7 +225,7 @@ class InlineExecutor:
 
 
 def late_sink(sink: Any, storage: Storage) -> Any:
-    return type(sink)(sink._folders, sink._schema, Unfenced(storage, "", 0))
+    return type(sink)(sink._folders, sink._schema, Unfenced(storage, "", ""))
 
 
 def annotated(post: Post, config: Config, has_failed: bool) -> Post:
@@ -552,6 +553,71 @@ def test_driver_that_was_taken_for_dead_harms_nothing_when_it_wakes_up(
         check(world, expected)
 
 
+def test_files_that_two_drivers_add_are_in_the_run_once(
+    tmp_path: Path, use: Callable[[World], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second does everything while the first counts the new files, which takes minutes and writes nothing."""
+    world = use(World(tmp_path))
+    grown(world)
+    count = run_module.count_input
+    others = iter([lambda: world.annotate(update=True)])
+
+    def counted(*arguments: Any) -> Any:
+        files = count(*arguments)
+        next(others, lambda: None)()
+        return files
+
+    monkeypatch.setattr(run_module, "count_input", counted)
+    with pytest.raises(FileExistsError, match="another process"):
+        world.annotate(update=True)
+    world.annotate()
+    assert len(published_rows(world)) == 7
+    assert listed_rows(world) == published_rows(world)
+
+
+def test_late_end_of_a_run_does_not_say_what_the_output_no_longer_is(
+    tmp_path: Path, use: Callable[[World], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver sleeps before the write of `_SUCCESS`, while another takes files in and finishes."""
+    world = use(World(tmp_path))
+    finished()(world)
+    (world.output / SUCCESS).unlink()
+    swap = CountedStorage.swap
+
+    def take_files_in() -> None:
+        world.put(aa=["new", "no image 2"])
+        world.annotate(update=True)
+
+    others = iter([take_files_in])
+
+    def sleeping(self: CountedStorage, name: str, content: bytes, expected: str | None) -> str:
+        if name == SUCCESS:
+            next(others, lambda: None)()
+        return swap(self, name, content, expected)
+
+    monkeypatch.setattr(CountedStorage, "swap", sleeping)
+    with pytest.raises(FileExistsError, match="another process"):
+        world.annotate()
+    assert json.loads((world.output / SUCCESS).read_text())["rows"] == len(published_rows(world)) == 7
+
+
+@pytest.mark.parametrize("gone", ["annotations", "status=ok"])
+def test_output_that_lost_files_does_not_say_that_it_is_complete(
+    gone: str, tmp_path: Path, use: Callable[[World], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = use(World(tmp_path))
+    finished()(world)
+    shutil.rmtree(next(world.output.rglob(gone)))
+    monkeypatch.setattr(InlineExecutor, "check_models", failing)
+    with pytest.raises(RunError):
+        world.annotate()
+    assert not (world.output / SUCCESS).exists()
+
+
+def failing(*_: Any) -> None:
+    raise RunError("a model cannot be loaded")
+
+
 def schedules(steps: int) -> Iterator[tuple[str, ...]]:
     """Every order in which two processes can do so many steps each."""
     for chosen in itertools.combinations(range(2 * steps), steps):
@@ -629,7 +695,7 @@ def holders_after(order: Sequence[str], root: Path, before: str, kind: type[Step
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(LeaseClaim(LocalStorage(str(root)), "", claim.epoch).holds for claim in claims)
+    return sum(LeaseClaim(LocalStorage(str(root)), "", claim.owner).holds for claim in claims)
 
 
 class Unconditional(SteppedStorage):
