@@ -631,6 +631,7 @@ class Turns:
         self._left = list(order)
         self._changed = threading.Condition()
         self._ended: set[str] = set()
+        self.taken: list[str | None] = []  # the versions that were replaced
 
     def take(self, name: str) -> None:
         with self._changed:
@@ -665,8 +666,9 @@ class SteppedStorage(LocalStorage):
 
     def swap(self, name: str, content: bytes, expected: str | None) -> str:
         self._turns.take(self._name)
-        real = LocalStorage(self.root)
-        return real.swap(name, content, expected)
+        version = LocalStorage(self.root).swap(name, content, expected)
+        self._turns.taken.append(expected)
+        return version
 
 
 @pytest.mark.parametrize("before", ["nobody", "released", "dead"])
@@ -676,7 +678,7 @@ def test_of_two_starts_one_gets_the_output_in_whatever_order_they_look_and_write
 
 
 def holders_after(order: Sequence[str], root: Path, before: str, kind: type[SteppedStorage]) -> int:
-    """How many of two processes hold the output, and believe so, after they took their steps in this order."""
+    """How many of two processes took the output from the same state, with steps in this order."""
     if before != "nobody":
         with Lease(OutputFolder("out", LocalStorage(str(root)))).held() as claim:
             content = claim.storage.read("_run/lease.json")
@@ -695,7 +697,8 @@ def holders_after(order: Sequence[str], root: Path, before: str, kind: type[Step
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(LeaseClaim(LocalStorage(str(root)), "", claim.owner).holds for claim in claims)
+    assert sum(LeaseClaim(LocalStorage(str(root)), "", claim.owner).holds for claim in claims) == 1
+    return max(Counter(turns.taken).values())
 
 
 class Unconditional(SteppedStorage):
@@ -704,6 +707,7 @@ class Unconditional(SteppedStorage):
     def swap(self, name: str, content: bytes, expected: str | None) -> str:
         self._turns.take(self._name)
         LocalStorage(self.root).write(name, content)
+        self._turns.taken.append(expected)
         return ""
 
 
