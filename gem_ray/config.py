@@ -452,7 +452,9 @@ class ServingConfig(_Section):
     max_bodies_bytes: PositiveInt = Field(
         256 * 2**20, description="size of all bodies that an ingress replica holds at once; above that it answers 429"
     )
-    body_timeout_s: float = Field(5, gt=0, description="time for a body to arrive; `min_body_rate` adds to it")
+    body_timeout_s: float = Field(
+        5, gt=0, description="time for a body to arrive after its first 64 KiB; `min_body_rate` adds to it"
+    )
     min_body_rate: PositiveInt = Field(
         64 * 2**10,
         description="bytes per second: `body_timeout_s` grows by a second for each so many bytes, up to `timeout_s`",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,7 +14,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gem_ray.serving.access import REQUEST_ID
-from gem_ray.serving.flow import BusyError, Flow, UnavailableError
+from gem_ray.serving.calls import BusyError, UnavailableError
+
+if TYPE_CHECKING:
+    from gem_ray.serving.flow import Flow
 
 MEDIA_TYPE = "application/problem+json"
 logger = logging.getLogger(__name__)

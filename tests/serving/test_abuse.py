@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import resource
 import socket
 import threading
@@ -17,6 +18,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private import constants
 
 from gem_ray.benchmarks.abuse import FORM, hostile_bodies, hostile_forms
 from gem_ray.config import ServingConfig
@@ -167,7 +169,12 @@ def first_line(connection):
     return connection.recv(4096).partition(b"\r\n")[0]
 
 
-def test_bodies_that_do_not_come_take_no_place_and_are_cut_off(api):
+@pytest.fixture
+def short_first_parts(monkeypatch):
+    monkeypatch.setattr(proxy, "FIRST_PART_S", 1)
+
+
+def test_bodies_that_do_not_come_take_no_place_and_are_cut_off(api, short_first_parts):
     """Places are for posts that are there."""
     with ExitStack() as stack, api.health_watched() as seconds:
         slow = [stack.enter_context(api.connect(POST % 100 + b"{")) for _ in range(100)]
@@ -180,7 +187,7 @@ def test_bodies_that_do_not_come_take_no_place_and_are_cut_off(api):
     assert max(seconds) < PROMPT_S
 
 
-def test_a_body_that_comes_byte_by_byte_is_cut_off(api):
+def test_a_body_that_comes_byte_by_byte_is_cut_off(api, short_first_parts):
     """However regularly: it is the rate that counts."""
     with api.connect(POST % 1000 + b"{") as connection:
         connection.settimeout(0.05)
@@ -194,8 +201,13 @@ def test_a_body_that_comes_byte_by_byte_is_cut_off(api):
         assert time.monotonic() - started < 3
 
 
+def gathering(app, receive, send=None):
+    return proxy.GatherBody(app)({"type": "http", "headers": [(b"x-request-id", b"a-1")]}, receive, send)
+
+
 @given(sizes=st.lists(st.integers(0, 40_000), max_size=20), is_cut_off=st.booleans())
 def test_a_body_is_passed_on_whole_in_parts_that_are_worth_a_call(sizes, is_cut_off):
+    """Who leaves before the first part is there causes no call at all."""
     sent = [{"type": "http.request", "body": b"x" * size, "more_body": True} for size in sizes]
     end = {"type": "http.disconnect"} if is_cut_off else {"type": "http.request", "body": b"", "more_body": False}
     coming, seen = iter([*sent, end]), []
@@ -207,29 +219,104 @@ def test_a_body_is_passed_on_whole_in_parts_that_are_worth_a_call(sizes, is_cut_
         while not seen or seen[-1].get("more_body"):
             seen.append(await receive())
 
-    asyncio.run(proxy.GatherBody(app)({"type": "http"}, receive, None))
-    assert sum(len(message.get("body", b"")) for message in seen) == sum(sizes)
-    assert (seen[-1]["type"] == "http.disconnect") == is_cut_off
+    asyncio.run(gathering(app, receive))
     assert len(seen) <= sum(sizes) // proxy.GATHER_BYTES + 2
+    if is_cut_off:
+        assert bool(seen) == (sum(sizes) >= proxy.GATHER_BYTES)
+        assert not seen or seen[-1]["type"] == "http.disconnect"
+    else:
+        assert sum(len(message["body"]) for message in seen) == sum(sizes)
 
 
-def test_who_sends_byte_by_byte_causes_few_calls(monkeypatch):
-    monkeypatch.setattr(proxy, "GATHER_S", 0.2)
-    seen, sent = [], 0
+def dripping(first, pause_s=0.01):
+    """A `receive`: something, and then a byte now and then."""
+    sent = iter([first])
 
     async def receive():
-        nonlocal sent
-        await asyncio.sleep(0.01)
-        sent += 1
-        return {"type": "http.request", "body": b" ", "more_body": sent < 60}
+        body = next(sent, None)
+        if body is None:
+            await asyncio.sleep(pause_s)
+        return {"type": "http.request", "body": body or b" ", "more_body": True}
+
+    return receive
+
+
+def test_who_sends_slowly_costs_the_ingress_nothing(monkeypatch):
+    """Only the proxy, which refuses at moments that do not coincide."""
+    monkeypatch.setattr(proxy, "FIRST_PART_S", 0.4)
+    answers, refused_at = [], []
 
     async def app(scope, receive, send):
-        while not seen or seen[-1]["more_body"]:
+        raise AssertionError("the ingress was called")
+
+    async def send(message):
+        answers.append(message)
+        if message["type"] == "http.response.start":
+            refused_at.append(time.monotonic())
+
+    async def scenario():
+        await asyncio.gather(*(gathering(app, dripping(b"{"), send) for _ in range(50)))
+
+    asyncio.run(scenario())
+    starts, texts = answers[::2], [json.loads(answer["body"]) for answer in answers[1::2]]
+    assert {start["status"] for start in starts} == {408}
+    headers = {name.lower(): value for name, value in starts[0]["headers"]}
+    assert headers[b"content-type"] == b"application/problem+json"
+    assert (headers[b"connection"], headers[b"x-request-id"]) == (b"close", b"a-1")
+    assert texts[0].keys() == {"type", "title", "status", "detail", "request_id"}
+    assert max(refused_at) - min(refused_at) > 0.02
+
+
+def test_later_parts_of_a_body_that_comes_slowly_are_few(monkeypatch):
+    monkeypatch.setattr(proxy, "GATHER_S", 0.2)
+    seen = []
+
+    async def app(scope, receive, send):
+        while sum(len(message["body"]) for message in seen) < proxy.GATHER_BYTES + 60:
             seen.append(await receive())
 
-    asyncio.run(proxy.GatherBody(app)({"type": "http"}, receive, None))
-    assert sum(len(message["body"]) for message in seen) == 60
+    asyncio.run(gathering(app, dripping(b" " * proxy.GATHER_BYTES)))
     assert len(seen) < 20
+
+
+def test_the_proxy_holds_a_bounded_number_of_requests(monkeypatch):
+    """The one that has waited longest makes room; one whose body is there never waits."""
+    monkeypatch.setattr(proxy, "MAX_HELD", 5)
+    statuses, calls = Counter(), 0
+
+    async def app(scope, receive, send):
+        nonlocal calls
+        calls += 1
+
+    async def whole():
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message):
+        statuses[message.get("status")] += 1
+
+    async def scenario():
+        middleware = proxy.GatherBody(app)
+        scope = {"type": "http", "headers": []}
+        slow = [asyncio.create_task(middleware(scope, dripping(b"{"), send)) for _ in range(50)]
+        await asyncio.sleep(0.1)
+        assert sum(not task.done() for task in slow) == 5
+        assert not any(task.done() for task in slow[-5:])
+        for _ in range(20):
+            await middleware(scope, whole, send)
+        for task in slow:
+            task.cancel()
+
+    asyncio.run(scenario())
+    assert (calls, statuses[408] >= 45) == (20, True)
+
+
+@pytest.mark.parametrize("body", [b"{}", b" " * 100_000 + b"{}"])
+def test_a_client_that_expects_to_be_told_to_continue_is_told(api, body):
+    head = (POST % len(body)).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n")
+    with api.connect(head) as connection:
+        assert first_line(connection) == b"HTTP/1.1 100 Continue"
+        connection.sendall(body)
+        assert first_line(connection).startswith(b"HTTP/1.1 422 ")
 
 
 def test_a_large_body_over_a_slow_line_arrives(api):
@@ -305,6 +392,47 @@ def test_a_head_of_any_size_is_not_kept(api):
         assert sent < 8 * MIB  # what the sockets hold besides
 
 
+CHUNKED = b"POST /v1/annotate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "repeated"),
+    [
+        (b"1\r\n{\r\n0\r\n", b"X-A: " + b"a" * 1000 + b"\r\n"),
+        (b"1\r\n{\r\n0\r\nX-A: ", b"a" * 1000),
+        (b"1\r\n{\r\n0;", b"a" * 1000),
+        (b"1\r\n{\r\n1;", b"a" * 1000),
+    ],
+)
+def test_what_comes_behind_or_between_the_pieces_of_a_body_is_not_kept(api, start, repeated):
+    with api.connect(CHUNKED + start) as connection:
+        sent = 0
+        while sent < 16 * MIB and send(connection, repeated):
+            sent += len(repeated)
+        assert sent < 8 * MIB  # what the sockets hold besides
+
+
+def test_a_trailer_is_no_header(listening):
+    """It comes when all checks of the headers are done."""
+    seen = []
+
+    async def app(scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+        seen.append(dict(scope["headers"]))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    proxy.middlewares()
+    with listening(app) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(CHUNKED + b"1\r\n{\r\n0\r\nAuthorization: Bearer x\r\n\r\n")
+        assert first_line(connection) == b"HTTP/1.1 204 No Content"
+        connection.sendall(b"GET / HTTP/1.1\r\nX-Next: 1\r\n\r\n")
+        assert first_line(connection) == b"HTTP/1.1 204 No Content"
+    assert b"authorization" not in seen[0]
+    assert seen[1] == {b"x-next": b"1"}
+
+
 def send(connection, data):
     try:
         connection.sendall(data)
@@ -313,11 +441,52 @@ def send(connection, data):
     return True
 
 
-@pytest.mark.parametrize("value", [b"\xff", b"a" * 500, b"a b", b""])
-def test_a_request_id_that_is_no_word_is_replaced(api, value):
-    sent = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: %s\r\nConnection: close\r\n\r\n" % value
-    with api.connect(sent) as connection:
-        assert first_line(connection) == b"HTTP/1.1 200 OK"
+def names_that_serve_reads():
+    """Headers by which clients would tell Serve what to do: its constants whose names say so, with either separator."""
+    found = {
+        value
+        for name, value in vars(constants).items()
+        if isinstance(value, str)
+        and re.search("SERVE_(HTTP_)?.*HEADER|SERVE_SESSION_ID|SERVE_MULTIPLEXED_MODEL_ID$", name)
+    } - {constants.SERVE_HTTP_REQUEST_ID_HEADER, constants.RAY_SERVE_INGRESS_REQUEST_ROUTER_OPT_HEADERS_FIELD}
+    assert len(found) >= 5
+    names = {f"{name}a" if name.endswith("-") else name for name in found}
+    return sorted(names | {name.replace("-", "_") for name in names} | {name.replace("_", "-") for name in names})
+
+
+def cleaned(*headers):
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.extend(scope["headers"])
+
+    asyncio.run(proxy.CleanHeaders(app)({"type": "http", "headers": list(headers)}, None, None))
+    return seen
+
+
+@pytest.mark.parametrize("name", names_that_serve_reads())
+@pytest.mark.parametrize("value", [b"0.001", b"?1", b"\xff"])
+def test_no_client_tells_serve_what_to_do(name, value):
+    assert [found for found, _ in cleaned((name.encode(), value), (b"accept", b"*/*"))] == [b"accept", b"x-request-id"]
+
+
+@pytest.mark.parametrize("name", ["traceparent", "tracestate"])
+def test_only_a_trace_context_that_serve_can_decode_is_passed_on(name):
+    good = {"traceparent": b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01", "tracestate": b"vendor=1,other=2"}[name]
+    assert (name.encode(), good) in cleaned((name.encode(), good))
+    for bad in (b"\xff", good + b"\xff", b""):
+        assert [found for found, _ in cleaned((name.encode(), bad))] == [b"x-request-id"]
+
+
+@pytest.mark.parametrize("values", [[b"\xff"], [b"a" * 500], [b"a b"], [b""], [], [b"\xff", b"a"]])
+def test_a_request_id_that_is_no_word_is_replaced(values):
+    ids = [value for name, value in cleaned(*((b"x-request-id", value) for value in values)) if name == b"x-request-id"]
+    assert len(ids) == 1
+    assert len(ids[0]) == 36
+
+
+def test_a_request_id_is_passed_on():
+    assert cleaned((b"x-request-id", b"a-1"), (b"x-request-id", b"\xff")) == [(b"x-request-id", b"a-1")]
 
 
 def test_one_key_leaves_places_to_the_others(endpoint, monkeypatch, assert_problem):
