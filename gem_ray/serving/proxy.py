@@ -114,7 +114,7 @@ class CleanHeaders:
         """Handle a request."""
         if "headers" in scope:
             asked = Headers(scope=scope).get("x-request-id", "").encode("latin-1")
-            request_id = asked if _REQUEST_ID.fullmatch(asked) else str(uuid.uuid4()).encode()
+            request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex.encode()
             kept = [(name, value) for name, value in scope["headers"] if _is_for_the_ingress(name, value)]
             scope = {**scope, "headers": [*kept, (b"x-request-id", request_id)]}
         await self._app(scope, receive, send)
