@@ -19,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 import gem_ray
 from gem_ray.data.fetch import ImageError
 from gem_ray.records import Post, ProblemKind, Status, model_rows
-from gem_ray.serving.bodies import read_batch, read_post
+from gem_ray.serving.bodies import JSON, prefers, read_batch, read_post
 from gem_ray.serving.flow import Flow, UnavailableError
-from gem_ray.serving.messages import AnnotationOut, BatchOut, Limits, ModelOut, Models, PostIn, Taxonomy, Version
+from gem_ray.serving.messages import AnnotationOut, AnyPost, BatchOut, Limits, ModelOut, Models, Taxonomy, Version
 from gem_ray.serving.openapi import BATCH_BODY, LINES, NDJSON, POST_BODY, add_openapi, problems
 from gem_ray.serving.problems import ProblemError, add_problem_handlers, problem_of
 from gem_ray.serving.scrape import METRICS_TYPE, scrape
@@ -95,7 +95,7 @@ def _add_annotate(api: FastAPI, service: Service) -> None:
         asked = await read_post(request, service.config)
         with service.flow.admitted(1, key):
             post = asked.to_post(uuid4().hex, service.config.text.max_chars)
-            if asked.image_url:
+            if asked.image_url and not post.is_rejected:
                 await _fetch_or_refuse(service.flow, post, asked.image_url)
             done = await service.flow.annotate(post)
         if done.post.is_rejected:
@@ -130,8 +130,8 @@ def _add_batch(api: FastAPI, service: Service) -> None:
     async def annotate_batch(request: Request, heatmaps: HeatMaps = False) -> Response:
         key = service.sharing_key(request.state.caller)
         service.flow.check_room(1, key)
-        asked = (await read_batch(request, service.config)).posts
-        if NDJSON in request.headers.get("accept", ""):
+        asked = (await read_batch(request, service.config, service.max_batch_posts(key))).posts
+        if prefers(NDJSON, JSON, request.headers.get("accept", "")):
             return _Lines(service, asked, heatmaps, key)
         with service.flow.admitted(len(asked), key):
             answers = await asyncio.gather(
@@ -143,10 +143,10 @@ def _add_batch(api: FastAPI, service: Service) -> None:
         return JSONResponse({"annotations": answers})
 
 
-async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any]:
+async def _row(service: Service, asked: AnyPost, heatmaps: bool) -> dict[str, Any]:
     """A post of a batch: what is wrong with it is in its row."""
     post = asked.to_post(uuid4().hex, service.config.text.max_chars)
-    if asked.image_url:
+    if asked.image_url and not post.is_rejected:
         try:
             await service.flow.fetch_image(post, asked.image_url)
         except ImageError as error:
@@ -160,7 +160,7 @@ async def _row(service: Service, asked: PostIn, heatmaps: bool) -> dict[str, Any
 class _Lines(StreamingResponse):
     """A line of JSON for each post, in the order in which they are done: its row, or a `problem`, and its `index`."""
 
-    def __init__(self, service: Service, asked: Sequence[PostIn], heatmaps: bool, key: str | None) -> None:
+    def __init__(self, service: Service, asked: Sequence[AnyPost], heatmaps: bool, key: str | None) -> None:
         super().__init__(self._lines(), media_type=NDJSON)
         self._service = service
         self._asked = asked
@@ -180,7 +180,7 @@ class _Lines(StreamingResponse):
             for task in tasks:
                 task.cancel()
 
-    async def _line(self, index: int, asked: PostIn) -> str:
+    async def _line(self, index: int, asked: AnyPost) -> str:
         try:
             answer = await _row(self._service, asked, self._heatmaps)
         except Exception as error:
@@ -198,8 +198,9 @@ def _add_facts(api: FastAPI, service: Service) -> None:
         return Taxonomy(labels=service.config.labels, coarse=coarse)
 
     @facts.get("/v1/limits", summary="What a request may hold", operation_id="get_limits")
-    async def limits() -> Limits:
-        return Limits.of(service.config, service.flow.filter, bool(service.keys))
+    async def limits(request: Request) -> Limits:
+        max_posts = service.max_batch_posts(service.sharing_key(request.state.caller))
+        return Limits.of(service.config, service.flow.filter, bool(service.keys), max_posts)
 
     @facts.get("/v1/models", summary="What annotates", operation_id="get_models")
     async def models() -> Models:

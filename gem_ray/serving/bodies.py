@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from gem_ray.config import Config
 from gem_ray.plurals import counted
-from gem_ray.serving.messages import MAX_TOKENS, BatchIn, PostIn
+from gem_ray.serving.messages import MAX_POST_ID_CHARS, MAX_TOKENS, TEXTS, BatchIn, PostIn, described
 from gem_ray.serving.problems import ProblemError
 
 _Model = TypeVar("_Model", bound=BaseModel)
 JSON, FORM = "application/json", "multipart/form-data"
-_SHOWN_ERRORS = 5
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _COUNTED_AT_ONCE = 2**14
 # A parser keeps the interpreter's lock. A small body is parsed sooner than a thread begins; of large ones, never more
 # than one stands between the event loop and its next turn.
 _PARSED_AT_ONCE = 2**16
 _PARSER = ThreadPoolExecutor(1, "parse")
-_ESCAPES_OF_A_CHAR = 6  # two for one outside the basic plane, in text, caption and knowledge
+_SHOWN_CHARS = 40
+_ESCAPES_OF_A_CHAR = 2  # of one outside the basic plane
+_BASE64_OF_AN_ESCAPE = 32  # many programs write / as \\/; every 64th character of base64 is one
 _VALUES_OF_A_POST = MAX_TOKENS + 64  # fields, and room for some that are wrong
 
 
@@ -45,14 +49,14 @@ async def read_post(request: Request, config: Config) -> PostIn:
     return asked
 
 
-async def read_batch(request: Request, config: Config) -> BatchIn:
-    """The posts of a request.
+async def read_batch(request: Request, config: Config, max_posts: int) -> BatchIn:
+    """The posts of a request, at most so many.
 
     Raises:
         ProblemError: as `read_post`, and 413 for too many posts.
     """
     _content_type(request, JSON)
-    return await _from_json(request, BatchIn, config.serving.max_batch_posts, config)
+    return await _from_json(request, BatchIn, max_posts, config)
 
 
 async def _from_json(request: Request, model: type[_Model], posts: int, config: Config) -> _Model:
@@ -61,7 +65,7 @@ async def _from_json(request: Request, model: type[_Model], posts: int, config: 
     Raises:
         ProblemError: 413 for more values than a request can need, 422 for a wrong body.
     """
-    counter = _JsonCounter(posts, config.text.max_chars)
+    counter = _JsonCounter(posts, _escapes_of(posts, config))
     parts = []
     async for part in request.stream():
         parts.append(part)
@@ -74,6 +78,12 @@ async def _from_json(request: Request, model: type[_Model], posts: int, config: 
     return await asyncio.get_running_loop().run_in_executor(_PARSER, _parse, model, body)
 
 
+def _escapes_of(posts: int, config: Config) -> int:
+    """Most that good posts can hold."""
+    chars = len(TEXTS) * config.text.max_chars + MAX_POST_ID_CHARS
+    return posts * chars * _ESCAPES_OF_A_CHAR + config.serving.max_body_bytes // _BASE64_OF_AN_ESCAPE
+
+
 class _JsonCounter:
     """Counts what a JSON body holds while it comes: a parser makes an object of each value before it checks any.
 
@@ -82,12 +92,12 @@ class _JsonCounter:
 
     Args:
         posts: that the body may hold.
-        chars: of the longest text.
+        escapes: in all its strings.
     """
 
-    def __init__(self, posts: int, chars: int) -> None:
+    def __init__(self, posts: int, escapes: int) -> None:
         self._posts = posts
-        self._escapes_left = posts * chars * _ESCAPES_OF_A_CHAR
+        self._escapes_left = escapes
         self._objects = 0
         self._values = 0
         self._is_in_string = False
@@ -124,7 +134,8 @@ class _JsonCounter:
         self._objects += structure.count(b"{")
         self._values += sum(map(structure.count, (b",", b":", b"[", b"{")))
         if self._objects > self._posts + 1:  # the batch itself is one
-            raise ProblemError(413, f"more than {counted(self._posts, 'post')} in the body")
+            limit = f"more than {counted(self._posts, 'post')} in the body"
+            raise ProblemError(413, f"{limit}; GET /v1/limits says how many there may be")
         if self._values > self._posts * _VALUES_OF_A_POST:
             raise ProblemError(413, "the body holds more JSON values than so many posts can")
         return end + 1 if end >= 0 else len(part)
@@ -132,48 +143,91 @@ class _JsonCounter:
 
 def _parse(model: type[_Model], body: bytes) -> _Model:
     try:
-        return model.model_validate_json(body)
+        values = _values(body)
+    except (ValueError, RecursionError) as error:
+        raise ProblemError(422, f"the body is no JSON: {error}") from None
+    return _checked(model, values)
+
+
+def _values(body: bytes) -> Any:
+    try:
+        return from_json(body)
+    except ValueError:
+        if not _SURROGATE.search(body):
+            raise
+    return json.loads(body.decode())  # which takes half a character; the post that holds it is refused
+
+
+def _checked(model: type[_Model], values: Any) -> _Model:
+    try:
+        return model.model_validate(values)
     except ValidationError as error:
-        raise _unprocessable(error) from None
+        raise ProblemError(422, described(error)) from None
+
+
+class _PostForm(MultiPartParser):
+    """Starlette's parser, which refuses wrong parts as they come, and an end before the last boundary."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(
+            request.headers, request.stream(), max_files=1, max_fields=MAX_TOKENS + len(PostIn.model_fields)
+        )
+        self._names: set[str] = set()
+        self._has_ended = False
+
+    def on_part_end(self) -> None:
+        super().on_part_end()
+        name, value = self.items[-1]
+        if name not in PostIn.model_fields:
+            raise MultiPartException(f"{name[:_SHOWN_CHARS]!r} is no field")
+        if (name == "image") != isinstance(value, UploadFile):
+            raise MultiPartException(f"{name}: the part must be {'a file' if name == 'image' else 'text, not a file'}")
+        if name in self._names and name != "tokens":
+            raise MultiPartException(f"{name}: given twice")
+        self._names.add(name)
+
+    def on_end(self) -> None:
+        self._has_ended = True
+
+    async def parse(self) -> FormData:
+        form = await super().parse()
+        if not self._has_ended:
+            await form.close()
+            raise MultiPartException("it ends before its last boundary")
+        return form
 
 
 async def _from_form(request: Request) -> PostIn:
     try:
-        form = await request.form(max_files=1, max_fields=MAX_TOKENS + 8)
-    except HTTPException as error:  # Starlette's, of a form that it cannot parse
-        raise ProblemError(422, f"the form cannot be read: {error.detail}") from None
+        form = await _PostForm(request).parse()
+    except MultiPartException as error:
+        raise ProblemError(422, f"the form cannot be read: {error.message}") from None
     except UnicodeError:
         raise ProblemError(422, "the form cannot be read in the character set that it names") from None
     try:
-        image = form.get("image")
-        if image is not None and not isinstance(image, UploadFile):
-            raise ProblemError(422, "image: the part must be a file")
-        values = _fields(form)
-        if image is not None and (data := await image.read()):  # where no file was chosen, there is an empty one
-            values["image"] = data
+        # Where no file was chosen, there is an empty one, and where nothing was written, an empty text.
+        values: dict[str, Any] = {
+            name: given
+            for name, value in form.multi_items()
+            if name != "tokens" and (given := await value.read() if isinstance(value, UploadFile) else value)
+        }
+        if "tokens" in form:
+            values["tokens"] = form.getlist("tokens")
     finally:
         await form.close()
-    try:
-        return PostIn.model_validate(values)
-    except ValidationError as error:
-        raise _unprocessable(error) from None
+    return _checked(PostIn, values)
 
 
-def _fields(form: FormData) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name in form:
-        if name == "image":
-            continue
-        given = form.getlist(name)
-        if any(isinstance(value, UploadFile) for value in given):
-            raise ProblemError(422, f"{name}: the part must be text, not a file")
-        if name == "tokens":
-            values[name] = given
-        elif len(given) > 1:
-            raise ProblemError(422, f"{name}: given {len(given)} times")
-        elif given[0]:
-            values[name] = given[0]
-    return values
+def prefers(media_type: str, other: str, accept: str) -> bool:
+    """Whether an `Accept` header names a media type, and names no other one with more weight."""
+    weights = dict.fromkeys((media_type, other), 0.0)
+    for each in accept.split(","):
+        name, options = parse_options_header(each)
+        try:
+            weights[name.decode("latin-1").strip().lower()] = float(options.get(b"q", b"1"))
+        except ValueError:
+            return False
+    return 0 < weights[media_type] >= weights[other]
 
 
 def _content_type(request: Request, *allowed: str) -> str:
@@ -190,11 +244,3 @@ def _content_type(request: Request, *allowed: str) -> str:
     if name == JSON and charset not in (b"utf-8", b"utf8"):
         raise ProblemError(415, "JSON must be in UTF-8")
     return name
-
-
-def _unprocessable(error: ValidationError) -> ProblemError:
-    """Where the body is wrong, without repeating it."""
-    found = error.errors(include_input=False, include_url=False, include_context=False)
-    lines = [f"{'.'.join(map(str, item['loc'])) or 'the body'}: {item['msg']}" for item in found[:_SHOWN_ERRORS]]
-    more = f"; and {len(found) - _SHOWN_ERRORS} more" if len(found) > _SHOWN_ERRORS else ""
-    return ProblemError(422, "; ".join(lines) + more)

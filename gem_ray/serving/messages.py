@@ -7,7 +7,17 @@ import binascii
 from typing import Annotated as Typed
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from gem_ray.config import Config, FilterConfig
 from gem_ray.data.images import BYTES_PER_PIXEL
@@ -18,9 +28,24 @@ from gem_ray.taxonomy import LabelSetName
 
 MAX_TOKENS = 2000
 """Words of a post that brings its own."""
+MAX_POST_ID_CHARS = 512
+"""Of a post's own id."""
+TEXTS = ("text", "tokens", "caption", "knowledge")
+"""Fields that are as long as the configuration allows; all tokens together are at most as long as their text."""
 _BASE64_PART = 2**20
 _BYTES_OF_A_CHAR = 12  # \\ud83d\\ude00
-_BODY_FRAME = 2048  # names, quotes and the post's id
+_BODY_FRAME = 2048 + MAX_POST_ID_CHARS * _BYTES_OF_A_CHAR + MAX_TOKENS * len(', ""')  # with names and quotes
+_SHOWN_CHARS = 40
+_SHOWN_ERRORS = 5
+_ERRORS_OF_VALUES = {"string_too_short", "string_too_long", "string_unicode", "too_long", "value_error"}
+
+
+def described(error: ValidationError) -> str:
+    """Where a body is wrong, and why, without repeating it."""
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    lines = [f"{'.'.join(map(str, item['loc'])) or 'the body'}: {item['msg']}" for item in found[:_SHOWN_ERRORS]]
+    more = f"; and {len(found) - _SHOWN_ERRORS} more" if len(found) > _SHOWN_ERRORS else ""
+    return "; ".join(lines) + more
 
 
 def _from_base64(value: Any) -> Any:
@@ -49,7 +74,7 @@ class BadImage(NamedTuple):
 
 def _from_base64_or_bad(value: Any) -> Any:
     if not isinstance(value, str):
-        raise ValueError("it is no string")
+        raise PydanticKnownError("string_type")
     try:
         return _from_base64(value)
     except ValueError as error:
@@ -62,16 +87,34 @@ Base64 = Typed[bytes, BeforeValidator(_from_base64), WithJsonSchema(_BASE64_SCHE
 Base64OrBad = Typed[bytes | BadImage, BeforeValidator(_from_base64_or_bad), WithJsonSchema(_BASE64_SCHEMA)]
 
 
-class PostIn(BaseModel):
+class _Asked(BaseModel):
+    """What a client sends: with known fields only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_known_fields(cls, values: Any) -> Any:
+        """By itself, pydantic makes an error for each, which holds its whole name."""
+        unknown = (
+            next((name for name in values if name not in cls.model_fields), None) if type(values) is dict else None
+        )
+        if unknown is not None:
+            raise PydanticCustomError("extra_forbidden", "{name} is no field", {"name": repr(unknown[:_SHOWN_CHARS])})
+        return values
+
+
+class PostIn(_Asked):
     """A post to annotate."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"text": "Taylor Swift is in Paris tonight"}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "Taylor Swift is in Paris tonight"}]})
 
     text: str = Field(min_length=1, description="not blank; `GET /v1/limits` says how long it may be")
     post_id: str | None = Field(
-        None, min_length=1, max_length=512, description="comes back in the answer; default: one is made up"
+        None,
+        min_length=1,
+        max_length=MAX_POST_ID_CHARS,
+        description="comes back in the answer; default: one is made up",
     )
     tokens: Typed[list[str], Field(max_length=MAX_TOKENS, fail_fast=True)] | None = Field(
         None, description="the text's words in order; default: the text is cut into words"
@@ -103,13 +146,15 @@ class PostIn(BaseModel):
 
         Args:
             post_id: where it has none of its own.
-            max_chars: of text, caption and knowledge; a post with longer ones is rejected, without a look at them.
+            max_chars: of text, tokens, caption and knowledge; a post with longer ones is rejected, without a look at
+                them, and only the beginning of its text is kept.
         """
         name = post_id if self.post_id is None else self.post_id
-        for field in ("text", "caption", "knowledge"):
-            if (size := len(getattr(self, field) or "")) > max_chars:
-                post = Post(name, self.text)
-                message = f"{field} has {size:,} characters; {max_chars:,} are allowed"
+        for field in TEXTS:
+            value = getattr(self, field) or ""
+            if (size := sum(map(len, value)) if isinstance(value, list) else len(value)) > max_chars:
+                post = Post(name, self.text[:max_chars])
+                message = f"{field}: {size:,} characters; {max_chars:,} are allowed"
                 post.fail("prepare", ProblemKind.TEXT_TOO_LONG, message)
                 return post
         bad = self.image.reason if isinstance(self.image, BadImage) else None
@@ -120,20 +165,69 @@ class PostIn(BaseModel):
         return post
 
 
+def _without_limits(schema: dict[str, Any]) -> None:
+    for each in schema["properties"].values():
+        for part in (each, *each.get("anyOf", ())):
+            for limit in ("minLength", "maxLength", "maxItems", "pattern"):
+                part.pop(limit, None)
+
+
 class BatchPostIn(PostIn):
-    """A post of a batch: an image that is no base64 costs its row, not the batch."""
+    """A post of a batch: values that cannot be right cost its row, not the batch; see `PostIn` for what they may be."""
+
+    model_config = ConfigDict(json_schema_extra=_without_limits)
 
     image: Base64OrBad | None = Field(None, description="an encoded image, in base64, or a data URL of that")  # type: ignore[assignment]
 
 
-class BatchIn(BaseModel):
+class WrongPost:  # no record, of which pydantic would make a schema that OpenAPI then shows
+    """In the place of a post of a batch whose values cannot be right.
+
+    Args:
+        post_id: None where it has none, or a wrong one.
+        text: of the post.
+        reason: why it is rejected.
+    """
+
+    image_url = None
+
+    def __init__(self, post_id: str | None, text: str, reason: str) -> None:
+        self._post_id = post_id
+        self._text = text
+        self._reason = reason
+
+    def to_post(self, post_id: str, max_chars: int) -> Post:
+        """As `PostIn.to_post`; the post is rejected."""
+        post = Post(self._post_id or post_id, self._text[:max_chars])
+        post.fail("prepare", ProblemKind.BAD_RECORD, self._reason)
+        return post
+
+
+def _post_or_wrong(value: Any) -> BatchPostIn | WrongPost:
+    try:
+        return BatchPostIn.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        if any(item["type"] not in _ERRORS_OF_VALUES for item in found):
+            raise  # of another shape
+        has_wrong_id = any(item["loc"][:1] == ("post_id",) for item in found)
+        text = value["text"].encode(errors="replace").decode()
+        return WrongPost(None if has_wrong_id else value.get("post_id"), text, described(error))
+
+
+AnyPost = BatchPostIn | WrongPost
+
+
+class BatchIn(_Asked):
     """Posts to annotate in one request."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"posts": [{"text": "Taylor Swift is in Paris tonight"}]}]}
+        json_schema_extra={"examples": [{"posts": [{"text": "Taylor Swift is in Paris tonight"}]}]}
     )
 
-    posts: list[BatchPostIn] = Field(min_length=1, description="`GET /v1/limits` says how many there may be")
+    posts: list[Typed[AnyPost, PlainValidator(_post_or_wrong, json_schema_input_type=BatchPostIn)]] = Field(
+        min_length=1, fail_fast=True, description="`GET /v1/limits` says how many there may be"
+    )
 
 
 class CandidateOut(BaseModel):
@@ -216,7 +310,7 @@ class AnnotationOut(BaseModel):
     """An annotated post: the fields of an output row, and how they came about."""
 
     post_id: str = Field(description="of the request, or made up")
-    text: str = Field(description="of the request")
+    text: str = Field(description="of the request; of one that is too long, the beginning")
     tokens: list[str] = Field(description="the words: of the request, or as the text was cut")
     image_width: int | None = Field(description="of the upright image, in pixels; null: no usable image")
     image_height: int | None = Field(description="of the upright image, in pixels; null: no usable image")
@@ -274,9 +368,9 @@ class Limits(BaseModel):
         description="of an encoded image; it fits into a body beside the longest text, in base64"
     )
     max_image_pixels: int = Field(description="width × height, in every format")
-    max_text_chars: int = Field(description="of text, caption and knowledge, each")
+    max_text_chars: int = Field(description="of text, caption and knowledge, each, and of all tokens together")
     max_tokens: int = Field(description="words of a post that brings its own")
-    max_batch_posts: int = Field(description="posts of a batch")
+    max_batch_posts: int = Field(description="posts of a batch, for this API key")
     timeout_s: float = Field(description="time for a post")
     image_urls: bool = Field(description="whether `image_url` is fetched at all")
     gamma: float = Field(description="entropy in nats above which an entity is reranked")
@@ -284,19 +378,18 @@ class Limits(BaseModel):
     api_key: bool = Field(description="whether annotating wants `Authorization: Bearer KEY`")
 
     @classmethod
-    def of(cls, config: Config, settings: FilterConfig, api_key: bool) -> Limits:
-        """From the configuration, and the filter's settings of now."""
+    def of(cls, config: Config, settings: FilterConfig, api_key: bool, max_batch_posts: int) -> Limits:
+        """From the configuration, the filter's settings of now, and what the asker may send at once."""
         serving, image = config.serving, config.online_image
-        beside_texts = serving.max_body_bytes - 3 * _BYTES_OF_A_CHAR * config.text.max_chars - _BODY_FRAME
+        texts = len(TEXTS) * _BYTES_OF_A_CHAR * config.text.max_chars
+        beside_texts = serving.max_body_bytes - texts - _BODY_FRAME
         return cls(
             max_body_bytes=serving.max_body_bytes,
             max_image_bytes=max(0, min(image.max_bytes, beside_texts * 3 // 4)),
             max_image_pixels=min(image.max_pixels, image.max_decoding_bytes // max(BYTES_PER_PIXEL.values())),
             max_text_chars=config.text.max_chars,
             max_tokens=MAX_TOKENS,
-            max_batch_posts=min(serving.max_batch_posts, serving.places_of_a_key)
-            if api_key
-            else serving.max_batch_posts,
+            max_batch_posts=max_batch_posts,
             timeout_s=serving.timeout_s,
             image_urls=bool(serving.image_hosts),
             gamma=settings.gamma,

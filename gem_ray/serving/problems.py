@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gem_ray.serving.flow import Flow
 
 MEDIA_TYPE = "application/problem+json"
+_MAX_DETAIL_CHARS = 1000
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +41,8 @@ class ProblemError(Exception):
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail.encode(errors="replace").decode()  # it may quote what no UTF-8 can hold
+        # It may quote what no UTF-8 can hold, and as much of it as a body can.
+        self.detail = detail[:_MAX_DETAIL_CHARS].encode(errors="replace").decode()
         self.headers = headers or {}
 
     def to_dict(self) -> dict[str, Any]:

@@ -60,6 +60,15 @@ class Service:
         is_bounded = self.config.serving.max_in_flight_per_key is not None or len(self.keys) > 1
         return caller.key if is_bounded else None
 
+    def max_batch_posts(self, key: str | None) -> int:
+        """Posts of a batch that find places in an idle service.
+
+        Args:
+            key: of `sharing_key`.
+        """
+        serving = self.config.serving
+        return serving.max_batch_posts if key is None else min(serving.max_batch_posts, serving.places_of_a_key)
+
     async def models(self) -> dict[str, str]:
         """Role -> `reference@hash` of every model of the configuration."""
         return await asyncio.to_thread(models_of, self.config)

@@ -90,7 +90,7 @@ def test_objects_are_counted_wherever_the_parts_of_a_body_end(value, size, is_as
     json.loads(body, object_pairs_hook=count)
 
     def feed(posts):
-        counter = _JsonCounter(posts, chars=10_000)
+        counter = _JsonCounter(posts, escapes=10_000)
         for start in range(0, len(body), size):
             counter.add(body[start : start + size])
 
