@@ -217,8 +217,10 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
     """What happened; the number of rejected rows is on the last line."""
     import json
 
+    from gem_ray.redaction import redacted
+
     if as_json:
-        typer.echo(json.dumps(summary.to_dict()))
+        typer.echo(json.dumps(redacted(summary.to_dict())))
         return
     tally = summary.tally
     if summary.annotated:

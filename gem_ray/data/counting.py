@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import pyarrow as pa
 from pyarrow import fs
 
+from gem_ray.data.damage import UNPARSED, DamagedError, parsed
 from gem_ray.data.formats import Format
 from gem_ray.data.listing import format_of
 from gem_ray.data.parquet import Columns, rows_in_footer
 from gem_ray.data.shards import count_rows
 
 _AT_ONCE = 16
-_PIECE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,17 @@ def count_shards(
 
 def _count(filesystem: fs.FileSystem, columns: Columns, most: int | None, path: str) -> int | Unreadable:
     try:
-        return count_rows(filesystem, path, columns, most)
-    except ValueError as error:
-        try:
-            return Unreadable(str(error), _rows_by_footer(filesystem, path), is_damaged=True)
-        except OSError as failure:
-            return Unreadable(f"{path} cannot be read: {failure}", None, is_damaged=False)
+        return parsed(filesystem, path, partial(count_rows, filesystem, path, columns, most))
+    except DamagedError as error:
+        return Unreadable(str(error), _rows_by_footer(filesystem, path), is_damaged=True)
+    except OSError as failure:
+        return Unreadable(f"{path} cannot be read: {failure}", None, is_damaged=False)
 
 
 def _rows_by_footer(filesystem: fs.FileSystem, path: str) -> int | None:
-    """The rows of a file that cannot be read as posts; None if it has no footer that says it.
-
-    Raises:
-        OSError: the storage does not hand the file out.
-    """
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        while stream.read(_PIECE_BYTES):
-            pass
-    if format_of(filesystem, path) is not Format.PARQUET:
-        return None
-    with filesystem.open_input_file(path) as file:
-        try:
-            return rows_in_footer(file)
-        except (pa.ArrowException, OSError, ValueError):  # the bytes are there, and damaged
-            return None
+    """The rows of a file that cannot be read as posts; None if it has no footer that says it."""
+    with suppress(*UNPARSED):
+        if format_of(filesystem, path) is Format.PARQUET:
+            with filesystem.open_input_file(path) as file:
+                return rows_in_footer(file)
+    return None

@@ -94,6 +94,22 @@ def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFil
     return filesystem, root, sorted(files, key=lambda file: file.path)
 
 
+def stored_file(filesystem: fs.FileSystem, path: str) -> StoredFile:
+    """A file as its storage has it now, unreadable if it is not there; for one request to S3.
+
+    Raises:
+        OSError: the storage does not answer.
+    """
+    if not isinstance(filesystem, fs.S3FileSystem):
+        return _local_file(path)
+    try:
+        with filesystem.open_input_file(path) as file:
+            etag = file.metadata()["ETag"].decode().strip('"')
+            return StoredFile(path, file.size(), 0, etag)  # where there are ETags, times say nothing
+    except FileNotFoundError:
+        return StoredFile(path, 0, 0, unreadable="it is not there")
+
+
 def _walk(root: str) -> Iterator[StoredFile]:
     """The files of a folder and below; folders behind links come last."""
     listed: set[tuple[int, int]] = set()

@@ -22,6 +22,7 @@ from gem_ray.records import INPUT_SCHEMA
 _ROWS_PER_BATCH = 64
 _PIECE_BYTES = 8 * 2**20
 _BUFFER_BYTES = 2**20
+_ATTEMPTS = 2  # at a row group whose bytes can all be read: a storage that did not answer is no damage
 
 _UNREADABLE = (ValueError, OverflowError)  # text that is no UTF-8, a date out of range
 _TEXTS = ("text", "image_uri", "caption", "knowledge")
@@ -50,15 +51,19 @@ def parquet_rows(
         inside = np.arange(first, end) if wanted is None else wanted[(wanted >= first) & (wanted < end)]
         if not len(inside):
             continue
-        done = first
-        try:
-            for positions, batch in _batches(parquet, group, first, inside, columns):
-                done = int(positions[-1]) + 1
-                yield from zip(positions.tolist(), _rows(batch, columns), strict=True)
-        except (pa.ArrowException, OSError) as error:
-            _check_readable(stream, parquet.metadata.row_group(group))
-            reason = f"row group {group} of the file is damaged: {error}"
-            yield from ((position, {ERROR_FIELD: reason}) for position in inside[inside >= done].tolist())
+        left, reason = inside, ""
+        for _ in range(_ATTEMPTS):
+            try:
+                for positions, batch in _batches(parquet, group, first, left, columns):
+                    rows = _rows(batch, columns)
+                    left = left[left > positions[-1]]
+                    yield from zip(positions.tolist(), rows, strict=True)
+                break
+            except (pa.ArrowException, OSError) as error:
+                _check_readable(stream, parquet.metadata.row_group(group))
+                reason = f"row group {group} of the file is damaged: {error}"
+        else:
+            yield from ((position, {ERROR_FIELD: reason}) for position in left.tolist())
 
 
 def count_parquet_rows(stream: NativeFile, columns: Columns) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import chain, count, islice
-from pathlib import Path
+from itertools import chain, count, islice, takewhile
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -173,14 +173,20 @@ def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 100
     before = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
     if any(format_of_name(entry.path) or entry.base_name == MARKER for entry in before):
         raise FileExistsError(f"{out_dir} already holds shards; write to another folder or remove them first")
+    made = _missing_folders(filesystem, root)
+    files: list[str] = []
     try:
-        return _write_shards(iter(posts), filesystem, root, per_shard)
+        return _write_shards(iter(posts), filesystem, root, per_shard, files)
     except BaseException:
-        _take_back(filesystem, root, {entry.path for entry in before})
+        _take_back(filesystem, files, made)
         raise
 
 
-def _write_shards(remaining: Iterator[Post], filesystem: fs.FileSystem, root: str, per_shard: int) -> int:
+def _write_shards(
+    remaining: Iterator[Post], filesystem: fs.FileSystem, root: str, per_shard: int, files: list[str]
+) -> int:
+    """As `write_posts`; `files` gets the paths of what is there for it."""
+    files.append(f"{root}/{MARKER}")
     _write_marker(filesystem, root, complete=False)
     written = 0
     for shard in count():
@@ -188,19 +194,29 @@ def _write_shards(remaining: Iterator[Post], filesystem: fs.FileSystem, root: st
         if not first and shard > 0:
             break
         shard_posts = chain(first, islice(remaining, per_shard - 1))
-        written += _write_shard(shard_posts, filesystem, f"{root}/part-{shard:05d}.parquet")
+        file = f"{root}/part-{shard:05d}.parquet"
+        written += _write_shard(shard_posts, filesystem, file)
+        files.append(file)
     _write_marker(filesystem, root, complete=True, shards=max(1, -(-written // per_shard)), posts=written)
     return written
 
 
-def _take_back(filesystem: fs.FileSystem, root: str, before: set[str]) -> None:
-    """Delete what was written to a folder, and the folder itself if nothing was in it."""
+def _missing_folders(filesystem: fs.FileSystem, root: str) -> list[str]:
+    """The folder and those above it that are not there, the innermost first."""
+    folders = [root, *(str(parent) for parent in PurePosixPath(root).parents)]
+    return list(takewhile(lambda folder: filesystem.get_file_info(folder).type is fs.FileType.NotFound, folders))
+
+
+def _take_back(filesystem: fs.FileSystem, files: Sequence[str], made: Sequence[str]) -> None:
+    """Delete files that were written, and folders that were made for them and hold nothing else."""
+    for file in files:
+        with suppress(OSError):
+            filesystem.delete_file(file)
     with suppress(OSError):
-        for entry in filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True)):
-            if entry.path not in before and entry.is_file:
-                filesystem.delete_file(entry.path)
-        if not before:
-            filesystem.delete_dir(root)
+        for folder in made:
+            if filesystem.get_file_info(fs.FileSelector(folder)):
+                return
+            filesystem.delete_dir(folder)
 
 
 def _write_marker(filesystem: fs.FileSystem, root: str, **facts: Any) -> None:

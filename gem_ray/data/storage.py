@@ -264,8 +264,13 @@ def side_by_side(function: Callable[[Item], Result], items: Collection[Item]) ->
 
 
 def as_json(facts: Mapping[str, Any]) -> bytes:
-    """Facts as they are stored."""
-    return (json.dumps(redacted(facts), indent=2, ensure_ascii=False) + "\n").encode()
+    """Facts as they are stored, without the credentials in them."""
+    return as_exact_json(redacted(facts))
+
+
+def as_exact_json(facts: Mapping[str, Any]) -> bytes:
+    """Facts as they are stored, to the letter: names and paths, by which things are found again."""
+    return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _digest(content: bytes) -> str:

@@ -15,6 +15,7 @@ from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.files import StoredFile
 from gem_ray.data.shards import ROWS_BITS
 from gem_ray.plurals import counted
+from gem_ray.redaction import redacted
 
 _NAMED = 5  # files in a message
 
@@ -108,7 +109,7 @@ def _within(
         if isinstance(count, Unreadable):
             if skip_bad_files and not count.is_damaged:
                 raise ValueError(count.reason)
-            yield InputFile(shard.path, number, 0, *facts, unread=count.reason, unread_rows=count.rows)
+            yield InputFile(shard.path, number, 0, *facts, unread=redacted(count.reason), unread_rows=count.rows)
             continue
         rows = count if left is None else min(count, left)
         yield InputFile(shard.path, number, rows, *facts)

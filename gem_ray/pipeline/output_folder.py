@@ -34,7 +34,7 @@ from gem_ray.data.output import (
     publications,
     run_ids,
 )
-from gem_ray.data.storage import Storage, as_json, open_storage
+from gem_ray.data.storage import Storage, as_exact_json, as_json, open_storage
 from gem_ray.pipeline.inputs import InputFile
 
 EDITION = 4  # of this layout, and of the rows that a run may go on with
@@ -156,8 +156,12 @@ class RunFolder:
         return self.storage.read_json(f"{self._root}/{name}.json")
 
     def create(self, name: str, facts: Mapping[str, Any]) -> bool:
-        """Write a file of facts; False if there is one already, which stays as it is."""
-        return self.storage.create(f"{self._root}/{name}.json", as_json(facts))
+        """Write a file of facts to the letter, as later starts compare them: credentials have been cut out before.
+
+        Returns:
+            False if there is one already, which stays as it is.
+        """
+        return self.storage.create(f"{self._root}/{name}.json", as_exact_json(facts))
 
     def manifest(self) -> Manifest:
         """The run's manifest, with the files that were added later.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gem_ray.data.storage import as_json
 from gem_ray.look.pages import page
+from gem_ray.redaction import redacted
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.output_folder import OutputFolder
@@ -32,6 +33,7 @@ def write_run_report(directory: OutputFolder, summary: Mapping[str, Any]) -> Non
         directory: of the run.
         summary: what `run.json` says.
     """
+    summary = redacted(summary)
     directory.storage.write("_run/report.json", as_json({name: summary[name] for name in _FACTS}))
     html = page("gem_ray.pipeline", "run_report.html.j2").render(title=f"Run {summary['run_id']}", run=summary)
     directory.storage.write("_run/report.html", html.encode())

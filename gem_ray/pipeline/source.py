@@ -19,9 +19,10 @@ from pyarrow import fs
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from gem_ray.data.files import stored_file
 from gem_ray.data.prepare import drop_oversized_image, post_from_row
 from gem_ray.data.shards import ROWS_BITS, shard_rows
-from gem_ray.pipeline.inputs import InputFile, InputReader, chunks
+from gem_ray.pipeline.inputs import InputFile, InputReader, chunks, is_same
 from gem_ray.pipeline.tables import TRANSIT_SCHEMA, posts_to_table
 from gem_ray.records import Post
 
@@ -108,8 +109,13 @@ def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray | None:
 
 
 def _read_blocks(reader: InputReader, reads: Sequence[_Read], earlier: PassResults | None) -> Iterator[pa.Table]:
+    files = {read.file.number: read.file for read in reads}
     posts = chain.from_iterable(_read_posts(reader, read, earlier) for read in reads)
     while block := list(islice(posts, _ROWS_AT_A_TIME)):
+        # What leaves here is staged while the file is still being read, and staged rows are final: a file that is the
+        # old one now was so when these rows were read.
+        for number in sorted({(post.row_id or 0) >> ROWS_BITS for post in block}):
+            _check_unchanged(reader.filesystem, files[number])
         yield posts_to_table(block)
 
 
@@ -128,8 +134,8 @@ def _check_unchanged(filesystem: fs.FileSystem, file: InputFile) -> None:
     Raises:
         ValueError: it is not the file that the run began with, or it is gone.
     """
-    info = filesystem.get_file_info(file.path)
-    if not info.is_file or info.size != file.size or info.mtime_ns // 10**9 != file.mtime_ns // 10**9:
+    now = stored_file(filesystem, file.path)
+    if now.unreadable is not None or not is_same(file, now):
         raise ValueError(f"{file.path} was changed or removed during the run; put it back and start again")
 
 

@@ -210,3 +210,22 @@ def test_a_bucket_itself_holds_shards_and_tars(s3, tmp_path):
 def test_columns_are_those_of_the_contract(tmp_path):
     write_posts(posts_of(1), tmp_path / "s")
     assert pq.read_schema(tmp_path / "s" / "part-00000.parquet").equals(INPUT_SCHEMA)
+
+
+def test_a_failure_takes_back_what_it_has_written_and_nothing_else(tmp_path):
+    out = tmp_path / "new" / "shards"
+
+    def posts(others):
+        yield from posts_of(3)
+        for name in others:
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text("somebody else's")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_posts(posts([]), out, per_shard=1)
+    assert list(tmp_path.iterdir()) == []
+    others = ["notes.txt", "sub/data.csv", "other.parquet"]
+    with pytest.raises(KeyboardInterrupt):
+        write_posts(posts(others), out, per_shard=1)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(others)

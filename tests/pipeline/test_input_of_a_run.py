@@ -240,3 +240,15 @@ def test_two_runs_that_number_files_differently_are_not_compared_by_row(tmp_path
     check_same_rows(gold, tmp_path / "out", tmp_path / "out")
     with pytest.raises(EvaluationError, match="numbered differently"):
         check_same_rows(gold, tmp_path / "out", tmp_path / "other")
+
+
+def test_files_are_known_by_their_paths_also_by_those_that_look_like_credentials(tmp_path: Path) -> None:
+    for name in ("token=a", "token=b"):
+        put(tmp_path / "in" / name / "part-0.parquet", [name], ["1"])
+    (tmp_path / "in" / "password=c.parquet").write_bytes(b"damaged")
+    annotate(tmp_path, skip_bad_files=True)
+    assert annotate(tmp_path, skip_bad_files=True).annotated == 0
+    inputs = with_distinct_ids(read_inputs(tmp_path / "in", tmp_path / "out"))
+    assert len(list(matched(iterate_predictions(tmp_path / "out"), inputs))) == 2
+    for name in ("run.json", "_run/report.html", "_run/report.json"):
+        assert "password=c" not in (tmp_path / "out" / name).read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -135,3 +136,40 @@ def test_only_wanted_rows_are_read(row_groups: Path, dataset: Path, wanted: list
         assert [post.row_id for post in read] == [row_id for row_id in wanted if row_id in everything]
         assert all(post.annotation() == everything[post.row_id].annotation() for post in read)
         assert all(post.image_bytes == everything[post.row_id].image_bytes for post in read)
+
+
+def write_rows(file: Path, text: str, rows: int = 320) -> None:
+    """Files of the same size, whatever the text, if that has the same length; with small row groups."""
+    table = pa.table({"post_id": [f"{n:04d}" for n in range(rows)], "text": [f"{text} {n:04d}" for n in range(rows)]})
+    pq.write_table(table, file, row_group_size=64, compression="none", use_dictionary=False)
+
+
+@pytest.mark.parametrize("blocks_before", range(5))
+def test_no_row_of_another_file_is_handed_out_whenever_the_file_is_replaced(tmp_path: Path, blocks_before: int) -> None:
+    """Rows that are handed out are staged, which is final; the old file may be put back afterwards."""
+    file = tmp_path / "posts.parquet"
+    write_rows(tmp_path / "_new", "new")
+    write_rows(file, "old")
+    (task,) = open_source(tmp_path).get_read_tasks(1)
+    tables = iter(task())
+    texts = [post.text for _ in range(blocks_before) for post in table_to_posts(next(tables))]
+    new = (tmp_path / "_new").read_bytes()
+    assert len(new) == file.stat().st_size
+    file.write_bytes(new)
+    with pytest.raises(ValueError, match=r"posts\.parquet was changed or removed"):
+        texts += [post.text for table in tables for post in table_to_posts(table)]
+    assert not [text for text in texts if not text.startswith("old")]
+
+
+def test_an_object_of_s3_is_known_by_its_etag_and_not_by_its_time(s3: Any) -> None:
+    """Who copies objects, onto themselves too, makes them newer and leaves them what they are."""
+    bucket = s3.bucket("source")
+    write_posts([Post(f"{number}", "Lyon") for number in range(3)], f"{bucket}/posts")
+    listing = list_shards(f"{bucket}/posts")
+    reader = InputReader(listing.filesystem)
+    (file,) = count_input(reader, listing.shards)
+    older = replace(file, mtime_ns=file.mtime_ns - 10**12)
+    assert len(posts_of(PostSource(reader, [older]))) == 3
+    for other in (replace(file, etag="other"), replace(file, path=f"{file.path}.gone")):
+        with pytest.raises(ValueError, match="was changed or removed"):
+            posts_of(PostSource(reader, [other]))

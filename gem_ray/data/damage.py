@@ -1,0 +1,47 @@
+"""Files that cannot be parsed: their bytes are wrong, or the storage did not hand them out, which may be over soon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+T = TypeVar("T")
+
+# What Arrow and `tarfile` raise of damaged bytes; a storage that does not answer raises an OSError too.
+UNPARSED = (pa.ArrowException, OSError, ValueError)
+_PIECE_BYTES = 8 * 2**20
+
+
+class DamagedError(ValueError):
+    """The bytes of a file are there, and wrong."""
+
+
+def parsed(filesystem: fs.FileSystem, path: str, parse: Callable[[], T]) -> T:
+    """What is parsed of a file; where that fails, and all its bytes can be read, once more.
+
+    Args:
+        filesystem: what the file is on.
+        path: of the file.
+        parse: opens the file and parses it.
+
+    Raises:
+        DamagedError: the bytes are there, and cannot be parsed.
+        OSError: the storage does not hand them out.
+    """
+    try:
+        return parse()
+    except UNPARSED:
+        _read_all(filesystem, path)
+    try:
+        return parse()
+    except UNPARSED as error:
+        raise DamagedError(str(error)) from error
+
+
+def _read_all(filesystem: fs.FileSystem, path: str) -> None:
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        while stream.read(_PIECE_BYTES):
+            pass
