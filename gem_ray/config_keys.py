@@ -17,7 +17,7 @@ _POOL = "STAGE"  # in a path: the pool that lists this stage
 
 
 @dataclass(frozen=True)
-class Key:
+class Setting:
     """A key of the configuration, or a setting of a recipe.
 
     Attributes:
@@ -54,7 +54,7 @@ class Section:
 
     path: str
     meaning: str
-    keys: list[Key]
+    keys: list[Setting]
 
 
 def sections(kind: type[BaseModel], path: str = "", affects: bool = True) -> Iterator[Section]:
@@ -66,7 +66,7 @@ def sections(kind: type[BaseModel], path: str = "", affects: bool = True) -> Ite
         affects: whether the section that it is in changes annotations.
     """
     properties = kind.model_json_schema()["properties"]
-    keys, below = list[Key](), list[Section]()
+    keys, below = list[Setting](), list[Section]()
     for name, field in kind.model_fields.items():
         schema = properties[name]
         own_path = f"{path}.{name}".lstrip(".")
@@ -77,7 +77,7 @@ def sections(kind: type[BaseModel], path: str = "", affects: bool = True) -> Ite
         if section is None or "$ref" not in schema:  # one that is always there needs no line of its own
             default = None if field.is_required() else field.get_default(call_default_factory=True)
             keys.append(
-                Key(
+                Setting(
                     own_path,
                     _type_text(schema),
                     to_jsonable_python(default),
@@ -91,7 +91,7 @@ def sections(kind: type[BaseModel], path: str = "", affects: bool = True) -> Ite
     yield from below
 
 
-def settings(config: Config) -> Iterator[tuple[str, Key, Any]]:
+def settings(config: Config) -> Iterator[tuple[str, Setting, Any]]:
     """Every key as `--set` names it, with its value in a configuration; credentials are cut out.
 
     A pool is named by its first stage: `pipeline.pools.ground.num_gpus`. A key of a section that is null has the value

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from gem_ray.config import ConfigError
 from gem_ray.recipes import Recipe
+
+OnLoss = Callable[[int, float], None]
+"""Is told a step, and the mean loss since the last report."""
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, **particular: Any) -> TrainingArguments:
@@ -68,3 +71,15 @@ def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(this, indent=2), encoding="utf-8")
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+class LossReports(TrainerCallback):
+    """Tells a function every loss that is logged, in one process only."""
+
+    def __init__(self, report: OnLoss) -> None:
+        self._report = report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """As `TrainerCallback`."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self._report(state.global_step, logs["loss"])

@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 _SECONDS = 0.6  # that a measurement lasts at least
 
-Row = dict[str, Any]
+Figures = dict[str, Any]
 
 
-def describe(device: torch.device) -> Row:
+def describe(device: torch.device) -> Figures:
     """The card and what drives it, for the head of a result."""
     on_gpu = device.type == "cuda"
     return {
@@ -55,7 +55,7 @@ def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
     return median(seconds[2:])
 
 
-def measured(action: Callable[[], Any], device: torch.device, images: int, entities: int, peak: float) -> Row:
+def measured(action: Callable[[], Any], device: torch.device, images: int, entities: int, peak: float) -> Figures:
     """Speed, share of the peak and memory of an action; or that it does not fit.
 
     Operations are those of matrix products and attention, counted by torch from the shapes that ran; it does not count
@@ -87,7 +87,7 @@ def measured(action: Callable[[], Any], device: torch.device, images: int, entit
     }
 
 
-def per_second(images: int, entities: int, seconds: float) -> Row:
+def per_second(images: int, entities: int, seconds: float) -> Figures:
     """Images and entities a second."""
     return {"images_per_second": images / seconds, "entities_per_second": entities / seconds}
 

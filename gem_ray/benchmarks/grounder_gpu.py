@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from gem_ray.benchmarks.gpu import Row, describe, matmul_peak, measured, per_second, seconds_of
+from gem_ray.benchmarks.gpu import Figures, describe, matmul_peak, measured, per_second, seconds_of
 from gem_ray.benchmarks.plain import PlainMatcher
-from gem_ray.benchmarks.published_sizes import BlipSize, SamSize, ask, photos, random_blip, random_sam
+from gem_ray.benchmarks.published_sizes import PublishedBlip, PublishedSam, ask, photos, random_blip, random_sam
 from gem_ray.device import torch_device
 from gem_ray.grounding.matcher import Matcher, MatchQuery
 from gem_ray.grounding.sam import SamSegmenter
@@ -34,8 +34,8 @@ _PARTS = {
 def measure_grounder_gpu(
     matcher_batches: Sequence[int] = (1, 4, 16, 32, 64, 128, 256),
     sam_batches: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    blip: BlipSize = "large",
-    sam: SamSize = "vit_h",
+    blip: PublishedBlip = "large",
+    sam: PublishedSam = "vit_h",
 ) -> dict[str, Any]:
     """Posts with an image and three entities, bfloat16, random weights.
 
@@ -64,7 +64,7 @@ def measure_grounder_gpu(
     }
 
 
-def _measure_matcher(size: BlipSize, batches: Sequence[int], device: torch.device, peak: float) -> Row:
+def _measure_matcher(size: PublishedBlip, batches: Sequence[int], device: torch.device, peak: float) -> Figures:
     parts = random_blip(size, torch.bfloat16, device)
     matcher = Matcher(*parts, batch_size=_ENTITIES * max(batches), image_batch_size=max(batches))
     plain = PlainMatcher(*parts)
@@ -93,7 +93,7 @@ def _match_squares(matcher: Matcher, squares: torch.Tensor, queries: Sequence[Ma
     matcher.match_states(matcher.encode_squares(squares), queries)
 
 
-def _measure_sam(size: SamSize, batches: Sequence[int], device: torch.device, peak: float) -> Row:
+def _measure_sam(size: PublishedSam, batches: Sequence[int], device: torch.device, peak: float) -> Figures:
     model = random_sam(size, device)
     side, prompts = model.image_encoder.img_size, model.prompt_encoder
     image = torch.randn(1, 3, side, side, device=device)
@@ -128,9 +128,9 @@ def _measure_sam(size: SamSize, batches: Sequence[int], device: torch.device, pe
 
 def _curve(
     action_of: Callable[[int], Callable[[], Any]], batches: Sequence[int], device: torch.device, peak: float
-) -> list[Row]:
+) -> list[Figures]:
     """A row for each batch size, up to the first that does not fit."""
-    rows: list[Row] = []
+    rows: list[Figures] = []
     for batch in batches:
         rows.append(measured(action_of(batch), device, batch, _ENTITIES * batch, peak))
         if "out_of_memory" in rows[-1]:
@@ -138,18 +138,18 @@ def _curve(
     return rows
 
 
-def _against(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+def _against(rows: Sequence[Figures], others: Sequence[Figures]) -> list[Figures]:
     """The rows, each with its speed over that of the same batch in the others."""
     speeds = {row["batch"]: row.get("images_per_second") for row in others}
 
-    def ratio(row: Row) -> float | None:
+    def ratio(row: Figures) -> float | None:
         other = speeds.get(row["batch"])
         return row["images_per_second"] / other if other and "images_per_second" in row else None
 
     return [{**row, "ratio": ratio(row)} for row in rows]
 
 
-def _whole(part: str, images: int, seconds: float, seconds_plain: float) -> Row:
+def _whole(part: str, images: int, seconds: float, seconds_plain: float) -> Figures:
     """From images as they come; the plain time is that of one image."""
     return {
         f"{part}_whole": {"batch": images, **per_second(images, _ENTITIES * images, seconds)},
@@ -158,7 +158,7 @@ def _whole(part: str, images: int, seconds: float, seconds_plain: float) -> Row:
     }
 
 
-def _best(rows: Sequence[Row]) -> Row:
+def _best(rows: Sequence[Figures]) -> Figures:
     return max(rows, key=lambda row: row.get("images_per_second", 0.0))
 
 
@@ -188,7 +188,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"{plain['images_per_second']:.1f}; ratio {result[f'{part}_whole_ratio']:.1f}."
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Figures) -> list[str]:
     if "out_of_memory" in row:
         return ["out of memory", "", "", "", "", ""]
     ratio, memory = row.get("ratio"), row["memory_gb"]

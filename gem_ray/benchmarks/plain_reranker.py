@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from gem_ray.rerank.encoding import answer_ids
 from gem_ray.rerank.engine import Request
 
-Allowed = Callable[[int, Tensor], list[int]]
+AllowedNext = Callable[[int, Tensor], list[int]]
 
 
 class PlainReranker:
@@ -38,7 +38,7 @@ class PlainReranker:
         return self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @torch.inference_mode()
-    def _write(self, request: Request, max_tokens: int, allowed: Callable[[int], Allowed | None]) -> list[int]:
+    def _write(self, request: Request, max_tokens: int, allowed: Callable[[int], AllowedNext | None]) -> list[int]:
         """Greedily written tokens; `allowed` gets the length of the prompt."""
         inputs = self._processor(images=request.image, text=request.prompt, return_tensors="pt")
         inputs = inputs.to(self._model.device, self._model.dtype)

@@ -13,8 +13,8 @@ from gem_ray.data.emblems import EMBLEMS
 from gem_ray.grounding.matcher import ENC_TOKEN, ImageProcessor, MatchQuery, TextProcessor
 from gem_ray.grounding.sam_build import SamSizes, build_sam
 
-BlipSize = Literal["tiny", "base", "large"]
-SamSize = Literal["tiny", "vit_b", "vit_l", "vit_h"]
+PublishedBlip = Literal["tiny", "base", "large"]
+PublishedSam = Literal["tiny", "vit_b", "vit_l", "vit_h"]
 
 _TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _VISION = {
@@ -29,7 +29,7 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 
 
 def random_blip(
-    size: BlipSize, dtype: torch.dtype, device: torch.device
+    size: PublishedBlip, dtype: torch.dtype, device: torch.device
 ) -> tuple[BlipForImageTextRetrieval, TextProcessor, ImageProcessor]:
     """A matcher as large as `Salesforce/blip-itm-{base,large}-coco`, or a tiny one; and its processors."""
     config = BlipConfig(
@@ -48,7 +48,7 @@ def random_blip(
     return model, TextProcessor(tokenizer, _VOCABULARY), ImageProcessor(_SIDE, _MEAN, _STD)
 
 
-def random_sam(size: SamSize, device: torch.device) -> modeling.Sam:
+def random_sam(size: PublishedSam, device: torch.device) -> modeling.Sam:
     """A SAM of a published size, or a tiny one to try a script."""
     if size == "tiny":
         return build_sam(SamSizes(width=32, depth=2, heads=2, global_layers=(1,))).to(device).eval()

@@ -25,7 +25,7 @@ from gem_ray.taxonomy import decode_bio
 _MATRIX_PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm")
 
 # What both ways say of an entity: first word, end, category, entropy in nats, candidates.
-Mention = tuple[int, int, str, float, list[str]]
+PlainMention = tuple[int, int, str, float, list[str]]
 
 
 def measure_tagger(config: Config, posts: Sequence[Post], rounds: int, rows_per_block: int = 256) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def measure_tagger(config: Config, posts: Sequence[Post], rounds: int, rows_per_
     for way in (plain, in_batches):
         way(bare[:8])  # loads what is loaded with the first posts
     seconds: dict[str, list[float]] = {"post_by_post": [], "in_batches": []}
-    said: list[tuple[list[Mention], list[Entity]]] = []
+    said: list[tuple[list[PlainMention], list[Entity]]] = []
     for part in (bare[number::rounds] for number in range(rounds)):
         mentions = _timed(seconds["post_by_post"], partial(plain, part))
         said.append((mentions, _timed(seconds["in_batches"], partial(in_batches, part))))
@@ -81,12 +81,12 @@ class PlainTagger:
         self._crf.load_state_dict(tagger.model.fine_crf.state_dict())
         self._crf.to(tagger.model.fine_head.weight.device)
 
-    def __call__(self, posts: Sequence[Post]) -> list[Mention]:
+    def __call__(self, posts: Sequence[Post]) -> list[PlainMention]:
         """The mentions of all posts, in order. A text longer than a window is cut, which tweets are not."""
         with torch.inference_mode():
             return [mention for post in posts for mention in self._mentions(post)]
 
-    def _mentions(self, post: Post) -> list[Mention]:
+    def _mentions(self, post: Post) -> list[PlainMention]:
         labels = self._model.labels
         batch = collate(self._features.encode([post])[:1], self._features.tokenizer.pad_token_id)
         batch = batch.to(self._model.fine_head.weight.device)
@@ -106,9 +106,9 @@ class PlainTagger:
         return nats, [self._model.labels.fine[index] for index in order[: self._k]]
 
 
-def _agreement(said: Sequence[tuple[list[Mention], list[Entity]]]) -> dict[str, Any]:
+def _agreement(said: Sequence[tuple[list[PlainMention], list[Entity]]]) -> dict[str, Any]:
     """How often both ways say the same, for each round's mentions and entities."""
-    pairs: list[tuple[Mention, Entity]] = []
+    pairs: list[tuple[PlainMention, Entity]] = []
     other = 0
     for mentions, entities in said:
         same = [mention[:3] for mention in mentions] == [(e.word_start, e.word_end, e.fine) for e in entities]

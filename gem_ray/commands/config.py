@@ -11,7 +11,7 @@ from gem_ray.commands.options import ConfigOption, PresetOption, SetOption
 
 if TYPE_CHECKING:
     from gem_ray.config import ConfigError
-    from gem_ray.config_keys import Key
+    from gem_ray.config_keys import Setting
 
 _WIDTH = 200  # of redirected output
 
@@ -51,7 +51,7 @@ def config(
         file.write_text(text + "\n", encoding="utf-8")
 
 
-def _chosen(rows: list[tuple[str, Key, Any]], names: list[str]) -> list[tuple[str, Key, Any]]:
+def _chosen(rows: list[tuple[str, Setting, Any]], names: list[str]) -> list[tuple[str, Setting, Any]]:
     """Rows of these keys, and of those below them; all rows for no names.
 
     Raises:
@@ -79,7 +79,7 @@ def _is_below(path: str, section: str) -> bool:
     return not section or path.startswith(f"{section}.")
 
 
-def _print(rows: list[tuple[str, Key, Any]]) -> None:
+def _print(rows: list[tuple[str, Setting, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -97,7 +97,7 @@ def _print(rows: list[tuple[str, Key, Any]]) -> None:
     console.print(table)
 
 
-def _facts(path: str, key: Key, value: Any) -> dict[str, Any]:
+def _facts(path: str, key: Setting, value: Any) -> dict[str, Any]:
     """A row of the JSON output."""
     default = {} if key.is_required else {"default": key.default}
     return {

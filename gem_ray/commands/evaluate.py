@@ -10,14 +10,14 @@ import typer
 
 from gem_ray.commands.options import (
     ConfigOption,
-    Labels,
     PresetOption,
-    Protocol,
+    ProtocolOption,
     RecipeSetOption,
     SetOption,
     labelled_posts,
     parse_recipe_settings,
 )
+from gem_ray.taxonomy import LabelSetName
 
 app = typer.Typer()
 
@@ -27,8 +27,8 @@ def evaluate(
     gold: Annotated[str, typer.Argument(help="Shards with a `gold` column, or a Twitter10000 root with `--split`.")],
     predictions: Annotated[str, typer.Argument(help="An output folder of `annotate`.")],
     split: Annotated[str | None, typer.Option(help="Split of a Twitter10000 root.")] = None,
-    labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
-    protocol: Annotated[Protocol, typer.Option(help="How mentions are matched.")] = Protocol.STRICT,
+    labels: Annotated[LabelSetName, typer.Option(help="Label set.")] = "fmnerg",
+    protocol: ProtocolOption = "strict",
     iou: Annotated[float, typer.Option(help="IoU above which a box is right.", min=0, max=1)] = 0.5,
     against: Annotated[
         str | None, typer.Option(help="Another output folder, compared by paired bootstrap over posts.")
@@ -42,8 +42,8 @@ def evaluate(
     from gem_ray.evaluation.significance import compare
     from gem_ray.taxonomy import LABEL_SETS
 
-    label_set = LABEL_SETS[labels.value]
-    how: Any = {"labels": label_set, "protocol": protocol.value, "iou": iou}
+    label_set = LABEL_SETS[labels]
+    how: Any = {"labels": label_set, "protocol": protocol, "iou": iou}
     posts = read_gold(gold, split, label_set, predictions)
     annotated = read_predictions_of(posts, predictions)
     if against:
@@ -64,7 +64,7 @@ def errors(
     predictions: Annotated[str, typer.Argument(help="An output folder of `annotate`.")],
     out: Annotated[Path, typer.Argument(help="The HTML page to write.")],
     split: Annotated[str | None, typer.Option(help="Split of a Twitter10000 root.")] = None,
-    labels: Annotated[Labels, typer.Option(help="Label set.")] = Labels.FMNERG,
+    labels: Annotated[LabelSetName, typer.Option(help="Label set.")] = "fmnerg",
     train: Annotated[
         str | None, typer.Option(help="Training posts, to tell rare categories; of a Twitter10000 root, its `train`.")
     ] = None,
@@ -79,7 +79,7 @@ def errors(
     from gem_ray.evaluation.predictions import read_gold, read_images, read_predictions_of
     from gem_ray.taxonomy import LABEL_SETS
 
-    label_set = LABEL_SETS[labels.value]
+    label_set = LABEL_SETS[labels]
     posts = read_gold(gold, split, label_set, predictions)
     found = find_errors(
         posts,

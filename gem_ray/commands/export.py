@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands.options import Labels
 from gem_ray.plurals import counted
+from gem_ray.taxonomy import LabelSetName
 
 app = typer.Typer()
 
@@ -36,7 +36,7 @@ def export(
             "shards become files in `images/` beside OUT; an `image_uri` is passed on."
         ),
     ] = None,
-    labels: Annotated[Labels | None, typer.Option(help="Label set; default: as in `run.json`.")] = None,
+    labels: Annotated[LabelSetName | None, typer.Option(help="Label set; default: as in `run.json`.")] = None,
 ) -> None:
     """Export annotations as COCO boxes, JSON lines, CoNLL tags or Label Studio tasks."""
     from gem_ray.export.run import export_annotations
@@ -48,7 +48,7 @@ def export(
         out,
         format_.value,
         images=images,
-        labels=LABEL_SETS[labels.value] if labels else None,
+        labels=LABEL_SETS[labels] if labels else None,
         report=json_lines() if context.obj["json_logs"] else None,
     )
     posts, boxes = counted(tally.posts, "post"), counted(tally.boxes, "box", "boxes")

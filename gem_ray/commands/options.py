@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,24 +15,10 @@ EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 MAX_PROBLEM_SHARE = 0.5  # of posts with problems of one kind, over which `annotate` fails
 
-
-class Protocol(StrEnum):
-    """How predicted mentions are keyed."""
-
-    STRICT = "strict"
-    TEXT_KEY = "text-key"
-
-
-class Labels(StrEnum):
-    """Label sets."""
-
-    FMNERG = "fmnerg"
-    GMNER = "gmner"
-
-
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Preset to start from.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file that overrides the preset.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="Set a key: `filter.gamma=0.3`. Repeatable.")]
+ProtocolOption = Annotated[Literal["strict", "text-key"], typer.Option(help="How mentions are matched.")]
 SeedOption = Annotated[int, typer.Option(help="Random seed.", min=0)]
 UnseenNamesOption = Annotated[
     float, typer.Option(help="Share of entities whose names were not in training.", min=0, max=1)

@@ -10,7 +10,6 @@ import typer
 
 from gem_ray.commands.options import (
     EXIT_REJECTED,
-    Labels,
     MapOption,
     PerShardOption,
     SeedOption,
@@ -18,6 +17,7 @@ from gem_ray.commands.options import (
     parse_columns,
 )
 from gem_ray.plurals import counted
+from gem_ray.taxonomy import LabelSetName
 
 if TYPE_CHECKING:
     from gem_ray.records import Post
@@ -36,7 +36,7 @@ def shards_twitter10000(
     out: OutArgument,
     split: Annotated[str, typer.Option(help="`train` or `dev`.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the images, named by image id.")] = None,
-    labels: Annotated[Labels, typer.Option(help="Which annotations become the gold column.")] = Labels.FMNERG,
+    labels: Annotated[LabelSetName, typer.Option(help="Which annotations become the gold column.")] = "fmnerg",
     knowledge: Annotated[bool, typer.Option(help="Keep the caption and knowledge columns.")] = True,
     per_shard: PerShardOption = 1000,
 ) -> None:
@@ -47,7 +47,7 @@ def shards_twitter10000(
     from gem_ray.data.twitter10000 import read_split
     from gem_ray.taxonomy import LABEL_SETS
 
-    posts = read_split(root, split, LABEL_SETS[labels.value], images)
+    posts = read_split(root, split, LABEL_SETS[labels], images)
     if not knowledge:
         posts = [replace(post, caption=None, knowledge=None) for post in posts]
     _write_shards(embedded(posts, images) if images else posts, out, per_shard)

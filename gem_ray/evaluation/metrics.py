@@ -100,7 +100,7 @@ class ScoreReport:
         }
 
 
-Pair = tuple[Mention, Mention]  # a predicted and a gold mention of the same place
+MentionPair = tuple[Mention, Mention]  # a predicted and a gold mention of the same place
 Condition = Callable[[Mention, Mention], bool]
 
 
@@ -185,7 +185,7 @@ def _keep_best(rules: Rules, mentions: Iterable[Mention]) -> list[Mention]:
     return list(best.values())
 
 
-def _pairs(predicted: Sequence[Mention], gold: Sequence[Mention]) -> list[Pair]:
+def _pairs(predicted: Sequence[Mention], gold: Sequence[Mention]) -> list[MentionPair]:
     by_place: dict[tuple[object, ...], list[Mention]] = defaultdict(list)
     for mention in gold:
         by_place[mention.post_id, mention.place].append(mention)
@@ -196,7 +196,7 @@ def _anything(predicted: Mention, gold: Mention) -> bool:
     return True
 
 
-def _count_right(pairs: Sequence[Pair], condition: Condition) -> int:
+def _count_right(pairs: Sequence[MentionPair], condition: Condition) -> int:
     """How many mentions are right; `text-key` may pair one mention with several, and it still counts once."""
     right: dict[tuple[object, ...], tuple[set[Mention], set[Mention]]] = defaultdict(lambda: (set(), set()))
     for predicted, gold in pairs:
@@ -206,7 +206,7 @@ def _count_right(pairs: Sequence[Pair], condition: Condition) -> int:
     return sum(min(map(len, sides)) for sides in right.values())
 
 
-def _region_scores(rules: Rules, pairs: Sequence[Pair], gold: Sequence[Mention]) -> Scores:
+def _region_scores(rules: Rules, pairs: Sequence[MentionPair], gold: Sequence[Mention]) -> Scores:
     """EEG over some of the gold mentions, and the predictions at their places."""
     chosen = set(gold)
     pairs = [pair for pair in pairs if pair[1] in chosen]
@@ -214,7 +214,7 @@ def _region_scores(rules: Rules, pairs: Sequence[Pair], gold: Sequence[Mention])
 
 
 def _per_category(
-    rules: Rules, pairs: Sequence[Pair], predicted: Sequence[Mention], gold: Sequence[Mention]
+    rules: Rules, pairs: Sequence[MentionPair], predicted: Sequence[Mention], gold: Sequence[Mention]
 ) -> dict[str, CategoryScores]:
     """Scores of every category that occurs, in the label set's order."""
     report = {}

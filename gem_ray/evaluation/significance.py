@@ -98,7 +98,7 @@ def paired_bootstrap(
     Args:
         first: counts of each run of a system; their F1s are averaged.
         second: of the other system.
-        task: one of `Report.tasks`.
+        task: one of `ScoreReport.tasks`.
         resamples: how often the posts are drawn.
         confidence: of the percentile interval.
         seed: of the draws.

@@ -13,7 +13,7 @@ from gem_ray.export.images import ImageReferences
 from gem_ray.export.jsonl import write_jsonl
 from gem_ray.export.label_studio import labelling_setup, write_label_studio
 from gem_ray.export.writing import ExportTally
-from gem_ray.pipeline.progress import Report, reader, reporting
+from gem_ray.pipeline.progress import OnReading, reader, reporting
 from gem_ray.taxonomy import FMNERG, LABEL_SETS, LabelSet
 
 _OF_IMAGES = ("coco", "label-studio")
@@ -26,7 +26,7 @@ def export_annotations(
     *,
     images: str | None = None,
     labels: LabelSet | None = None,
-    report: Report | None = None,
+    report: OnReading | None = None,
 ) -> ExportTally:
     """Write the annotations in another format; for Label Studio also its setup, as `STEM-setup.xml` beside `out`.
 

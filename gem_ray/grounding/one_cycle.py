@@ -11,9 +11,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from gem_ray.config import PositiveInt
+from gem_ray.training import OnLoss
 
 T = TypeVar("T")
-Report = Callable[[int, float], None]
 
 
 class OneCycle(BaseModel):
@@ -29,7 +29,7 @@ class OneCycle(BaseModel):
     report_every: PositiveInt = Field(50, description="steps between reports")
 
     def fit(
-        self, model: torch.nn.Module, samples: Iterator[T], loss: Callable[[list[T]], torch.Tensor], report: Report
+        self, model: torch.nn.Module, samples: Iterator[T], loss: Callable[[list[T]], torch.Tensor], report: OnLoss
     ) -> list[float]:
         """Fit those weights of a model that ask for gradients, in place.
 

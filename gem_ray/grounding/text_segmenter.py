@@ -30,7 +30,7 @@ from gem_ray.model_paths import resolve
 from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Box
 
-Features = TypeVar("Features")
+Encoded = TypeVar("Encoded")
 _GMNER_WORDS = {"PER": "person", "LOC": "location", "ORG": "organization", "OTHER": "object"}
 
 
@@ -107,7 +107,7 @@ def connected_components(mask: np.ndarray) -> list[np.ndarray]:
     return list(components.values())
 
 
-class TextSegmenter(ABC, Generic[Features]):
+class TextSegmenter(ABC, Generic[Encoded]):
     """Instances of prompts in images. Subclasses say how images are encoded and how prompts are decoded."""
 
     def __init__(self, model: Any, processor: Any, threshold: float, batch_size: int) -> None:
@@ -174,12 +174,12 @@ class TextSegmenter(ABC, Generic[Features]):
         return self.batch_size
 
     @abstractmethod
-    def encode(self, images: list[np.ndarray]) -> Features:
+    def encode(self, images: list[np.ndarray]) -> Encoded:
         """What the model needs of B images for any prompt."""
 
     @abstractmethod
     def decode(
-        self, features: Features, rows: torch.Tensor, prompts: list[str], sizes: list[tuple[int, ...]]
+        self, features: Encoded, rows: torch.Tensor, prompts: list[str], sizes: list[tuple[int, ...]]
     ) -> list[list[Instance]]:
         """The instances of P prompts, prompt p in the image `rows[p]` of the encoded ones, (h, w) = `sizes[p]`."""
 

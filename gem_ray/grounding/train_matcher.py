@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from gem_ray.grounding.pairs import EpochOrder, PairCollator, PairsOfPosts
 from gem_ray.grounding.trace import MATCH
 from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
-from gem_ray.training import last_checkpoint, training_arguments
+from gem_ray.training import LossReports, OnLoss, last_checkpoint, training_arguments
 
 _CHECKPOINTS, _ACCURACY = "checkpoints", "eval_accuracy"
 
@@ -44,7 +44,7 @@ def train_matcher(
     base: str,
     out: Path,
     settings: MatcherTraining | None = None,
-    report: Callable[[int, float], None] = lambda step, loss: None,
+    report: OnLoss = lambda step, loss: None,
 ) -> dict[str, Any]:
     """Fine-tune a BLIP matching model and save the epoch that is right about most dev mentions.
 
@@ -137,7 +137,7 @@ class _MatcherTrainer(Trainer):
         texts: TextProcessor,
         checkpoints: Path,
         settings: MatcherTraining,
-        report: Callable[[int, float], None],
+        report: OnLoss,
     ) -> None:
         self.data = data
         self.collate = PairCollator(data, texts, images, ImageLoader(settings.image))
@@ -148,7 +148,7 @@ class _MatcherTrainer(Trainer):
             train_dataset=data,
             eval_dataset=dev,
             compute_metrics=_accuracy,
-            callbacks=[_Epochs(data, settings.checkpoint_steps), _Report(report)],
+            callbacks=[_Epochs(data, settings.checkpoint_steps), LossReports(report)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -212,14 +212,3 @@ class _Epochs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.checkpoint_steps and state.global_step % self.checkpoint_steps == 0:
             control.should_save = True
-
-
-class _Report(TrainerCallback):
-    """Calls a function with every loss that is logged."""
-
-    def __init__(self, report: Callable[[int, float], None]) -> None:
-        self.report = report
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.report(state.global_step, logs["loss"])

@@ -14,11 +14,12 @@ from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from gem_ray.config import PositiveInt
 from gem_ray.device import torch_device
-from gem_ray.grounding.one_cycle import OneCycle, Report
+from gem_ray.grounding.one_cycle import OneCycle
 from gem_ray.grounding.text_segmenter import category_prompt, image_activations, mask_logits, prompt_conditions
 from gem_ray.loading import load_pretrained
 from gem_ray.model_paths import resolve
 from gem_ray.records import Box, Post
+from gem_ray.training import OnLoss
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def train_text_segmenter(
     base: str,
     out: Path,
     settings: TextSegmenterTraining,
-    report: Report = lambda step, loss: None,
+    report: OnLoss = lambda step, loss: None,
 ) -> list[float]:
     """Fine-tune a CLIPSeg checkpoint and write it to `out`.
 
@@ -109,7 +110,7 @@ def fit_clipseg(
     processor: CLIPSegProcessor,
     samples: Iterator[PromptSample],
     settings: TextSegmenterTraining,
-    report: Report = lambda step, loss: None,
+    report: OnLoss = lambda step, loss: None,
     prompts: Sequence[str] = (),
 ) -> list[float]:
     """Train a model in place; each image is encoded once for all its prompts.

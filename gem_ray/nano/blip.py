@@ -23,8 +23,6 @@ from gem_ray.nano.scenes import Scenes, render_scenes
 from gem_ray.nano.tiny_blip import BlipSize, build_blip, encode_names, match_logits
 from gem_ray.taxonomy import LABEL_SETS
 
-Report = Callable[[str], None]
-
 _STRANGERS = 256  # made-up names that no image shows
 
 
@@ -87,7 +85,9 @@ def build(weights: Path, seed: int, tweets: Path) -> dict[str, Any]:
     return train(weights / "matcher", seed)
 
 
-def train(out: Path, seed: int, recipe: BlipRecipe | None = None, report: Report = print) -> dict[str, Any]:
+def train(
+    out: Path, seed: int, recipe: BlipRecipe | None = None, report: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Train the embedded matcher from scratch and measure it on fresh scenes.
 
     Args:
@@ -147,7 +147,7 @@ class Trainer:
         scenes: Scenes,
         recipe: BlipRecipe,
         rng: np.random.Generator,
-        report: Report,
+        report: Callable[[str], None],
     ) -> None:
         self.model, self.images, self.bank, self.scenes = model, images, bank, scenes
         self.recipe, self.rng, self.report = recipe, rng, report

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import get_linear_schedule_with_warmup
 
+from gem_ray.training import OnLoss
+
 T = TypeVar("T")
 
 
@@ -39,7 +41,7 @@ def fit(
     parameters: Iterable[torch.nn.Parameter],
     steps: int,
     settings: Fitting,
-    report: Callable[[int, float], None],
+    report: OnLoss,
 ) -> None:
     """Fit weights to batches.
 

@@ -32,8 +32,7 @@ from gem_ray.rerank.samples import SampleEncoder, TrainingSample
 from gem_ray.rerank.tokenizer import train_tokenizer
 from gem_ray.rerank.train_reranker import answer_loss, train_reranker
 from gem_ray.taxonomy import FMNERG, GMNER
-
-Report = Callable[[str], None]
+from gem_ray.training import OnLoss
 
 _K = 5
 _VOCABULARY = 1536  # tokens
@@ -87,7 +86,7 @@ def build(weights: Path, seed: int, tweets: Path) -> dict[str, Any]:
 
 
 def train(
-    out: Path, adapter_out: Path, seed: int, recipe: LlavaRecipe | None = None, report: Report = print
+    out: Path, adapter_out: Path, seed: int, recipe: LlavaRecipe | None = None, report: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Train the embedded reranker from scratch and measure it on fresh posts.
 
@@ -127,7 +126,11 @@ def train(
 
 
 def learn_to_see(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, recipe: LlavaRecipe, seed: int, report: Report
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    recipe: LlavaRecipe,
+    seed: int,
+    report: Callable[[str], None],
 ) -> None:
     """Teach vision tower and projector to say of each patch which emblem is there, in the words of the language model.
 
@@ -162,7 +165,7 @@ def learn_to_answer(
     posts: Sequence[Post],
     recipe: LlavaRecipe,
     seed: int,
-    report: Report,
+    report: Callable[[str], None],
 ) -> None:
     """Teach the language model to choose categories, asked in few words: Table 7's instruction is left to the adapter.
 
@@ -319,7 +322,7 @@ def _settings(rate: float, report_every: int) -> Fitting:
     return Fitting(learning_rate=rate, warmup=0.1, weight_decay=0.01, report_every=report_every)
 
 
-def _reporter(report: Report, step_name: str) -> Callable[[int, float], None]:
+def _reporter(report: Callable[[str], None], step_name: str) -> OnLoss:
     return lambda step, loss: report(f"reranker, {step_name}: step {step}, loss {loss:.3f}")
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from gem_ray.data.emblems import EMBLEMS
 from gem_ray.data.generated import PlacedEmblem, Scene, make_scene
-from gem_ray.grounding.one_cycle import OneCycle, Report
+from gem_ray.grounding.one_cycle import OneCycle
 from gem_ray.grounding.sam import SamSegmenter, save_sam
 from gem_ray.grounding.sam_build import SamSizes
 from gem_ray.grounding.sam_build import build_sam as untrained_sam
@@ -32,6 +32,7 @@ from gem_ray.grounding.train_sam import PointTarget, SamSample, batch_loss
 from gem_ray.grounding.train_text_segmenter import PromptSample, TextSegmenterTraining, fit_clipseg
 from gem_ray.records import Box
 from gem_ray.taxonomy import FMNERG, GMNER
+from gem_ray.training import OnLoss
 
 SAM_SIZES = SamSizes(image_size=256, patch_size=16, width=96, depth=4, window=4, global_layers=(1, 3))
 _CLIPSEG_SIDE, _CLIPSEG_PATCH = 144, 8
@@ -56,7 +57,7 @@ def train_sam(
     batch_size: int = 4,
     learning_rate: float = 1e-3,
     points: int = 8,
-    report: Report = lambda step, loss: None,
+    report: OnLoss = lambda step, loss: None,
 ) -> dict[str, float]:
     """Train the embedded SAM from scratch and write its model directory.
 
@@ -189,7 +190,7 @@ def train_clipseg(
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     absent: int = 2,
-    report: Report = lambda step, loss: None,
+    report: OnLoss = lambda step, loss: None,
 ) -> dict[str, float]:
     """Train the embedded CLIPSeg from scratch and write its model directory.
 

@@ -71,7 +71,7 @@ class Reading:
         return ", ".join(filter(None, (f"{rate} posts/s", left, self.remarks)))
 
 
-Report = Callable[[Reading], None]
+OnReading = Callable[[Reading], None]
 _PLAIN_EVERY_S = 10.0
 
 
@@ -108,7 +108,7 @@ def reader(done: Callable[[], int], total: int) -> Callable[[], Reading]:
 
 @contextmanager
 def reporting(
-    report: Report | None, read: Callable[[], Reading], every_s: float = 0.5, title: str = "annotating"
+    report: OnReading | None, read: Callable[[], Reading], every_s: float = 0.5, title: str = "annotating"
 ) -> Iterator[None]:
     """While the block runs, call `report(read())` now and then from a thread; once more when it succeeds.
 
@@ -121,14 +121,14 @@ def reporting(
         show(replace(last, done=last.total, seconds_left=0.0, cost_at_end=None, waiting_for=None))
 
 
-def _show(report: Report, read: Callable[[], Reading]) -> None:
+def _show(report: OnReading, read: Callable[[], Reading]) -> None:
     try:
         report(read())
     except Exception:  # of one report; the next one may succeed, and the run goes on without
         logger.warning("progress is not known", exc_info=True)
 
 
-def json_lines(every_s: float = 10) -> Report:
+def json_lines(every_s: float = 10) -> OnReading:
     """A report that writes a line of JSON to standard error, at most every so many seconds and at the end."""
     last = -every_s
 
@@ -153,7 +153,7 @@ class _RemarksColumn(ProgressColumn):
         return Text(reading.speed if reading else "– posts/s")
 
 
-def _plain_lines(title: str) -> Report:
+def _plain_lines(title: str) -> OnReading:
     """A report for logs: a line now and then, the first one after a while, so that short work says nothing."""
     last = time.monotonic()
 
@@ -167,7 +167,7 @@ def _plain_lines(title: str) -> Report:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Report]:
+def _bar(title: str) -> Iterator[OnReading]:
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _plain_lines(title)

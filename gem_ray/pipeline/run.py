@@ -28,7 +28,7 @@ from gem_ray.pipeline.max_share import with_gamma
 from gem_ray.pipeline.meter import TICK_S, Meter, account_of
 from gem_ray.pipeline.output_folder import Manifest, OutputFolder, Round, RunFolder
 from gem_ray.pipeline.polling import polling
-from gem_ray.pipeline.progress import Report, reporting
+from gem_ray.pipeline.progress import OnReading, reporting
 from gem_ray.pipeline.publishing import (
     check_no_strangers,
     files_with_problems,
@@ -71,7 +71,7 @@ def annotate_dataset(
     skip_bad_files: bool = False,
     max_problem_share: float | None = None,
     limits: RunLimits | None = None,
-    progress: Report | None = None,
+    progress: OnReading | None = None,
     actor: type | None = None,
 ) -> RunSummary:
     """Annotate every post of a data set on Ray, or continue where an earlier call with this output stopped.
@@ -150,7 +150,7 @@ class _Run:
     claim: LeaseClaim
     executor: RayExecutor
 
-    def annotate(self, fresh: bool, update: bool, only_problems: bool, progress: Report | None) -> RunSummary:
+    def annotate(self, fresh: bool, update: bool, only_problems: bool, progress: OnReading | None) -> RunSummary:
         clock = time.perf_counter()
         self.directory.sweep()
         check_no_strangers(self.directory)
@@ -357,7 +357,7 @@ class _Work:
                 self._folder.begin_round(name, wanted)
         return Group(name, self._manifest.files, ids(), tuple(replaces))
 
-    def run(self, rounds: list[Callable[[], Group | None]], progress: Report | None) -> _Done:
+    def run(self, rounds: list[Callable[[], Group | None]], progress: OnReading | None) -> _Done:
         """Do everything that is left."""
         steps = self._steps(rounds)
         first = next(steps, None)

@@ -19,7 +19,6 @@ from transformers import (
     LlavaProcessor,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -34,12 +33,11 @@ from gem_ray.rerank.prompts import PromptFormat
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.samples import IGNORED, CandidateRule, EntitySamples, SampleEncoder
 from gem_ray.taxonomy import LABEL_SETS
-from gem_ray.training import last_checkpoint, training_arguments
+from gem_ray.training import LossReports, OnLoss, last_checkpoint, training_arguments
 
 # A plain list of names would also match the vision tower, whose adapters vLLM does not serve.
 LORA_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
-Report = Callable[[int, float], None]
 
 _CHECKPOINTS = "checkpoints"
 _IN_FULL_PRECISION = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
@@ -51,7 +49,7 @@ def train_reranker(
     out: Path,
     settings: RerankerTraining,
     candidates: CandidateRule | None = None,
-    report: Report = lambda step, loss: None,
+    report: OnLoss = lambda step, loss: None,
     prepare: Callable[[Trainer], Trainer] = lambda trainer: trainer,
 ) -> dict[str, float]:
     """Fit an adapter to the gold entities of posts with images, and write it as peft does.
@@ -159,7 +157,7 @@ def _trainer(
     samples: EntitySamples,
     settings: RerankerTraining,
     checkpoints: Path,
-    report: Report,
+    report: OnLoss,
 ) -> Trainer:
     trainer = _InOrder(
         model=model,
@@ -167,7 +165,7 @@ def _trainer(
         data_collator=encoder.collate,
         train_dataset=samples,
         compute_loss_func=answer_loss,
-        callbacks=[_Reports(report)],
+        callbacks=[LossReports(report)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -178,15 +176,6 @@ class _InOrder(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
-
-
-class _Reports(TrainerCallback):
-    def __init__(self, report: Report) -> None:
-        self._report = report
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self._report(state.global_step, logs["loss"])
 
 
 def _arguments(settings: RerankerTraining, checkpoints: Path) -> TrainingArguments:

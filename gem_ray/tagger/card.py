@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from gem_ray.tagger.recipe import TaggerTraining
-from gem_ray.tagger.scores import Scores
+from gem_ray.tagger.scores import DevScores
 
 _CARD = """\
 ---
@@ -24,7 +24,7 @@ base_model: {encoder}
 An encoder under a dual-path CRF, after *Granular Entity Mapper* (Wang et al.), trained by `gem-ray train tagger`.
 It tags the words of a post with {categories}; auxiliary knowledge is read from: {knowledge}.
 
-## Scores
+## DevScores
 
 F1 in percent on the {dev} dev posts, which also chose the epoch that was kept ({best_epoch} of {epochs}).
 
@@ -73,7 +73,7 @@ def write_card(out: Path, settings: TaggerTraining, report: dict[str, Any], trai
     (out / "README.md").write_text(text, encoding="utf-8")
 
 
-def _table(scores: Scores) -> str:
+def _table(scores: DevScores) -> str:
     rows = ["| | fine | coarse | span |", "| --- | --- | --- | --- |"]
     for name, values in scores.items():
         figures = " | ".join(f"{100 * values[level]:.1f}" for level in ("fine", "coarse", "span"))

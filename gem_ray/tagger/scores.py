@@ -14,11 +14,13 @@ from gem_ray.taxonomy import decode_bio
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}  # a GPU waits for its next kernel in smaller batches
 
-Scores = dict[str, dict[str, float]]
+DevScores = dict[str, dict[str, float]]
 """`{"with_knowledge" | "without_knowledge": {"fine" | "coarse" | "span": F1}}`, from 0 to 1."""
 
 
-def score_with_and_without_knowledge(model: DualPathTagger, posts: Sequence[Post], features: SubwordEncoder) -> Scores:
+def score_with_and_without_knowledge(
+    model: DualPathTagger, posts: Sequence[Post], features: SubwordEncoder
+) -> DevScores:
     """Fine, coarse and span F1 of the best paths on posts with gold, once with their knowledge and once without."""
     bare = [replace(post, caption=None, knowledge=None) for post in posts]
     without = _score(model, bare, features)
@@ -26,12 +28,12 @@ def score_with_and_without_knowledge(model: DualPathTagger, posts: Sequence[Post
     return {"with_knowledge": _score(model, posts, features) if reads else without, "without_knowledge": without}
 
 
-def value_of(scores: Scores) -> float:
+def value_of(scores: DevScores) -> float:
     """One number to compare epochs by: the mean of the fine F1 with and without knowledge."""
     return (scores["with_knowledge"]["fine"] + scores["without_knowledge"]["fine"]) / 2
 
 
-def one_line(scores: Scores) -> str:
+def one_line(scores: DevScores) -> str:
     """The scores in percent, for a log."""
     parts = [
         f"{name.replace('_', ' ')} " + " / ".join(f"{100 * score:.1f}" for score in values.values())

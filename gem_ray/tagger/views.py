@@ -16,7 +16,7 @@ from gem_ray.taxonomy import LABEL_SETS, encode_bio
 
 _POOL = 32  # batches sorted by length together: little padding, and still a different mix every epoch
 
-Key = tuple[int, int]
+ViewKey = tuple[int, int]
 """An epoch and the number of a post."""
 
 
@@ -68,7 +68,7 @@ class TrainingViews(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, key: Key) -> View:
+    def __getitem__(self, key: ViewKey) -> View:
         epoch, number = key
         random, settings = Random(f"view {self.settings.seed} {epoch} {number}"), self.settings
         example = self.examples[number]
@@ -117,7 +117,7 @@ class TrainingViews(Dataset):
         return TrainingPost(SubwordPost(words, [], cases, []), spans)
 
 
-class LengthGroupedSampler(Sampler[Key]):
+class LengthGroupedSampler(Sampler[ViewKey]):
     """Every post once an epoch, in random order, posts of similar length after each other.
 
     Lengths are those of the epoch's views. The order depends on the seed and the epoch alone.
@@ -139,7 +139,7 @@ class LengthGroupedSampler(Sampler[Key]):
     def __len__(self) -> int:
         return len(self.views)
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[ViewKey]:
         random = Random(f"order {self.seed} {self.epoch}")
         lengths = [len(self.views[self.epoch, number].window.input_ids) for number in range(len(self.views))]
         order = list(range(len(lengths)))
