@@ -450,14 +450,16 @@ class ServingConfig(_Section):
     )
     max_body_bytes: PositiveInt = Field(24 * 2**20, description="size of a request's body")
     max_bodies_bytes: PositiveInt = Field(
-        256 * 2**20, description="size of all bodies that an ingress replica holds at once; above that it answers 429"
+        256 * 2**20,
+        description="size of all bodies that an ingress replica holds at once, three quarters of it for one API key or "
+        "host; above that it answers 429",
     )
     body_timeout_s: float = Field(
         5, gt=0, description="time for a body to arrive after its first 64 KiB; `min_body_rate` adds to it"
     )
     min_body_rate: PositiveInt = Field(
         64 * 2**10,
-        description="bytes per second: `body_timeout_s` grows by a second for each so many bytes, up to `timeout_s`",
+        description="bytes per second with which a body must keep up; it may fall behind by `body_timeout_s`",
     )
     max_image_pixels: PositiveInt = Field(
         25_000_000,
@@ -508,6 +510,11 @@ class ServingConfig(_Section):
     def places_of_a_key(self) -> int:
         """Posts of one API key in each ingress replica."""
         return self.max_in_flight_per_key or max(self.max_batch_posts, self.max_in_flight * 3 // 4)
+
+    @property
+    def bytes_of_a_key(self) -> int:
+        """Size of the bodies of one API key, or of one host, that an ingress replica holds at once."""
+        return max(self.max_body_bytes, self.max_bodies_bytes * 3 // 4)
 
     @model_validator(mode="after")
     def _admits_a_batch(self) -> ServingConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +39,6 @@ def serve(
     from gem_ray.serving.environment import prepare_own_ray
 
     prepare_own_ray()
-    from gem_ray.ray_private.serve import deploy
     from gem_ray.serving.schemas import file_schema, preset_schema
     from gem_ray.serving.session import serving
 
@@ -57,13 +58,25 @@ def serve(
             f"gem-ray listens on {service.url}; the page is there, the API's description at {service.url}/openapi.json"
         )
         while signals.get() == signal.SIGHUP:
-            try:
-                if serve_config is not None:
-                    deploy(file_schema(serve_config))
-                service.reload_keys()
-            except ConfigError as error:
-                typer.secho(f"reload failed; keeping the current config: {redacted(str(error))}", fg="red", err=True)
+            _reload("API keys", service.reload_keys)
+            if serve_config is not None:
+                _reload("Serve config", partial(_deploy_again, serve_config))
         typer.echo("finishing running requests")
+
+
+def _reload(what: str, reload: Callable[[], None]) -> None:
+    """Take over what has changed. Whatever is wrong with it, the service goes on, with the rest of the reload."""
+    try:
+        reload()
+    except Exception as error:
+        typer.secho(f"reload failed; keeping the current {what}: {redacted(str(error))}", fg="red", err=True)
+
+
+def _deploy_again(serve_config: Path) -> None:
+    from gem_ray.ray_private.serve import deploy
+    from gem_ray.serving.schemas import file_schema
+
+    deploy(file_schema(serve_config))
 
 
 @app.command("new-key", epilog="Example: `gem-ray new-key --to keys.txt`")

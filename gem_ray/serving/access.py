@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 import uuid
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -24,6 +25,8 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Of the request that is handled: `X-Request-ID`, which Serve's proxy makes up where a client sends none."""
 
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
+_CLIENT_LEFT = 499  # no status of HTTP; nginx has it in its logs
+_GAUGES_S = 1.0
 _UNKNOWN = "other"  # so that whoever scans for paths makes no series of each
 
 
@@ -48,39 +51,58 @@ class Access:
         self._waiting = Gauge("gem_ray_posts_waiting", "Of these, posts that wait for a call of a pool.")
         self._limit = Gauge("gem_ray_posts_limit", "Places of an ingress.")
         self._max_in_flight = max_in_flight
+        self._watching: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._watching is None:  # in no request's context
+            self._watching = asyncio.get_running_loop().create_task(self._watch_posts(), context=Context())
         started = time.perf_counter()
-        status, size = 500, 0
+        status: int | None = None
+        size = 0
         REQUEST_ID.set(Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex)
         asked: Scope = {**scope, "state": dict(scope.get("state", {}))}
 
+        async def receive_seen() -> Message:
+            nonlocal status
+            message = await receive()
+            if message["type"] == "http.disconnect" and status is None:
+                status = _CLIENT_LEFT
+            return message
+
         async def send_seen(message: Message) -> None:
             nonlocal status, size
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and status is None:
                 status = message["status"]
             size += len(message.get("body", b""))
             await send(message)
 
         try:
-            await self._app(asked, receive, send_seen)
+            await self._app(asked, receive_seen, send_seen)
+        except asyncio.CancelledError:  # by Serve, when the client leaves
+            status = status or _CLIENT_LEFT
+            raise
         finally:
-            self._tell(asked, status, size, time.perf_counter() - started)
+            self._tell(asked, status or 500, size, time.perf_counter() - started)
+
+    async def _watch_posts(self) -> None:
+        """Tell how many posts there are, also while no request ends."""
+        while True:
+            self._in_flight.set(self._flow.in_flight)
+            self._waiting.set(self._flow.waiting)
+            self._limit.set(self._max_in_flight)  # again: what is set once is exported once
+            await asyncio.sleep(_GAUGES_S)
 
     def _tell(self, scope: Scope, status: int, size: int, seconds: float) -> None:
         state = scope["state"]
-        caller, endpoint = state.get("caller"), state.get("endpoint", _UNKNOWN)
+        caller, endpoint = state.get("caller"), state.get("endpoint") or _UNKNOWN
         key = (caller and caller.key) or ""
         method = scope["method"]
         self._requests.inc(1, {"endpoint": endpoint, "method": method, "status": str(status), "key": key})
         self._seconds.observe(seconds, {"endpoint": endpoint})
-        self._in_flight.set(self._flow.in_flight)
-        self._waiting.set(self._flow.waiting)
-        self._limit.set(self._max_in_flight)  # again: what is set once is exported once
         if self._log is not None:
             peer = scope.get("client")
             line: dict[str, Any] = {

@@ -30,7 +30,8 @@ _TO_REFUSE = 1024
 def guarded(service: Service) -> ASGIApp:
     """The API of a service, and all that stands before it."""
     serving = service.config.serving
-    guard = Guard(create_api(service), service.keys, serving)
+    api = create_api(service)
+    guard = Guard(api, service.keys, serving, api.routes)
     return Access(guard, service.flow, serving.access_log, serving.max_in_flight)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 
 from gem_ray.config import ServingConfig
 from gem_ray.serving.keys import ApiKeys
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 _PROTECTED = ("/v1/", "/metrics")
 # Somebody stands between, and asks for others.
-_PROXIED = re.compile(r"forwarded|via|x-forwarded-.*|x-original-.*|.*-client-ip|.*-connecting-ip|x-(real|cluster)-.*ip")
+_PROXIED = re.compile(r".*forwarded.*|via|x-(original|amzn|envoy)-.*|(.*-)?((client)?ip|addr)|cf-.*|cdn-loop")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:",
@@ -51,12 +53,13 @@ class Guard:
         app: the API.
         keys: of those who may annotate.
         limits: of a request's body, and what clients are asked to wait.
+        routes: of the API, by whose paths requests are counted that do not get there.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, limits: ServingConfig) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, limits: ServingConfig, routes: Sequence[BaseRoute] = ()) -> None:
         self._app = app
+        self._routes = routes
         self._keys = keys
-        self._max_body_bytes = limits.max_body_bytes
         self._uploads = Uploads(limits)
         self._retry_after_s = limits.retry_after_s
 
@@ -79,29 +82,25 @@ class Guard:
 
         asked: Scope = {"state": {}, **scope, "path": _path(scope), "method": "GET" if is_head else scope["method"]}
         try:
-            caller = self._check(asked)
-            asked["state"]["caller"] = caller
-            with self._uploads.limited(receive, caller.key or caller.host) as limited:
+            caller = asked["state"]["caller"] = self._caller(asked)
+            with self._uploads.limited(receive, caller.key or caller.host, _length(asked)) as limited:
                 await self._app(asked, limited, send_guarded)
         except Exception as error:
             if has_begun:
                 raise
             await problem_of(error, self._retry_after_s).response()(scope, receive, send_guarded)
         finally:
-            route = asked.get("route")
-            if route is not None:
-                asked["state"]["endpoint"] = route.path
+            asked["state"]["endpoint"] = self._endpoint(asked)
 
-    def _check(self, scope: Scope) -> Caller:
-        headers = Headers(scope=scope)
+    def _endpoint(self, scope: Scope) -> str | None:
+        """The path of the route that a request has reached, or would have reached."""
+        reached = scope.get("route")
+        route = reached or next((each for each in self._routes if each.matches(scope)[0] != Match.NONE), None)
+        return getattr(route, "path", None)
+
+    def _caller(self, scope: Scope) -> Caller:
         is_protected = scope["path"].removeprefix(scope.get("root_path", "")).startswith(_PROTECTED)
-        caller = Caller(_host(scope), self._key(scope, headers) if is_protected else None)
-        length = headers.get("content-length", "0")
-        if not length.isdecimal():
-            raise ProblemError(400, "Content-Length is no number")
-        if int(length) > self._max_body_bytes:
-            raise self._uploads.too_large()
-        return caller
+        return Caller(_host(scope), self._key(scope, Headers(scope=scope)) if is_protected else None)
 
     def _key(self, scope: Scope, headers: Headers) -> str | None:
         """The name of the key that a request brings, if the server has any."""
@@ -126,6 +125,13 @@ class Guard:
 def _path(scope: Scope) -> str:
     path: str = scope["path"]
     return path.rstrip("/") or "/"
+
+
+def _length(scope: Scope) -> int:
+    length = Headers(scope=scope).get("content-length", "0")
+    if not length.isdecimal():
+        raise ProblemError(400, "Content-Length is no number")
+    return int(length)
 
 
 def _host(scope: Scope) -> str:

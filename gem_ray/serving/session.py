@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import logging
 import math
@@ -10,8 +11,9 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray import serve
@@ -28,6 +30,7 @@ from gem_ray.serving.settings import INGRESS
 
 _SPARE_CPUS = 1  # for what Serve runs now and then: building the application
 _POLL_S = 0.2
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # of IPv6 on a machine without
 _REPORT_S = 45.0  # after 30 s Serve itself says what it has no room for
 logger = logging.getLogger(__name__)
 
@@ -86,27 +89,42 @@ def serving(schema: ServeDeploySchema) -> Iterator[Served]:
                 port.close()
 
 
-def hold_port(host: str, port: int) -> socket.socket:
+def hold_port(host: str, port: int) -> ExitStack:
     """Keep a port from other services; only Serve's proxy, which asks for it to be shared, can still listen on it.
 
-    Proxies share ports: two services on one would each get some of the other's requests.
+    Proxies share ports: two services on one would each get some of the other's requests. So would a listener on another
+    address of the name, as `localhost` has two.
+
+    Returns:
+        holds the port until it is closed.
 
     Raises:
         ServingError: it is in use, or may not be.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:  # does not share, so that any listener is in its way
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-        held = socket.socket(family, kind, protocol)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        with suppress(OSError):  # connections of another program that has just ended; the probe has found no listener
-            held.bind(address)
-    except OSError as error:
-        raise ServingError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; choose another with --port"
-        ) from None
+    with ExitStack() as held:
+        try:
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            for family, kind, protocol, _, address in addresses:
+                try:
+                    held.enter_context(_held(family, kind, protocol, address))
+                except OSError as error:
+                    if len(addresses) == 1 or error.errno not in _NO_SUCH_ADDRESS:
+                        raise
+        except OSError as error:
+            raise ServingError(
+                f"cannot listen on {host}, port {port}: {error.strerror}; choose another with --port"
+            ) from None
+        return held.pop_all()
+
+
+def _held(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
+    with socket.socket(family, kind, protocol) as probe:  # does not share, so that any listener is in its way
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+    held = socket.socket(family, kind, protocol)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    with suppress(OSError):  # connections of another program that has just ended; the probe has found no listener
+        held.bind(address)
     return held
 
 

@@ -32,35 +32,38 @@ class Uploads:
     def __init__(self, limits: ServingConfig) -> None:
         self._limits = limits
         self._reading: Counter[str] = Counter()
-        self._held_bytes = 0
+        self._held_bytes: Counter[str] = Counter()
 
     @contextmanager
-    def limited(self, receive: Receive, caller: str) -> Iterator[Receive]:
+    def limited(self, receive: Receive, caller: str, length: int = 0) -> Iterator[Receive]:
         """A request's `receive` under the limits; what has been received counts until the block ends.
 
         The `receive` raises `ProblemError` 408 for a body that is too slow and 413 for one that is too large, and
-        `BusyError` where this caller sends too many at once, or all of them together hold too much.
+        `BusyError` where this caller sends too many at once, or it or all of them together hold too much.
 
         Args:
             receive: as the server gives it.
             caller: whose body it is.
+            length: bytes that the client has announced; a body that nobody reads may have any.
         """
-        started = 0.0
+        clock = _BodyClock(self._limits)
         received = 0
         is_reading = is_done = False
 
         async def limited() -> Message:
-            nonlocal started, received, is_reading, is_done
+            nonlocal received, is_reading, is_done
             if is_done:  # a disconnection may be waited for as long as it takes
                 return await receive()
             if not is_reading:
+                self._check_length(length)
                 self._begin(caller)
-                started, is_reading = time.monotonic(), True
-            message = await self._in_time(receive, started, received)
+                is_reading = True
+            message = await clock.next_part(receive)
             size = len(message.get("body", b""))
             received += size
-            self._held_bytes += size
-            self._check_size(received)
+            self._held_bytes[caller] += size
+            self._check_length(received)
+            self._check_held(caller)
             if message.get("more_body", False):
                 # Serve's proxy hands over all that has come meanwhile, so that nobody waits: others have their turn.
                 await asyncio.sleep(0)
@@ -72,7 +75,7 @@ class Uploads:
         try:
             yield limited
         finally:
-            self._held_bytes -= received
+            self._held_bytes[caller] -= received
             if is_reading and not is_done:
                 self._reading[caller] -= 1
 
@@ -81,23 +84,42 @@ class Uploads:
             raise BusyError(f"{MAX_READ_AT_ONCE} bodies of this caller are on their way")
         self._reading[caller] += 1
 
-    async def _in_time(self, receive: Receive, started: float, received: int) -> Message:
-        """The next part of a body. It may pause for `body_timeout_s`, and must keep up with `min_body_rate`."""
-        limits = self._limits
-        seconds = min(limits.body_timeout_s + received / limits.min_body_rate, limits.timeout_s)
-        try:
-            async with asyncio.timeout(started + seconds - time.monotonic()):
-                return await receive()
-        except TimeoutError:
-            detail = f"{received:,} bytes of the body came in {seconds:.0f} s, which is too slow"
-            raise ProblemError(408, detail, _CLOSE) from None
+    def _check_length(self, length: int) -> None:
+        if length > self._limits.max_body_bytes:
+            detail = f"the body is larger than {self._limits.max_body_bytes:,} bytes"
+            raise ProblemError(413, detail, _CLOSE)
 
-    def _check_size(self, received: int) -> None:
-        if received > self._limits.max_body_bytes:
-            raise self.too_large()
-        if self._held_bytes > self._limits.max_bodies_bytes:
+    def _check_held(self, caller: str) -> None:
+        if self._held_bytes[caller] > self._limits.bytes_of_a_key:
+            raise BusyError(f"the bodies of this caller hold more than {self._limits.bytes_of_a_key:,} bytes")
+        if self._held_bytes.total() > self._limits.max_bodies_bytes:
             raise BusyError(f"the bodies of all requests hold more than {self._limits.max_bodies_bytes:,} bytes")
 
-    def too_large(self) -> ProblemError:
-        """A body over `max_body_bytes`, or one that says that it will be."""
-        return ProblemError(413, f"the body has more than {self._limits.max_body_bytes:,} bytes", _CLOSE)
+
+class _BodyClock:
+    """How long a body may be waited for: it may pause for `body_timeout_s`, and must keep up with `min_body_rate`.
+
+    What has come fast earns no longer pause: who sends most of a body and stops would hold its bytes.
+    """
+
+    def __init__(self, limits: ServingConfig) -> None:
+        self._limits = limits
+        self._left_s = limits.body_timeout_s
+        self._waited_s = 0.0
+        self._received = 0
+
+    async def next_part(self, receive: Receive) -> Message:
+        """The next part of the body; raises `ProblemError` 408 if it does not come in time."""
+        limits, started = self._limits, time.monotonic()
+        try:
+            async with asyncio.timeout(min(self._left_s, limits.timeout_s - self._waited_s)):
+                message = await receive()
+        except TimeoutError:
+            waited = self._waited_s + time.monotonic() - started
+            detail = f"{self._received:,} bytes of the body came in {waited:.0f} s, which is too slow"
+            raise ProblemError(408, detail, _CLOSE) from None
+        waited, size = time.monotonic() - started, len(message.get("body", b""))
+        self._waited_s += waited
+        self._received += size
+        self._left_s = min(self._left_s - waited + size / limits.min_body_rate, limits.body_timeout_s)
+        return message

@@ -24,6 +24,7 @@ from gem_ray.benchmarks.abuse import FORM, hostile_bodies, hostile_forms
 from gem_ray.config import ServingConfig
 from gem_ray.serving import bodies, proxy, uploads
 from gem_ray.serving.bodies import _JsonCounter
+from gem_ray.serving.flow import BusyError
 from gem_ray.serving.problems import ProblemError
 
 TEXT = "Paris tonight"
@@ -348,6 +349,67 @@ def test_bodies_on_their_way_are_bounded_in_number_and_in_bytes(endpoint, monkey
         time.sleep(0.2)
         assert_problem(api.client.post("/v1/annotate", json=post), 429)
         assert api.client.post("/v1/annotate", json={"text": TEXT}).status_code == 200
+
+
+def uploading(limits, caller, sizes):
+    """Uploads a body's parts, each after its pause, and holds them; gives what came of it."""
+    coming = iter(sizes)
+
+    async def receive():
+        pause_s, size = next(coming, (0, None))
+        await asyncio.sleep(pause_s)
+        return {"type": "http.request", "body": b"x" * (size or 0), "more_body": size is not None}
+
+    async def upload(held):
+        with limits.limited(receive, caller) as limited:
+            try:
+                while (await limited())["more_body"]:
+                    pass
+            except (ProblemError, BusyError) as error:
+                return getattr(error, "status", 429)
+            await held.wait()
+        return 200
+
+    return upload
+
+
+def test_one_caller_leaves_bytes_to_the_others():
+    limits = uploads.Uploads(ServingConfig(max_body_bytes=MIB, max_bodies_bytes=8 * MIB))
+
+    async def scenario():
+        held = asyncio.Event()
+        greedy = [asyncio.create_task(uploading(limits, "one", [(0, MIB)])(held)) for _ in range(11)]
+        await asyncio.sleep(0.05)
+        others = [asyncio.create_task(uploading(limits, "other", [(0, MIB)])(held)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        held.set()
+        return Counter(await asyncio.gather(*greedy)), await asyncio.gather(*others)
+
+    statuses, others = asyncio.run(scenario())
+    assert statuses == {200: 6, 429: 5}
+    assert others == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "status"),
+    [
+        ([(0, MIB), (9, 1)], 408),  # stops
+        ([(0, MIB), *[(0.3, 1)] * 30], 408),  # goes on by single bytes
+        ([(0.1, 100_000)] * 12, 200),  # keeps up
+        ([(0, MIB), (0.4, 1), (0, MIB), (0.4, 1), (0, MIB), (0.4, 1)], 200),  # pauses
+    ],
+)
+def test_what_came_fast_earns_a_body_no_longer_pause(sizes, status):
+    limits = uploads.Uploads(ServingConfig(body_timeout_s=1))
+
+    async def scenario():
+        held = asyncio.Event()
+        held.set()
+        started = time.monotonic()
+        assert await uploading(limits, "one", sizes)(held) == status
+        assert status == 200 or time.monotonic() - started < 5
+
+    asyncio.run(scenario())
 
 
 @pytest.fixture

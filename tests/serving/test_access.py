@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -59,12 +61,82 @@ def test_requests_are_counted_by_endpoint_status_and_key(counted, endpoint, monk
     assert requests == {
         ("/v1/annotate", "POST", "200", "newsroom"): 2,
         ("/v1/annotate", "POST", "422", "newsroom"): 1,
-        ("other", "POST", "401", ""): 1,
+        ("/v1/annotate", "POST", "401", ""): 1,
         ("other", "GET", "404", ""): 20,
         ("/v1/annotate", "HEAD", "405", "newsroom"): 1,
     }
-    assert (counted["gem_ray_posts_limit"], counted["gem_ray_posts_in_flight"]) == (40, 0)
-    assert counted["gem_ray_http_seconds", ("endpoint", "/v1/annotate")] == 4
+    assert counted["gem_ray_http_seconds", ("endpoint", "/v1/annotate")] == 5
+
+
+def test_a_refusal_is_counted_by_the_route_and_the_key_that_are_known(counted, endpoint, monkeypatch):
+    key, digest = new_key()
+    monkeypatch.setenv("GEM_RAY_API_KEYS", f"{digest} newsroom")
+    with endpoint(max_body_bytes=2**20) as api:
+        large = b" " * 2**21
+        for headers in ({"Authorization": f"Bearer {key}"}, {"Authorization": "Bearer wrong"}):
+            for path in ("/v1/annotate", "/v1/nothing"):
+                api.client.post(path, content=large, headers=headers | {"Content-Type": "application/json"})
+        assert api.client.request("GET", "/healthz", content=large).status_code == 200  # nobody reads it
+    requests = {tuple(dict(labels).values()) for name, *labels in counted if name == "gem_ray_http_requests"}
+    assert requests == {
+        ("/v1/annotate", "POST", "413", "newsroom"),
+        ("other", "POST", "404", "newsroom"),
+        ("/v1/annotate", "POST", "401", ""),
+        ("other", "POST", "401", ""),
+        ("/healthz", "GET", "200", ""),
+    }
+
+
+def test_posts_are_told_while_no_request_ends(counted, endpoint, monkeypatch):
+    monkeypatch.setattr(access, "_GAUGES_S", 0.01)
+    with endpoint(max_in_flight=40) as api, ThreadPoolExecutor(3) as pool:
+        api.tagger.pause_s = 0.5
+        asking = [pool.submit(api.client.post, "/v1/annotate", json={"text": TEXT}) for _ in range(3)]
+        deadline = time.monotonic() + 10
+        while counted["gem_ray_posts_in_flight"] < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not any(name == "gem_ray_http_requests" for name, *_ in filter(is_labelled, counted))
+        assert counted["gem_ray_posts_limit"] == 40
+        assert {each.result().status_code for each in asking} == {200}
+
+
+def is_labelled(name):
+    return isinstance(name, tuple)
+
+
+class Flow:
+    in_flight = waiting = 0
+
+
+@pytest.mark.parametrize("way", ["cancelled", "disconnected", "begun", "bug"])
+def test_a_client_that_leaves_is_no_error_of_the_server(counted, tmp_path, way):
+    """Whether Serve cancels its request or the body breaks off; an answer that has begun keeps its status."""
+    log = tmp_path / "access.jsonl"
+
+    async def app(scope, receive, send):
+        if way == "bug":
+            raise KeyError("a bug")
+        if way == "begun":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        if way == "disconnected":
+            await receive()
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+            return
+        raise asyncio.CancelledError
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/annotate", "headers": []}
+    with suppress(asyncio.CancelledError, KeyError):
+        asyncio.run(access.Access(app, Flow(), log, 8)(scope, receive, send))
+    expected = {"cancelled": 499, "disconnected": 499, "begun": 200, "bug": 500}[way]
+    assert line_of(log)["status"] == expected
+    assert ("status", str(expected)) in next(name for name in counted if name[0] == "gem_ray_http_requests")
 
 
 def line_of(log):

@@ -7,17 +7,19 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import httpx
 import pytest
 from ray.serve._private.http_util import set_socket_reuse_port
 
-from gem_ray.config import ServingConfig
+from gem_ray.commands.serve import serve
+from gem_ray.config import ConfigError, ServingConfig
 from gem_ray.serving.keys import ApiKeys, new_key
 from gem_ray.serving.session import ServingError, hold_port
 
+ROOT = Path(__file__).parents[2]
 TEXT = "Taylor Swift is in Paris tonight"
 TEXT_ONLY = ("--set", "reranker.enabled=false", "--set", "grounder.enabled=false")
 
@@ -86,6 +88,57 @@ def test_a_port_is_kept_while_a_service_starts(port):
     hold_port("127.0.0.1", number).close()
     with pytest.raises(ServingError, match="cannot listen on 203"):
         hold_port("203.0.113.1", number)
+
+
+def test_a_listener_on_any_address_of_the_name_is_noticed(port, monkeypatch):
+    """`localhost` is `::1`, too, where there is IPv6; where there is none, nobody listens on it."""
+    number = port()
+    addresses = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("2001:db8::1", number, 0, 0)),  # not of this machine
+        (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", number)),
+        (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.2", number)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
+    hold_port("localhost", number).close()
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", number))
+        other.listen()
+        with pytest.raises(ServingError, match="cannot listen on localhost"):
+            hold_port("localhost", number)
+
+
+@pytest.mark.parametrize("error", [ConfigError("bad"), RuntimeError("Ray says no"), KeyError("x")])
+def test_a_reload_that_fails_ends_nothing(monkeypatch, capsys, error):
+    """Not the service, and not the reload of what is right: a key may just have been revoked."""
+    done, signals = [], iter([signal.SIGHUP, signal.SIGTERM])
+
+    class Signals:
+        put = None
+
+        def get(self):
+            return next(signals)
+
+    class Service:
+        url = "http://127.0.0.1:1"
+
+        def reload_keys(self):
+            done.append("keys")
+            raise error
+
+    def deploy(_):
+        done.append("config")
+        raise error
+
+    monkeypatch.setattr("queue.SimpleQueue", Signals)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("gem_ray.serving.environment.prepare_own_ray", lambda: None)
+    monkeypatch.setattr("gem_ray.serving.session.serving", lambda _: nullcontext(Service()))
+    monkeypatch.setattr("gem_ray.ray_private.serve.deploy", deploy)
+    serve(serve_config=ROOT / "serve_configs" / "nano.yaml", host=None, port=None)
+    assert done == ["keys", "config"]
+    output = capsys.readouterr()
+    assert output.err.count("reload failed; keeping the current") == 2
+    assert "finishing running requests" in output.out
 
 
 def test_the_ray_of_the_service_is_closed_by_a_token(service):

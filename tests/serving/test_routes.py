@@ -190,6 +190,8 @@ def test_its_own_page_can_post(api):
 
 PROXIES = ["Via", "Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP", "X-Client-IP"]
 PROXIES += ["CF-Connecting-IP", "True-Client-IP", "Fastly-Client-IP", "X-Original-Forwarded-For", "X-Cluster-Client-IP"]
+PROXIES += ["Client-IP", "X-Forwarded", "Forwarded-For", "X-Remote-IP", "X-Remote-Addr", "X-Originating-IP", "CF-Ray"]
+PROXIES += ["X-Azure-ClientIP", "X-Envoy-External-Address", "CDN-Loop", "X-Amzn-Trace-Id"]
 
 
 @pytest.mark.parametrize("header", PROXIES)
