@@ -32,6 +32,8 @@ PINNED = [
     ("ray.data._internal.logical.interfaces:LogicalPlan", "dag"),
     ("ray.data._internal.logical.operators:StreamingRepartition", "ray_remote_args"),
     ("ray.serve.context:_get_global_client", "__call__"),
+    ("ray.serve.context:_get_serve_request_context", "__call__"),
+    ("ray.serve.context:_set_request_context", "__call__"),
     ("ray.serve._private.client:ServeControllerClient", "deploy_apps"),
 ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ray.serve.context import _get_global_client
+from contextvars import Context
+
+from ray.serve.context import _get_global_client, _get_serve_request_context, _set_request_context
 from ray.serve.schema import ServeDeploySchema
 
 
@@ -13,3 +15,12 @@ def deploy(schema: ServeDeploySchema) -> None:
     and port stay.
     """
     _get_global_client().deploy_apps(schema)
+
+
+def take_request_into(context: Context) -> None:
+    """Give a context what Serve tells replicas of the current request: its id, for their logs, and its route.
+
+    What is begun there is not cancelled with the request: Serve would do that by an id of its own, which stays behind.
+    """
+    request = _get_serve_request_context()
+    context.run(_set_request_context, route=request.route, request_id=request.request_id, app_name=request.app_name)

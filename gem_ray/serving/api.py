@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import httpx
 from fastapi import APIRouter, FastAPI, Query, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -67,11 +67,15 @@ def _add_page(api: FastAPI) -> None:
     swagger = StaticFiles(packages=[("fastapi_offline", "static")])
     for files, shown in ((page, paths), (swagger, {f"/docs/{name}": name for name in _SWAGGER})):
         for path, name in shown.items():
-            api.add_route(path, _answer_with(files, name), ["GET"], include_in_schema=False)
+            api.add_route(path, _answer_with(files, path, name), ["GET"], include_in_schema=False)
 
 
-def _answer_with(files: StaticFiles, name: str) -> Callable[[Request], Awaitable[Response]]:
+def _answer_with(files: StaticFiles, path: str, name: str) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
+        asked: bytes = request.scope.get("raw_path") or b""
+        slashes = len(asked) - len(asked.rstrip(b"/")) - (path == "/")
+        if slashes > 0:  # the guard has taken them away, but to a browser the page's links begin there
+            return RedirectResponse("../" * slashes + path.rpartition("/")[2])
         return await files.get_response(name, request.scope)
 
     return answer

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextvars import Context
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from gem_ray.records import Post, ProblemKind
+from gem_ray.serving.tracing import outlasting_context
 from gem_ray.stages import LOAD_IMAGE
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class _Waiting:
     post: Post
     settings: FilterConfig
     answer: asyncio.Future[Answer]
+    context: Context = field(default_factory=outlasting_context)
 
 
 class PoolCalls:
@@ -139,8 +141,9 @@ class PoolCalls:
             yield self._waiting.popleft()
 
     def _start(self, batch: list[_Waiting]) -> None:
-        # In no request's context: Serve cancels what a request has begun when its client goes, and a call is of many.
-        task = asyncio.get_running_loop().create_task(self._run(batch), context=contextvars.Context())
+        # Not in a request's own context: Serve cancels what a request has begun when its client goes, and a call is of
+        # many. Logs and traces have it under the one that has waited longest.
+        task = asyncio.get_running_loop().create_task(self._run(batch), context=batch[0].context)
         self._running.add(task)
         task.add_done_callback(self._end)
 

@@ -173,7 +173,7 @@ class Flow:
         for problem in done.post.problems:
             if problem.kind in UNTOLD:
                 logger.error(
-                    "request %s, post %s, stage %s: %s",
+                    "request %s, post %r, stage %s: %r",  # both may hold line feeds
                     REQUEST_ID.get(), post.post_id, problem.stage, problem.message,
                 )  # fmt: skip
         return done

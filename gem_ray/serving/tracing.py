@@ -8,9 +8,13 @@ the posts of many requests at once, in a process that knows of none: each reques
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import Context
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
+from opentelemetry.context import attach
+
+from gem_ray.ray_private.serve import take_request_into
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -24,6 +28,14 @@ def span_processors() -> list[SpanProcessor]:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     return [BatchSpanProcessor(OTLPSpanExporter())]
+
+
+def outlasting_context() -> Context:
+    """A context for what is begun by a request and does not end with it: it has the request's id and span alone."""
+    context = Context()
+    take_request_into(context)
+    context.run(attach, trace.set_span_in_context(trace.get_current_span()))
+    return context
 
 
 def add_stage_spans(began: Mapping[str, float], seconds: Mapping[str, float]) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import pytest
 
+from gem_ray.records import ProblemKind
 from gem_ray.serving import access
 from gem_ray.serving.keys import new_key
 
@@ -227,3 +228,21 @@ def test_the_limits_promise_what_fits(endpoint):
         assert len(sent) <= limits["max_body_bytes"]
         answer = api.client.post("/v1/annotate", content=sent, headers={"Content-Type": "application/json"})
         assert answer.status_code == 200, answer.text
+
+
+def test_nothing_of_a_post_makes_a_line_of_its_own_in_the_log(endpoint, caplog, monkeypatch):
+    with endpoint() as api:
+        ask = api.tagger.remote
+
+        async def failing(posts, settings, only):
+            answers = await ask(posts, settings, only)
+            answers[0].post.fail("tag", ProblemKind.STAGE_FAILED, "failed on\nseveral lines")
+            return answers
+
+        monkeypatch.setattr(api.tagger, "remote", failing)
+        with caplog.at_level(logging.ERROR):
+            api.client.post("/v1/annotate", json={"text": TEXT, "post_id": "mine\nERROR all is lost"})
+    (message,) = caplog.messages
+    assert "all is lost" in message
+    assert "several lines" in message
+    assert len(message.splitlines()) == 1

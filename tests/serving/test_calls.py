@@ -8,7 +8,10 @@ from contextvars import ContextVar
 from dataclasses import replace
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 from ray.exceptions import RayActorError
+from ray.serve import context
+from ray.serve._private import tracing_utils
 from ray.serve.exceptions import BackPressureError
 
 from gem_ray.config import FilterConfig
@@ -307,6 +310,35 @@ def test_a_call_belongs_to_no_request():
     contexts, calls = [], None
     asyncio.run(scenario())
     assert contexts == [None, None]
+
+
+def test_a_call_has_the_id_and_the_trace_of_the_request_that_has_waited_longest():
+    """As the router takes them for the replica; not Serve's own id of it, by which what it has begun is cancelled."""
+    seen, asked, calls = [], {}, None
+    tracer = TracerProvider().get_tracer("test")
+
+    class Noting(Pool):
+        def remote(self, *call):
+            request = context._get_serve_request_context()
+            trace_id = tracing_utils.create_propagated_context()["traceparent"].split("-")[1]
+            seen.append((request.request_id, request.route, request._internal_request_id, trace_id))
+            return super().remote(*call)
+
+    async def ask(name):
+        context._set_request_context(route="/", request_id=name, _internal_request_id=f"internal {name}")
+        with tracer.start_as_current_span(name) as span:
+            asked[name] = f"{span.get_span_context().trace_id:032x}"
+            await calls(Post(name, name), SETTINGS)
+
+    async def scenario():
+        nonlocal calls
+        pool = Noting()
+        pool.may_answer.set()
+        calls = PoolCalls(["tag"], pool, posts=2, calls=1)
+        await asyncio.gather(*(ask(name) for name in "abc"))
+
+    asyncio.run(scenario())
+    assert seen == [(name, "/", "", asked[name]) for name in ("a", "c")]  # b goes with a
 
 
 def test_everyone_hears_of_a_call_that_something_else_has_cancelled():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import re
 
 import httpx
 import pytest
@@ -49,6 +50,16 @@ def test_a_slash_at_the_end_changes_nothing(api, path):
     method = "POST" if path in WRITTEN else "GET"
     answer = api.client.request(method, f"{path}/", **(post if method == "POST" else {}))
     assert (answer.status_code, answer.history) == (200, [])
+
+
+@pytest.mark.parametrize("slashes", ["", "/", "//"])
+@pytest.mark.parametrize("path", ["/", "/index.html", "/docs", "/docs.html", "/style.css"])
+def test_a_page_is_found_with_its_links_whatever_slashes_stand_at_its_end(api, path, slashes):
+    page = api.client.get(f"{path}{slashes}", follow_redirects=True)
+    assert page.status_code == 200
+    assert page.content == api.client.get(path).content
+    for link in re.findall(r'(?:src|href)="([^"#:]+)"', page.text):
+        assert api.client.get(page.url.join(link)).status_code == 200, link
 
 
 @pytest.mark.parametrize("path", ["/v2/annotate", "/v1", "/index.htm", "/.git/config", "/%2e%2e/keys.txt"])

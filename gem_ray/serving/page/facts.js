@@ -2,7 +2,9 @@
 
 import { curlCommand, pythonCode } from "./client.js";
 import { $, bar, html, named, seconds } from "./elements.js";
-import { pictureWithBoxes } from "./picture.js";
+import { hasPixels, pictureWithBoxes } from "./picture.js";
+
+const SAVED_MS = 60_000; // a browser may begin to read what it saves long after the click
 
 export function clearFacts() {
   $("times").replaceChildren();
@@ -42,7 +44,7 @@ function sources(answer, post) {
   const json = () => new Blob([JSON.stringify(answer, null, 2)], { type: "application/json" });
   return card("The answer itself", null,
     html("div", { class: "line" }, download("Download JSON", "annotation.json", json),
-      answer.image_width && download("Download picture", "annotation.png", () => pictureWithBoxes(answer))),
+      answer.image_width && hasPixels() && download("Download picture", "annotation.png", () => pictureWithBoxes(answer))),
     source("JSON", JSON.stringify(answer, null, 2)), source("The same with Python", pythonCode(post)),
     source("The same with curl", curlCommand(post)));
 }
@@ -53,7 +55,7 @@ function download(title, name, make) {
   button.addEventListener("click", async () => {
     const url = URL.createObjectURL(await make());
     html("a", { href: url, download: name }).click();
-    URL.revokeObjectURL(url);
+    setTimeout(() => URL.revokeObjectURL(url), SAVED_MS);
   });
   return button;
 }

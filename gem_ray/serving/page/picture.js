@@ -9,17 +9,20 @@ const SMALL = 0.3; // of the image's longer side: a box under it is worth a clos
 
 let shown = 0; // counts what was to be shown, so that what is decoded late does not replace what came after it
 let size = null; // of the upright original, in pixels; null when it is not known
+let decoded = false; // whether this browser can show the image
 
 /** Show an image file: the first frame, upright, on white, as the service sees it. False if this browser cannot. */
 export async function showImage(file) {
   clearBoxes();
   size = null;
+  decoded = false;
   const mine = ++shown;
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (mine !== shown) {
     bitmap?.close();
     return false;
   }
+  decoded = bitmap !== null;
   if (bitmap) {
     size = [bitmap.width, bitmap.height];
     const scale = Math.min(1, MAX_SIDE / Math.max(...size));
@@ -33,7 +36,7 @@ export async function showImage(file) {
     bitmap.close();
   }
   setStage();
-  return bitmap !== null;
+  return decoded;
 }
 
 /** Show no image. */
@@ -41,10 +44,12 @@ export function hideImage() {
   shown += 1;
   clearBoxes();
   size = null;
+  decoded = false;
   setStage();
 }
 
 export const imageSize = () => size;
+export const hasPixels = () => decoded;
 
 function setStage() {
   $("window").hidden = size === null;

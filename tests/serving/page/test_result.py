@@ -255,3 +255,21 @@ def test_the_picture_is_saved_with_its_boxes(page, annotate, post, tmp_path):
         box = {name: int(value) for name, value in entity["box"].items()}
         middle = (box["y1"] + box["y2"]) // 2
         assert abs(shown[middle, box["x1"]] - original[middle, box["x1"]]).max() > 40
+
+
+def test_a_picture_that_this_browser_cannot_show_is_not_offered(page, annotate, post):
+    """As a TIFF is in most of them, which the service reads."""
+    data = io.BytesIO()
+    Image.open(io.BytesIO(post.image_bytes)).save(data, "TIFF")
+    answer = annotate(page, post.text, data.getvalue())
+    assert answer["image_width"]
+    page.get_by_role("button", name="Download JSON").wait_for()
+    assert page.get_by_role("button", name="Download picture").count() == 0
+
+
+def test_what_is_saved_is_there_long_after_the_click(page, annotate):
+    annotate(page, "Paris in spring")
+    page.evaluate("URL.revokeObjectURL = (url) => { window.revoked = url; }")
+    with page.expect_download():
+        page.get_by_role("button", name="Download JSON").click()
+    assert page.evaluate("window.revoked") is None
