@@ -258,7 +258,8 @@ def _same_command(fresh: bool, update: bool) -> str:
 
 def _about_cost(account: Account) -> str:
     """What all starts have taken, in a line."""
-    cost = "" if account.money is None else f", cost {account.money:,.2f}"
+    unpriced = f" (not priced: {counted(account.unpriced_starts, 'start')})" if account.unpriced_starts else ""
+    cost = "" if account.money is None else f", cost {account.money:,.2f}{unpriced}"
     starts = f"{account.starts} starts" if account.starts > 1 else "one start"
     pool = account.bottleneck
     busiest = f"; the busiest pool is {pool}, {account.pools[pool].busy_share:.0%} of its time" if pool else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
 from gem_ray.stages import LOAD_IMAGE
@@ -16,22 +16,27 @@ class PoolTime:
 
     Attributes:
         actors: that were started.
-        gpus: that each of them holds.
-        loading: until their models were there.
+        loading: until their models were there; of an actor that cannot load them, as long as it kept its place.
         busy: with a batch inside.
         idle: with models, and without a batch.
+        gpu_seconds_busy, gpu_seconds_idle: of the cards that they held meanwhile, in whole cards; loading is idle.
     """
 
     actors: int
-    gpus: float
     loading: float = 0.0
     busy: float = 0.0
     idle: float = 0.0
+    gpu_seconds_busy: float = 0.0
+    gpu_seconds_idle: float = 0.0
+
+    @classmethod
+    def of_actors(cls, actors: int, gpus: float, loading: float, busy: float, idle: float) -> PoolTime:
+        """Time of actors that hold so many GPUs each."""
+        return cls(actors, loading, busy, idle, gpus * busy, gpus * (loading + idle))
 
     def __add__(self, other: PoolTime) -> PoolTime:
         """Both together."""
-        times = (self.loading + other.loading, self.busy + other.busy, self.idle + other.idle)
-        return PoolTime(self.actors + other.actors, other.gpus, *times)
+        return PoolTime(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def busy_share(self) -> float:
@@ -39,9 +44,8 @@ class PoolTime:
         return self.busy / (self.busy + self.idle) if self.busy + self.idle else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON, with what its cards did."""
-        cards = {"gpu_seconds_busy": self.gpus * self.busy, "gpu_seconds_idle": self.gpus * (self.loading + self.idle)}
-        return {**asdict(self), "busy_share": self.busy_share, **(cards if self.gpus else {})}
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "busy_share": self.busy_share}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PoolTime:
@@ -65,6 +69,8 @@ class Account:
         pools: time of the actors, by pool.
         unit_seconds: of all cards that Ray had, also those that nobody used; of machines where there were no cards.
         money: of starts with a price; `None` if none had one.
+        priced_starts: how many they are.
+        priced_annotated: posts of theirs.
         written_bytes: of published annotations; counted for a run, not for a start.
     """
 
@@ -76,6 +82,8 @@ class Account:
     pools: dict[str, PoolTime] = field(default_factory=dict)
     unit_seconds: float = 0.0
     money: float | None = None
+    priced_starts: int = 0
+    priced_annotated: int = 0
     written_bytes: int = 0
 
     def __add__(self, other: Account) -> Account:
@@ -95,8 +103,21 @@ class Account:
             pools={name: _both(self.pools.get(name), other.pools.get(name)) for name in sorted(used)},
             unit_seconds=self.unit_seconds + other.unit_seconds,
             money=sum(paid) if paid else None,
+            priced_starts=self.priced_starts + other.priced_starts,
+            priced_annotated=self.priced_annotated + other.priced_annotated,
             written_bytes=self.written_bytes + other.written_bytes,
         )
+
+    def at(self, money: float | None) -> Account:
+        """The account of a start with what it has cost; `None` means that its price is not known."""
+        if money is None:
+            return self
+        return replace(self, money=money, priced_starts=self.starts, priced_annotated=self.annotated)
+
+    @property
+    def unpriced_starts(self) -> int:
+        """Starts that are not in `money`."""
+        return self.starts - self.priced_starts
 
     @property
     def requests(self) -> int:
@@ -113,6 +134,7 @@ class Account:
         plain = asdict(self) | {"pools": {name: pool.to_dict() for name, pool in self.pools.items()}}
         return {
             **plain,
+            "unpriced_starts": self.unpriced_starts,
             "requests": self.requests,
             "bottleneck": self.bottleneck,
             "per_thousand_posts": self._per_thousand(),
@@ -128,10 +150,11 @@ class Account:
         if not self.annotated:
             return {}
         thousands = self.annotated / 1000
+        is_priced = self.money is not None and self.priced_annotated
         return {
             "seconds": self.seconds / thousands,
             "unit_seconds": self.unit_seconds / thousands,
-            "money": None if self.money is None else self.money / thousands,
+            "money": (self.money or 0.0) / self.priced_annotated * 1000 if is_priced else None,
             "written_bytes": self.written_bytes / thousands,
             "requests": self.requests / thousands,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from ray.data import ActorPoolStrategy
 from gem_ray.annotator import build_stage
 from gem_ray.clock import BusyClock
 from gem_ray.model_references import ModelChangedError
+from gem_ray.pipeline.ledger import BEAT_S
 from gem_ray.pipeline.logs import log_as_json, log_problems
 from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
@@ -180,18 +182,19 @@ class PoolActor:
     """
 
     def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
+        self._name = uuid.uuid4().hex
+        self._ledger = ledger
+        ledger.begin_actor(self._name, pool.name, pool.placement.num_gpus)
+        threading.Thread(target=self._beat, daemon=True).start()
         import torch
 
-        began = time.perf_counter()
         torch.set_num_threads(pool.placement.threads)
         log_as_json()
-        self._name = uuid.uuid4().hex
         self._clock = BusyClock()
         self._busy_reported = 0.0
         self._trouble: str | None = None
         self._pool = pool
         self._config = config
-        self._ledger = ledger
         self._failure: str | None = None
         self._stages: list[WatchedStage] = []
         while not self._stages and not self._failure:
@@ -204,7 +207,13 @@ class PoolActor:
                 node = ray.get_runtime_context().get_node_id()
                 self._failure = ledger.failed_load(pool.name, node, self._failure)
         if not self._failure:
-            ledger.begin_actor(self._name, pool.name, pool.placement.num_gpus, time.perf_counter() - began)
+            ledger.hear(self._name, is_loaded=True)
+
+    def _beat(self) -> None:
+        """Signs of life, until the process ends."""
+        while True:
+            time.sleep(BEAT_S)
+            self._ledger.hear(self._name)
 
     def _load(self, models: dict[str, str]) -> list[WatchedStage]:
         stages = []
@@ -236,7 +245,7 @@ class PoolActor:
                     post.image_bytes = post.image_uri = None
             table = posts_to_table(posts)
         before, self._busy_reported = self._busy_reported, self._clock.seconds
-        self._ledger.add_busy(self._name, self._busy_reported - before)
+        self._ledger.hear(self._name, busy=self._busy_reported - before)
         self._tell_trouble()
         return table
 

@@ -59,24 +59,32 @@ class Attempt:
 _MOST_DEATHS = 10  # of a stage's processes without a batch done in between
 _MOST_LOADS = 3  # that may fail on a node
 _PARKED_S = 1.0  # between two questions of an actor that is left out
+BEAT_S = 5.0  # between two signs of life of an actor
+_UNHEARD_S = 3 * BEAT_S  # after which it is taken for dead; a sign that comes late brings it back
 _MOST_RESTARTS = 20  # of the book's own process
 
 
 @dataclass
 class _Actor:
-    """An actor of a pool, and its seconds."""
+    """An actor of a pool, and its seconds, for as long as it is heard of: nobody says when one dies."""
 
     pool: str
     gpus: float
     born: float
-    loading: float = 0.0
+    heard: float
+    loaded: float | None = None
     busy: float = 0.0
     ended: float | None = None
 
+    def until(self) -> float:
+        return self.ended or min(time.monotonic(), self.heard + _UNHEARD_S)
+
     @property
     def time(self) -> PoolTime:
-        alive = (self.ended or time.monotonic()) - self.born
-        return PoolTime(1, self.gpus, self.loading, self.busy, max(0.0, alive - self.loading - self.busy))
+        until = self.until()
+        loading = (until if self.loaded is None else self.loaded) - self.born
+        idle = max(0.0, until - self.born - loading - self.busy)
+        return PoolTime.of_actors(1, self.gpus, loading, self.busy, idle)
 
 
 class _Book:
@@ -138,7 +146,7 @@ class _Book:
         if self._failed_loads[pool, node] < _MOST_LOADS:
             return True
         self._left_out[pool] += 1
-        is_loaded = any(actor.pool == pool for actor in self._actors.values())
+        is_loaded = any(actor.pool == pool and actor.loaded is not None for actor in self._actors.values())
         if not is_loaded and self._left_out[pool] >= self._expected[pool]:
             self.set_failure(reason)
         return False
@@ -146,12 +154,16 @@ class _Book:
     def failure(self) -> str | None:
         return self._progress.failure
 
-    def begin_actor(self, name: str, pool: str, gpus: float, loading: float) -> None:
-        self._actors[name] = _Actor(pool, gpus, born=time.monotonic() - loading, loading=loading)
+    def begin_actor(self, name: str, pool: str, gpus: float) -> None:
+        now = time.monotonic()
+        self._actors[name] = _Actor(pool, gpus, born=now, heard=now)
 
-    def add_busy(self, name: str, seconds: float) -> None:
-        if name in self._actors:  # not begun with a book that was lost
-            self._actors[name].busy += seconds
+    def hear(self, name: str, is_loaded: bool = False, busy: float = 0.0) -> None:
+        if actor := self._actors.get(name):  # not begun with a book that was lost
+            actor.heard = time.monotonic()
+            actor.busy += busy
+            if is_loaded:
+                actor.loaded = actor.heard
 
     def note_trouble(self, name: str, trouble: str | None) -> None:
         if trouble is None:
@@ -161,7 +173,7 @@ class _Book:
 
     def end_pass(self) -> None:
         for actor in self._actors.values():
-            actor.ended = actor.ended or time.monotonic()
+            actor.ended = actor.until()
         self._progress.troubles.clear()
 
     def read(self) -> Progress:
@@ -248,20 +260,25 @@ class Ledger:
             time.sleep(_PARKED_S)
         return str(failure)
 
-    def begin_actor(self, name: str, pool: str, gpus: float, loading: float) -> None:
-        """Say that an actor is there.
+    def begin_actor(self, name: str, pool: str, gpus: float) -> None:
+        """Say that an actor is there, and begins to load its models.
 
         Args:
             name: its own.
             pool: whose it is.
             gpus: that it holds.
-            loading: seconds in which it has loaded its models.
         """
-        self._book.begin_actor.remote(name, pool, gpus, loading)
+        self._book.begin_actor.remote(name, pool, gpus)
 
-    def add_busy(self, name: str, seconds: float) -> None:
-        """Add time in which an actor had a batch."""
-        self._book.add_busy.remote(name, seconds)
+    def hear(self, name: str, is_loaded: bool = False, busy: float = 0.0) -> None:
+        """Say that an actor lives, at least every `BEAT_S`.
+
+        Args:
+            name: its own.
+            is_loaded: whether its models have just been loaded.
+            busy: seconds in which it had a batch since it was last said.
+        """
+        self._book.hear.remote(name, is_loaded, busy)
 
     def note_trouble(self, name: str, trouble: str | None) -> None:
         """Say what an actor waits for; `None` when it no longer waits."""

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -138,7 +137,7 @@ class Meter:
             pools=dict(work.pools),
             unit_seconds=self._unit_seconds,
         )
-        return replace(account, money=self._limits.money(account.unit_seconds, account.requests))
+        return account.at(self._limits.money(account.unit_seconds, account.requests))
 
     def _waiting_for(self, work: Progress) -> str | None:
         if trouble := self._trouble():

@@ -119,7 +119,7 @@ def _tweets_with(hard_share: float, with_hard: float) -> Workload:
     """
     places = np.linspace(0, 1, len(_ENTROPIES))
     factor = hard_share / (1 - np.interp(0.2, _ENTROPIES, places))
-    entropies: list[float] = np.interp(1 - (1 - places) / factor, places, _ENTROPIES, left=0.0).tolist()
+    entropies = (float(np.interp(1 - (1 - place) / factor, places, _ENTROPIES, left=0.0)) for place in places)
     hard = hard_share * TWEETS.entities
     return replace(TWEETS, hard=hard, with_hard=with_hard, entropies=tuple(entropies))
 

@@ -90,7 +90,8 @@ def test_tries_are_counted_by_node_and_a_pool_that_works_goes_on(local_ray: None
     assert ray.get(book.failure.remote()) == "broken"  # both actors were on that node
     ledger = Ledger("run")
     ledger.expect("ground", 2)
-    ledger.begin_actor("a", "ground", 1.0, 0.1)
+    ledger.begin_actor("a", "ground", 1.0)
+    ledger.hear("a", is_loaded=True)
     for _ in range(5):
         ray.get(ledger._book.failed_load.remote("ground", "one", "broken"))
     assert ledger.read().failure is None

@@ -21,6 +21,7 @@ from gem_ray.benchmarks.memory import write_texts
 from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import Config, ConfigError, EndpointConfig
 from gem_ray.data.fetch import Fetcher, ImageError
+from gem_ray.pipeline import ledger
 from gem_ray.pipeline import meter as meter_module
 from gem_ray.pipeline.account import Account, PoolTime
 from gem_ray.pipeline.lease import Lease
@@ -36,7 +37,8 @@ from gem_ray.tally import Tally
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
 SECONDS = st.integers(0, 10**6).map(float)
 POOLS = st.dictionaries(
-    st.sampled_from(["tag", "ground"]), st.builds(PoolTime, st.integers(1, 9), st.just(0.5), SECONDS, SECONDS, SECONDS)
+    st.sampled_from(["tag", "ground"]),
+    st.builds(PoolTime.of_actors, st.integers(1, 9), st.sampled_from([0.5, 1.0]), SECONDS, SECONDS, SECONDS),
 )
 COUNTS = st.dictionaries(st.sampled_from(["asked", "failed"]), st.integers(0, 99))
 ACCOUNTS = st.builds(
@@ -49,6 +51,8 @@ ACCOUNTS = st.builds(
     pools=POOLS,
     unit_seconds=SECONDS,
     money=st.none() | SECONDS,
+    priced_starts=st.integers(0, 9),
+    priced_annotated=st.integers(0, 9),
     written_bytes=st.integers(0, 9),
 )
 
@@ -62,6 +66,45 @@ def test_accounts_add_up_in_any_order_and_are_stored_whole(one: Account, two: Ac
     assert sum(pool.busy for pool in both.pools.values()) == sum(
         pool.busy for each in (one, two) for pool in each.pools.values()
     )
+
+
+def test_cards_of_starts_with_other_shares_are_added_as_cards() -> None:
+    both = PoolTime.of_actors(1, 1.0, 0, 100, 20) + PoolTime.of_actors(1, 0.2, 5, 10, 0)
+    assert (both.gpu_seconds_busy, both.gpu_seconds_idle) == (102, 21)
+
+
+def test_what_a_thousand_posts_cost_is_of_the_starts_that_have_a_price() -> None:
+    unpriced, priced = Account(starts=2, annotated=9000), Account(starts=1, annotated=1000).at(5.0)
+    facts = (unpriced + priced).to_dict()
+    assert (facts["money"], facts["unpriced_starts"], facts["per_thousand_posts"]["money"]) == (5.0, 2, 5.0)
+    assert unpriced.at(None).to_dict()["per_thousand_posts"]["money"] is None
+
+
+def test_an_actor_costs_as_long_as_it_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(ledger.time, "monotonic", lambda: now[0])
+    for metrics in ("PostMetrics", "WorkMetrics"):
+        monkeypatch.setattr(ledger, metrics, lambda run_id: None)
+    book = ledger._Book("run", None)
+    for name in ("works", "dies", "parked"):
+        book.begin_actor(name, name, 1.0)
+    now[0] += 10
+    for name in ("works", "dies"):
+        book.hear(name, is_loaded=True)
+    for _ in range(100):
+        now[0] += ledger.BEAT_S
+        book.hear("works", busy=4.0)
+        book.hear("parked")
+    pools = book.read().pools
+    assert pools["works"] == PoolTime.of_actors(1, 1.0, 10, 400, 100)
+    assert pools["dies"].loading == 10
+    assert pools["dies"].idle <= 3 * ledger.BEAT_S
+    assert pools["parked"].loading == pools["parked"].gpu_seconds_idle == 510
+    now[0] += 1
+    book.end_pass()
+    now[0] += 1000
+    book.hear("works")
+    assert book.read().pools["works"].idle == 101
 
 
 class Work:
@@ -79,7 +122,7 @@ class Work:
 
     def work(self) -> Progress:
         now = self.seconds
-        pool = PoolTime(4, 1.0, 0.0, 3.6 * now, 0.4 * now)
+        pool = PoolTime.of_actors(4, 1.0, 0.0, 3.6 * now, 0.4 * now)
         counts = {"knowledge": Counter(asked=round(now), failed=0), "load_image": Counter(s3_requests=round(3 * now))}
         return Progress({"ground": 3.6 * now}, counts, Tally(rows=int(2 * now)), {"ground": pool})
 
