@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 JSON, FORM = "application/json", "multipart/form-data"
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_COUNTED_AT_ONCE = 2**14
+_READ_AT_ONCE = 2**14
 # A parser keeps the interpreter's lock. A small body is parsed sooner than a thread begins; of large ones, never more
 # than one stands between the event loop and its next turn.
 _PARSED_AT_ONCE = 2**16
@@ -59,6 +60,14 @@ async def read_batch(request: Request, config: Config, max_posts: int) -> BatchI
     return await _from_json(request, BatchIn, max_posts, config)
 
 
+async def _pieces(request: Request) -> AsyncGenerator[bytes, None]:
+    """The body as it comes, and others have their turn while a little of it is looked at."""
+    async for part in request.stream():
+        for start in range(0, len(part), _READ_AT_ONCE):
+            yield part[start : start + _READ_AT_ONCE]
+            await asyncio.sleep(0)
+
+
 async def _from_json(request: Request, model: type[_Model], posts: int, config: Config) -> _Model:
     """What a JSON body holds.
 
@@ -66,13 +75,11 @@ async def _from_json(request: Request, model: type[_Model], posts: int, config: 
         ProblemError: 413 for more values than a request can need, 422 for a wrong body.
     """
     counter = _JsonCounter(posts, _escapes_of(posts, config))
-    parts = []
-    async for part in request.stream():
-        parts.append(part)
-        for start in range(0, len(part), _COUNTED_AT_ONCE):
-            counter.add(part[start : start + _COUNTED_AT_ONCE])
-            await asyncio.sleep(0)  # others have their turn
-    body = b"".join(parts)
+    pieces = []
+    async for piece in _pieces(request):
+        pieces.append(piece)
+        counter.add(piece)
+    body = b"".join(pieces)
     if len(body) <= _PARSED_AT_ONCE:
         return _parse(model, body)
     return await asyncio.get_running_loop().run_in_executor(_PARSER, _parse, model, body)
@@ -170,7 +177,7 @@ class _PostForm(MultiPartParser):
 
     def __init__(self, request: Request) -> None:
         super().__init__(
-            request.headers, request.stream(), max_files=1, max_fields=MAX_TOKENS + len(PostIn.model_fields)
+            request.headers, _pieces(request), max_files=1, max_fields=MAX_TOKENS + len(PostIn.model_fields)
         )
         self._names: set[str] = set()
         self._has_ended = False

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.requests import Request
 
+from gem_ray.config import load_config
 from gem_ray.serving import bodies
 from gem_ray.serving.messages import MAX_TOKENS, BatchIn, PostIn
 from gem_ray.serving.problems import ProblemError
@@ -226,6 +227,32 @@ def test_a_form_is_refused_at_its_first_wrong_part(parts):
         asyncio.run(bodies._from_form(request))
     assert caught.value.status == 422
     assert read <= 2  # a part ends where the next begins
+
+
+@pytest.mark.parametrize("kind", [KIND["Content-Type"], "application/json"])
+def test_others_have_their_turn_while_a_body_is_looked_at_that_comes_in_one_part(kind):
+    turns = 0
+    body = part("tokens", b"a") * 2000 + part("text", b"a") + b"--y--\r\n"
+    if kind != KIND["Content-Type"]:
+        body = json.dumps({"text": "a", "tokens": ["a"] * 2000, "caption": "a" * 100_000}).encode()
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def others():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def scenario():
+        watching = asyncio.create_task(others())
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", kind.encode())]}
+        await bodies.read_post(Request(scope, receive), load_config())
+        watching.cancel()
+
+    asyncio.run(scenario())
+    assert turns > len(body) / 20_000
 
 
 @pytest.mark.parametrize(
