@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 _SUFFIX = ".partial"
+_PARTIAL = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{8}}{re.escape(_SUFFIX)}")
 
 
 @contextmanager
@@ -33,6 +35,7 @@ def atomic_file(path: Path, *, synced: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def is_partial(name: str) -> bool:
-    """True for the name of a file that a killed writer has left."""
-    return name.startswith(".") and name.endswith(_SUFFIX)
+def name_of_partial(name: str) -> str | None:
+    """The name of the file that a killed writer has left half written under a name; `None` if it is no such name."""
+    found = _PARTIAL.fullmatch(name)
+    return found and found["name"]

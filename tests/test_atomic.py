@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gem_ray.atomic import atomic_file, is_partial
+from gem_ray.atomic import atomic_file, name_of_partial
 
 
 @pytest.mark.parametrize("synced", [False, True])
@@ -15,7 +15,7 @@ def test_file_appears_when_the_block_ends_well(tmp_path: Path, synced: bool) -> 
     for content in ("old", "new"):
         with atomic_file(file, synced=synced) as partial:
             partial.write_text(content)
-            assert is_partial(partial.name)
+            assert name_of_partial(partial.name) == "a.json"
             assert (file.read_text() if file.exists() else None) == (None if content == "old" else "old")
         assert file.read_text() == content
     assert list(file.parent.iterdir()) == [file]

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -15,6 +15,8 @@ from pyarrow import fs
 
 from gem_ray.atomic import atomic_file
 from gem_ray.s3 import S3Uri, list_objects, open_bucket
+
+Inode = tuple[int, int]  # device and inode
 
 _NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -68,14 +70,14 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
     return open_bucket(place), place.path
 
 
-def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFile]]:
+def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFile], set[Inode]]:
     """The file at a location, or all files in the folder there and below, sorted by path.
 
     In S3, a listing is one request for every 1,000 objects. On a disk, links are followed, but no folder is listed
-    twice; links to nothing, pipes and the like are listed as unreadable.
+    twice; links to nothing or to files that are listed themselves, pipes and the like are listed as unreadable.
 
     Returns:
-        The file system, the location's path on it, and the files.
+        The file system, the location's path on it, the files, and on a disk the folders that they were looked for in.
 
     Raises:
         FileNotFoundError: there is nothing at the location.
@@ -86,12 +88,13 @@ def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFil
     info = filesystem.get_file_info(root)
     if info.type is fs.FileType.NotFound:
         raise FileNotFoundError(f"there is nothing at {location}; give a shard, or a folder of shards")
+    folders: set[Inode] = set()
     if isinstance(filesystem, fs.S3FileSystem):
         objects = list_objects(S3Uri.parse(str(location)), is_file=info.is_file)
         files = [StoredFile(path, *facts) for path, facts in objects]
     else:
-        files = [_local_file(root)] if info.is_file else list(_walk(root))
-    return filesystem, root, sorted(files, key=lambda file: file.path)
+        files = [_local_file(root)] if info.is_file else _once(list(_walk(root, folders)))
+    return filesystem, root, sorted(files, key=lambda file: file.path), folders
 
 
 def stored_file(filesystem: fs.FileSystem, path: str) -> StoredFile:
@@ -110,18 +113,37 @@ def stored_file(filesystem: fs.FileSystem, path: str) -> StoredFile:
         return StoredFile(path, 0, 0, unreadable="it is not there")
 
 
-def _walk(root: str) -> Iterator[StoredFile]:
-    """The files of a folder and below; folders behind links come last."""
-    listed: set[tuple[int, int]] = set()
+def inode(path: str | Path) -> Inode:
+    """What a file or folder of this machine is known by, whatever its names.
+
+    Raises:
+        OSError: it is not there.
+    """
+    facts = os.stat(path)
+    return facts.st_dev, facts.st_ino
+
+
+def _once(files: list[StoredFile]) -> list[StoredFile]:
+    """The files; links to some that are among them by their own names are not read."""
+    links = {file.path for file in files if file.unreadable is None and os.path.islink(file.path)}
+    if not links:
+        return files
+    own = {inode(file.path) for file in files if file.unreadable is None and file.path not in links}
+    again = {path for path in links if inode(path) in own}
+    reason = "a link to a file that is listed already"
+    return [replace(file, unreadable=reason) if file.path in again else file for file in files]
+
+
+def _walk(root: str, listed: set[Inode]) -> Iterator[StoredFile]:
+    """The files of a folder and below; folders behind links come last. `listed` gets the folders."""
     left = [root]
     while left:
         for folder, names, files in os.walk(left.pop(), onerror=_refuse_folder):
-            facts = os.stat(folder)
-            if (facts.st_dev, facts.st_ino) in listed:
+            if (found := inode(folder)) in listed:
                 names.clear()
                 yield StoredFile(folder, 0, 0, unreadable="a link to a folder whose files are listed already")
                 continue
-            listed.add((facts.st_dev, facts.st_ino))
+            listed.add(found)
             left += [path for path in (f"{folder}/{name}" for name in names) if os.path.islink(path)]
             yield from (_local_file(f"{folder}/{name}") for name in files)
 

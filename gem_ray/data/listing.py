@@ -7,14 +7,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 from pyarrow import fs
 
-from gem_ray.data.files import StoredFile, list_files
+from gem_ray.data.files import Inode, StoredFile, list_files
 from gem_ray.data.formats import (
     HEAD_BYTES,
     TAR_SUFFIXES,
@@ -79,12 +79,14 @@ class Listing:
         root: the input's path there.
         shards: the files that are read, sorted by path.
         left_out: those that are not, and why, by path.
+        folders: on a disk, those that were looked into, also behind links.
     """
 
     filesystem: fs.FileSystem
     root: str
     shards: list[StoredFile]
     left_out: dict[str, str]
+    folders: set[Inode] = field(default_factory=set)
 
     @property
     def paths(self) -> list[str]:
@@ -127,7 +129,7 @@ def find_shards(path: str | Path) -> Listing:
         ValueError: the folder is a table of a format that keeps old versions of rows, or holds shards of a
             `gem-ray shards` that did not finish.
     """
-    filesystem, root, listed = list_files(path)
+    filesystem, root, listed, folders = list_files(path)
     if [file.path for file in listed] == [root]:
         return _single(filesystem, root, listed[0], path)
     left_out: dict[str, str] = {}
@@ -144,7 +146,7 @@ def find_shards(path: str | Path) -> Listing:
         ]
     if not shards:
         raise FileNotFoundError(_nothing(path, Listing(filesystem, root, [], left_out)))
-    return Listing(filesystem, root, shards, left_out)
+    return Listing(filesystem, root, shards, left_out, folders)
 
 
 def format_of(filesystem: fs.FileSystem, path: str) -> Format | None:

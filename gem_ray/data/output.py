@@ -12,13 +12,16 @@ A group is published in the moment in which its file in `published/` appears. It
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.storage import Storage, as_json, side_by_side
+
+T = TypeVar("T")
 
 ANNOTATIONS = "annotations"
 RUN_FACTS = "run.json"
@@ -132,9 +135,19 @@ def annotation_paths(storage: Storage) -> list[str] | None:
 
     None where no run says which: in an output of an earlier version, or in a copy of `annotations/` alone.
     """
-    run_id = live_run(storage)
-    if run_id is None:
-        return None
+    return _of_live_run(storage, partial(_paths_of_run, storage))
+
+
+def _of_live_run(storage: Storage, read: Callable[[str], T]) -> T | None:
+    """What is read of the live run; once more where another run took its place meanwhile, and it may be half gone."""
+    while (run_id := live_run(storage)) is not None:
+        found = read(run_id)
+        if live_run(storage) == run_id:
+            return found
+    return None
+
+
+def _paths_of_run(storage: Storage, run_id: str) -> list[str]:
     live = live_files(publications(storage, run_id))
     there = storage.files(ANNOTATIONS)
     paths = []
@@ -167,12 +180,14 @@ class InputOfRun:
 
 def input_of_run(storage: Storage) -> InputOfRun | None:
     """The input of the run whose rows are an output's; None where no run says."""
-    run_id = live_run(storage)
-    if run_id is None:
-        return None
+    return _of_live_run(storage, partial(_input_of, storage))
+
+
+def _input_of(storage: Storage, run_id: str) -> InputOfRun:
     folder = f"{RUNS}/{run_id}"
     added = sorted(name for name in storage.files(f"{folder}/files") if name.endswith(".json"))
     facts = [each for name in (f"{folder}/manifest.json", *added) if (each := storage.read_json(name)) is not None]
     files = [file for each in facts for file in each["files"]]  # a file that was mended is there twice; the last counts
     numbers = {file["path"]: None if file.get("unread") else file["number"] for file in files}
-    return InputOfRun(facts[0]["input"], numbers, facts[0].get("columns", {}))
+    manifest = facts[0] if facts else {"input": ""}  # none where the run has just been deleted
+    return InputOfRun(manifest["input"], numbers, manifest.get("columns", {}))

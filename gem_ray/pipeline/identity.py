@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from posixpath import normpath
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.config import affecting
-from gem_ray.data.files import StoredFile, open_filesystem
+from gem_ray.data.files import StoredFile, inode, open_filesystem
 from gem_ray.data.output import ANNOTATIONS, RUNS
 from gem_ray.data.storage import LocalStorage
 from gem_ray.pipeline.inputs import is_same
@@ -103,7 +104,7 @@ def new_files(manifest: Manifest, listing: Listing, update: bool) -> list[Stored
             "put it back, give new posts a file name of their own, or choose another output"
         )
     if manifest.limit is not None:
-        _check_limit(manifest, listing, update)
+        _check_limit(manifest, listing, update, changed)
         return []
     if changed and not update:
         raise ValueError(
@@ -119,16 +120,28 @@ def new_files(manifest: Manifest, listing: Listing, update: bool) -> list[Stored
     return added
 
 
-def _check_limit(manifest: Manifest, listing: Listing, update: bool) -> None:
-    """With a limit, the run has read the first files only; others may follow them, and none may come before."""
+def _check_limit(manifest: Manifest, listing: Listing, update: bool, mended: Sequence[str]) -> None:
+    """With a limit, the run has read the first files only; others may follow those in which it is reached."""
     if update:
         raise ValueError(f"--update needs a run over all files, and this one has --limit {manifest.limit}")
+    if mended:
+        raise ValueError(
+            f"{_named(mended)}: could not be read when this run began, and has changed since; its --limit would reach "
+            "other rows now, so choose another output, or pass --fresh to begin a new run"
+        )
     unread = {file.path for file in manifest.unread}
     expected = [file.path for file in manifest.files if file.path not in unread]
     first = [path for path in listing.paths if path not in unread][: len(expected)]
     if first != expected:
         before = sorted(set(first) - set(expected))
         raise ValueError(f"the input has new files before those of this run: {_named(before)}; choose another output")
+    known = {file.path for file in manifest.files}
+    new = [path for path in listing.paths if path not in known]
+    if new and manifest.limit is not None and manifest.rows < manifest.limit:
+        raise ValueError(
+            f"the input has files that this run does not know, and could read within its --limit {manifest.limit}: "
+            f"{_named(new)}; choose another output, or pass --fresh to begin a new run"
+        )
 
 
 def _named(paths: Sequence[str]) -> str:
@@ -148,7 +161,7 @@ def check_apart(input: str, listing: Listing, directory: OutputFolder) -> None:
     place = open_filesystem(input)[1] if is_local else S3Uri.parse(input).path
     root = _real(place, is_local)
     output = _real(storage.root, is_local)
-    if _is_inside(output, root, is_local):
+    if _is_inside(output, root, is_local) or (is_local and _is_found(output, listing)):
         raise ValueError(f"the output {directory.output} is in the input {input}, and would be read as posts; {_APART}")
     own = [f"{output}/{ANNOTATIONS}", f"{output}/{RUNS}"]
     for path in (root, *(_real(shard, is_local) for shard in listing.paths)):
@@ -157,6 +170,15 @@ def check_apart(input: str, listing: Listing, directory: OutputFolder) -> None:
                 f"the input {path} is where the output {directory.output} keeps its annotations, and would be replaced "
                 f"by them; {_APART}"
             )
+
+
+def _is_found(output: str, listing: Listing) -> bool:
+    """True if the listing has looked into a folder that holds the output, or will: links may lead there."""
+    for folder in _and_parents(output):
+        with suppress(OSError):  # not there yet
+            if inode(folder) in listing.folders:
+                return True
+    return False
 
 
 _APART = "keep them apart"

@@ -162,27 +162,38 @@ class Lease:
 
 def _this_process() -> dict[str, Any]:
     """What tells this process from every other, also from those of another container with the same host name."""
-    facts = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid())}
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "started": _state_and_start(os.getpid())[1]}
     with suppress(OSError):  # no Linux: a dead holder is waited for
         facts["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         facts["pids"] = os.readlink("/proc/self/ns/pid")
     return facts
 
 
-def _start_time(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's ticks; None if it has ended."""
-    with suppress(OSError):
+def _state_and_start(pid: int) -> tuple[str | None, str | None]:
+    """The state of a process of this machine, and when it began, in the kernel's ticks; None where nobody may know."""
+    with suppress(OSError):  # gone, or another user's on a machine that hides those
         # The second field is the program's name in parentheses, which may hold spaces; the third is the state.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    return None
+        return fields[0], fields[19]
+    return None, None
 
 
 def _is_dead_here(holder: Mapping[str, Any]) -> bool:
-    """True if the holder was a process of this machine that is gone: no need to wait for it."""
+    """True if the holder was certainly a process of this machine, and is gone: no need to wait for it."""
     here = _this_process()
-    same_place = "boot" in here and all(holder.get(name) == here[name] for name in ("boot", "pids"))
-    return same_place and _start_time(int(holder["pid"])) != holder.get("started")
+    if not all(name in here and holder.get(name) == here[name] for name in ("boot", "pids")):
+        return False
+    pid = int(holder["pid"])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # another user's
+    state, started = _state_and_start(pid)
+    # A zombie is dead; a number may have been given to another process since.
+    known = (started, holder.get("started"))
+    return state in ("Z", "X") or (None not in known and known[0] != known[1])
 
 
 def _message(output: str, holder: Mapping[str, Any]) -> str:

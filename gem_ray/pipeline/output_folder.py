@@ -18,14 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from pyarrow import fs
 
-from gem_ray.atomic import is_partial
+from gem_ray.atomic import name_of_partial
 from gem_ray.data.output import (
     RUN_FACTS,
     RUNS,
+    SUCCESS,
     Publication,
     is_facts,
     live_run,
@@ -38,6 +40,10 @@ from gem_ray.data.storage import Storage, as_exact_json, as_json, open_storage
 from gem_ray.pipeline.inputs import InputFile
 
 EDITION = 4  # of this layout, and of the rows that a run may go on with
+
+
+# Files that all runs of an output write.
+_SHARED = {"": (RUN_FACTS, SUCCESS), RUNS: ("lease.json", "report.json", "report.html")}
 
 
 class OutputFolder:
@@ -69,6 +75,11 @@ class OutputFolder:
         run_id = live_run(self.storage)
         return self.run(run_id) if run_id else None
 
+    def all_runs(self) -> set[str]:
+        """Ids of the runs that the output has, and of those that it has had."""
+        begun = run_ids(self.storage)
+        return {*begun, *(earlier for run_id in begun for earlier in self.run(run_id).earlier_runs)}
+
     def summary(self) -> dict[str, Any] | None:
         """What `run.json` says, if a run has finished."""
         return self.storage.read_json(RUN_FACTS)
@@ -82,12 +93,12 @@ class OutputFolder:
 
     def sweep(self) -> None:
         """Delete what writers that were killed have left half written, but for what lies in the folders of runs."""
-        for folder in ("", RUNS):
+        for folder, names in _SHARED.items():
             entries = self.storage.filesystem.get_file_info(
                 fs.FileSelector(self.storage.path(folder).rstrip("/"), allow_not_found=True)
             )
             for entry in entries:
-                if is_partial(entry.base_name):
+                if name_of_partial(entry.base_name) in names:
                     self.storage.delete(f"{folder}/{entry.base_name}".lstrip("/"))
 
 
@@ -101,6 +112,7 @@ class Manifest:
         parts: how many of the files came together, at the beginning and with each `--update`.
         passes: names of the stages of each pass.
         columns: field of an input row -> the column that holds it, where that has another name.
+        earlier_runs: ids of the runs that the output has had before.
     """
 
     run_id: str
@@ -114,6 +126,7 @@ class Manifest:
     parts: list[int]
     passes: list[list[str]]
     columns: dict[str, str] = field(default_factory=dict)
+    earlier_runs: list[str] = field(default_factory=list)
     edition: int = EDITION
 
     @property
@@ -171,6 +184,11 @@ class RunFolder:
         """
         self._manifest = self._manifest or self._read_manifest()
         return self._manifest
+
+    @cached_property
+    def earlier_runs(self) -> list[str]:
+        """Ids of the runs that the output has had before this one, whatever version of gem-ray has begun it."""
+        return (self.read("manifest") or {}).get("earlier_runs", [])
 
     def _read_manifest(self) -> Manifest:
         values = self.read("manifest")

@@ -7,15 +7,15 @@ anywhere and repeated by anybody: it only brings the folder to what has been dec
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from gem_ray.data.damage import DamagedError, parsed
 from gem_ray.data.output import ANNOTATIONS, SUCCESS, Publication, PublishedFile, live_files, merged_name
+from gem_ray.data.parquet import rows_in_footer
 from gem_ray.data.storage import as_json, side_by_side
 from gem_ray.pipeline.staging import is_rows, read_ids
 from gem_ray.records import Status
@@ -27,14 +27,8 @@ if TYPE_CHECKING:
     from gem_ray.pipeline.lease import LeaseClaim
     from gem_ray.pipeline.output_folder import OutputFolder
 
-# Files that some run has written here, of this version or an earlier one.
-_OWN = re.compile(r"status=\w+/part-\d{8}T\d{6}-[0-9a-f]{8}-[gpr]\d+-[^/]+\.parquet")
+_OF_RUN = re.compile(r"status=\w+/part-(?P<run>\d{8}T\d{6}-[0-9a-f]{8})-[gpr]\d+-[^/]+\.parquet")
 _NAMED = 5  # files in a message
-
-
-def strangers(storage: Storage) -> list[str]:
-    """Parquet files in `annotations/` that no run has written: readers would take them for rows."""
-    return [name for name in _names(storage) if is_rows(name) and not _OWN.fullmatch(name)]
 
 
 def has_annotations(storage: Storage) -> bool:
@@ -46,15 +40,23 @@ def check_no_strangers(directory: OutputFolder) -> None:
     """Refuse to write where somebody else's files are, which must be neither deleted nor taken for rows.
 
     Raises:
-        FileExistsError: there are such files; the message names some.
+        FileExistsError: there are files that no run of this output has written, also such of another output's run; the
+            message names some.
     """
-    found = strangers(directory.storage)
-    if found:
-        shown = ", ".join(found[:_NAMED]) + (" …" if len(found) > _NAMED else "")
+    found = [name for name in _names(directory.storage) if is_rows(name)]
+    own = set(_own(directory, found))
+    if strangers := [name for name in found if name not in own]:
+        shown = ", ".join(strangers[:_NAMED]) + (" …" if len(strangers) > _NAMED else "")
         raise FileExistsError(
-            f"{directory.output}/{ANNOTATIONS} holds files that gem-ray has not written: {shown}; "
+            f"{directory.output}/{ANNOTATIONS} holds files that no run of this output has written: {shown}; "
             "move them away, or choose another output"
         )
+
+
+def _own(directory: OutputFolder, names: Iterable[str]) -> list[str]:
+    """Those files that runs of this output have written, by their names."""
+    runs = directory.all_runs()
+    return [name for name in names if (found := _OF_RUN.fullmatch(name)) and found["run"] in runs]
 
 
 def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
@@ -73,7 +75,7 @@ def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
     live = live_files(published)
     sizes = {file.name: file.size for each in published.values() for file in each.files}
     waiting = storage.files(folder.merged)
-    stale = [name for name in there if _OWN.fullmatch(name) and name not in live]
+    stale = [name for name in _own(directory, there) if name not in live]
     moves = {name: merged_name(folder.run_id, group, name) for name, group in live.items()}
     moves = {n: source for n, source in moves.items() if source in waiting and there.get(n) != sizes[n]}
     is_short = any(there.get(name) != sizes[name] for name in live)
@@ -102,10 +104,15 @@ def lost_files(storage: Storage, published: Mapping[str, Publication]) -> list[s
 
 
 def _is_whole(storage: Storage, file: PublishedFile) -> bool:
+    path = storage.path(file.path)
+
+    def rows() -> int:
+        with storage.filesystem.open_input_file(path) as stream:
+            return rows_in_footer(stream)
+
     try:
-        with storage.filesystem.open_input_file(storage.path(file.path)) as stream:
-            return pq.ParquetFile(stream).metadata.num_rows == file.rows
-    except (FileNotFoundError, pa.ArrowInvalid):
+        return parsed(storage.filesystem, path, rows) == file.rows
+    except (FileNotFoundError, DamagedError):
         return False
 
 

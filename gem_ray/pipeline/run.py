@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gem_ray.annotator import models_of
 from gem_ray.data.check import column_remarks
 from gem_ray.data.listing import Listing, list_shards
-from gem_ray.data.output import RUN_FACTS, SUCCESS, live_files, run_ids
+from gem_ray.data.output import RUN_FACTS, RUNS, SUCCESS, live_files, run_ids
 from gem_ray.data.storage import ConflictError, as_json
 from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.execution import RayExecutor, RunError
@@ -105,6 +105,8 @@ def annotate_dataset(
             fit.
         RunError: the run failed underway, or too many posts did; the message says where. What is done stays done.
     """
+    if fresh + update + only_problems > 1:
+        raise ValueError("fresh, update and only_problems exclude one another")
     directory = OutputFolder(str(output))
     listing = list_shards(input)
     check_apart(str(input), listing, directory)
@@ -154,15 +156,12 @@ class _Run:
         clock = time.perf_counter()
         self.directory.sweep()
         check_no_strangers(self.directory)
-        folder = self._begin(fresh) if fresh else self._continue(update, only_problems) or self._begin(fresh)
+        folder = (None if fresh else self._continue(update, only_problems)) or self._begin()
         settle(self.directory, self.claim)
         work = _Work(self, folder, clock)
-        if only_problems and work.groups_left():
-            raise FileNotFoundError(
-                f"{self.directory.output} holds no finished run; finish it, then do its problems again"
-            )
-        rounds = [work.round_of_lost_rows, *([work.round_of_problems] if only_problems else [])]
-        done = work.run(rounds, progress)
+        if only_problems:
+            work.check_finished()
+        done = work.run([work.round_of_problems if only_problems else work.round_of_lost_rows], progress)
         if done.anything or not folder.is_live:  # else the files have just been looked at
             self._settle_and_check(folder)
         return self._finish(folder, clock, done)
@@ -171,15 +170,32 @@ class _Run:
         """The run that was begun last, if it is the same run; with new files of the input taken into it."""
         folder = self.directory.last_run()
         if folder is None:
+            if only_problems:
+                raise FileNotFoundError(
+                    f"{self.directory.output} holds no finished run whose problems could be done again"
+                )
             return None
         manifest = folder.manifest()
-        check_same(manifest, self.config, self.models, self.limit, self.reader.columns, only_problems)
-        added = new_files(manifest, self.listing, update)
+        try:
+            check_same(manifest, self.config, self.models, self.limit, self.reader.columns, only_problems)
+            added = new_files(manifest, self.listing, update)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._way_back(folder)}") from None
         if added:
             files = self._count(added, first_number=max((file.number for file in manifest.files), default=-1) + 1)
             with self.claim.checked():
                 folder.add(files)
         return folder
+
+    def _way_back(self, folder: RunFolder) -> str:
+        """What to do where a new run was begun by mistake; nothing where there is no other."""
+        live = None if folder.is_live else self.directory.live_run()
+        if live is None:
+            return ""
+        return (
+            f"\nThat run was begun with --fresh and is not finished. Run {live.run_id} is what readers see; to give up "
+            f"the new one and go on with it, delete {self.directory.output}/{RUNS}/{folder.run_id}"
+        )
 
     def _count(self, shards: Sequence[StoredFile], first_number: int = 0) -> list[InputFile]:
         """The input as `check` would find it, with a warning for what is not read of it."""
@@ -191,14 +207,8 @@ class _Run:
                 logger.warning("not read: %s", file.unread)
         return files
 
-    def _begin(self, fresh: bool) -> RunFolder:
-        storage = self.directory.storage
-        is_empty = not has_annotations(storage)
-        if not (fresh or is_empty):
-            raise FileExistsError(
-                f"{self.directory.output} already holds annotations; choose another output, or pass --fresh to replace "
-                "them"
-            )
+    def _begin(self) -> RunFolder:
+        is_empty = not has_annotations(self.directory.storage)
         files = self._count(self.listing.shards)
         if not any(file.rows for file in files):
             raise ValueError(
@@ -218,6 +228,7 @@ class _Run:
             parts=[len(files)],
             passes=stages_by_pass(self.config),
             columns=dict(self.reader.columns),
+            earlier_runs=sorted(self.directory.all_runs()),
         )
         with self.claim.checked():
             folder.begin(manifest)
@@ -328,6 +339,21 @@ class _Work:
         """Groups of the input that are not published."""
         published = self._folder.publications()
         return [group for group in self._groups if group.name not in published]
+
+    def check_finished(self) -> None:
+        """Refuse to do problems again, perhaps under other limits, while other rows are to be done.
+
+        Raises:
+            FileNotFoundError: groups are not published or not live, or files of published ones are gone.
+        """
+        output = self._run.directory.output
+        if self.groups_left() or not self._folder.is_live:
+            raise FileNotFoundError(f"{output} holds no finished run; finish it, then do its problems again")
+        if lost := lost_files(self._storage, self._folder.publications()):
+            raise FileNotFoundError(
+                f"{counted(len(lost), 'file')} of annotations in {output} are gone or damaged, {lost[0]} the first; "
+                "start without --only-problems first, which does their rows again"
+            )
 
     def round_of_lost_rows(self) -> Group | None:
         """Rows whose files have gone since they were published."""

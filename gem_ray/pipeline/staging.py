@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Datasink
 
+from gem_ray.data.damage import DamagedError, parsed
 from gem_ray.data.storage import Storage, side_by_side
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class StagingSink(Datasink[None]):
         self._claim.check()
         storage = self._claim.storage
         with storage.writing(f"{folder}/{uuid4().hex}.parquet") as path:
-            pq.write_table(table, path, filesystem=storage.filesystem, compression="zstd")
+            pq.write_table(table, path, filesystem=storage.filesystem, compression="zstd", write_page_checksum=True)
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,35 @@ def rows_once(files: Sequence[StagedFile]) -> list[np.ndarray]:
 
 
 def read_ids(storage: Storage, name: str) -> np.ndarray:
-    """The ids in a Parquet file of rows, `(N,)` int64."""
-    with storage.filesystem.open_input_file(storage.path(name)) as stream:
-        return pq.ParquetFile(stream).read([ID_COLUMN], use_threads=False)[ID_COLUMN].to_numpy()
+    """The ids in a Parquet file of rows, `(N,)` int64.
+
+    Raises:
+        DamagedError: the file's bytes are wrong.
+        OSError: they cannot be read.
+    """
+    return read_rows(storage, name, [ID_COLUMN])[ID_COLUMN].to_numpy()
+
+
+def read_rows(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows in a Parquet file, or some of their columns.
+
+    Raises:
+        DamagedError, OSError: as `read_ids`.
+    """
+    path = storage.path(name)
+
+    def read() -> pa.Table:
+        with storage.filesystem.open_input_file(path) as stream:
+            return pq.ParquetFile(stream, page_checksum_verification=True).read(columns, use_threads=False)
+
+    return parsed(storage.filesystem, path, read)
 
 
 def _ids_or_none(storage: Storage, name: str) -> np.ndarray:
     """No ids in a file that is damaged: its rows are done again."""
     try:
         return read_ids(storage, name)
-    except pa.ArrowInvalid:
+    except DamagedError:
         storage.delete(name)
         return np.array([], np.int64)
 

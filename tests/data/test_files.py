@@ -182,7 +182,7 @@ def test_a_listing_tells_what_a_file_is(s3, tmp_path):
     s3.put(f"{bucket}/files-of-others/c.bin", b"")
     tag = hashlib.md5(CONTENT).hexdigest()
     for location, etag in ((tmp_path, None), (f"{bucket}/files", tag)):
-        _, root, files = list_files(f"{location}/")
+        _, root, files, _ = list_files(f"{location}/")
         assert [file.path for file in files] == [f"{root}/a.bin", f"{root}/sub/b.bin"]
         assert {(file.size, file.etag) for file in files} == {(len(CONTENT), etag)}
         assert all(0 <= time.time() - file.mtime_ns / 1e9 < 600 for file in files)

@@ -1,4 +1,4 @@
-"""Files that cannot be read, and columns with other names: what a run says of them, and later starts make of it."""
+"""What a run says of an input with bad files, other columns or new files, and of its output; later starts, too."""
 
 from __future__ import annotations
 
@@ -252,3 +252,108 @@ def test_files_are_known_by_their_paths_also_by_those_that_look_like_credentials
     assert len(list(matched(iterate_predictions(tmp_path / "out"), inputs))) == 2
     for name in ("run.json", "_run/report.html", "_run/report.json"):
         assert "password=c" not in (tmp_path / "out" / name).read_text()
+
+
+def rows_by_status(folder: Path) -> dict[str, list[str]]:
+    files = sorted((folder / "out" / "annotations").rglob("*.parquet"))
+    found: dict[str, list[str]] = {}
+    for file in files:
+        found.setdefault(file.parent.name, []).extend(pq.ParquetFile(file).read(["text"])["text"].to_pylist())
+    return {status: sorted(texts) for status, texts in found.items()}
+
+
+def test_new_files_within_a_limit_are_named(tmp_path: Path) -> None:
+    """A fresh run would read them, or the file that was mended; those behind the limit it would not."""
+    put(tmp_path / "in" / "b.parquet", ["one", "two"])
+    (tmp_path / "in" / "a.parquet").write_bytes(b"damaged")
+    annotate(tmp_path, limit=2, skip_bad_files=True)
+    put(tmp_path / "in" / "c.parquet", ["three"])
+    assert annotate(tmp_path, limit=2, skip_bad_files=True).annotated == 0
+    put(tmp_path / "in" / "a.parquet", ["mended"])
+    with pytest.raises(ValueError, match=r"a\.parquet: could not be read .* --limit"):
+        annotate(tmp_path, limit=2)
+    annotate(tmp_path, limit=10, fresh=True)
+    put(tmp_path / "in" / "d.parquet", ["four"])
+    with pytest.raises(ValueError, match=r"--limit 10: \S*/d\.parquet"):
+        annotate(tmp_path, limit=10)
+
+
+def test_an_output_that_links_of_the_input_lead_to_is_refused_at_once(tmp_path: Path) -> None:
+    """Nothing needs to lie there yet; the second run would read the annotations of the first."""
+    put(tmp_path / "in" / "a.parquet", ["one"])
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "in" / "all").symlink_to(tmp_path / "shared")
+    with pytest.raises(ValueError, match="keep them apart"):
+        annotate_dataset(tmp_path / "in", tmp_path / "shared" / "deep" / "out", CONFIG)
+    assert not list((tmp_path / "shared").iterdir())
+
+
+def test_refused_starts_begin_no_run(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.parquet", ["one"])
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        annotate(tmp_path, only_problems=True)
+    with pytest.raises(ValueError, match="exclude one another"):
+        annotate(tmp_path, only_problems=True, fresh=True)
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+
+
+def test_a_new_run_that_was_begun_by_mistake_can_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "in" / "a.parquet", ["one"])
+    first = annotate(tmp_path)
+    other = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false", "text.max_chars=7"])
+    with monkeypatch.context() as patch:
+        patch.setattr(InlineExecutor, "merge", lambda *_: [][1])
+        with pytest.raises(IndexError):
+            annotate_dataset(tmp_path / "in", tmp_path / "out", other, fresh=True)
+    with pytest.raises(
+        ValueError, match=rf"max_chars(.|\n)*Run {first.run_id} is what readers see.* delete "
+    ) as refusal:
+        annotate(tmp_path)
+    shutil.rmtree(str(refusal.value).rpartition("delete ")[2])
+    again = annotate(tmp_path)
+    assert (again.run_id, again.annotated) == (first.run_id, 0)
+
+
+def test_problems_are_not_done_again_while_other_rows_are_lost(tmp_path: Path) -> None:
+    """Their limits may be other ones, which the lost rows must not get."""
+    put(tmp_path / "in" / "a.parquet", ["one", "two"])
+    annotate(tmp_path)
+    before = rows_by_status(tmp_path)
+    for file in (tmp_path / "out" / "annotations").rglob("*.parquet"):
+        file.unlink()
+    other = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false", "text.max_chars=1"])
+    with pytest.raises(FileNotFoundError, match="start without --only-problems first"):
+        annotate_dataset(tmp_path / "in", tmp_path / "out", other, only_problems=True)
+    assert annotate(tmp_path).annotated == 2
+    assert rows_by_status(tmp_path) == before
+    assert annotate(tmp_path, only_problems=True).annotated == 0
+
+
+def test_files_of_this_output_s_earlier_runs_are_cleared_and_those_of_others_are_not(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.parquet", ["one"])
+    runs = [annotate(tmp_path, fresh=True).run_id for _ in range(3)]
+    folder = tmp_path / "out" / "annotations" / "status=ok"
+    (own,) = folder.iterdir()
+    late = folder / own.name.replace(runs[2], runs[0])  # written by a task of the first run that was taken for dead
+    shutil.copy(own, late)
+    annotate(tmp_path)
+    assert list(folder.iterdir()) == [own]
+    other = folder / own.name.replace(runs[2], "20260101T000000-0123abcd")
+    shutil.copy(own, other)
+    for fresh in (False, True):
+        with pytest.raises(FileExistsError, match=other.name):
+            annotate(tmp_path, fresh=fresh)
+    assert other.exists()
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 8, bytes(8)])
+def test_rows_of_a_published_file_whose_footer_is_damaged_are_done_again(tmp_path: Path, damage: bytes) -> None:
+    put(tmp_path / "in" / "a.parquet", ["one", "two"])
+    annotate(tmp_path)
+    before = rows_by_status(tmp_path)
+    (file,) = (tmp_path / "out" / "annotations").rglob("*.parquet")
+    content = file.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    file.write_bytes(content[:footer] + damage + content[footer + 8 :])
+    assert annotate(tmp_path).annotated == 2
+    assert rows_by_status(tmp_path) == before

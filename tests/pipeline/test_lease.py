@@ -279,3 +279,27 @@ def test_second_run_to_an_output_is_refused_while_the_first_goes_on(local_ray: N
     summary = annotate_dataset(tmp_path / "posts", tmp_path / "out", config, actor=PassThrough, progress=begin_another)
     assert summary.rows == 300
     assert "another process is annotating" in refusals[0]
+
+
+@pytest.mark.parametrize("hidden", ["another user's", "not to be seen"])
+def test_a_living_holder_that_may_not_be_looked_at_is_not_taken_for_dead(
+    monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    """Where /proc hides the processes of others, or containers may not look at their own namespace."""
+    holder = lease_module._this_process() | {"started": "1"}
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("hidepid")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module, "_state_and_start", lambda pid: (None, None))
+        if hidden == "another user's":
+            patch.setattr("os.kill", refuse)
+        assert not lease_module._is_dead_here(holder)
+    assert lease_module._is_dead_here(holder)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.readlink", refuse)
+        assert not lease_module._is_dead_here(holder)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert lease_module._is_dead_here(holder | {"pid": gone.pid})

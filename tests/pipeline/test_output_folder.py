@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gem_ray.config import load_config
@@ -17,7 +19,9 @@ from gem_ray.data.storage import ConflictError, Storage, open_storage
 from gem_ray.pipeline.identity import check_same, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.output_folder import Manifest, OutputFolder, Round
+from gem_ray.pipeline.publishing import lost_files
 from gem_ray.pipeline.source import PostSource
+from gem_ray.pipeline.staging import StagedRows
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -155,10 +159,54 @@ def test_write_that_fails_leaves_what_was_there(output: str) -> None:
 def test_leftovers_of_killed_writers_are_swept_away(tmp_path: Path) -> None:
     directory = OutputFolder(str(tmp_path))
     (tmp_path / "_run").mkdir()
-    for name in (".run.json.12345678.partial", "_run/.lease.json.12345678.partial", "mine.partial", "_run/lease.json"):
+    theirs = ["_run/lease.json", ".mine.partial", ".mine.12345678.partial", "_run/.x.json.12345678.partial"]
+    for name in (".run.json.12345678.partial", "_run/.lease.json.12345678.partial", *theirs):
         (tmp_path / name).write_text("x")
     directory.sweep()
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["lease.json", "mine.partial"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(theirs)
+
+
+def test_a_run_that_takes_the_place_of_another_while_it_is_read_is_read_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = OutputFolder(str(tmp_path))
+    for run_id in ("1", "2"):
+        directory.run(run_id).begin(manifest(run_id))
+        directory.run(run_id).publish("g00000", Publication([PublishedFile(f"status=ok/{run_id}", 1, 1, {})], []))
+    directory.run("1").make_live()
+    read = Storage.read_json
+
+    def read_json(storage: Storage, name: str) -> object:
+        """The first time: the other run goes live, and the old one is forgotten."""
+        if not directory.run("2").is_live:
+            directory.run("2").make_live()
+            directory.forget_runs_before("2")
+        return read(storage, name)
+
+    monkeypatch.setattr(Storage, "read_json", read_json)
+    assert annotation_paths(directory.storage) == [str(tmp_path / "_run/2/merged/g00000/status=ok/2")]
+
+
+def test_a_file_with_any_byte_wrong_is_whole_or_damaged_and_stops_nobody(tmp_path: Path) -> None:
+    """Arrow says it in many ways: ArrowInvalid, OSError, UnicodeDecodeError."""
+    storage = open_storage(str(tmp_path))
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "staged").mkdir()
+    table = pa.table({"row_id": pa.array([1, 2, 3]), "text": ["a", "b", "c"]})
+    pq.write_table(table, tmp_path / "whole", write_page_checksum=True)
+    content = (tmp_path / "whole").read_bytes()
+    facts = Publication([PublishedFile("x.parquet", 3, len(content), {})], [])
+    found = set()
+    for place in range(0, len(content), 2):
+        for damaged in (
+            content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :],
+            content[:place] + bytes(len(content) - place),
+        ):
+            (tmp_path / "annotations" / "x.parquet").write_bytes(damaged)
+            (tmp_path / "staged" / "x.parquet").write_bytes(damaged)
+            found.add(bool(lost_files(storage, {"g": facts})))
+            assert list(StagedRows(storage, "staged").ids()) in ([1, 2, 3], [])
+    assert found == {True, False}
 
 
 def test_file_is_no_output(tmp_path: Path) -> None:

@@ -131,23 +131,18 @@ def test_annotations_of_unknown_origin_are_refused(text_config: Config, tmp_path
     write_posts(generate(2, seed=5), tmp_path / "posts")
     old = tmp_path / "out" / "annotations" / "status=ok" / "old.parquet"
     old.parent.mkdir(parents=True)
-    old.write_text("of an earlier run")
-    for fresh in (False, True):
-        with pytest.raises(FileExistsError, match=r"files that gem-ray has not written: status=ok/old\.parquet"):
-            annotate_dataset(tmp_path / "posts", tmp_path / "out", text_config, fresh=fresh)
-    assert old.exists()
-    own = old.with_name("part-20260101T000000-0123abcd-g00000-0000.parquet")  # as an earlier version named them
-    old.rename(own)
-    with pytest.raises(FileExistsError, match=r"already holds annotations.*--fresh"):
-        annotate_dataset(tmp_path / "posts", tmp_path / "out", text_config)
-    assert own.exists()
+    old.write_text("somebody else's")
+    of_another_output = old.with_name("part-20260101T000000-0123abcd-g00000-89ab4567-0000.parquet")
+    for file in (old, old.rename(of_another_output)):
+        file.write_text("not to be deleted")
+        for fresh in (False, True):
+            with pytest.raises(FileExistsError, match=rf"no run of this output has written: status=ok/.*{file.name}"):
+                annotate_dataset(tmp_path / "posts", tmp_path / "out", text_config, fresh=fresh)
+        assert file.exists()
 
 
 def test_fresh_replaces_the_old_and_limit_takes_the_first_posts(local_ray, text_config: Config, tmp_path: Path) -> None:
     write_posts(generate(20, seed=5), tmp_path / "posts", per_shard=6)
-    old = tmp_path / "out" / "annotations" / "status=ok" / "part-20260101T000000-0123abcd-g00000-0000.parquet"
-    old.parent.mkdir(parents=True)
-    old.write_text("of an earlier run")
     reports = []
     summary = annotate_dataset(
         tmp_path / "posts",
@@ -160,7 +155,6 @@ def test_fresh_replaces_the_old_and_limit_takes_the_first_posts(local_ray, text_
     rows = read_output(tmp_path / "out")
     assert {row["post_id"] for row in rows} == {post.post_id for post in read_posts(tmp_path / "posts", limit=8)}
     assert summary.rows == summary.annotated == len(rows) == 8
-    assert not old.exists()
     assert reports[-1] == (8, 8)
 
 
