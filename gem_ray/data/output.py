@@ -189,5 +189,5 @@ def _input_of(storage: Storage, run_id: str) -> InputOfRun:
     facts = [each for name in (f"{folder}/manifest.json", *added) if (each := storage.read_json(name)) is not None]
     files = [file for each in facts for file in each["files"]]  # a file that was mended is there twice; the last counts
     numbers = {file["path"]: None if file.get("unread") else file["number"] for file in files}
-    manifest = facts[0] if facts else {"input": ""}  # none where the run has just been deleted
+    manifest: dict[str, Any] = facts[0] if facts else {"input": ""}  # none where the run has just been deleted
     return InputOfRun(manifest["input"], numbers, manifest.get("columns", {}))
