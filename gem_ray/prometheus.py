@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -16,49 +14,39 @@ if TYPE_CHECKING:
     from gem_ray.tally import Tally
 
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
-_ENTITIES = ("found", "hard", "grounded", "not_judged")
+_ENTITIES = ("found", "hard", "reranked", "grounded", "not_judged")
 _NOTHING = 1e-9  # the least that a counter of Ray takes is more than 0
 _POSTS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
 class StageMetrics:
-    """Seconds and posts of a stage's batches, and how long its process waited between them.
+    """Seconds and posts of stages' batches, and how long their processes waited between them.
 
     For a stage that holds a GPU, the time of waiting is time in which the card is idle.
+
+    Args:
+        run_id: of the run; empty for processes of the service, each of which counts its own.
     """
 
-    def __init__(self, stage: str) -> None:
-        tags = {"stage": str(stage)}
-        self._seconds = Histogram("gem_ray_batch_seconds", "Time of a batch in a stage.", _SECONDS, ("stage",))
-        self._posts = Histogram("gem_ray_batch_posts", "Posts of a batch in a stage.", _POSTS, ("stage",))
-        self._idle = Counter("gem_ray_idle_seconds", "Time in which a stage's process waited for posts.", ("stage",))
+    def __init__(self, run_id: str = "") -> None:
+        tags = ("stage", "run_id")
+        self._seconds = Histogram("gem_ray_batch_seconds", "Time of a batch in a stage.", _SECONDS, tags)
+        self._posts = Histogram("gem_ray_batch_posts", "Posts of a batch in a stage.", _POSTS, tags)
+        self._idle = Counter("gem_ray_idle_seconds", "Time in which a stage's processes waited for posts.", tags)
         for metric in (self._seconds, self._posts, self._idle):
-            metric.set_default_tags(tags)
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._since = time.perf_counter()  # nobody is inside
+            metric.set_default_tags({"run_id": run_id})
 
-    def begin(self) -> float:
-        """A batch is there; gives back when."""
-        now = time.perf_counter()
-        with self._lock:
-            if not self._inside:
-                self._idle.inc(now - self._since)
-            self._inside += 1
-        return now
-
-    def end(self, started: float, posts: int) -> None:
-        """The batch that began then is done."""
-        now = time.perf_counter()
-        self._seconds.observe(now - started)
-        self._posts.observe(posts)
-        with self._lock:
-            self._inside -= 1
-            self._since = now
+    def add(self, stage: str, seconds: float, posts: int, idle: float) -> None:
+        """Add a batch, and the time of waiting since the one before."""
+        tags = {"stage": str(stage)}
+        self._seconds.observe(seconds, tags)
+        self._posts.observe(posts, tags)
+        if idle > 0:
+            self._idle.inc(idle, tags)
 
 
 class PostMetrics:
-    """Posts by status, problems by kind, and entities: found, hard, grounded and not judged.
+    """Posts by status, problems by kind, and entities: found, hard, reranked, grounded and not judged.
 
     All series are there from the beginning, at nothing: Prometheus takes the first value of a series that appears for
     where it began, and would miss what was counted until then.
@@ -70,7 +58,9 @@ class PostMetrics:
     def __init__(self, run_id: str) -> None:
         self._posts = Counter("gem_ray_posts", "Posts that have left the last stage.", ("status", "run_id"))
         self._problems = Counter("gem_ray_problems", "Problems of posts.", ("kind", "run_id"))
-        self._entities = Counter("gem_ray_entities", "Entities; hard ones went to the reranker.", ("what", "run_id"))
+        self._entities = Counter(
+            "gem_ray_entities", "Entities; hard ones are what the tagger is unsure of.", ("what", "run_id")
+        )
         for counter in (self._posts, self._problems, self._entities):
             counter.set_default_tags({"run_id": run_id})
         self._add(
@@ -81,7 +71,7 @@ class PostMetrics:
 
     def add(self, tally: Tally) -> None:
         """Add posts that are done."""
-        found = (tally.entities, tally.reranked, tally.grounded, tally.not_judged)
+        found = (tally.entities, tally.hard, tally.reranked, tally.grounded, tally.not_judged)
         self._add(tally.statuses, tally.problems, dict(zip(_ENTITIES, found, strict=True)))
 
     def _add(self, statuses: Mapping[str, float], problems: Mapping[str, float], entities: Mapping[str, float]) -> None:

@@ -32,6 +32,7 @@ class Tally:
         not_judged: mentions of which nobody has said whether they are seen: their `seen` is null.
         not_judged_with_image: those of them whose post is `ok`, with an image: they are outside of what the models
             know, or there is no grounder.
+        hard: mentions that the tagger is unsure of, which go to the reranker if there is one.
         reranked: mentions that the reranker decided.
         confidences: mentions by their confidence, in tenths; by their score where nothing has calibrated it.
         accepted: mentions whose confidence reaches the threshold that is configured for it.
@@ -46,6 +47,7 @@ class Tally:
     grounded: int = 0
     not_judged: int = 0
     not_judged_with_image: int = 0
+    hard: int = 0
     reranked: int = 0
     confidences: list[int] = field(default_factory=lambda: [0] * _TENTHS)
     accepted: int = 0
@@ -58,6 +60,7 @@ class Tally:
         tally.statuses[status] = table.num_rows
         entities = _entities(table)
         tally.entities = len(entities)
+        tally.hard = pc.sum(entities.field("hard")).as_py() or 0
         tally.reranked = pc.sum(entities.field("reranked")).as_py() or 0
         tally.accepted = pc.sum(entities.field("accepted")).as_py() or 0
         tally.grounded = len(entities) - entities.field("box").null_count
@@ -81,6 +84,7 @@ class Tally:
             entities=len(entities),
             grounded=sum(entity.box is not None for entity in entities),
             not_judged=sum(entity.seen is None for entity in entities),
+            hard=sum(entity.hard for entity in entities),
             reranked=sum(entity.reranked for entity in entities),
             confidences=_by_tenth(np.array([entity.certainty for entity in entities])),
             accepted=sum(bool(entity.accepted) for entity in entities),
@@ -121,6 +125,7 @@ class Tally:
             grounded=self.grounded + other.grounded,
             not_judged=self.not_judged + other.not_judged,
             not_judged_with_image=self.not_judged_with_image + other.not_judged_with_image,
+            hard=self.hard + other.hard,
             reranked=self.reranked + other.reranked,
             confidences=[mine + its for mine, its in zip(self.confidences, other.confidences, strict=True)],
             accepted=self.accepted + other.accepted,

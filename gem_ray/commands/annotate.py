@@ -152,15 +152,16 @@ def plan(
     from gem_ray.atomic import atomic_file
     from gem_ray.config import load_config
     from gem_ray.planning.cards import Fleet
+    from gem_ray.planning.earlier_run import read_run
     from gem_ray.planning.estimate import estimate
-    from gem_ray.planning.plan import make_plan, measured_seconds
+    from gem_ray.planning.plan import make_plan
     from gem_ray.planning.table import print_plan
-    from gem_ray.planning.workload import TWEETS, workload_of_run
+    from gem_ray.planning.workload import TWEETS
 
     settings = load_config(preset, config, set_ or ())
     if probe and like:
         raise typer.BadParameter("--probe and --like are mutually exclusive")
-    work, speeds = (workload_of_run(like), measured_seconds(like)) if like else (TWEETS, None)
+    work, speeds = read_run(like, settings) if like else (TWEETS, None)
     if probe:
         from gem_ray.planning.probe import probe as measure
 

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gem_ray.pipeline.account import PoolTime
 from gem_ray.pipeline.mass_failure import JUDGED_FROM, mass_failure
-from gem_ray.prometheus import PostMetrics, WorkMetrics
+from gem_ray.prometheus import PostMetrics, StageMetrics, WorkMetrics
 from gem_ray.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class _Book:
     def __init__(self, run_id: str, max_problem_share: float | None) -> None:
         self._posts = PostMetrics(run_id)
         self._work = WorkMetrics(run_id)
+        self._batches = StageMetrics(run_id)
         self._max_problem_share = max_problem_share
         self._progress = Progress()
         self._unfinished: Counter[tuple[str, tuple[int, ...]]] = Counter()
@@ -106,6 +107,9 @@ class _Book:
         self._work.add(stage, seconds, counts)
         if counts:
             self._progress.stage_counts.setdefault(stage, Counter()).update(counts)
+
+    def add_batch(self, stage: str, seconds: float, posts: int, idle: float) -> None:
+        self._batches.add(stage, seconds, posts, idle)
 
     def add_done(self, tally: Tally) -> str | None:
         progress = self._progress
@@ -219,6 +223,10 @@ class Ledger:
         """Add time spent inside a stage, and what it has counted meanwhile."""
         # Not waited for, here and in `end`.
         self._book.add_work.remote(str(stage), seconds, dict(counts or {}))
+
+    def add_batch(self, stage: str, seconds: float, posts: int, idle: float) -> None:
+        """Add a batch of a stage, for the metrics, and how long its process waited for it."""
+        self._book.add_batch.remote(str(stage), seconds, posts, idle)
 
     def add_done(self, tally: Tally) -> str | None:
         """Add posts that need no more work, and hear why the run cannot go on; None while it can."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gem_ray.annotator import GuardedStage
+from gem_ray.clock import BatchClock
 from gem_ray.pipeline.gate import Gate
-from gem_ray.prometheus import StageMetrics
 from gem_ray.records import Post, ProblemKind
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class WatchedStage:
         self._turn = nullcontext() if is_shared else threading.Lock()
         self._reported = _Work(0.0, Counter())
         self._lock = threading.Lock()
-        self._metrics = StageMetrics(stage.name)
+        self._clock = BatchClock()
 
     @property
     def trouble(self) -> str | None:
@@ -51,7 +51,7 @@ class WatchedStage:
             StageBrokenError: as `run_watched`.
         """
         with self._turn:
-            started = self._metrics.begin()
+            started = self._clock.begin()
             try:
                 run_watched(self._stage, posts, self._ledger, self._gate)
             except StageBrokenError:
@@ -62,7 +62,8 @@ class WatchedStage:
                 self._ledger.note_death(self._stage.name, f"{type(error).__name__}: {error}")
                 os._exit(1)
             self._report()
-            self._metrics.end(started, len(posts))
+            seconds, idle = self._clock.end(started)
+            self._ledger.add_batch(self._stage.name, seconds, len(posts), idle)
 
     def _report(self) -> None:
         """Tell the ledger of the work since the last report, by whichever batch."""

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from gem_ray.planning.cards import TERA
 from gem_ray.planning.costs import BANDWIDTH_UTILISATION, UTILISATION
 from gem_ray.planning.cpu_costs import CARRYING_SECONDS, LOADING_RATE, STARTING_SECONDS, machine
-from gem_ray.planning.workload import HEAVY, LIGHT
+from gem_ray.planning.workload import HEAVY, LIGHT, TWEETS, fetched_images
 from gem_ray.pools import ROWS_AT_ONCE
-from gem_ray.stages import LOAD_IMAGE
 
 if TYPE_CHECKING:
     from gem_ray.planning.cards import Fleet
@@ -132,8 +131,8 @@ def estimate(
 
 def _requests(plan: Plan) -> float:
     """To S3, for a post."""
-    passes = sum(any(LOAD_IMAGE in pool.stages for pool in one.pools) for one in plan.passes)
-    return plan.work.s3_images * plan.work.with_entities * passes
+    passes = ([pool.pool for pool in one.pools] for one in plan.passes)
+    return plan.work.s3_images * fetched_images(passes, plan.work)
 
 
 def _hourly(plan: Plan, price: float | None) -> Assumption | None:
@@ -170,18 +169,22 @@ def _assumptions(plan: Plan) -> Iterator[Assumption]:
             taken = f", taken for a card of {plan.gpu_memory_gb:g} GB" if plan.fleet.is_assumed else ""
             what = f"TFLOP/s of {name} in half precision{taken}"
             yield Assumption(what, card.half / TERA, card.source, False)
-    for what, value in (
-        ("entities in a post", work.entities),
-        ("share of posts with entities", work.with_entities),
-        ("share of entities that are hard", work.hard_share),
-        ("share of posts with an image", work.with_images),
-        ("share of posts whose image is an object in S3", work.s3_images),
-        ("megapixels of an image", work.megapixels),
+    for name, what, value in (
+        ("entities", "entities in a post", work.entities),
+        ("with_entities", "share of posts with entities", work.with_entities),
+        ("hard", "share of entities that are hard", work.hard_share),
+        ("with_images", "share of posts with an image", work.with_images),
+        ("s3_images", "share of posts whose image is an object in S3", work.s3_images),
+        ("megapixels", "megapixels of an image", work.megapixels),
     ):
-        yield Assumption(what, value, work.source, work.is_measured)
+        is_measured = work.is_measured and name not in work.assumed
+        source = f"{TWEETS.source}; {work.source}" if name in work.assumed else work.source
+        yield Assumption(what, value, source, is_measured)
     for pool in (pool for one in plan.passes for pool in one.pools):
         if pool.source == "measured" and pool.seconds:
-            yield Assumption(f"seconds of an actor for a post in {pool.name}", pool.seconds, "an earlier run", True)
+            is_same = not pool.placement.num_gpus
+            source = "an earlier run" if is_same else "an earlier run, on the cards that it had"
+            yield Assumption(f"seconds of an actor for a post in {pool.name}", pool.seconds, source, is_same)
         for model in pool.need.models if pool.source == "estimate" else ():
             if model.flops:
                 is_measured = model.utilisation == model.measured

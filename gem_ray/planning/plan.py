@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gem_ray.config import Config, ConfigError, StagePool
@@ -17,7 +15,7 @@ from gem_ray.planning.costs import is_known, pool_need
 from gem_ray.planning.cpu_costs import CARRYING_SECONDS, decoding_seconds
 from gem_ray.planning.published import find_published
 from gem_ray.planning.refusals import gib, too_large, too_many
-from gem_ray.planning.workload import TWEETS, Workload
+from gem_ray.planning.workload import TWEETS, Workload, loaded_share
 from gem_ray.pools import Pool, passes_of
 from gem_ray.redaction import redacted
 from gem_ray.stages import LOAD_IMAGE, active_stages
@@ -241,7 +239,7 @@ def make_plan(
         gpu_memory_gb: memory of each; default: the card's, else 24.
         cpus: CPUs; `None` means as many as are needed.
         card: a name of `cards.CARDS` or a description, for its speed; default: the first one with this memory.
-        measured: stage -> seconds of an actor for a post.
+        measured: stage -> seconds of an actor for a post; of `load_image` where all images are loaded.
         work: an average post, before γ or a budget are looked at.
 
     Raises:
@@ -258,7 +256,11 @@ def make_plan(
 
 
 def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str, float], work: Workload) -> Plan:
-    planned = [[_planned(pool, config, fleet, measured, work) for pool in pools] for pools in passes_of(config)]
+    under = work.under(config)
+    seconds = dict(measured)
+    if "rerank" in seconds and work.is_measured and work.hard:  # it was asked for other entities
+        seconds["rerank"] *= under.hard / work.hard
+    planned = [[_planned(pool, config, fleet, seconds, under) for pool in pools] for pools in passes_of(config)]
     passes: list[PassPlan] = []
     problems: list[str] = []
     cores = cpus if cpus or fleet.count else os.cpu_count()  # without cards, this machine
@@ -270,7 +272,7 @@ def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str,
         passes.append(PassPlan(tuple(pools) if found else allocate(pools, fleet.count, cpus), cores))
         problems += found
     notes = [*_notes(config, planned), *([] if problems else _unused(passes, fleet))]
-    return Plan(fleet, cpus, tuple(passes), tuple(problems), work.under(config), tuple(notes))
+    return Plan(fleet, cpus, tuple(passes), tuple(problems), under, tuple(notes))
 
 
 def _unused(passes: Sequence[PassPlan], fleet: Fleet) -> Iterator[str]:
@@ -304,32 +306,16 @@ def _planned(
     """A pool with as few actors as it may have."""
     placement, names = pool.placement, [spec.name for spec in pool.stages]
     need = pool_need(names, config, placement.batch_size, int(fleet.memory_gb * GIB), work)
-    decoding = work.judged * decoding_seconds(work.megapixels) if LOAD_IMAGE in names else 0.0
-    cpu_seconds = need.cpu_seconds + decoding
+    loaded = loaded_share(pool, work)
+    cpu_seconds = need.cpu_seconds + loaded * work.with_images * decoding_seconds(work.megapixels)
     seconds: float | None = None
     source: Source = "unknown"
     if all(spec.name in measured for spec in pool.stages if spec.has_model):
-        seconds, source = sum(measured.get(name, 0.0) for name in names), "measured"
+        parts = {LOAD_IMAGE: loaded / work.with_entities if work.with_entities else 0.0}
+        seconds, source = sum(measured.get(name, 0.0) * parts.get(name, 1.0) for name in names), "measured"
         cpu_seconds = cpu_seconds if placement.num_gpus else seconds * placement.threads
     elif placement.num_gpus and need.models and not need.unknown:
         on_card = fleet.seconds(need.seconds)
         if on_card is not None:
             seconds, source = on_card / min(placement.num_gpus, 1) + need.cpu_seconds, "estimate"
     return PlannedPool(pool, need, placement.min_actors, seconds, source, cpu_seconds)
-
-
-def measured_seconds(run: Path) -> dict[str, float]:
-    """Seconds of an actor for a post, by stage, of an earlier run.
-
-    Args:
-        run: its `run.json`.
-
-    Raises:
-        ConfigError: it is no such file, or that run annotated nothing.
-    """
-    try:
-        facts = json.loads(run.read_text(encoding="utf-8"))
-        account = facts["account"]
-        return {stage: seconds / account["annotated"] for stage, seconds in account["stage_seconds"].items()}
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        raise ConfigError(f"--like: {run} is no run.json of a run that annotated posts") from None

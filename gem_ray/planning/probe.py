@@ -132,6 +132,7 @@ def _workload(posts: list[Post], sizes: list[int], megapixels: list[float], path
         entropies=tuple(map(float, entropies)),
         source=f"{count} posts of {path}",
         is_measured=True,
+        assumed=() if megapixels else ("megapixels",),
     )
 
 

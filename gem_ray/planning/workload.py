@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gem_ray.config import ConfigError
+from gem_ray.stages import LOAD_IMAGE
 
 if TYPE_CHECKING:
-    from gem_ray.config import Config
+    from gem_ray.config import Config, StagePool
+    from gem_ray.pools import Pool
 
 USUAL_CANDIDATES = 5  # with which prompts were measured
-_SEEN_SHARE = 0.402  # of the 11,779 gold entities in FMNERG's training tweets
+SEEN_SHARE = 0.402  # of the 11,779 gold entities in FMNERG's training tweets
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,10 @@ class Workload:
         question_tokens: of its question, a tweet and a caption; estimated.
         answer_tokens: of its answer: 570 characters, as above.
         entropies: quantiles of the entities' entropies in nats, evenly spaced; empty: not known.
+        gamma: at which `hard` was counted, where the entropies are only shaped like those of tweets; else `None`.
         source: where these figures are from.
         is_measured: on the posts of the run, or of one like it.
+        assumed: names of figures that were not, although the others were.
     """
 
     entities: float = 1.68
@@ -64,8 +66,10 @@ class Workload:
     question_tokens: int = 60
     answer_tokens: int = 143
     entropies: tuple[float, ...] = ()
+    gamma: float | None = None
     source: str = "tweets of FMNERG, each with an image"
     is_measured: bool = False
+    assumed: tuple[str, ...] = ()
 
     @property
     def judged(self) -> float:
@@ -79,13 +83,16 @@ class Workload:
 
     def under(self, config: Config) -> Workload:
         """The same posts with as many hard entities as γ or the budget lets through, if their entropies are known."""
-        share = self.hard_share
+        share, work = self.hard_share, self
         if config.filter.max_share is not None:
             share = config.filter.max_share
+        elif self.gamma == config.filter.gamma:
+            return self
         elif self.entropies and config.routing.threshold is None:
+            work = self if self.gamma is None else replace(self, assumed=(*self.assumed, "hard"), gamma=None)
             places = np.linspace(0, 1, len(self.entropies))
             share = 1 - float(np.interp(config.filter.gamma, self.entropies, places, left=0.0, right=1.0))
-        return self.with_hard_share(share)
+        return work.with_hard_share(share)
 
     def with_hard_share(self, share: float) -> Workload:
         """The same posts with another share of hard entities, as if each were hard by chance."""
@@ -113,15 +120,22 @@ _ENTROPIES = (
 TWEETS = Workload(entropies=_ENTROPIES)
 
 
-def _tweets_with(hard_share: float, with_hard: float) -> Workload:
-    """Tweets of whose entities another share is hard at γ = 0.2, and a share at every other γ that is larger or smaller
-    by the same factor.
+def entropies_with(hard_share: float, gamma: float) -> tuple[float, ...]:
+    """Quantiles of entropies of which a share is above γ, and above every other value the share of tweets' that is
+    larger or smaller by the same factor; of tweets, where nothing is above γ.
     """
     places = np.linspace(0, 1, len(_ENTROPIES))
-    factor = hard_share / (1 - np.interp(0.2, _ENTROPIES, places))
-    entropies = (float(np.interp(1 - (1 - place) / factor, places, _ENTROPIES, left=0.0)) for place in places)
+    above = 1 - float(np.interp(gamma, _ENTROPIES, places, left=0.0))
+    if not above:
+        return _ENTROPIES
+    factor = max(hard_share / above, 1e-9)
+    return tuple(float(np.interp(1 - (1 - place) / factor, places, _ENTROPIES, left=0.0)) for place in places)
+
+
+def _tweets_with(hard_share: float, with_hard: float) -> Workload:
+    """Tweets of whose entities another share is hard at γ = 0.2."""
     hard = hard_share * TWEETS.entities
-    return replace(TWEETS, hard=hard, with_hard=with_hard, entropies=tuple(entropies))
+    return replace(TWEETS, hard=hard, with_hard=with_hard, entropies=entropies_with(hard_share, 0.2))
 
 
 # Where nothing is measured, the truth may lie between these: generated posts had 37 % of hard entities at γ = 0.2,
@@ -130,33 +144,15 @@ LIGHT = replace(_tweets_with(0.37, with_hard=0.5), with_images=0.5)
 HEAVY = _tweets_with(0.81, with_hard=0.86)
 
 
-def workload_of_run(run: Path) -> Workload:
-    """The posts of a finished run, by its `run.json`.
-
-    Raises:
-        ConfigError: it is no such file, or that run annotated nothing.
+def loaded_share(pool: Pool[StagePool], work: Workload) -> float:
+    """Share of posts whose image a pool loads, if it has one: with any entity where it judges images, else with a hard
+    one.
     """
-    try:
-        facts = json.loads(run.read_text(encoding="utf-8"))
-        rows, entities, seen = facts["rows"], facts["entities"], facts["grounded"]
-        usual = TWEETS
-        scale = seen / rows / (usual.entities * _SEEN_SHARE) if entities else 0.0
-        with_entities = min(1.0, usual.with_entities * entities / rows / usual.entities)
-        account = facts.get("account", {})
-        requests = account.get("requests", 0) / max(1, account.get("annotated", 0))
-        work = replace(
-            usual,
-            entities=entities / rows,
-            with_entities=with_entities,
-            s3_images=min(1.0, requests / with_entities) if with_entities else 0.0,
-            with_boxes=min(1.0, usual.with_boxes * scale),
-            with_other_boxes=min(1.0, usual.with_other_boxes * scale),
-            person_prompts=usual.person_prompts * scale,
-            hard=usual.hard_share * entities / rows,
-            entropies=(),
-            source=f"the {rows:,} posts of {run}",
-            is_measured=True,
-        )
-        return work.with_hard_share(facts["reranked"] / entities if entities else 0.0)
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        raise ConfigError(f"--like: {run} is no run.json of a run that annotated posts") from None
+    if all(spec.name != LOAD_IMAGE for spec in pool.stages):
+        return 0.0
+    return work.with_entities if pool.loads_all else work.with_hard
+
+
+def fetched_images(passes: Iterable[Iterable[Pool[StagePool]]], work: Workload) -> float:
+    """How often the image of a post is fetched, if it has one: in each pass that looks at it."""
+    return sum(max(loaded_share(pool, work) for pool in pools) for pools in passes)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from gem_ray.annotator import GuardedStage, build_stage, models_of
+from gem_ray.clock import BatchClock
 from gem_ray.config import Config, FilterConfig, ReplicaPool
 from gem_ray.prometheus import StageMetrics
 from gem_ray.records import Post
@@ -59,6 +60,7 @@ class _Loaded:
         stage: does the work.
         models: what it has loaded, which is what it answers with.
         metrics: of its batches.
+        clock: of its batches.
         turn: held while it works: only some stages may do so in several threads.
     """
 
@@ -66,14 +68,15 @@ class _Loaded:
     stage: GuardedStage
     models: dict[str, str]
     metrics: StageMetrics
+    clock: BatchClock
     turn: AbstractContextManager[Any]
 
     def run(self, answers: list[Answer]) -> None:
         """Do the stage's work on the posts of some answers, and say in these what it took."""
-        began, started = time.time(), self.metrics.begin()
+        began, started = time.time(), self.clock.begin()
         self.stage([answer.post for answer in answers])
-        self.metrics.end(started, len(answers))
-        seconds = time.perf_counter() - started
+        seconds, idle = self.clock.end(started)
+        self.metrics.add(self.spec.name, seconds, len(answers), idle)
         for answer in answers:
             answer.models.update(self.models)
             answer.seconds[self.spec.name] = seconds
@@ -122,7 +125,9 @@ class PoolReplica:
         models = models_of(self._config, [spec])
         stage = build_stage(spec, self._config, models, self._pool)
         is_shared = not spec.has_model or spec.overlapping(self._config) > 1
-        return _Loaded(spec, stage, models, StageMetrics(spec.name), nullcontext() if is_shared else threading.Lock())
+        return _Loaded(
+            spec, stage, models, StageMetrics(), BatchClock(), nullcontext() if is_shared else threading.Lock()
+        )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over what may change without a restart: the grounder's threshold. A batch keeps the one it began with.

@@ -83,7 +83,7 @@ def test_what_a_thousand_posts_cost_is_of_the_starts_that_have_a_price() -> None
 def test_an_actor_costs_as_long_as_it_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(ledger.time, "monotonic", lambda: now[0])
-    for metrics in ("PostMetrics", "WorkMetrics"):
+    for metrics in ("PostMetrics", "StageMetrics", "WorkMetrics"):
         monkeypatch.setattr(ledger, metrics, lambda run_id: None)
     book = ledger._Book("run", None)
     for name in ("works", "dies", "parked"):

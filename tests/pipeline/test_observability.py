@@ -14,6 +14,7 @@ import httpx
 import pytest
 import ray
 
+from gem_ray.clock import BatchClock
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.logs import JsonFormatter, log_problems
 from gem_ray.pipeline.progress import json_lines, reader
@@ -75,15 +76,11 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     # In a process of its own: one that other tests have used would count on.
     @ray.remote(num_cpus=0, runtime_env={"env_vars": {"GEM_RAY_TEST": "metrics"}})
     def work() -> None:
-        stage = StageMetrics("knowledge")  # which no other test's run has
-        time.sleep(0.05)
-        first = stage.begin()
-        second = stage.begin()  # batches may overlap
-        stage.end(first, posts=5)
-        time.sleep(1)  # not idle: one is still inside
-        stage.end(second, posts=6)
+        stage = StageMetrics("run-7")
+        stage.add("knowledge", 0.2, 5, 0.25)
+        stage.add("knowledge", 1.2, 6, 0)
         WorkMetrics("run-7").add("knowledge", 1.0, {"asked": 3})
-        seen = Post("1", "Lyon", entities=[entity(reranked=True, box=Box(0, 0, 1, 1)), entity()])
+        seen = Post("1", "Lyon", entities=[entity(hard=True, box=Box(0, 0, 1, 1)), entity()])
         PostMetrics("run-7").add(Tally.of_posts([seen, failed_post("prepare", ProblemKind.TEXT_TOO_LONG)]))
         time.sleep(3)  # exported from time to time
 
@@ -99,18 +96,38 @@ def test_metrics_reach_prometheus_and_the_dashboard_asks_for_them(local_ray) -> 
     assert 1 in counted(text, "ray_gem_ray_posts_total", 'status="rejected"', 'run_id="run-7"')
     assert 1 in counted(text, "ray_gem_ray_problems_total", 'kind="text_too_long"', 'run_id="run-7"')
     assert 2 in counted(text, *last)
-    assert 1 in counted(text, "ray_gem_ray_entities_total", 'what="grounded"', 'run_id="run-7"')
+    for what, count in {"grounded": 1, "hard": 1, "reranked": 0}.items():
+        assert count in counted(text, "ray_gem_ray_entities_total", f'what="{what}"', 'run_id="run-7"')
     # Ray keeps buckets and no exact sum.
-    assert samples(text, "ray_gem_ray_batch_posts_count", 'stage="knowledge"') == [2]
+    assert samples(text, "ray_gem_ray_batch_posts_count", 'stage="knowledge"', 'run_id="run-7"') == [2]
     assert samples(text, "ray_gem_ray_batch_posts_bucket", 'le="4.0",', 'stage="knowledge"') == [0]
-    (idle,) = samples(text, "ray_gem_ray_idle_seconds_total", 'stage="knowledge"')
-    assert 0.05 <= idle < 1
+    assert samples(text, "ray_gem_ray_idle_seconds_total", 'stage="knowledge"', 'run_id="run-7"') == [0.25]
     assert samples(text, "ray_gem_ray_stage_counts_total", 'stage="knowledge"') == [3]
     panels = json.loads(DASHBOARD.read_text())["panels"]
     of_runs = itertools.takewhile(lambda panel: panel["type"] != "row", panels)  # then those of the online service
     asked = set(re.findall(r"ray_gem_ray_\w+", json.dumps([*of_runs])))
     assert asked
     assert all(f"{name}{{" in text for name in asked)
+
+
+def test_a_process_waits_only_while_no_batch_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr("gem_ray.clock.time.perf_counter", lambda: now[0])
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = BatchClock()
+    wait(2)
+    first = clock.begin()
+    wait(1)
+    second = clock.begin()
+    wait(1)
+    assert clock.end(first) == (2, 2)
+    wait(5)  # one is still inside
+    assert clock.end(second) == (6, 0)
+    wait(3)
+    assert clock.end(clock.begin()) == (0, 3)
 
 
 def test_log_lines_name_run_post_and_reason() -> None:

@@ -37,7 +37,7 @@ from gem_ray.planning.costs import (
 )
 from gem_ray.planning.cpu_costs import CARRYING_SECONDS
 from gem_ray.planning.model_facts import count_parameters, read_shape
-from gem_ray.planning.plan import Plan, PlanError, make_plan, measured_seconds
+from gem_ray.planning.plan import Plan, PlanError, make_plan
 from gem_ray.planning.published import PUBLISHED
 from gem_ray.planning.table import print_plan
 from gem_ray.pools import passes_of
@@ -589,16 +589,15 @@ def test_too_few_cpus_are_refused() -> None:
     make_plan(load_config(), cpus=2).check()
 
 
-def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run(tmp_path: Path) -> None:
-    run = tmp_path / "run.json"
-    run.write_text(json.dumps({"account": {"annotated": 1000, "stage_seconds": {"tag": 1, "rerank": 2, "ground": 8}}}))
+def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run() -> None:
+    measured = {"tag": 0.001, "rerank": 0.002, "ground": 0.008}
     wide = [f"pipeline.pools.{stage}.max_actors=16" for stage in ("tag", "rerank", "ground")]
-    plan = make_plan(load_config(overrides=[APART, *wide]), cpus=12, measured=measured_seconds(run))
+    plan = make_plan(load_config(overrides=[APART, *wide]), cpus=12, measured=measured)
     assert {name: pool.actors for name, pool in pools_of(plan).items()} == {"tag": 1, "rerank": 2, "ground": 8}
     assert plan.passes[0].bottleneck.posts_per_second == pytest.approx(1000)
     assert plan.limit == "the 12 CPUs"  # which also read and write
     assert plan.posts_per_hour == pytest.approx(3600 * 12 / (0.011 + CARRYING_SECONDS))
-    shared = make_plan(load_config(), cpus=12, measured=measured_seconds(run))
+    shared = make_plan(load_config(), cpus=12, measured=measured)
     assert {name: pool.actors for name, pool in pools_of(shared).items()} == {"tag-rerank-ground": 11}
     assert shared.passes[0].bottleneck.posts_per_second == pytest.approx(1000)  # 11 actors, 0.011 s
 

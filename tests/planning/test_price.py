@@ -16,14 +16,19 @@ from typer.testing import CliRunner
 
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.model_paths import resolve
+from gem_ray.pipeline.account import Account
+from gem_ray.pipeline.summary import RunSummary
 from gem_ray.planning.advice import changes_that_fit, merged_config
 from gem_ray.planning.cards import CARDS, GIB, LIST_PRICES, Fleet, find_card
 from gem_ray.planning.cpu_costs import image_seconds
+from gem_ray.planning.earlier_run import read_run
 from gem_ray.planning.estimate import RunEstimate, estimate
 from gem_ray.planning.model_facts import count_parameters
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.table import print_plan
-from gem_ray.planning.workload import HEAVY, LIGHT, TWEETS, Workload, workload_of_run
+from gem_ray.planning.workload import HEAVY, LIGHT, SEEN_SHARE, TWEETS, Workload
+from gem_ray.stages import active_stages
+from gem_ray.tally import Tally
 
 POSTS = 1_000_000
 # Grounding has the share of a card that it needs, on any card with 16 GB or more.
@@ -188,7 +193,8 @@ def test_images_in_s3_are_asked_for_in_each_pass_that_looks_at_them(preset: str,
     config = load_config(preset, overrides=[*RERANKED, *ROOMY, "pipeline.pools.rerank.num_gpus=0.85"])
     work = replace(MEASURED, s3_images=0.5)
     free, paid = (expected(config, "2", work=work, request_price=price) for price in (0.0, 0.4))
-    assert paid.requests == pytest.approx(POSTS * 0.5 * work.with_entities * image_passes)
+    hard = work.with_hard if image_passes == 2 else 0  # the reranker's own pass looks at no others
+    assert paid.requests == pytest.approx(POSTS * 0.5 * (work.with_entities + hard), rel=0.05)
     assert paid.money == pytest.approx(free.money + 0.4 * paid.requests / 1e6)
     assert paid.money_range[0] == pytest.approx(free.money_range[0] + 0.4 * paid.requests / 1e6)
     assert expected(config, "2").requests == 0
@@ -361,21 +367,76 @@ def test_without_cards_there_is_no_advice() -> None:
     assert changes_that_fit(load_config("one-gpu"), Fleet()) is None
 
 
+def a_run(folder: Path, config: Config, **changes: Any) -> Path:
+    """The `run.json` of 200 posts, a quarter of them without an image, with 400 entities; 1 s a post in each stage."""
+    tally = Tally(rows=200, entities=400, hard=100, grounded=90, not_judged=100)
+    tally.problems["image_missing"] = tally.without_image = 50
+    stages = {spec.name: 200.0 for spec in active_stages(config)}
+    account = Account(1, 1.0, 200, stages, {"load_image": {"s3_requests": changes.pop("requests", 0)}})
+    summary = RunSummary("run", "in", "out", "now", 1.0, 200, account, 0.2, tally, {}, config.model_dump(mode="json"))
+    file = folder / "run.json"
+    file.write_text(json.dumps(summary.to_dict() | changes))
+    return file
+
+
 def test_a_finished_run_says_what_its_posts_were(tmp_path: Path) -> None:
-    run = tmp_path / "run.json"
-    run.write_text(json.dumps({"rows": 200, "entities": 100, "grounded": 10, "reranked": 25}))
-    work = workload_of_run(run)
-    assert (work.entities, work.hard_share, work.is_measured) == (0.5, pytest.approx(0.25), True)
-    assert work.with_boxes < TWEETS.with_boxes
-    assert work.under(load_config(overrides=["filter.max_share=0.1"])).hard_share == pytest.approx(0.1)
-    assert work.s3_images == 0
-    facts = {"rows": 200, "entities": 336, "grounded": 10, "reranked": 25}
-    run.write_text(json.dumps(facts | {"account": {"annotated": 200, "requests": 95}}))
-    work = workload_of_run(run)
-    assert work.s3_images * work.with_entities == pytest.approx(95 / 200)
-    run.write_text("{}")
-    with pytest.raises(ConfigError, match=r"--like: .* is no run\.json"):
-        workload_of_run(run)
+    config = load_config(overrides=["reranker.enabled=false"])
+    work, _ = read_run(a_run(tmp_path, config), config)
+    assert (work.entities, work.with_images, work.s3_images) == (2, 0.75, 0)
+    assert work.hard_share == pytest.approx(0.25)  # found by the tagger, though there was no reranker
+    seen = 90 / 300  # of those that were judged
+    assert work.with_boxes == pytest.approx(TWEETS.with_boxes * 2 / TWEETS.entities * 0.75 * seen / SEEN_SHARE)
+    found = expected(load_config("cluster", overrides=ROOMY), work=work)
+    measured = {each.what for each in found.assumptions if each.is_measured and each.source == work.source}
+    assert "share of posts with an image" in measured
+    assert not {"megapixels of an image", "share of posts with entities"} & measured
+    for wrong in ("{}", "[]", "no JSON"):
+        (tmp_path / "run.json").write_text(wrong)
+        with pytest.raises(ConfigError, match=r"--like: .* is no run\.json"):
+            read_run(tmp_path / "run.json", config)
+
+
+def test_what_a_run_says_of_hard_entities_is_followed_to_another_gamma_and_then_assumed(tmp_path: Path) -> None:
+    work, _ = read_run(a_run(tmp_path, load_config()), load_config())
+
+    def hard(*overrides: str) -> tuple[float, bool]:
+        under = work.under(load_config(overrides=overrides))
+        return under.hard_share, "hard" not in under.assumed
+
+    assert hard() == (pytest.approx(0.25), True)
+    assert hard("filter.max_share=0.1") == (pytest.approx(0.1), True)
+    less, is_measured = hard("filter.gamma=1")
+    assert 0 < less < 0.25
+    assert not is_measured
+    assert hard("filter.gamma=3.2") == (0, False)
+
+
+@pytest.mark.parametrize("preset", ["cluster", "one-gpu"])
+def test_images_of_an_earlier_run_are_fetched_and_loaded_as_often_again(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset, overrides=[*RERANKED, *ROOMY, "pipeline.pools.rerank.num_gpus=0.85"])
+    work, seconds = read_run(a_run(tmp_path, config, requests=150), config)
+    assert expected(config, "2", work=work, posts=200).requests == pytest.approx(150)
+    plan = make_plan(config, gpus=2, card="h100", measured=seconds, work=work)
+    taken = {pool.name: pool.seconds for one in plan.passes for pool in one.pools}
+    assert taken["rerank"] > 1
+    assert taken["rerank"] + taken["ground"] == pytest.approx(3)  # the stages themselves, and the images of both
+    halved = make_plan(config, gpus=2, card="h100", measured=seconds, work=work.with_hard_share(0.125))
+    fewer = {pool.name: pool.seconds for one in halved.passes for pool in one.pools}
+    assert fewer["ground"] == taken["ground"]
+
+
+def test_speeds_of_an_earlier_run_are_those_of_its_models_and_its_cards(tmp_path: Path) -> None:
+    config = load_config("cluster", overrides=ROOMY)
+    _, seconds = read_run(a_run(tmp_path, config), config)
+    assert seconds.keys() == {spec.name for spec in active_stages(config)}
+    other = load_config("cluster", overrides=[*ROOMY, "grounder.boxes.sam.model=sam_vit_b_01ec64.pth"])
+    assert seconds.keys() - read_run(tmp_path / "run.json", other)[1].keys() == {"ground"}
+    assert "tag" not in read_run(a_run(tmp_path, load_config()), config)[1]  # on CPUs
+    plan = make_plan(config, gpus=8, card="h100", measured=seconds)
+    found = estimate(lambda *_: plan, plan, POSTS, POSTS, 1.0)
+    assert found is not None
+    (ground,) = [each for each in found.assumptions if each.what.endswith("for a post in ground")]
+    assert (ground.source, ground.is_measured) == ("an earlier run, on the cards that it had", False)
 
 
 def test_the_planned_configuration_fixes_what_engines_cache() -> None:
