@@ -1,4 +1,4 @@
-"""What the CPUs do for a post, on one core: decoding, resizing for each model, carrying rows. For `gem-ray plan`."""
+"""What the CPUs do for a post, on one core: decoding, resizing for each model. For `gem-ray plan`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 from sklearn.datasets import load_sample_image
-from transformers import CLIPImageProcessor, Owlv2ImageProcessor, Sam3ImageProcessor, ViTImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    GroundingDinoImageProcessor,
+    Owlv2ImageProcessor,
+    Sam3ImageProcessor,
+    ViTImageProcessor,
+)
 
 from gem_ray.config import ImageConfig
 from gem_ray.data.images import decode_image
 from gem_ray.grounding.matcher import resize_square
-from gem_ray.pipeline.tables import annotations_table, posts_to_table, table_to_posts
-from gem_ray.records import Box, Candidate, Entity, Post
 
 SIZE = (1024, 768)  # pixels: of the photo that everything is measured on
 _QUALITY = 90
-_ROWS = 64
 _SECONDS = 1.0  # for each measurement
 
 
 def measure_cpu_costs() -> dict[str, Any]:
-    """Seconds of one core: for a megapixel that is decoded, for an image that a model's processor takes, for a row."""
+    """Seconds of one core: for a megapixel that is decoded, for an image that a model's processor takes."""
     torch.set_num_threads(1)
     photo = Image.fromarray(load_sample_image("china.jpg")).resize(SIZE, Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
@@ -47,32 +49,16 @@ def measure_cpu_costs() -> dict[str, Any]:
             "sam": _seconds(lambda: sam.apply_image(pixels)),
             "owlv2": _processed(Owlv2ImageProcessor(), pixels),
             "clipseg": _processed(ViTImageProcessor(size={"height": 352, "width": 352}), pixels),
+            "grounding-dino": _processed(GroundingDinoImageProcessor(), pixels),
             "sam3": _processed(Sam3ImageProcessor(), pixels),
             "llava": _processed(CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336), pixels),
             "blip2": _seconds(lambda: resize_square(pixels, 224)),
         },
-        "row": _row_seconds(encoded.getvalue()),
     }
 
 
 def _processed(processor: Any, pixels: np.ndarray) -> float:
     return _seconds(lambda: processor([pixels], return_tensors="pt"))
-
-
-def _row_seconds(image: bytes) -> float:
-    """From Arrow to posts and back, once between pools and once to the output's Parquet."""
-    entity = Entity("Lyon", 0, 4, 0, 1, "location", "city", 0.9, seen=True, box=Box(0, 0, 9, 9))
-    entity.candidates = [Candidate("city", 0.2)] * 5
-    posts = [
-        Post(str(number), "Lyon " * 16, ["Lyon"] * 16, entities=[entity, entity], row_id=number, image_bytes=image)
-        for number in range(_ROWS)
-    ]
-
-    def carry() -> None:
-        carried = table_to_posts(posts_to_table(posts))
-        pq.write_table(annotations_table(carried, "run", {"tagger": "t@1"}), io.BytesIO(), compression="zstd")
-
-    return _seconds(carry) / _ROWS
 
 
 def _seconds(action: Callable[[], Any]) -> float:

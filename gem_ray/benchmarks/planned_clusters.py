@@ -71,7 +71,8 @@ def measure_planned_clusters(folder: Path, names: Sequence[str], batches: int, r
     Everything but the models is the real pipeline. Time is stretched, so that two cores can bring batches to all
     pretended cards: an actor sleeps a number of times as long as the plan says, ± 20 % a batch, and the plan's time of
     work is stretched with it. The time until the actors of a pass are there is the plan's: on this machine a cluster's
-    processes start one after the other.
+    processes start one after the other. What was paid is what the run's account says for an hour, times the wall time
+    so computed: it checks that all cards are counted, and is no second measurement of time.
 
     Args:
         folder: gets posts and annotations.

@@ -101,10 +101,15 @@ def job_environment(working_dir: Path, include: Iterable[str] = (), env: Iterabl
     return {"working_dir": str(working_dir), "excludes": excludes, "env_vars": dict(map(_variable, env))}
 
 
-def follow_job(submission_id: str, address: str) -> int:
+def follow_job(submission_id: str, address: str, again: str) -> int:
     """Print a job's log until it ends, and return the exit code that says how it ended.
 
     Ctrl-C leaves the job running.
+
+    Args:
+        submission_id: of the job.
+        address: URL of the cluster's dashboard.
+        again: which command continues the job, in words.
 
     Raises:
         SubmitError: the cluster is gone, or refuses the token.
@@ -115,16 +120,16 @@ def follow_job(submission_id: str, address: str) -> int:
             _print_log(client, submission_id)
             return _exit_code(client, submission_id)
     except KeyboardInterrupt:
-        print(f"\nno longer following; the job goes on\n{commands_for(submission_id, address)}", file=sys.stderr)
+        print(f"\nno longer following; the job goes on\n{commands_for(submission_id, address, again)}", file=sys.stderr)
         return EXIT_DETACHED
 
 
-def commands_for(submission_id: str, address: str) -> str:
-    """Three lines that say how to follow a job, how to stop it, and how to go on."""
+def commands_for(submission_id: str, address: str, again: str) -> str:
+    """Three lines that say how to follow a job, how to stop it, and how to go on: with which command, in words."""
     return (
         f"follow it: ray job logs --follow --address {address} {submission_id}\n"
         f"stop it: ray job stop --address {address} {submission_id}\n"
-        "continue it, once it has stopped or failed: submit the same again; what is done is not done again"
+        f"continue it, once it has stopped or failed: submit {again}; what is done is not done again"
     )
 
 

@@ -23,6 +23,7 @@ from gem_ray.commands.options import (
     SkipOption,
     UnseenNamesOption,
     parse_columns,
+    same_command,
 )
 from gem_ray.plurals import counted
 
@@ -108,7 +109,8 @@ def annotate(
             progress=progress,
         )
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; what is done is in {output}, and {_same_command(fresh, update)} continues", err=True)
+        begun = ["--fresh"] * fresh + ["--update"] * update
+        typer.echo(f"\nstopped; what is done is in {output}, and {same_command(begun)} continues", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     _print_summary(summary, output.rstrip("/"), as_json)
     if failure := mass_failure(summary.tally, max_problem_share):
@@ -209,9 +211,10 @@ def submit(
     runtime_env = job_environment(working_dir, include or (), env or ())
     submission_id = submit_job(job, arguments or (), address, runtime_env)
     typer.echo(submission_id)
-    typer.echo(commands_for(submission_id, address), err=True)
+    again = same_command(arguments or ())
+    typer.echo(commands_for(submission_id, address, again), err=True)
     if wait:
-        raise typer.Exit(follow_job(submission_id, address))
+        raise typer.Exit(follow_job(submission_id, address, again))
 
 
 def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
@@ -249,12 +252,6 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
         typer.echo(f"why, with examples: {output}/_run/report.html")
     typer.echo(f"annotations: {output}/annotations, facts: {output}/run.json")
     typer.echo(", ".join(f"{status} {count}" for status, count in sorted(tally.statuses.items())))
-
-
-def _same_command(fresh: bool, update: bool) -> str:
-    """The command that continues: what was begun anew or taken in is part of the run by now."""
-    flag = "--fresh" if fresh else "--update" if update else None
-    return f"the same command without {flag}" if flag else "the same command"
 
 
 def _about_cost(account: Account) -> str:

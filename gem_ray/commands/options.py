@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -98,3 +99,13 @@ def parse_recipe_settings(overrides: list[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--recipe-set takes key=value, not {redacted(override)!r}")
         values[name.strip()] = parse_value(override, value)
     return values
+
+
+def same_command(arguments: Collection[str]) -> str:
+    """The command that continues one that was stopped: what was begun anew or taken in is part of the run by now.
+
+    Args:
+        arguments: of the command that was stopped.
+    """
+    flag = next((flag for flag in ("--fresh", "--update") if flag in arguments), None)
+    return f"the same command without {flag}" if flag else "the same command"

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any
 from gem_ray.config import Config, StagePool, merge_trees, parse_config
 from gem_ray.planning.allocation import Cards
 from gem_ray.planning.cards import GIB
-from gem_ray.planning.costs import Need, pool_need
-from gem_ray.planning.refusals import USABLE, smaller, without
-from gem_ray.pools import Pool, passes_of
-from gem_ray.stages import active_stages
+from gem_ray.planning.refusals import USABLE, changed_need, rounded_up, smaller, without
+from gem_ray.pools import CPUS_FOR_TASKS, Pool, passes_of
 
 if TYPE_CHECKING:
     from gem_ray.planning.cards import Fleet
 
-_ROUNDS = 4  # a change of one pool moves what others need only once
+
+_LEAST_CPUS = 0.01
 
 
-def changes_that_fit(config: Config, fleet: Fleet) -> dict[str, Any] | None:
+def changes_that_fit(config: Config, fleet: Fleet, cpus: int | None = None) -> dict[str, Any] | None:
     """What to lay over a configuration so that it fits on cards; None if nothing was found.
 
     Models are made smaller where one is larger than a card, or left out; a vLLM engine gets what it needs, each pool
@@ -28,16 +27,21 @@ def changes_that_fit(config: Config, fleet: Fleet) -> dict[str, Any] | None:
     Args:
         config: that does not fit.
         fleet: the cards.
+        cpus: CPUs; `None` means as many as it takes.
     """
-    if not fleet.count:
+    on_cards = _on_cards(config)
+    if on_cards and not fleet.count:
         return None
     card = fleet.memory_gb * GIB
     fitting = config
-    for pool in _on_cards(config):
+    for pool in on_cards:
         names = [spec.name for spec in pool.stages]
         reduced = smaller(names, pool.placement.batch_size, fitting, card) or without(names, fitting)
         fitting = _with_engines(pool, reduced, card)
-    fitting = _in_passes(_with_shares(fitting, card), fleet.count)
+    if on_cards:
+        fitting = _in_passes(_with_shares(fitting, card), fleet.count)
+    if cpus is not None:
+        fitting = _with_cpus(fitting, cpus)
     return _difference(config.model_dump(mode="json"), fitting.model_dump(mode="json"))
 
 
@@ -50,23 +54,17 @@ def _on_cards(config: Config) -> list[Pool[StagePool]]:
     return [pool for pools in passes_of(config) for pool in pools if pool.placement.num_gpus]
 
 
-def _need(pool: Pool[StagePool], config: Config, card: float) -> Need:
-    names = {spec.name for spec in pool.stages}
-    active = [spec.name for spec in active_stages(config) if spec.name in names]  # others may have been left out
-    return pool_need(active, config, pool.placement.batch_size, int(card))
-
-
 def _with_engines(pool: Pool[StagePool], config: Config, card: float) -> Config:
     """Each engine takes what it needs, where it has asked for too little or the card has not as much."""
     values = config.model_dump(mode="json")
-    need = _need(pool, config, card)
+    need = changed_need(pool, config, card)
     if not any(engine.reserved < engine.memory for engine in need.engines) and need.held <= USABLE * card:
         return config
     for engine in need.engines:
         section = values
         for name in engine.key.split("."):
             section = section[name]
-        section["gpu_memory_utilization"] = _rounded_up(engine.memory / card)
+        section["gpu_memory_utilization"] = rounded_up(engine.memory / card)
     return parse_config(values)
 
 
@@ -74,10 +72,10 @@ def _with_shares(config: Config, card: float) -> Config:
     """Each pool reserves what it holds, and no less than it did."""
     values = config.model_dump(mode="json")
     for pool in _on_cards(config):
-        share = _need(pool, config, card).held / (USABLE * card)
+        share = changed_need(pool, config, card).held / (USABLE * card)
         place = config.pipeline.pools.index(pool.placement)
         listed = values["pipeline"]["pools"][place]
-        listed["num_gpus"] = max(listed["num_gpus"], min(1.0, _rounded_up(share)))
+        listed["num_gpus"] = max(listed["num_gpus"], min(1.0, rounded_up(share)))
     return parse_config(values)
 
 
@@ -97,6 +95,21 @@ def _in_passes(config: Config, cards: int) -> Config:
     return parse_config(values)
 
 
+def _with_cpus(config: Config, cpus: int) -> Config:
+    """Where a pass reserves more CPUs than there are, its pools have one actor at the least, which reserves less."""
+    values = config.model_dump(mode="json")
+    room = cpus - CPUS_FOR_TASKS
+    for pools in passes_of(config):
+        if sum(pool.placement.min_actors * pool.placement.num_cpus for pool in pools) <= room:
+            continue
+        share = min(1.0, room / sum(pool.placement.num_cpus for pool in pools))
+        for pool in pools:
+            listed = values["pipeline"]["pools"][config.pipeline.pools.index(pool.placement)]
+            listed["min_actors"] = 1
+            listed["num_cpus"] = max(_LEAST_CPUS, math.floor(100 * share * listed["num_cpus"]) / 100)
+    return parse_config(values)
+
+
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The leaves of a tree that differ; lists as a whole."""
     changed: dict[str, Any] = {}
@@ -107,7 +120,3 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
         elif value != before.get(key):
             changed[key] = value
     return changed
-
-
-def _rounded_up(share: float) -> float:
-    return math.ceil(share * 100 - 1e-6) / 100

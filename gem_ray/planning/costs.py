@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from gem_ray.config import Config, ExplainerConfig
 from gem_ray.planning import stacks
 from gem_ray.planning.cards import GIB, Card
@@ -20,10 +22,12 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_OVERHEAD = int(0.6 * GIB)
 # Assumed: what a model reaches of a card's peak FLOP/s, and of its memory's bandwidth.
 UTILISATION, BANDWIDTH_UTILISATION = 0.35, 0.6
-# Measured instead, in bfloat16 on an H200, of the peak in its data sheet, at the best batch size (docs/benchmarks/
-# grounder-gpu.json and reranker-gpu.json): matcher and trace of BLIP's large size, the image encoder of SAM ViT-H, and
-# LLaVA-1.5-7B by the transformers engine. Images are resized on CPUs, which is not in it.
-MATCHER_UTILISATION, SAM_UTILISATION, LLAVA_UTILISATION = 0.34, 0.39, 0.42
+# Measured instead, in bfloat16 on an H200, of the peak in its data sheet, by batch size (docs/benchmarks/
+# grounder-gpu.json and reranker-gpu.json): matcher and trace of BLIP's large size, the image encoder of SAM ViT-H; and
+# LLaVA-1.5-7B by the transformers engine at its best batch. Images are resized on CPUs, which is not in it.
+MATCHER_UTILISATION = {1: 0.0086, 4: 0.0316, 16: 0.134, 32: 0.21, 64: 0.301, 128: 0.338, 256: 0.344}
+SAM_UTILISATION = {1: 0.249, 2: 0.36, 4: 0.375, 8: 0.387, 16: 0.38, 32: 0.379}
+LLAVA_UTILISATION = 0.42
 
 # Of a candidate: tokens of its name in the prompt, and in the tree of answers. Estimated, for the 51 categories.
 _TOKENS_OF_A_CANDIDATE = 9
@@ -428,9 +432,14 @@ def _matcher(asked: _Asked) -> ModelNeed:
         settings.image_batch_size,
         activations=size * (kept + max(settings.image_batch_size * images.activations, settings.batch_size * traced)),
         flops=work.judged * (images.flops + cross_attention) + work.entities * work.with_images * text.flops,
-        measured=MATCHER_UTILISATION,
+        measured=_at_batch(MATCHER_UTILISATION, settings.image_batch_size),
         processed=("blip", work.judged),
     )
+
+
+def _at_batch(measured: dict[int, float], batch: int) -> float:
+    """Between the batch sizes that were measured, in proportion to their logarithms; beyond them, as at the nearest."""
+    return float(np.interp(math.log(batch), [math.log(each) for each in measured], [*measured.values()]))
 
 
 def _sam(config: Config, work: Workload) -> ModelNeed:
@@ -448,7 +457,7 @@ def _sam(config: Config, work: Workload) -> ModelNeed:
         settings.batch_size,
         activations=settings.batch_size * size * max(stack.activations for stack in layers),
         flops=images * sum(stack.flops for stack in layers),
-        measured=SAM_UTILISATION,
+        measured=_at_batch(SAM_UTILISATION, settings.batch_size),
         processed=("sam", images),
     )
 

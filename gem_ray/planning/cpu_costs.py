@@ -28,8 +28,8 @@ def machine() -> str:
 
 
 def image_seconds(processor: str) -> float:
-    """For a photo of 1024 × 768 pixels, by a kind of processor; those that nobody measured cost nothing."""
-    return float(_costs()["image"].get(processor, 0.0))
+    """For a photo of 1024 × 768 pixels, by a kind of processor."""
+    return float(_costs()["image"][processor])
 
 
 def decoding_seconds(megapixels: float) -> float:

@@ -249,7 +249,7 @@ def make_plan(
     plan = _plan(config, fleet, cpus, measured or {}, work)
     if not plan.problems:
         return plan
-    changed = changes_that_fit(config, fleet)
+    changed = changes_that_fit(config, fleet, cpus)
     if changed is None or _plan(merged_config(config, changed), fleet, cpus, measured or {}, work).problems:
         return plan
     return replace(plan, advice=changed)

@@ -13,7 +13,7 @@ from gem_ray.config import Config, StagePool, parse_config
 from gem_ray.planning.allocation import Cards, PlannedPool
 from gem_ray.planning.cards import CARDS, GIB
 from gem_ray.planning.costs import Need, pool_need
-from gem_ray.pools import CPUS_FOR_TASKS
+from gem_ray.pools import CPUS_FOR_TASKS, Pool
 from gem_ray.stages import active_stages
 
 # Assumed: the driver and the gaps between the allocator's blocks take the rest of a card.
@@ -68,7 +68,7 @@ def too_large(pool: PlannedPool, config: Config, gpu_memory_gb: float) -> Iterat
     elif need.memory > share * USABLE * card:
         yield (
             f"{needs}; its share of {share:g} has {gib(share * USABLE * card)} usable: "
-            f"set {key} to {_rounded_up(need.memory / (USABLE * card))} or more"
+            f"set {key} to {rounded_up(need.memory / (USABLE * card)):.2f} or more"
         )
     elif need.engines and need.held > share * USABLE * card + _ROUNDING:
         yield _takes_too_much(pool, share, card)
@@ -77,7 +77,7 @@ def too_large(pool: PlannedPool, config: Config, gpu_memory_gb: float) -> Iterat
             if engine.reserved < engine.memory:
                 yield (
                     f"{needs}; vLLM may take {gib(engine.reserved)}: "
-                    f"set {engine.key}.gpu_memory_utilization to {_rounded_up(engine.memory / card)} or more"
+                    f"set {engine.key}.gpu_memory_utilization to {rounded_up(engine.memory / card):.2f} or more"
                 )
 
 
@@ -93,7 +93,7 @@ def _takes_too_much(pool: PlannedPool, share: float, card: float) -> str:
     if float(lower) * card >= engine.memory:
         ways.append(f"{engine.key}.gpu_memory_utilization to {lower} or less")
     if need.held <= USABLE * card:
-        ways.append(f"{pool.pool.key}.num_gpus to {_rounded_up(need.held / (USABLE * card))} or more")
+        ways.append(f"{pool.pool.key}.num_gpus to {rounded_up(need.held / (USABLE * card)):.2f} or more")
     remedy = ", or ".join(ways) or _all(pool, card)
     return (
         f"vLLM takes {gib(engine.held)} GiB of a card in {pool.name} ({engine.reserved / card:g} of it){others}; its "
@@ -104,11 +104,11 @@ def _takes_too_much(pool: PlannedPool, share: float, card: float) -> str:
 def _all(pool: PlannedPool, card: float) -> str:
     """The least that the engines need of a card, and the share of it that has room for that."""
     need = pool.need
-    least = {engine.key: _rounded_up(engine.memory / card) for engine in need.engines}
+    least = {engine.key: rounded_up(engine.memory / card) for engine in need.engines}
     beside = need.held - sum(engine.held for engine in need.engines)
-    share = (sum(map(float, least.values())) * card + beside) / (USABLE * card)
-    engines = [f"{key}.gpu_memory_utilization to {value}" for key, value in least.items()]
-    return " and ".join([*engines, f"{pool.pool.key}.num_gpus to {_rounded_up(min(share, 1))}"])
+    share = (sum(least.values()) * card + beside) / (USABLE * card)
+    engines = [f"{key}.gpu_memory_utilization to {value:.2f}" for key, value in least.items()]
+    return " and ".join([*engines, f"{pool.pool.key}.num_gpus to {rounded_up(min(share, 1)):.2f}"])
 
 
 def too_many(
@@ -149,29 +149,30 @@ def _what_fits(pool: PlannedPool, config: Config, card: float) -> str:
     if pools := _apart(pool, config, card):
         ways.append(f"with a pool and a pass for each of its stages: {_override(pools)}")
     sizes = sorted({each.memory_gb for each in CARDS.values()})
-    enough = [size for size in sizes if _need(pool, config, size * GIB).memory <= USABLE * size * GIB]
+    enough = [size for size in sizes if changed_need(pool.pool, config, size * GIB).memory <= USABLE * size * GIB]
     ways += [f"on a card of {size} GB" for size in enough[:1]]
     if without := _left_out(pool, config, card):
         ways.append(f"or do without: {without}" if ways else f"without: {without}")
     return f"It fits {', '.join(ways)}" if ways else "No card that is known is large enough"
 
 
-def _need(pool: PlannedPool, config: Config, card: float) -> Need:
-    """The same pool's, with other models or on another card."""
-    active = [spec.name for spec in active_stages(config) if spec.name in pool.stages]
+def changed_need(pool: Pool[StagePool], config: Config, card: float) -> Need:
+    """What an actor of a pool needs with another configuration, which may have left stages out, or on another card."""
+    names = {spec.name for spec in pool.stages}
+    active = [spec.name for spec in active_stages(config) if spec.name in names]
     return pool_need(active, config, pool.placement.batch_size, int(card))
 
 
 def _left_out(pool: PlannedPool, config: Config, card: float) -> str:
     """What takes memory, and without any one of which the pool fits; else all of it, if that is enough."""
     changes = [change for name in pool.stages for change in _WITHOUT.get(name, ())]
-    left = {change: _need(pool, _changed(config, *change), card).memory for change in changes}
+    left = {change: changed_need(pool.pool, _changed(config, *change), card).memory for change in changes}
     useful = [change for change, memory in left.items() if memory < pool.need.memory]
     enough = [change for change in useful if left[change] <= USABLE * card]
     if not enough:
         for change in useful:
             config = _changed(config, *change)
-        if _need(pool, config, card).memory > USABLE * card:
+        if changed_need(pool.pool, config, card).memory > USABLE * card:
             return ""
     return (", or " if enough else " ").join(f"--set {key}={json.dumps(value)}" for key, value in enough or useful)
 
@@ -193,7 +194,7 @@ def _apart(pool: PlannedPool, config: Config, card: float) -> list[StagePool]:
         is_first = not pools or pools[-1].pass_number < listed.pass_number
         start = listed.pass_number + (0 if is_first else 1)
         for number, name in enumerate(names, start=start):
-            share = float(_rounded_up(shares[name]))
+            share = rounded_up(shares[name])
             pools.append(listed.model_copy(update={"stages": [name], "num_gpus": share, "pass_number": number}))
         shift = start + len(names) - listed.pass_number
     return pools
@@ -302,8 +303,9 @@ def _parts(need: Need) -> str:
     return ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
 
 
-def _rounded_up(share: float) -> str:
-    return f"{-(-share // 0.01) * 0.01:.2f}"
+def rounded_up(share: float) -> float:
+    """A share with two digits, no less than it was."""
+    return math.ceil(share * 100) / 100
 
 
 def _rounded_down(share: float) -> str:

@@ -93,7 +93,8 @@ def test_ctrl_c_leaves_the_job_running_and_a_stop_ends_it_cleanly(head, tmp_path
 
     stopped = head.run("ray", "job", "stop", "--address", head.address, job)
     assert "was stopped" in stopped.stdout + stopped.stderr
-    follow = f"from gem_ray.cluster.submit import follow_job; raise SystemExit(follow_job({job!r}, {head.address!r}))"
+    arguments = f"{job!r}, {head.address!r}, 'the same command'"
+    follow = f"from gem_ray.cluster.submit import follow_job; raise SystemExit(follow_job({arguments}))"
     ended = head.run(sys.executable, "-c", follow)
     assert ended.returncode == 1
     assert ended.stdout.splitlines()[-1] == "stopped; run the same command to resume"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gem_ray.cluster.submit import Job
+from gem_ray.cluster.submit import Job, commands_for
+from gem_ray.commands.options import same_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,3 +54,17 @@ def test_nothing_at_the_address_is_said_in_one_sentence():
     assert "no Ray dashboard answers at http://127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
     assert "is no address of a dashboard" in python(*submit, "127.0.0.1:9").stderr
+
+
+@pytest.mark.parametrize("flag", ["--fresh", "--update"])
+def test_who_continues_a_job_does_not_begin_anew(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("gem_ray.entrypoint.run_job", lambda command, stopped: said.append(stopped))
+    for arguments in (["in", "out"], ["in", "out", flag]):
+        monkeypatch.setattr(sys, "argv", ["annotate.py", *arguments])
+        runpy.run_path(str(ROOT / "jobs" / "annotate.py"), run_name="__main__")
+        said.append(commands_for("job", "http://head", same_command(arguments)).splitlines()[-1])
+    without = f"the same command without {flag}"
+    assert ["without" in each for each in said] == [False, False, True, True]
+    assert f"run {without} to resume" in said[2]
+    assert f"submit {without}" in said[3]
