@@ -282,7 +282,7 @@ class World:
 def few_columns() -> pa.Schema:
     """What publishing looks at, of the columns of annotations."""
     entities = ANNOTATION_SCHEMA.field("entities")
-    names = ("score", "confidence", "accepted", "reranked", "seen", "box")
+    names = ("score", "confidence", "hard", "accepted", "reranked", "seen", "box")
     counted = pa.list_(pa.struct([entities.type.value_type.field(name) for name in names]))
     others = ("row_id", "post_id", "text", "status", "problems", "image_width")
     return pa.schema([*(ANNOTATION_SCHEMA.field(name) for name in others), entities.with_type(counted)])
