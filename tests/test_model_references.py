@@ -116,6 +116,8 @@ def test_a_stage_with_another_model_ends_with_a_message_and_annotates_nothing(tm
     from gem_ray.pipeline.tables import posts_to_table
 
     class Failures:
+        begin_actor = hear = lambda *_: None
+
         def set_failure(self, message):
             self.message = message
 

@@ -195,8 +195,8 @@ def _write_shards(
             break
         shard_posts = chain(first, islice(remaining, per_shard - 1))
         file = f"{root}/part-{shard:05d}.parquet"
+        files.append(file)  # before it is there: in S3, one that fails may leave what it had written
         written += _write_shard(shard_posts, filesystem, file)
-        files.append(file)
     _write_marker(filesystem, root, complete=True, shards=max(1, -(-written // per_shard)), posts=written)
     return written
 
