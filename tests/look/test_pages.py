@@ -61,7 +61,8 @@ def run_facts() -> dict:
         "left_out": [{"files": 3, "examples": [HOSTILE], "reason": "no input"}], "models": {"tagger": "m" * 200},
         "account": {
             "seconds": 5, "starts": 1, "annotated": 9, "money": 0.1, "unpriced_starts": 0,
-            "per_thousand_posts": {"money": 11.0}, "written_bytes": 1e6, "bottleneck": "text", "stage_seconds": {"load_image": 1.0, "tag": 8.0},
+            "per_thousand_posts": {"money": 11.0}, "written_bytes": 1e6, "bottleneck": "text",
+            "stage_seconds": {"load_image": 1.0, "tag": 8.0},
             "pools": {"text": pool}, "stage_counts": {"knowledge": {"from_cache": 3}},
         },
     }  # fmt: skip
