@@ -19,6 +19,7 @@ from gem_ray.pools import Pool, serving_pools
 from gem_ray.serving.access import Access
 from gem_ray.serving.api import create_api
 from gem_ray.serving.guard import Guard
+from gem_ray.serving.heap import give_freed_memory_back
 from gem_ray.serving.replica import PoolReplica
 from gem_ray.serving.service import Service
 from gem_ray.serving.settings import INGRESS, pool_settings
@@ -46,6 +47,7 @@ class Ingress:
     """
 
     def __init__(self, config: Config, run_id: str, pools: Mapping[str, DeploymentHandle]) -> None:
+        give_freed_memory_back()
         self._service = Service(config, pools, run_id)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

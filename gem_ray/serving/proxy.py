@@ -19,6 +19,7 @@ from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gem_ray.serving.access import REQUEST_ID
+from gem_ray.serving.heap import give_freed_memory_back
 from gem_ray.serving.problems import ProblemError
 
 HEAD_TIMEOUT_S = 10.0
@@ -226,6 +227,7 @@ def _scattered(seconds: float) -> float:
 
 
 def middlewares() -> list[Middleware]:
-    """Put the protocol in the place of uvicorn's own, for which Serve has no option, before a proxy starts."""
+    """Prepare the process of a proxy before it starts: its heap, and the protocol, for which Serve has no option."""
+    give_freed_memory_back()
     auto.AutoHTTPProtocol = LimitedProtocol
     return [Middleware(GatherBody), Middleware(CleanHeaders)]  # the last one is outermost
