@@ -39,7 +39,7 @@ from gem_ray.data.output import (
 from gem_ray.data.storage import Storage, as_exact_json, as_json, open_storage
 from gem_ray.pipeline.inputs import InputFile
 
-EDITION = 4  # of this layout, and of the rows that a run may go on with
+EDITION = 5  # of this layout, and of the rows that a run may go on with
 
 
 # Files that all runs of an output write.

@@ -14,6 +14,7 @@ from gem_ray.evaluation.errors import find_errors
 from gem_ray.evaluation.gallery import write_gallery
 from gem_ray.evaluation.metrics import evaluate
 from gem_ray.look.pages import colour, page, tenths
+from gem_ray.pipeline.account import PoolTime
 from gem_ray.records import Box, Candidate, Entity, GoldEntity, Post, ProblemKind
 
 HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=alert(1)> \u202eباريس 👩‍🚀 " + "w" * 300
@@ -51,7 +52,7 @@ def post_of_forty() -> Post:
 
 def run_facts() -> dict:
     example = {"post_id": HOSTILE, "status": "degraded", "stage": "load_image", "message": HOSTILE, "text": HOSTILE}
-    pool = {"actors": 2, "gpus": 0, "loading": 1.5, "busy": 9.5, "idle": 1.0, "busy_share": 0.9}
+    pool = PoolTime(actors=2, loading=1.5, busy=9.5, idle=1.0).to_dict()
     return {
         "run_id": "run-7", "input": "s3://" + "long/" * 60, "output": "out", "started_at": "today", "annotated": 9,
         "seconds": 3.0, "rows_per_second": 3.0, "rows": 9, "statuses": {"ok": 7, "degraded": 1, "rejected": 1},
