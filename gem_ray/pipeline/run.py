@@ -254,10 +254,11 @@ class _Run:
         tally = tally_of(published)
         if manifest.rows != tally.rows:
             raise RunError(f"{manifest.rows} posts went in and {tally.rows} rows came out. This is a bug.")
-        earlier = RunSummary.from_dict(facts) if (facts := self.directory.summary()) else None
+        facts = None if done.annotated else self.directory.summary()  # those of another run may be of another version
+        earlier = RunSummary.from_dict(facts) if facts else None
         left_out = [asdict(each) for each in self.listing.left_out_by_reason()]
         unread = [{"file": file.path, "reason": file.unread, "rows": file.unread_rows} for file in manifest.unread]
-        if earlier is not None and not done.annotated and (earlier.run_id, earlier.tally) == (folder.run_id, tally):
+        if earlier is not None and (earlier.run_id, earlier.tally) == (folder.run_id, tally):
             now = replace(earlier, left_out=left_out, unread=unread)
             if now != earlier:
                 self._write_facts(now)
