@@ -19,7 +19,7 @@ from gem_ray.model_paths import describe, resolve
 from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Entity, Post
 
-_FLOOR = 1e-3  # what a model finds less probable counts as so probable: the last digits are no knowledge
+_FLOOR = 1e-3  # lowest probability that is kept: the digits below it are noise
 
 
 class _Calibration(ModelFile):

@@ -547,7 +547,7 @@ class Config(_Section):
         return self.image.model_copy(update={"max_pixels": pixels})
 
     def public(self) -> dict[str, Any]:
-        """The tree as it may be stored and shown: credentials are cut out."""
+        """The tree to store and show: credentials are cut out."""
         return redacted(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
@@ -609,7 +609,7 @@ def load_config(
     A list of pools may be given whole, or as a mapping that changes some: `pools: {ground: {num_gpus: 1}}`.
 
     Raises:
-        ConfigError: an unknown preset, a file that is no mapping, an unknown key or a value of the wrong kind.
+        ConfigError: an unknown preset, a file that does not hold a mapping, an unknown key or a value of the wrong kind.
     """
     if preset not in preset_names():
         raise ConfigError(f"unknown preset {preset!r}; {nearest(preset, preset_names())}")

@@ -1,4 +1,4 @@
-"""What trainings on `transformers.Trainer` share: arguments out of a recipe, and where an interrupted one goes on."""
+"""What trainings on `transformers.Trainer` share: arguments from a recipe, the checkpoint to resume from, reports of the loss."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may
         begun = json.loads(file.read_text(encoding="utf-8"))
         if different := [name for name in this if begun.get(name) != this[name]]:
             raise ConfigError(
-                f"{folder} holds a training that was begun with another {' and '.join(different)} ({file.name}): use "
+                f"{folder} holds a training that was started with another {' and '.join(different)} ({file.name}): use "
                 "the same, another output folder, or remove the checkpoints"
             )
     elif may_begin:

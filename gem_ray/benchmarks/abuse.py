@@ -60,7 +60,7 @@ def hostile_bodies(size: int) -> dict[str, bytes]:
 
 
 def hostile_forms(size: int) -> dict[str, bytes]:
-    """Forms of about `size` bytes, their boundary `y`: of many parts, of long texts, of a file that is no image."""
+    """Forms of about `size` bytes, their boundary `y`: of many parts, of long texts, of a file that is not an image."""
     part = _PART % b"tokens" + b"a\r\n"
     return {
         "parts": part * (size // len(part)) + b"--y--\r\n",

@@ -97,7 +97,7 @@ def _drive(cluster: Cluster, location: str, name: str, settings: tuple[str, ...]
 def _kill(
     kill: str, driver: subprocess.Popen[bytes], cluster: Cluster, nodes: list[Any], location: str, after: float
 ) -> dict[str, Any]:
-    """Wait until so many posts more are done, kill, and see what is left; a driver that goes on is stopped then."""
+    """Wait until so many posts more are done, kill, and see what is left; a driver that continues is stopped then."""
     before = committed_rows(f"{location}/killed")
     done = wait_for(driver, before + after)
     if driver.poll() is not None:
@@ -107,7 +107,7 @@ def _kill(
     elif kill == "actor":
         os.kill(_an_actor(), signal.SIGKILL)
     if kill != "driver":
-        done = max(done, wait_for(driver, done + after / 2))  # it goes on without
+        done = max(done, wait_for(driver, done + after / 2))  # it continues without
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     time.sleep(5)  # what the cluster still had in hand ends

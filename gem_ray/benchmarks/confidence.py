@@ -223,7 +223,7 @@ def measure_reranker(
     Args:
         answers: to the hard entities of the posts.
         posts: labelled.
-        stored: the calibration that is with the reranker, fitted to other posts; None: there is none.
+        stored: the reranker's own calibration, fitted to other posts; None if it has none.
     """
     return {
         "posts": len(posts),

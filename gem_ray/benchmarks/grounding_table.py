@@ -21,7 +21,7 @@ _WORST = 16
 
 WHOLE_SYSTEM = "whole system"
 
-# Name -> what is changed in `grounder`. None: as configured, with a matcher that has learned nothing (GEM-wo).
+# Name -> changes to `grounder`. None means an untrained matcher (GEM-wo), with `grounder` as configured.
 VARIANTS: dict[str, Mapping[str, Any] | None] = {
     "as configured": {},
     "matcher untrained": None,

@@ -23,7 +23,7 @@ def measure_resume(folder: Path, rows: int) -> dict[str, Any]:
 
     Returns:
         `seconds` of each part, `cost_seconds`: of both parts together beyond the undisturbed run; and
-        `first_row_seconds`: from a start to its first finished row, in a new run and in one that goes on.
+        `first_row_seconds`: from a start to its first finished row, in a new run and in one that resumes.
     """
     write_texts(folder / "posts", rows)
     whole = _timed(folder, "undisturbed", rows)

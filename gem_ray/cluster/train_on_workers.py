@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gem_ray.rerank.samples import CandidateRule
     from gem_ray.tagger.recipe import TaggerTraining
 
-_MAX_FAILURES = 3  # of workers or nodes; each time, the training goes on from its last checkpoint
+_MAX_FAILURES = 3  # of workers or nodes; each time, the training resumes from its last checkpoint
 
 
 def train_tagger_on_workers(

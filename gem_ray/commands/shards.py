@@ -126,7 +126,7 @@ def shards_again(
 def _write_shards(posts: Iterable[Post], out: str, per_shard: int, left_out: Sequence[str] = ()) -> None:
     """Write the posts and say what is wrong with them; exit code 3 if some will be rejected.
 
-    `left_out` is read once all posts are written: files that are no part of any.
+    `left_out` is read once all posts are written: files that belong to none.
     """
     from gem_ray.data.shards import write_posts
 

@@ -69,7 +69,7 @@ class InputCheck:
         columns: field of an input row -> its column in the first Parquet file: the type, and the name if it is another.
         unread_columns: the others of that file.
         refused: why `annotate` refuses the input; empty if it does not.
-        skipped: which damaged files `annotate --skip-bad-files` goes on without, and why.
+        skipped: damaged files that `annotate --skip-bad-files` skips, and why.
         remarks: sentences on other files and columns that are not read.
         sample: of its posts; None if the input is refused.
     """

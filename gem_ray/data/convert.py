@@ -50,7 +50,7 @@ def from_jsonl(file: Path, embed_images: bool = True, columns: Columns | None = 
         columns: field of an input row -> the name that it has in the file.
 
     Raises:
-        ValueError: the file is no text, begins as an array and is none, or has objects over several lines.
+        ValueError: the file is not text, begins as an array and is not one, or has objects over several lines.
     """
     with _reading(file), _open_text(file) as lines:
         posts = (_post(renamed(row, columns or {}), file, number) for number, row in _json_rows(lines, file))
@@ -156,7 +156,7 @@ def _open_text(file: Path, newline: str | None = None) -> TextIO:
         raise ValueError(f"{file} is damaged: {error}") from None
     is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if b"\0" in head and not is_utf16:
-        raise ValueError(f"{file} is no text file: its first {len(head)} bytes hold zeros")
+        raise ValueError(f"{file} is not a text file: its first {len(head)} bytes hold zeros")
     binary: IO[bytes] = opener(file)
     if is_utf16:
         return io.TextIOWrapper(binary, "utf-16", newline=newline)
@@ -188,7 +188,7 @@ def _array_rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         items = load_json(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} begins as one JSON array, but is none: {error}") from None
+        raise ValueError(f"{file} begins as a JSON array, but is not one: {error}") from None
     return ((number, _object(item)) for number, item in enumerate(items, start=1))
 
 

@@ -198,7 +198,7 @@ class Fetcher:
             raise _refusal(uri, error) from error
         except _BROKEN_OFF as error:
             raise _unreadable(uri, str(error), _TransientError) from error
-        except (BotoCoreError, ValueError) as error:  # no credentials, a key that is no text
+        except (BotoCoreError, ValueError) as error:  # no credentials, a key that is not text
             raise _unreadable(uri, str(error)) from error
 
     def _collect(self, chunks: Iterable[bytes], deadline: float) -> bytes:

@@ -46,7 +46,7 @@ def is_other_name(path: str) -> bool:
 
 
 def format_of_head(head: bytes) -> Format | None:
-    """What a file's first `HEAD_BYTES` say; None if it is no shard."""
+    """What a file's first `HEAD_BYTES` say; None if it is not a shard."""
     if head.startswith(_PARQUET_MAGIC):
         return Format.PARQUET
     return Format.TAR if unpacked_head(head)[_USTAR] == b"ustar" else None

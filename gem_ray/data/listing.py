@@ -163,7 +163,9 @@ def format_of(filesystem: fs.FileSystem, path: str) -> Format | None:
 
 def _single(filesystem: fs.FileSystem, root: str, file: StoredFile, path: str | Path) -> Listing:
     if format_of(filesystem, root) is None:
-        raise FileNotFoundError(f"{path} is no shard (Parquet or WebDataset tar); `gem-ray shards` makes shards of it")
+        raise FileNotFoundError(
+            f"{path} is not a shard (Parquet or WebDataset tar); `gem-ray shards` makes shards of it"
+        )
     return Listing(filesystem, root, [file], {})
 
 
@@ -235,5 +237,5 @@ def _check_markers(filesystem: fs.FileSystem, root: str, files: list[StoredFile]
         if names[folder] < facts["shards"]:
             raise ValueError(
                 f"{folder} has {names[folder]} of the {counted(facts['shards'], 'shard')} that `gem-ray shards` wrote; "
-                f"bring back the others, or delete {MARKER} to go on without them"
+                f"bring back the others, or delete {MARKER} to continue without them"
             )

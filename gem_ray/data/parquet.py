@@ -32,7 +32,7 @@ _Convert = Callable[[Any], Any]
 
 
 class SchemaError(ValueError):
-    """A file whose columns cannot hold posts; the message goes on after the file's name."""
+    """A file whose columns cannot hold posts; the message continues after the file's name."""
 
 
 def parquet_rows(

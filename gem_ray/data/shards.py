@@ -164,7 +164,7 @@ def write_posts(posts: Iterable[Post], out_dir: str | Path, per_shard: int = 100
         per_shard: posts in a file.
 
     Returns:
-        How many posts were written. None: one empty shard, so that the folder is still an input.
+        How many posts were written. For 0, one empty shard is written, so that the folder is still an input.
 
     Raises:
         FileExistsError: the folder holds shards already, which would mix with the new ones.

@@ -246,7 +246,7 @@ def _claim(tar: tarfile.TarFile, member: _Member, claims: dict[str, _Claim]) -> 
 
 
 def _content(tar: tarfile.TarFile, member: _Member) -> bytes | None:
-    """What a member holds; None if its name says nothing of it and it is no image.
+    """What a member holds; None if its name says nothing of it and it is not an image.
 
     Raises:
         ValueError: it cannot be read.

@@ -281,7 +281,7 @@ def own_folder(reference: str | None) -> Path:
     path = here(reference) if reference is not None else None
     if path is None or not path.is_dir():
         raise ValueError(
-            f"{reference} is no directory of this machine, in which a calibration could be kept; fetch it into one "
+            f"{reference} is not a directory on this machine, in which a calibration could be kept; fetch it into one "
             "with `gem-ray models fetch --to`"
         )
     return path

@@ -199,7 +199,7 @@ def load_experiment(name: str) -> Experiment:
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(f"{name} is no experiment: {error}") from None
+        raise ConfigError(f"{name} is not an experiment: {error}") from None
 
 
 def _variant(entry: Any) -> Any:

@@ -51,9 +51,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Run every variant, those whose tagger is trained with every seed, and tabulate after each run.
 
-    What is done is not done again; a training that was interrupted goes on from its last checkpoint. A trained tagger
-    is kept until every variant that uses it is done. Several experiments may share `out`: they share runs of the same
-    name.
+    Finished runs are skipped; an interrupted training resumes from its last checkpoint. A trained tagger is kept until
+    every variant that uses it is done. Several experiments may share `out`: they share runs of the same name.
 
     Args:
         experiment: what to compare.
@@ -243,7 +242,7 @@ class _Run:
         return system_config(self.base, self.changes, self.recipe, self._has_images(read))
 
     def _train(self, read: Posts, recipe: TaggerTraining) -> dict[str, Any]:
-        """Train the tagger, or go on, or find it done."""
+        """Train the tagger; resume or skip the training if it was started or finished before."""
         file = self.model / "training.json"
         what = {
             "recipe": recipe.model_dump(mode="json", exclude={"device"}),

@@ -74,7 +74,7 @@ class Batches:
             if found is None:
                 self._limit = self.size = len(batch) // 2
                 torch.cuda.empty_cache()  # does nothing without a GPU
-                log.warning("out of memory with %d items in a batch: going on with %d", len(batch), self.size)
+                log.warning("out of memory with %d items in a batch: continuing with %d", len(batch), self.size)
             else:
                 answers += found
         return answers

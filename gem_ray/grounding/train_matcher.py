@@ -1,4 +1,4 @@
-"""Training the matcher: BLIP's matching head is fine-tuned on pairs of a name and an image; interrupted, it goes on."""
+"""Trains the matcher: fine-tunes BLIP's matching head on pairs of a name and an image. Resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def train_matcher(
 ) -> dict[str, Any]:
     """Fine-tune a BLIP matching model and save the epoch that is right about most dev mentions.
 
-    The threshold at which it is, is stored with the model, beside the base model's layer to trace. Stopped, by
-    whatever, the same call goes on from the last checkpoint, and ends with the same weights.
+    The threshold of that epoch is stored with the model, beside the base model's layer to trace. Call it again to
+    resume after a stop: it ends with the same weights.
 
     Args:
         train: posts with `gold`, `tokens` and an image; images are decoded batch by batch and not kept.
@@ -64,7 +64,7 @@ def train_matcher(
         with dev posts `dev`: the `accuracy` of present-or-not and the `threshold` at which it is reached.
 
     Raises:
-        ConfigError: a training with another recipe, base or other posts was begun there.
+        ConfigError: a training with another recipe, base or other posts was started there.
         ValueError: no post has a gold mention, or none an image.
     """
     settings = settings or MatcherTraining()

@@ -34,7 +34,7 @@ _PUBLISHING_S = 10.0  # between two looks whether a group can be published
 
 
 class RunError(RuntimeError):
-    """A run that started and could not finish; what is done stays done, and a new start continues from there."""
+    """A run that started and could not finish; finished groups are kept, and a new start resumes from there."""
 
 
 @dataclass(frozen=True)

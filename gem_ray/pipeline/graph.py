@@ -151,7 +151,7 @@ def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Le
     """From a batch of `TRANSIT_SCHEMA` to one of `ANNOTATION_SCHEMA`; counts and logs what became of the posts.
 
     Raises:
-        RuntimeError: too many posts have failed for the run to go on.
+        RuntimeError: too many posts have failed for the run to continue.
     """
     posts = table_to_posts(table)
     failure = ledger.add_done(Tally.of_posts(posts))

@@ -75,7 +75,7 @@ def cut_groups(manifest: Manifest) -> list[Group]:
 
 
 class GroupRunner:
-    """Annotates groups of a run and decides what is published of them; what is done is not done again.
+    """Annotates groups of a run and decides what is published of them; finished groups are skipped.
 
     With one pass, groups share executions, so that actors load their models once, and a group is published while the
     next one is annotated. With several, each group goes through all of them before the next begins.

@@ -79,7 +79,7 @@ def count_input(
         shards: the files, as `list_shards` gives them.
         limit: read only the first rows, in the order of the files' names.
         first_number: of the first file.
-        skip_bad_files: go on without files whose bytes are damaged or no posts. A file that the storage does not hand
+        skip_bad_files: skip files whose bytes are damaged or no posts. A file that the storage does not hand
             out is never skipped: the failure may be the storage's, and over soon.
 
     Returns:
@@ -124,9 +124,7 @@ def _refuse(reasons: Sequence[str]) -> None:
         return
     more = f"\n  and {counted(len(reasons) - _NAMED, 'more file')}" if len(reasons) > _NAMED else ""
     raise ValueError(
-        "\n  ".join(reasons[:_NAMED])
-        + more
-        + "\nMend or remove what is named; --skip-bad-files goes on without damaged "
+        "\n  ".join(reasons[:_NAMED]) + more + "\nMend or remove what is named; --skip-bad-files skips damaged "
         "files and says how many rows were not read"
     )
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what is for readers (`gem_ray.data.output`), and what a later start needs to go on.
+"""The folder of a run: what is for readers (`gem_ray.data.output`), and what a later start needs to resume.
 
     _run/lease.json                    which process is writing, while one is
     _run/RUN/manifest.json             input files, configuration, models: what the run is
@@ -39,7 +39,7 @@ from gem_ray.data.output import (
 from gem_ray.data.storage import Storage, as_exact_json, as_json, open_storage
 from gem_ray.pipeline.inputs import InputFile
 
-EDITION = 5  # of this layout, and of the rows that a run may go on with
+EDITION = 5  # of this layout, and of the rows that a run can resume with
 
 
 # Files that all runs of an output write.
@@ -66,7 +66,7 @@ class OutputFolder:
         return self._folders.setdefault(run_id, RunFolder(self.storage, run_id))
 
     def last_run(self) -> RunFolder | None:
-        """The run that was begun last: the one that goes on."""
+        """The run that was started last: the one to resume."""
         begun = run_ids(self.storage)
         return self.run(begun[-1]) if begun else None
 
@@ -180,7 +180,7 @@ class RunFolder:
         """The run's manifest, with the files that were added later.
 
         Raises:
-            ValueError: another version of gem-ray has begun the run.
+            ValueError: another version of gem-ray started the run.
         """
         self._manifest = self._manifest or self._read_manifest()
         return self._manifest
@@ -195,7 +195,7 @@ class RunFolder:
         assert values is not None  # a run without manifest is none
         if values.get("edition") != EDITION:
             raise ValueError(
-                f"run {self.run_id} was begun by another version of gem-ray and cannot be continued; "
+                f"run {self.run_id} was started by another version of gem-ray and cannot be continued; "
                 "choose another output, or pass --fresh to replace it"
             )
         parts = [values["files"], *(added["files"] for added in self._added())]
@@ -249,7 +249,7 @@ class RunFolder:
         self.storage.create(f"{self._root}/published/{group}.json", publication.to_json())
 
     def rounds(self) -> dict[str, Round]:
-        """Rounds that were begun, by name."""
+        """Rounds that were started, by name."""
         facts = {name: self.read(f"rounds/{name}") for name in self._names("rounds")}
         return {name: Round(**each) for name, each in facts.items() if each is not None}
 

@@ -112,7 +112,7 @@ def reporting(
 ) -> Iterator[None]:
     """While the block runs, call `report(read())` now and then from a thread; once more when it succeeds.
 
-    Without `report`, a bar with the title on standard error; where that is no terminal, a line every ten seconds.
+    Without `report`, a bar with the title on standard error; where that is not a terminal, a line every ten seconds.
     """
     with nullcontext(report) if report else _bar(title) as show:
         with polling(partial(_show, show, read), every_s):
@@ -124,7 +124,7 @@ def reporting(
 def _show(report: OnReading, read: Callable[[], Reading]) -> None:
     try:
         report(read())
-    except Exception:  # of one report; the next one may succeed, and the run goes on without
+    except Exception:  # of one report; the next one may succeed, and the run continues without
         logger.warning("progress is not known", exc_info=True)
 
 

@@ -86,7 +86,7 @@ def annotate_dataset(
         update: take files into the run that were added to the input since.
         only_problems: do again the degraded and rejected rows of a finished run, whose limits on texts and images may
             be other ones now.
-        skip_bad_files: go on without files that cannot be read; the summary names them and counts their rows.
+        skip_bad_files: skip files that cannot be read; the summary names them and counts their rows.
         max_problem_share: of posts that may have problems of one kind: a run with more of them among its first thousand
             rows, or later, ends; `None` means unlimited. Rows of `only_problems` may all have some.
         limits: price, budget and deadline of the run.
@@ -103,7 +103,7 @@ def annotate_dataset(
         ValueError: the output belongs to a run with another input, configuration, models or `columns` (the message
             shows the difference); an input that is damaged or empty, an output inside the input, or actors that do not
             fit.
-        RunError: the run failed underway, or too many posts did; the message says where. What is done stays done.
+        RunError: the run failed underway, or too many posts did; the message says where. Finished groups are kept.
     """
     if fresh + update + only_problems > 1:
         raise ValueError("fresh, update and only_problems exclude one another")
@@ -167,7 +167,7 @@ class _Run:
         return self._finish(folder, clock, done)
 
     def _continue(self, update: bool, only_problems: bool) -> RunFolder | None:
-        """The run that was begun last, if it is the same run; with new files of the input taken into it."""
+        """The run that was started last, if it is the same run; with new files of the input taken into it."""
         folder = self.directory.last_run()
         if folder is None:
             if only_problems:
@@ -374,7 +374,7 @@ class _Work:
         return self._round("p", names, lambda: ids_of_files(self._storage, names)) if names else None
 
     def _round(self, kind: str, replaces: list[str], ids: Callable[[], Any]) -> Group:
-        """A round that was begun and not published, under the same limits, or a new one."""
+        """A round that was started and not published, under the same limits, or a new one."""
         wanted = Round(replaces, limits_of(self._run.config))
         published, rounds = self._folder.publications(), self._folder.rounds()
         open_rounds = [n for n, each in rounds.items() if each == wanted and n not in published and n[0] == kind]

@@ -129,7 +129,7 @@ def _read_posts(reader: InputReader, read: _Read, earlier: PassResults | None) -
 
 
 def _check_unchanged(filesystem: fs.FileSystem, file: InputFile) -> None:
-    """See that nobody has replaced a file while the run goes on.
+    """Check that a file was not replaced during the run.
 
     Raises:
         ValueError: it is not the file that the run began with, or it is gone.

@@ -81,7 +81,7 @@ class _Work:
 
 
 class StageBrokenError(RuntimeError):
-    """A stage whose processes die one after the other, whatever the rows; or a run that must not go on."""
+    """A stage whose processes die one after the other, whatever the rows; or a run that must stop."""
 
 
 def run_watched(stage: GuardedStage, posts: list[Post], ledger: Ledger, gate: Gate) -> None:

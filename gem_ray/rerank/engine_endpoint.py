@@ -17,7 +17,7 @@ _JPEG_QUALITY = 90
 
 
 class EndpointEngine:
-    """Asks one question a request; an answer that names no candidate, or more than one, is no answer.
+    """Asks one question a request; an answer that names no candidate, or more than one, does not count.
 
     Args:
         settings: the endpoint, and what it is told.

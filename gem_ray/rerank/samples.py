@@ -87,7 +87,7 @@ class SampleEncoder:
 class EntitySamples(Dataset):
     """Every gold entity once an epoch, each epoch in another order and with other candidates.
 
-    A sample depends on its index and the recipe's seed alone, so that a training which was stopped goes on with the
+    A sample depends on its index and the recipe's seed alone, so that a resumed training continues with the
     samples that it would have seen. Images are decoded as they are needed: all of them would not fit into memory.
 
     Args:

@@ -1,4 +1,4 @@
-"""Trains the reranker: LoRA on LLaVA's language model, loss on the answer only (§3.3.2); interrupted, it goes on."""
+"""Trains the reranker: LoRA on LLaVA's language model, loss on the answer only (§3.3.2). Resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def train_reranker(
         `entities`, `steps`, and the mean loss of the first and of the last report.
 
     Raises:
-        ConfigError: a training with another recipe, base, posts or candidates was begun there, or bitsandbytes is asked
+        ConfigError: a training with another recipe, base, posts or candidates was started there, or bitsandbytes is asked
             for and not installed.
         ValueError: no post has both a gold entity and an image that can be read; or the base's weights are missing,
             unexpected or of another shape.

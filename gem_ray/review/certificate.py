@@ -163,7 +163,7 @@ def certify(
 ) -> Certificate:
     """Estimate a run's scores from its checked posts.
 
-    Only posts up to the first unchecked one count: those behind a gap are no random sample any more.
+    Only posts up to the first unchecked one count: those behind a gap are not a random sample any more.
 
     Args:
         review: the sample.
@@ -174,7 +174,7 @@ def certify(
         against: the output of a second run over the same posts.
 
     Raises:
-        FileNotFoundError: `against` is no run.
+        FileNotFoundError: `against` is not a run.
         ValueError: the review was chosen for training, too few posts are checked, a claim is about a task that cannot
             be judged, or the second run lacks posts.
     """
@@ -297,7 +297,7 @@ def _differences(
     rows = iterate_rows(run, row_ids=[post.row_id for post in gold if post.row_id is not None])
     annotated = [Post.from_annotation(row) for row in rows]
     if missing := {post.row_id for post in gold} - {post.row_id for post in annotated}:
-        raise ValueError(f"{run} lacks {counted(len(missing), 'checked post')}: it is no run over the same posts")
+        raise ValueError(f"{run} lacks {counted(len(missing), 'checked post')}: it is not a run over the same posts")
     right, predicted, _ = _counts(review, gold, annotated, iou)
     then = estimate(replace(checks, right=right, predicted=predicted))
     return {

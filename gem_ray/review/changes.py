@@ -51,7 +51,7 @@ def compare_runs(first: Path | str, second: Path | str) -> Changes:
     """Count what changed between two runs, whose rows are known by `row_id`.
 
     Raises:
-        FileNotFoundError, EvaluationError: one of them is no run, or they have no row in common.
+        FileNotFoundError, EvaluationError: one of them is not a run, or they have no row in common.
     """
     (rows, entities), (other_rows, other_entities) = _read(first), _read(second)
     shared = pc.is_in(rows, other_rows)

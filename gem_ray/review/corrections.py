@@ -153,7 +153,7 @@ def _category(names: Any, quoted: str, labels: LabelSet) -> str:
     if not isinstance(names, list) or len(names) != 1:
         raise ValueError(f"the span {quoted!r} has {len(names or ())} categories; give it one")
     if names[0] not in labels.parent:
-        raise ValueError(f"the span {quoted!r} is {names[0]!r}, which is no category of {labels.name}")
+        raise ValueError(f"the span {quoted!r} is {names[0]!r}, which is not a category of {labels.name}")
     return str(names[0])
 
 

@@ -148,10 +148,10 @@ def read_review(path: Path) -> Review:
     """Read what `write_review` wrote.
 
     Raises:
-        FileNotFoundError: it is no review.
+        FileNotFoundError: it is not a review.
     """
     if not (path / FACTS).is_file():
-        raise FileNotFoundError(f"{path} is no review: give a folder that `gem-ray review sample` wrote")
+        raise FileNotFoundError(f"{path} is not a review: give a folder that `gem-ray review sample` wrote")
     facts = Facts.from_dict(json.loads((path / FACTS).read_text(encoding="utf-8")))
     return Review(path, facts, [Post.from_annotation(row) for row in iterate_rows(path / ROWS)])
 

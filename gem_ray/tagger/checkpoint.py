@@ -73,8 +73,8 @@ def save_tagger(
         tokenizer: its tokenizer.
         out: the directory, made if need be.
         base_encoder: a reference that `model_paths.resolve` understands: only the weights that differ from it are
-            written, in half precision, and neither the tokenizer nor the encoder's configuration. None: everything is
-            written as it is, and the directory needs nothing else.
+            written, in half precision, and neither the tokenizer nor the encoder's configuration. None means that
+            everything is written as it is, and the directory needs nothing else.
         recipe: how the model was trained, to be stored with it.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def load_tagger(path: Path) -> tuple[DualPathTagger, PreTrainedTokenizerBase]:
 
     Raises:
         FileNotFoundError: a file of the directory, or its base encoder, is not there.
-        ValueError: `config.json` is no tagger's, or weights are missing, unexpected or of another shape.
+        ValueError: `config.json` is not a tagger's, or weights are missing, unexpected or of another shape.
     """
     config = _read_config(path)
     weights = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items()}
@@ -138,7 +138,7 @@ def _without_adapter(encoder: Any, out: Path, base_encoder: str | None) -> PreTr
 
 def _read_config(path: Path) -> TaggerFileConfig:
     if not (path / _CONFIG).is_file():
-        raise FileNotFoundError(f"{path} is no tagger: it has no {_CONFIG}")
+        raise FileNotFoundError(f"{path} is not a tagger: it has no {_CONFIG}")
     try:
         config = TaggerFileConfig.model_validate_json((path / _CONFIG).read_text(encoding="utf-8"))
     except ValidationError as error:

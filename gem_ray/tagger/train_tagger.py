@@ -1,4 +1,4 @@
-"""Training the tagger: an encoder is fine-tuned, the epoch that is best on dev is kept; interrupted, it goes on."""
+"""Trains the tagger: fine-tunes an encoder and keeps the epoch that is best on dev. Resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def train_tagger(
         directory, read back. Scores are as `scores.Scores`.
 
     Raises:
-        ConfigError: a training with another recipe or encoder, or on other posts, was begun there.
+        ConfigError: a training with another recipe or encoder, or on other posts, was started there.
         ValueError: no training post has both words and `gold`.
     """
     torch.manual_seed(settings.seed)

@@ -72,7 +72,7 @@ def test_what_workers_refuse_is_refused_as_by_one_process(
     (tmp_path / "checkpoints").mkdir()
     begun = {"recipe": settings.changed(epochs=9).model_dump(mode="json")}
     (tmp_path / "checkpoints" / "begun.json").write_text(json.dumps(begun))
-    with pytest.raises(ConfigError, match="begun with another recipe") as error:
+    with pytest.raises(ConfigError, match="started with another recipe") as error:
         train_tagger_on_workers(posts, posts, tmp_path, settings, 2)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ray-train").exists()

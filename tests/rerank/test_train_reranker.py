@@ -136,12 +136,12 @@ def test_checkpoints_hold_the_adapter_alone(base, posts, recipe, tmp_path):
 def test_a_training_with_another_recipe_is_not_gone_on_with(base, posts, recipe, tmp_path):
     with pytest.raises(KilledError):
         train_reranker(posts, str(base), tmp_path, recipe, report=_kill_at(3))
-    with pytest.raises(ConfigError, match="begun with another recipe"):
+    with pytest.raises(ConfigError, match="started with another recipe"):
         train_reranker(posts, str(base), tmp_path, recipe.model_copy(update={"epochs": 4}))
     row = {"post_id": "none", "word_start": 0, "word_end": 1, "candidates": ["city"]}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "candidates.parquet")
     stored = StoredCandidates(tmp_path / "candidates.parquet", FMNERG, recipe.k)
-    with pytest.raises(ConfigError, match="begun with another set of candidates"):
+    with pytest.raises(ConfigError, match="started with another set of candidates"):
         train_reranker(posts, str(base), tmp_path, recipe, stored)
 
 

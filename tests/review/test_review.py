@@ -193,7 +193,7 @@ def test_the_last_annotation_counts_and_skipped_ones_do_not(review, tasks, expor
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: [region(0, 1, text, "town")], "which is no category of fmnerg"),
+        (lambda text: [region(0, 1, text, "town")], "which is not a category of fmnerg"),
         (lambda text: [region(text.index(" "), text.index(" ") + 1, text)], "holds no word"),
         (lambda text: [region(4, 12, text), region(4, 15, text, "song", "b")], "no category|share words"),
         (lambda text: [region(4, 12, text), region(4, 20, text, "music", "b")], "share words"),
@@ -401,7 +401,7 @@ def test_what_a_second_run_changed_is_counted_by_row(run, posts, tmp_path, write
     assert (changes.added, changes.removed, changes.recategorised, changes.boxes) == (1, 1, 1, 1)
     assert changes.moves == [("intellectual", "artist", 1)]
     corrections = read_corrections(export(list(map(checked, tasks))), review)
-    with pytest.raises(ValueError, match="lacks 1 checked post: it is no run over the same posts"):
+    with pytest.raises(ValueError, match="lacks 1 checked post: it is not a run over the same posts"):
         certify(review, corrections, against=other)
     whole = write_run(tmp_path / "whole", second, "run-3")
     certificate = certify(review, corrections, against=whole)

@@ -96,8 +96,8 @@ def test_a_training_with_another_recipe_is_not_gone_on_with(
 ) -> None:
     with pytest.raises(KilledError):
         train_tagger(posts, posts, tmp_path, settings, kill_at(4))
-    with pytest.raises(ConfigError, match="begun with another recipe"):
+    with pytest.raises(ConfigError, match="started with another recipe"):
         train_tagger(posts, posts, tmp_path, settings.changed(epochs=4))
     others = [replace(post, text=f"{post.text} !") for post in posts]
-    with pytest.raises(ConfigError, match=r"begun with another set of posts \(begun\.json\)"):
+    with pytest.raises(ConfigError, match=r"started with another set of posts \(begun\.json\)"):
         train_tagger(others, posts, tmp_path, settings)
