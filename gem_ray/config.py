@@ -609,7 +609,7 @@ def load_config(
     A list of pools may be given whole, or as a mapping that changes some: `pools: {ground: {num_gpus: 1}}`.
 
     Raises:
-        ConfigError: an unknown preset, a file that does not hold a mapping, an unknown key or a value of the wrong kind.
+        ConfigError: an unknown preset, a file without a mapping, an unknown key or a value of the wrong kind.
     """
     if preset not in preset_names():
         raise ConfigError(f"unknown preset {preset!r}; {nearest(preset, preset_names())}")

@@ -1,4 +1,4 @@
-"""What trainings on `transformers.Trainer` share: arguments from a recipe, the checkpoint to resume from, reports of the loss."""
+"""What trainings on `transformers.Trainer` share: arguments, the checkpoint to resume from, loss reports."""
 
 from __future__ import annotations
 

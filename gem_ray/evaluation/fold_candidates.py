@@ -39,8 +39,8 @@ def store_fold_candidates(
 ) -> Path:
     """For every gold mention, the K most probable categories of a tagger that has not seen its post.
 
-    A tagger is trained for each fold, on the posts of all others. Call it again to resume after a stop: finished folds are
-    skipped.
+    A tagger is trained for each fold, on the posts of all others. Call it again to resume after a stop: finished folds
+    are skipped.
 
     Args:
         posts: with `tokens` and `gold`.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class KnowledgeProvider:
     """Stage KNOWLEDGE. Fills `caption` and `knowledge` where they are blank; what a post brings is never replaced.
 
-    A question that fails costs the post its knowledge and nothing else; so does an empty answer, which is not a failure.
+    A question that fails costs the post its knowledge alone. So does an empty answer, which is not a failure.
 
     Args:
         loader: fills `post.image` for the captioner, or records on the post why it cannot.

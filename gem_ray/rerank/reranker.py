@@ -142,8 +142,8 @@ class Reranker:
 def more_probable(tagged: str, answered: str, choices: Sequence[str], probabilities: np.ndarray) -> str:
     """The tagger's category, or the reranker's answer where that is more probable.
 
-    The tagger's best path may have a category that is not a candidate, as the categories of its words say otherwise; the
-    answer decides then.
+    The tagger's best path may have a category that is not a candidate, as the categories of its words say otherwise;
+    the answer decides then.
     """
     if tagged not in choices:
         return answered

@@ -69,8 +69,8 @@ def train_reranker(
         `entities`, `steps`, and the mean loss of the first and of the last report.
 
     Raises:
-        ConfigError: a training with another recipe, base, posts or candidates was started there, or bitsandbytes is asked
-            for and not installed.
+        ConfigError: a training with another recipe, base, posts or candidates was started there, or bitsandbytes is
+            asked for and not installed.
         ValueError: no post has both a gold entity and an image that can be read; or the base's weights are missing,
             unexpected or of another shape.
     """

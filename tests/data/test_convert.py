@@ -208,7 +208,7 @@ def test_one_json_array_is_read_as_its_items(tmp_path, indent):
 @pytest.mark.parametrize("content", [b"[\n{}\n", b"[{}] [{}]"])
 def test_what_begins_as_an_array_and_is_none_is_refused(tmp_path, content):
     (tmp_path / "posts.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"posts\.json begins as one JSON array, but is none"):
+    with pytest.raises(ValueError, match=r"posts\.json begins as a JSON array, but is not one"):
         list(from_jsonl(tmp_path / "posts.json"))
 
 
