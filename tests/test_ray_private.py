@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
+
+from gem_ray.ray_private.core import SYSTEM_CONFIG
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "gem_ray" / "ray_private"
@@ -105,3 +108,8 @@ def test_a_name_that_is_gone_is_missed():
     from ray.data.dataset import Dataset
 
     assert not _has(Dataset, "_no_such_plan")
+
+
+@pytest.mark.parametrize("owner", [ray.init, Cluster])
+def test_ray_takes_settings_of_its_own_processes(owner: Any):
+    assert SYSTEM_CONFIG in inspect.getsource(owner)

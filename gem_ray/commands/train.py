@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from gem_ray.tagger.recipe import TaggerTraining
     from gem_ray.tagger.trainer import TrainingProgress
 
+WorkersOption = Annotated[
+    int,
+    typer.Option(help="Processes that share the work through Ray Train; all must see OUT at the same path.", min=1),
+]
+
 app = typer.Typer(help="Train a component.", no_args_is_help=True)
 nano = typer.Typer(help="The embedded models.", no_args_is_help=True)
 
@@ -40,10 +45,7 @@ def train_tagger_command(
         Path | None, typer.Option(help="Shards to choose the epoch by; without them the last epoch is kept.")
     ] = None,
     dev_split: Annotated[str, typer.Option(help="The same, as a split of a Twitter10000 root.")] = "dev",
-    workers: Annotated[
-        int,
-        typer.Option(help="Processes that share the work through Ray Train; all must see OUT at the same path.", min=1),
-    ] = 1,
+    workers: WorkersOption = 1,
     recipe_set: RecipeSetOption = None,
 ) -> None:
     """The dual-path CRF tagger (§3.2). The same command resumes from the last checkpoint."""
@@ -93,10 +95,7 @@ def train_reranker_command(
             help="Output of `gem-ray train candidates`; default: the paper's rule.", exists=True, dir_okay=False
         ),
     ] = None,
-    workers: Annotated[
-        int,
-        typer.Option(help="Processes that share the work through Ray Train; all must see OUT at the same path.", min=1),
-    ] = 1,
+    workers: WorkersOption = 1,
     recipe_set: RecipeSetOption = None,
 ) -> None:
     """A LoRA adapter for the LLaVA reranker (§3.3.2). The same command resumes from the last checkpoint."""

@@ -71,10 +71,7 @@ class LlavaMatcher:
     def from_config(cls, config: Config) -> LlavaMatcher:
         """Load the model that `grounder.matcher` names; it raises what `load_pretrained` does."""
         settings = config.grounder.matcher
-        folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
-        model = load_pretrained(LlavaForConditionalGeneration, folder, dtype=dtype, attn_implementation="eager")
-        processor = LlavaProcessor.from_pretrained(folder)
-        model = model.to(torch_device(config.device))
+        model, processor = _load(config, LlavaForConditionalGeneration, LlavaProcessor)
         return cls(model, processor, settings.layer, settings.batch_size, settings.image_fit)
 
     def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
@@ -142,10 +139,8 @@ class Blip2Matcher:
     def from_config(cls, config: Config) -> Blip2Matcher:
         """Load the model that `grounder.matcher` names; it raises what `load_pretrained` does."""
         settings = config.grounder.matcher
-        folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
-        model = load_pretrained(Blip2ForImageTextRetrieval, folder, dtype=dtype, attn_implementation="eager")
-        processor = AutoProcessor.from_pretrained(folder)
-        return cls(model.to(torch_device(config.device)), processor, settings.layer, settings.batch_size)
+        model, processor = _load(config, Blip2ForImageTextRetrieval, AutoProcessor)
+        return cls(model, processor, settings.layer, settings.batch_size)
 
     def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
         """Answer queries about `(h, w, 3)` uint8 images, in the order of the queries."""
@@ -226,6 +221,14 @@ def _in_batches(
     size: int,
 ) -> list[Match]:
     return [answer for start in range(0, len(queries), size) for answer in match(images, queries[start : start + size])]
+
+
+def _load(config: Config, model_class: Any, processor_class: Any) -> tuple[Any, Any]:
+    """The model that `grounder.matcher` names, on its device, and its processor."""
+    settings = config.grounder.matcher
+    folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
+    model = load_pretrained(model_class, folder, dtype=dtype, attn_implementation="eager")
+    return model.to(torch_device(config.device)), processor_class.from_pretrained(folder)
 
 
 def _checked(layer: int | None, depth: int) -> int:

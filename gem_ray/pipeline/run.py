@@ -88,7 +88,8 @@ def annotate_dataset(
             be other ones now.
         skip_bad_files: skip files that cannot be read; the summary names them and counts their rows.
         max_problem_share: of posts that may have problems of one kind: a run with more of them among its first thousand
-            rows, or later, ends; `None` means unlimited. Rows of `only_problems` may all have some.
+            rows, or later, ends; `None` means unlimited. Rows of `only_problems` may all have some. `gem-ray annotate`
+            passes 0.5, because a script sees its exit code alone; here the summary's `tally.problems` is at hand.
         limits: price, budget and deadline of the run.
         progress: called now and then with how far the run is and what it costs; default: a bar, if standard error is
             a terminal.

@@ -98,11 +98,6 @@ class TaggerTraining(TaggerDesign, recipes.Recipe):
         return parse_recipe({**self.model_dump(), **values})
 
 
-def tagger_recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return recipes.recipe_names("tagger")
-
-
 def load_tagger_recipe(name: str | None = None, **values: Any) -> TaggerTraining:
     """A recipe of the package, or the defaults, with some settings changed.
 

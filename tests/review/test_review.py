@@ -195,7 +195,7 @@ def test_the_last_annotation_counts_and_skipped_ones_do_not(review, tasks, expor
     [
         (lambda text: [region(0, 1, text, "town")], "which is not a category of fmnerg"),
         (lambda text: [region(text.index(" "), text.index(" ") + 1, text)], "holds no word"),
-        (lambda text: [region(4, 12, text), region(4, 15, text, "song", "b")], "no category|share words"),
+        (lambda text: [region(4, 12, text), region(4, 15, text, "song", "b")], "not a category|share words"),
         (lambda text: [region(4, 12, text), region(4, 20, text, "music", "b")], "share words"),
         (lambda text: [region(4, 12, "_" + text)], "not what stands at its characters"),
         (lambda text: [region(4, 12, text) | {"value": {"start": 4, "end": 12, "labels": []}}], "0 categories"),

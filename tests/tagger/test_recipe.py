@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from gem_ray.config import ConfigError
-from gem_ray.tagger.recipe import TaggerDesign, TaggerTraining, load_tagger_recipe, parse_recipe, tagger_recipe_names
+from gem_ray.recipes import recipe_names
+from gem_ray.tagger.recipe import TaggerDesign, TaggerTraining, load_tagger_recipe, parse_recipe
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_paper_presets_hold_the_papers_values(preset: str, encoder: str) -> None
 
 
 def test_every_preset_is_a_recipe_and_survives_yaml() -> None:
-    for name in tagger_recipe_names():
+    for name in recipe_names("tagger"):
         recipe = load_tagger_recipe(name)
         assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump()))) == recipe
 
