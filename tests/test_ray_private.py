@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
+from ray._private.parameter import RayParams
 
 from gem_ray.ray_private.core import SYSTEM_CONFIG
 
@@ -110,6 +110,6 @@ def test_a_name_that_is_gone_is_missed():
     assert not _has(Dataset, "_no_such_plan")
 
 
-@pytest.mark.parametrize("owner", [ray.init, Cluster])
+@pytest.mark.parametrize("owner", [ray.init, RayParams])  # a node of a `Cluster` takes those of `RayParams`
 def test_ray_takes_settings_of_its_own_processes(owner: Any):
     assert SYSTEM_CONFIG in inspect.getsource(owner)
