@@ -25,6 +25,7 @@ from gem_ray.planning.estimate import RunEstimate, estimate
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.probe import probe
 from gem_ray.planning.workload import TWEETS, Workload
+from gem_ray.ray_private.core import SYSTEM_CONFIG
 
 _PRICE = 2.0  # of an hour of a card
 _NOISE = 0.2
@@ -150,7 +151,7 @@ def _run(
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
-        _system_config=_KEEP_WORKERS,
+        **{SYSTEM_CONFIG: _KEEP_WORKERS},
     )
     try:
         diary: Any = ray.remote(num_cpus=0)(Diary).remote(dict(actors))

@@ -129,7 +129,7 @@ def commands_for(submission_id: str, address: str, again: str) -> str:
     return (
         f"follow it: ray job logs --follow --address {address} {submission_id}\n"
         f"stop it: ray job stop --address {address} {submission_id}\n"
-        f"continue it, once it has stopped or failed: submit {again}; what is done is not done again"
+        f"continue it, once it has stopped or failed: submit {again}; finished rows are kept"
     )
 
 

@@ -110,7 +110,7 @@ def annotate(
         )
     except KeyboardInterrupt:
         begun = ["--fresh"] * fresh + ["--update"] * update
-        typer.echo(f"\nstopped; what is done is in {output}, and {same_command(begun)} continues", err=True)
+        typer.echo(f"\nstopped; finished rows are in {output}, and {same_command(begun)} continues", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     _print_summary(summary, output.rstrip("/"), as_json)
     if failure := mass_failure(summary.tally, max_problem_share):

@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 # Reading a post, carrying it between processes, writing it, and Ray's own work for it: 19 % of a core at 35.9 posts a
-# second of `jobs/benchmark.py throughput`, by the processes' times in steady state.
+# second, by the processes' times in the steady state of a run of `jobs/benchmark.py throughput`.
 CARRYING_SECONDS = 0.005
 # Until the first post of a run is through: Ray's start and an actor's, with models that load in no time (`nano` on two
 # cores, `seconds_to_first_post` in docs/benchmarks/throughput.json).
