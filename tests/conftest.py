@@ -25,8 +25,8 @@ from uuid import uuid4
 import pytest
 from hypothesis import settings
 
-# The same examples in every run; `pytest --hypothesis-profile default` looks for new ones.
-settings.register_profile("steady", derandomize=True)
+# The same examples in every run, however long one takes; `pytest --hypothesis-profile default` looks for new ones.
+settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
 
 # Small models gain nothing from a second thread, and threads that share cores with Ray's processes wait for each other.

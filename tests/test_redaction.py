@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -94,7 +94,6 @@ def test_the_keys_are_all_there() -> None:
     assert len(KEYS) > 20
 
 
-@settings(deadline=None)
 @given(st.sampled_from(KEYS), URL, st.integers(0, 5))
 def test_no_credential_anywhere_in_a_configuration_is_stored(key: tuple[str, ...], url: str, shape: int) -> None:
     config = with_value(key, url, shape)
@@ -103,7 +102,6 @@ def test_no_credential_anywhere_in_a_configuration_is_stored(key: tuple[str, ...
     assert config.public() == redacted(config.public()), "resuming compares what is stored with what is there now"
 
 
-@settings(deadline=None)
 @given(st.sampled_from(KEYS), URL)
 def test_two_passwords_are_one_configuration(key: tuple[str, ...], url: str) -> None:
     """Whoever changes a password can resume."""
@@ -134,14 +132,12 @@ def test_other_texts_stay(text: str) -> None:
     assert redacted(text) == text
 
 
-@settings(deadline=None)
 @given(URL)
 def test_what_is_hidden_is_hidden_once(url: str) -> None:
     assert HIDDEN in redacted(url)
     assert redacted(redacted(url)) == redacted(url)
 
 
-@settings(deadline=None)
 @given(URL)
 def test_logs_problems_and_errors_hide_it(url: str) -> None:
     record = logging.LogRecord("httpx", logging.INFO, "", 0, "HTTP Request: POST %s", (url,), None)

@@ -134,7 +134,7 @@ def csv_of(texts, separator=",", quoting=csv.QUOTE_MINIMAL):
     return buffer.getvalue()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(RECORDS, st.sampled_from(",;\t|"), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
        st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), st.sampled_from([bytes, gzip.compress, bz2.compress,
        lzma.compress, lambda data: pa.compress(data, "zstd", asbytes=True)]))  # fmt: skip
@@ -147,7 +147,7 @@ def test_records_come_back_whatever_separates_encodes_and_packs_them(
     assert [(post.post_id, post.text) for post in posts] == [(str(n), text) for n, text in enumerate(texts)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(RECORDS, st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), st.data())
 def test_a_stray_quote_forges_and_swallows_no_record(tmp_path_factory, texts, quoting, data):
     content = csv_of(texts, quoting=quoting)

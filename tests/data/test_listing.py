@@ -67,7 +67,7 @@ NAMED = st.sampled_from(sorted(SHARDS)).flatmap(
 PLACES = st.sampled_from(["", "sub/", "_date=2024-01-01/", "lang=en/_hour=3/", "_temporary/", ".cache/", "a/_x/"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(PLACES, NAMED | st.sampled_from(sorted(OTHERS))), min_size=1, max_size=6))
 def test_every_file_is_read_or_left_out_with_a_reason(files):
     with tempfile.TemporaryDirectory() as name:
@@ -201,7 +201,7 @@ def test_keys_in_s3_with_empty_components_are_named(s3):
     assert remark.endswith(": /y.parquet, b//z.parquet")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(["file", "folder", "loop", "out", "nothing", "pipe", "name", "file link"]), max_size=6))
 def test_every_entry_of_a_folder_is_read_once_or_named(kinds):
     """Links that lead in circles, or nowhere, pipes, and names that are no text."""

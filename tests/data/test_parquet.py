@@ -63,7 +63,7 @@ def keys(table):
     return st.sampled_from(sorted(table))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(keys(IDS), keys(TEXT), keys(TOKENS), keys(IMAGES), st.permutations(["post_id", "text", "tokens", "image"]))
 def test_what_other_tools_write_is_read_as_what_it_means(tmp_path_factory, ids, text, tokens, image, order):
     columns = {"post_id": IDS[ids], "text": TEXT[text], "tokens": TOKENS[tokens], "image": IMAGES[image][0]}

@@ -1,7 +1,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gem_ray.config import Config
@@ -89,7 +89,6 @@ FIELD = st.one_of(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys((*INPUT_SCHEMA.names, ERROR_FIELD), FIELD)))
 def test_no_row_raises_and_every_post_can_be_written(row):
     post = Preparer.from_config(Config())([post_from_row(row)])[0]
@@ -98,7 +97,6 @@ def test_no_row_raises_and_every_post_can_be_written(row):
     assert post.is_rejected or post.tokens
 
 
-@settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys(INPUT_SCHEMA.names, FIELD)))
 def test_a_rejected_post_is_rejected_again_when_read_back(row):
     post = post_from_row(row)

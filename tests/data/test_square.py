@@ -28,7 +28,7 @@ def peak_of(scores: np.ndarray, height: int, width: int) -> tuple[float, float]:
     return (column + 0.5) * width / columns, (row + 0.5) * height / rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=SIZES, place=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)), fit=st.sampled_from(["pad", "crop"]))
 def test_a_known_point_of_the_image_is_where_the_map_of_the_square_has_its_peak(size, place, fit):
     height, width = size

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gem_ray.data.tokenize import has_words, tokenize, word_spans
@@ -47,7 +47,6 @@ INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u202a\u202e\u2060\u2064\
 WITHOUT_INVISIBLE = str.maketrans("", "", INVISIBLE + "\u202b\u202c\u202d\u2061\u2062\u2063\u2067\u2068")
 
 
-@settings(deadline=None)
 @given(st.text() | st.text(st.sampled_from(f"ab-/.1é 東{INVISIBLE}")))
 def test_words_are_all_of_the_text_but_white_space_and_what_is_invisible(text):
     tokens = tokenize(text)
@@ -56,7 +55,6 @@ def test_words_are_all_of_the_text_but_white_space_and_what_is_invisible(text):
     assert "".join("".join(tokens).translate(WITHOUT_INVISIBLE).split()) == "".join(visible.split())
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["Vexley", "Lyon", "wi-fi", "éa"]), min_size=1), st.data())
 def test_invisible_characters_neither_split_words_nor_are_words(words, data):
     mark = st.sampled_from(["", *INVISIBLE])
@@ -66,7 +64,6 @@ def test_invisible_characters_neither_split_words_nor_are_words(words, data):
     assert [token.rstrip(INVISIBLE) for token in tokens] == [word.rstrip(INVISIBLE) for word in marked]
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_spans_of_the_tokenizers_own_words_cut_them_out_again(text):
     tokens = tokenize(text)
@@ -75,7 +72,6 @@ def test_spans_of_the_tokenizers_own_words_cut_them_out_again(text):
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(" \t\n.,-x", max_size=3), st.text("abx .😂", min_size=1).filter(str.strip))))
 def test_spans_are_found_whatever_lies_between_the_words(pairs):
     text = "".join(gap + token for gap, token in pairs)

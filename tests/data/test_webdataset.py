@@ -180,7 +180,7 @@ def content_of(key, suffix, number):
     return f"{key} {number}".encode() if suffix.lower().endswith(("txt", "cls")) else PNG + bytes([number])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["a", "b", "c/d"]), st.lists(st.sampled_from(SUFFIXES), min_size=1, max_size=5)),

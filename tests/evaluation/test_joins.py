@@ -54,7 +54,7 @@ def posts_of(ids: list[str]) -> list[Post]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=5), st.data())
 def test_every_annotation_is_judged_by_its_own_gold(tmp_path_factory, ids, data):
     folder = tmp_path_factory.mktemp("joins")

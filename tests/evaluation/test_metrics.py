@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gem_ray.data import twitter10000
@@ -339,7 +339,6 @@ sides = st.integers(0, 12)
 boxes = st.builds(lambda x, y, w, h: Box(x, y, x + w, y + h), sides, sides, sides, sides)
 
 
-@settings(deadline=None)
 @given(boxes, boxes)
 def test_iou_equals_counted_pixels(first, second):
     def pixels(box):
@@ -372,7 +371,6 @@ def perfect(post: Post) -> Post:
     return predicted_post(*entities, post_id=post.post_id, tokens=post.tokens)
 
 
-@settings(deadline=None)
 @given(
     st.lists(gold_posts(), max_size=4, unique_by=lambda post: post.post_id),
     st.sampled_from([FMNERG, GMNER]),

@@ -190,7 +190,7 @@ def tagged_posts(draw):
     return post
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(post=tagged_posts())
 def test_any_post_comes_back_from_conll_and_offsets_from_label_studio(post, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")

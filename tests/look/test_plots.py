@@ -13,7 +13,7 @@ from gem_ray.look.plots import SERIES, label_points, new_figure
 places = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(points=places)
 def test_labels_lie_over_no_other_label(points: list[tuple[int, int]]) -> None:
     axes = new_figure().subplots()

@@ -201,7 +201,7 @@ def test_fields_of_tars_are_renamed_too(tmp_path: Path) -> None:
     assert (post.post_id, post.text) == ("7", "Lyon")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from(["first", "later", "bad"]), min_size=2, max_size=5), st.booleans())
 def test_rows_are_joined_as_the_run_has_numbered_them(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[str], is_copied: bool

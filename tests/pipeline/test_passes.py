@@ -31,7 +31,7 @@ def write(folder: Path, blocks: list[list[int]]) -> None:
         pq.write_table(table.cast(PASS_SCHEMA), folder / f"{number}.parquet")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 300),
     blocks=st.integers(1, 12),

@@ -78,7 +78,7 @@ posts_strategy = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(posts_strategy)
 def test_posts_travel_unchanged(posts: list[Post]) -> None:
     table = posts_to_table(posts)
@@ -87,7 +87,7 @@ def test_posts_travel_unchanged(posts: list[Post]) -> None:
     assert returned == posts
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(posts_strategy, st.integers(0, 4), st.integers(0, 4))
 def test_sliced_and_chunked_tables_read_the_same(posts: list[Post], cut: int, start: int) -> None:
     table = pa.concat_tables([posts_to_table(posts[:cut]), posts_to_table(posts[cut:])]).slice(start)

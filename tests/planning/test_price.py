@@ -266,7 +266,7 @@ SOME_FLEETS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(gpus=SOME_FLEETS, memory_gb=st.none() | st.floats(), card=st.none() | SOME_CARDS)
 @example(gpus="1", memory_gb=None, card="x:memory=24,tflops=0")
 @example(gpus="0xa10g", memory_gb=None, card=None)
@@ -330,7 +330,7 @@ def test_a_matcher_that_the_plan_does_not_know_is_a_warning(capsys: pytest.Captu
 SHARES = st.sampled_from([0.05, 0.1, 0.3, 0.5, 1.0])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     preset=st.sampled_from(["one-gpu", "cluster"]),
     cards=st.integers(1, 8),

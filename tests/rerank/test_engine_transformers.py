@@ -100,7 +100,7 @@ def test_many_questions_about_a_long_post_share_rows_of_bounded_length(base, mon
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=8),
     longest=st.integers(6, 60),

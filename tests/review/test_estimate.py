@@ -39,7 +39,7 @@ def known_run(posts=800, seed=0, error=1.0):
 KNOWN = known_run()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     posts=st.integers(1, 300), kind=st.sampled_from(KINDS), strata=st.integers(1, 6), seed=st.integers(0, 5),
     alike=st.booleans(),

@@ -43,7 +43,7 @@ FIELDS = ("text", "post_id", "tokens", "caption", "knowledge", "image", "image_u
 POSTS = st.builds(dict, KEYS | st.just({}), **{name: MANY | st.sampled_from([0, "", "a", {}]) for name in FIELDS})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(post=POSTS, others=MANY, keys=KEYS)
 def test_a_wrong_body_has_few_errors_however_much_is_wrong(post, others, keys):
     """Each costs time in one go, and none but the first ones is told."""
@@ -73,7 +73,7 @@ LONG_POSTS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(post=LONG_POSTS, accept=st.sampled_from(["application/json", "application/x-ndjson"]))
 @example({"text": "a", "k" * 500_000: 1}, "")
 @example({"text": "a" * 500_000}, "")
@@ -202,7 +202,7 @@ def part(name, value=b"z"):
 FORM = part("text", TEXT.encode()) + part('image"; filename="i', b"\xff\xd8\xff and so on") + b"--y--\r\n"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(end=st.integers(0, len(FORM)))
 @example(len(FORM) - len(b"\r\n--y--\r\n"))
 def test_a_form_that_is_cut_anywhere_is_refused(api, end):

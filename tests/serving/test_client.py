@@ -294,7 +294,7 @@ ENDS = [None, httpx.RemoteProtocolError("cut"), httpx.ReadTimeout("slow"), httpx
 DAMAGE = st.tuples(st.integers(0, 400), st.sampled_from([b"", b"<html>", b'{"index":9}\n', b'{"index":-1}\n', b"\xff"]))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damages=st.lists(st.tuples(DAMAGE, st.sampled_from(ENDS)), max_size=6), count=st.integers(1, 5))
 def test_however_answers_are_cut_each_post_is_answered_once_or_named(against, damages, count):
     """An answer may end anywhere, cleanly or not, with nonsense at its end."""

@@ -56,7 +56,6 @@ def test_every_answer_is_one_that_the_openapi_describes(service, method, path, m
 
     @settings(
         max_examples=40 if method == "POST" else 3,
-        deadline=None,
         derandomize=True,
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -70,7 +70,7 @@ def check(post: Post, text: str) -> None:
     assert pa.Table.from_pylist([json.loads(json.dumps(row))], ANNOTATION_SCHEMA).num_rows == 1
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(TEXTS, min_size=1, max_size=4))
 @example(NO_SUBWORD)
 @example(NO_WORD)
