@@ -125,7 +125,7 @@ def _read_posts(reader: InputReader, read: _Read, earlier: PassResults | None) -
     rows = islice(shard_rows(reader.filesystem, file.path, read.positions, reader.columns), read.rows)
     posts: Iterator[Post] = (_post(reader, file, position, row) for position, row in rows)
     yield from posts if earlier is None else earlier.merged(file, posts)
-    _check_unchanged(reader.filesystem, file)
+    _check_unchanged(reader.filesystem, file)  # the new file may end where a block of the old one did
 
 
 def _check_unchanged(filesystem: fs.FileSystem, file: InputFile) -> None:

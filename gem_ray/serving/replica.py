@@ -59,7 +59,7 @@ class _Loaded:
         spec: which.
         stage: does the work.
         models: what it has loaded, which is what it answers with.
-        metrics: of its batches.
+        metrics: of the batches of all stages.
         clock: of its batches.
         turn: held while it works: only some stages may do so in several threads.
     """
@@ -105,7 +105,8 @@ class PoolReplica:
         config.image = config.online_image
         self._pool = pool
         self._config = config
-        self._loaded = [self._load(spec) for spec in pool.stages]
+        metrics = StageMetrics()
+        self._loaded = [self._load(spec, metrics) for spec in pool.stages]
         self._filter = config.filter
         self._batch_size = pool.placement.batch_size
         self._run_together = serve.batch(
@@ -120,14 +121,12 @@ class PoolReplica:
         self._inside = 0
         self._running: dict[int, float] = {}  # when each batch that is being done has begun
 
-    def _load(self, spec: StageSpec) -> _Loaded:
+    def _load(self, spec: StageSpec, metrics: StageMetrics) -> _Loaded:
         # What it answers with must be what it has loaded, also where a model changes meanwhile.
         models = models_of(self._config, [spec])
         stage = build_stage(spec, self._config, models, self._pool)
         is_shared = not spec.has_model or spec.overlapping(self._config) > 1
-        return _Loaded(
-            spec, stage, models, StageMetrics(), BatchClock(), nullcontext() if is_shared else threading.Lock()
-        )
+        return _Loaded(spec, stage, models, metrics, BatchClock(), nullcontext() if is_shared else threading.Lock())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over what may change without a restart: the grounder's threshold. A batch keeps the one it began with.

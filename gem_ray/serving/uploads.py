@@ -69,15 +69,15 @@ class Uploads:
                 await asyncio.sleep(0)
             else:
                 is_done = True
-                self._reading[caller] -= 1
+                _take(self._reading, caller, 1)
             return message
 
         try:
             yield limited
         finally:
-            self._held_bytes[caller] -= received
+            _take(self._held_bytes, caller, received)
             if is_reading and not is_done:
-                self._reading[caller] -= 1
+                _take(self._reading, caller, 1)
 
     def _begin(self, caller: str) -> None:
         if self._reading[caller] >= MAX_READ_AT_ONCE:
@@ -94,6 +94,12 @@ class Uploads:
             raise BusyError(f"the bodies of this caller hold more than {self._limits.bytes_of_a_key:,} bytes")
         if self._held_bytes.total() > self._limits.max_bodies_bytes:
             raise BusyError(f"the bodies of all requests hold more than {self._limits.max_bodies_bytes:,} bytes")
+
+
+def _take(counter: Counter[str], caller: str, count: int) -> None:
+    counter[caller] -= count
+    if not counter[caller]:
+        del counter[caller]  # callers come and go for as long as the service runs
 
 
 class _BodyClock:
