@@ -197,6 +197,15 @@ def test_the_site_asks_the_network_for_nothing(site):
     assert not re.search(r"url\([\"']?(?:https?:)?//", styles)
 
 
+def test_no_list_is_running_text(site):
+    """MkDocs, unlike GitHub, begins a list only after an empty line."""
+    running = []
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<pre.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        running += [(str(page.relative_to(site)), item) for item in re.findall(r"\n *(?:[-*+]|\d+\.) .{,60}", text)]
+    assert running == []
+
+
 def test_the_site_has_an_entry_for_each_key(site):
     page = (site / "reference" / "configuration.html").read_text(encoding="utf-8")
     for section in sections(Config):

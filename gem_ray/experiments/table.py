@@ -41,6 +41,7 @@ def markdown(experiment: Experiment, results: Results, obstacles: Mapping[str, s
     missing = [row.label for row in experiment.table_rows if not any(results[row.label].values())]
     if missing:
         lines += ["", f"Not run: {'; '.join(missing)}."]
+    lines += [""] * bool(obstacles)
     lines += [f"- {experiment.variant(name).label}: {reason}" for name, reason in obstacles.items()]
     return "\n".join(lines) + "\n"
 
