@@ -138,7 +138,11 @@ class FilterConfig(_Section):
     """The uncertainty filter and the reranker's candidates (§3.3.1)."""
 
     gamma: float = Field(
-        0.2, ge=0, description="entropy in nats above which an entity is hard; ignored with `routing.threshold`"
+        0.2,
+        ge=0,
+        description="γ: an entity whose category entropy (eq. 10, in nats) is above this is hard, and the reranker is "
+        "asked about it; lower asks about more; `gem-ray calibrate` proposes one; ignored with `max_share` or "
+        "`routing.threshold`",
     )
     max_share: Probability | None = Field(
         None, description="largest share of entities that may be hard; a run measures the γ for it and ignores `gamma`"
@@ -524,7 +528,7 @@ class ServingConfig(_Section):
 
 
 class Config(_Section):
-    """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one leaf."""
+    """The whole system. `gem-ray annotate --set filter.gamma=0.3` sets one key."""
 
     labels: LabelSetName = Field("fmnerg", description="label set: FMNERG's 51 fine categories, or the four of GMNER")
     device: str = _speed("auto", "`auto`, `cpu`, `cuda`, `cuda:1`")

@@ -2,8 +2,9 @@
 
 They are the reference of the configuration, of the training recipes, of the commands, of the HTTP API and of the Python
 API, the pages that the repository has outside `docs/`, and a page with the text of each file that another page links
-to. A link to a name in a Python file, `crf.py#LinearChainCRF`, leads to the line of its definition. Neither torch nor
-Ray is imported, but for the HTTP API when the site is built.
+to. A link to a name in a Python file, `crf.py#LinearChainCRF`, leads to the line of its definition, and one to an
+equation, `model.py#eq-9`, to the line with its number. Neither torch nor Ray is imported, but for the HTTP API when the
+site is built.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ names the nearest one. The defaults below are those of the code; `nano` and the 
 `gem-ray config --preset one-gpu` shows the values of a preset.
 
 The column *annotations* says whether the key changes what is annotated. A run refuses to resume with another value of
-such a key. The others change where and how fast posts are annotated, and may differ between two starts.
+such a key; only `--only-problems` takes [other limits](../resume.md#failed-rows-only-problems), of `image` and `text`.
+The others change where and how fast posts are annotated, and may differ between two starts. How to choose γ is said
+[here](../evaluate.md#choose).
 """
 _RECIPES = """# Training recipes
 
@@ -141,14 +144,19 @@ def included_page(source: Path, docs: Path) -> str:
 
 
 def line_of(name: str, file: Path) -> int:
-    """The line, from 1, in which a Python file defines a function or class.
+    """The line, from 1, in which a Python file defines a function or class, or has an equation's number as a comment.
+
+    Args:
+        name: of a definition, or `eq-9` for `# eq. 9`, `eq-5-numerator` for `# eq. 5, numerator`.
+        file: the Python file.
 
     Raises:
-        ValueError: it does not.
+        ValueError: there is no such line.
     """
-    definition = re.compile(rf"\s*(?:def|class) {re.escape(name)}\b")
+    comment = r"\W+".join(name.split("-"))
+    wanted = re.compile(rf"# {comment}\b" if name.startswith("eq-") else rf"^\s*(?:def|class) {re.escape(name)}\b")
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if definition.match(line):
+        if wanted.search(line):
             return number
     raise ValueError(f"{file.relative_to(ROOT)} defines no {name}")
 
@@ -220,8 +228,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Links with a line as their title lead to it: MkDocs, which checks anchors before, knows none in code."""
-    return re.sub(r'(?<=\.html)(?=" title="line (\d+)")', r"#__codelineno-0-\1", html)
+    """Links with a line as their title lead to it and show it. MkDocs checks anchors before, and knows none in code."""
+    return re.sub(
+        r'([\w.]+)\.html" title="line (\d+)">(.*?)</a>',
+        r'\1.html#__codelineno-0-\2">\3, <code>\1:\2</code></a>',
+        html,
+    )
 
 
 def _source_uri(path: Path) -> str:

@@ -214,10 +214,14 @@ def test_the_site_has_an_entry_for_each_key(site):
 
 
 def test_equations_lead_to_the_lines_that_compute_them(site):
-    links = re.findall(r'href="(source/[^"#]+)#([^"]+)"', (site / "paper.html").read_text(encoding="utf-8"))
-    assert len(links) > 10
-    for page, anchor in links:
-        assert f'id="{anchor}"' in (site / page).read_text(encoding="utf-8"), (page, anchor)
+    link = r'href="source/([^"#]+)\.html#(__codelineno-0-(\d+))">[^"]*?, <code>([^<]+)</code></a>'
+    computed = set()
+    for file, anchor, number, shown in re.findall(link, (site / "paper.html").read_text(encoding="utf-8")):
+        assert shown == f"{Path(file).name}:{number}"
+        assert f'id="{anchor}"' in (site / "source" / f"{file}.html").read_text(encoding="utf-8"), (file, anchor)
+        line = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+        computed |= {int(equation) for equation in re.findall(r"# eq\. (\d+)", line)}
+    assert computed == {*range(3, 12)}
 
 
 def test_the_site_has_every_route_status_and_field_of_the_http_api(site):

@@ -48,7 +48,7 @@ class PlainMatcher(Matcher):
         attention.retain_grad()
         probability = self.model.itm_head(encoded.last_hidden_state[:, 0]).softmax(-1)[:, MATCH]  # P_T
         probability.sum().backward()
-        scores = patch_scores(attention.detach().float(), attention.grad.float(), batch.counted(self.tokens))  # (11)
+        scores = patch_scores(attention.detach().float(), attention.grad.float(), batch.counted(self.tokens))  # eq. 11
         self.model.zero_grad()
         self.model.requires_grad_(False)
         side = self.images.side // self.model.config.vision_config.patch_size

@@ -79,7 +79,7 @@ def patch_scores(attention: Tensor, gradient: Tensor, counted: Tensor) -> Tensor
         `(B, P)`, one score for each image patch; the class patch is left out.
     """
     weighted = gradient.clamp(min=0) * attention * counted[:, None, :, None]
-    return weighted.sum(dim=2).mean(dim=1)[:, 1:]  # (11)
+    return weighted.sum(dim=2).mean(dim=1)[:, 1:]  # eq. 11
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class LinearChainCRF(CRF):
         moved = self.transitions[tags[:-1], tags[1:]]  # (W - 1, B)
         last = tags.gather(0, mask.sum(dim=0, keepdim=True) - 1)[0]  # (B,)
         ends = self.start_transitions[tags[0]] + self.end_transitions[last]
-        return ends + (emitted * mask).sum(dim=0) + (moved * mask[1:]).sum(dim=0)
+        return ends + (emitted * mask).sum(dim=0) + (moved * mask[1:]).sum(dim=0)  # eq. 5, numerator
 
     def _compute_normalizer(self, emissions: Tensor, mask: Tensor) -> Tensor:
         """The logarithm of eq. 5's denominator: emissions (W, B, C), mask (W, B) → (B,).
@@ -77,7 +77,7 @@ class LinearChainCRF(CRF):
         logs = (torch.stack(scales).log() + peaks) * mask  # (W, B)
         lengths = mask.sum(dim=0)
         last = torch.stack(states)[lengths - 1, torch.arange(len(lengths), device=mask.device)]  # (B, C)
-        return logs.sum(dim=0) + (last @ self.end_transitions.exp()).log()
+        return logs.sum(dim=0) + (last @ self.end_transitions.exp()).log()  # eq. 5, denominator
 
     def _viterbi_decode(self, emissions: Tensor, mask: Tensor) -> list[list[int]]:
         """The best tag sequences: emissions (W, B, C), mask (W, B), which is on from the first word to the last.

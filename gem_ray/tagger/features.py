@@ -195,7 +195,7 @@ class SubwordEncoder:
         knowledge = post.knowledge[: max(0, self.max_length - len(text) - _SPECIAL_TOKENS - 1)]
         window.input_ids.append(separator)
         if knowledge:
-            window.input_ids.extend([*knowledge, separator])
+            window.input_ids.extend([*knowledge, separator])  # eq. 3
         if self.design.word_shapes:
             cases = [case for word in post.word_cases[window.word_start : window.word_end] for case in word]
             window.shapes = input_shapes(text, cases, knowledge, post.knowledge_cases[: len(knowledge)])

@@ -84,7 +84,7 @@ class DualPathTagger(nn.Module):
         """Logits of every word, read at its first subword; knowledge is context only."""
         hidden = self._encode(batch)
         index = batch.first_subwords[:, :, None].expand(-1, -1, hidden.shape[-1])
-        words = hidden.gather(1, index)  # (B, S, D) -> (B, W, D)
+        words = hidden.gather(1, index)  # eq. 4: (B, S, D) -> (B, W, D)
         words = self.dropout(words.to(self.fine_head.weight.dtype))
         fine = self.fine_head(words)  # (B, W, C_f)
         if not self.has_coarse_path:
