@@ -87,6 +87,8 @@ def measure_planned_clusters(folder: Path, names: Sequence[str], batches: int, r
 
 def _measure(folder: Path, cluster: Pretended, probed: str, batches: int, rate: float) -> dict[str, Any]:
     config = load_config(cluster.preset, overrides=cluster.overrides)
+    for pool in config.pipeline.pools:
+        pool.batch_size = _ROWS_PER_BATCH
     fleet = Fleet.parse(cluster.gpus, None, None)
     plan = make_plan(config, fleet, work=probe(probed, config).work)
     plan.check()
@@ -114,6 +116,7 @@ def _measure(folder: Path, cluster: Pretended, probed: str, batches: int, rate: 
         "actors": {pool.name: pool.actors for one in plan.passes for pool in one.pools},
         "stretch": stretch,
         "starting_seconds": expected.starting_hours * 3600,
+        "filling_seconds": expected.filling_hours * 3600 * stretch,
         "planned_seconds": hours(expected.hours) * 3600,
         "measured_seconds": wall * 3600,
         "planned_to_measured": hours(expected.hours) / wall,
@@ -193,7 +196,6 @@ def _with_embedded_models(config: Config, plan: Plan, per_group: int) -> Config:
             update={
                 "min_actors": pool.actors,
                 "max_actors": pool.actors,
-                "batch_size": _ROWS_PER_BATCH,
                 "num_cpus": 0.01,
             }
         )

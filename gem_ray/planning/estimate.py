@@ -51,6 +51,7 @@ class RunEstimate:
         hours: wall time.
         hours_range: between which it lies, as far as is known.
         starting_hours: of it, Ray and loading models, in every pass of every group.
+        filling_hours: of it, until the first batch has come through all pools, in every pass of every group.
         gpu_hours: of all cards, used or not.
         cpu_hours: of cores.
         requests: to S3 for images, in every pass that looks at them; each is assumed to succeed.
@@ -65,6 +66,7 @@ class RunEstimate:
     hours: float
     hours_range: tuple[float, float]
     starting_hours: float
+    filling_hours: float
     gpu_hours: float
     cpu_hours: float
     requests: float
@@ -97,7 +99,8 @@ def estimate(
         return None
 
     def hours(other: Plan) -> float:
-        return posts * (other.seconds_per_post or 0.0) / 3600 + _starting_hours(other, posts, rows_per_group)
+        working = posts * (other.seconds_per_post or 0.0) / 3600
+        return working + _starting_hours(other, posts, rows_per_group) + _filling_hours(other, posts, rows_per_group)
 
     usual = hours(plan)
     light = plan if plan.work.is_measured else make(plan.fleet, plan.cpus, LIGHT)
@@ -117,6 +120,7 @@ def estimate(
         hours=usual,
         hours_range=(low, high),
         starting_hours=_starting_hours(plan, posts, rows_per_group),
+        filling_hours=_filling_hours(plan, posts, rows_per_group),
         gpu_hours=plan.gpus * usual,
         cpu_hours=posts * sum(one.cpu_seconds for one in plan.passes) / 3600,
         requests=requests,
@@ -145,12 +149,21 @@ def _hourly(plan: Plan, price: float | None) -> Assumption | None:
     return Assumption("price of an hour, in dollars", listed.dollars, listed.source, False)
 
 
+def _executions(plan: Plan, posts: int, rows_per_group: int) -> int:
+    """Of each pass: one for groups that follow each other; with several passes, one for each group."""
+    return math.ceil(posts / (ROWS_AT_ONCE if len(plan.passes) == 1 else rows_per_group))
+
+
 def _starting_hours(plan: Plan, posts: int, rows_per_group: int) -> float:
-    """One execution for groups that follow each other; with several passes, one for each pass of each group."""
-    times = math.ceil(posts / (ROWS_AT_ONCE if len(plan.passes) == 1 else rows_per_group))
     weights = [max(sum(model.weights for model in pool.need.models) for pool in one.pools) for one in plan.passes]
     loading = [size / LOADING_RATE for size in weights]
-    return times * sum(STARTING_SECONDS + seconds for seconds in loading) / 3600
+    return _executions(plan, posts, rows_per_group) * sum(STARTING_SECONDS + seconds for seconds in loading) / 3600
+
+
+def _filling_hours(plan: Plan, posts: int, rows_per_group: int) -> float:
+    pools = [pool for one in plan.passes for pool in one.pools]
+    seconds = sum((pool.seconds or 0.0) * min(pool.placement.batch_size, posts) for pool in pools)
+    return _executions(plan, posts, rows_per_group) * seconds / 3600
 
 
 def _spread(plan: Plan) -> tuple[float, float]:

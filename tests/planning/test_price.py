@@ -161,7 +161,9 @@ def test_all_passes_of_all_groups_are_in_hours_money_and_start_up() -> None:
     grounder = 2 * (446_128_642 + 641_090_608 + 154_966_792)  # BLIP-large, SAM ViT-H and OWLv2 in half precision
     starting = 10 * (25 + tagger / 1e9 + 25 + grounder / 1e9)
     assert found.starting_hours == pytest.approx(starting / 3600)
-    assert found.hours == pytest.approx((posts * (0.002 + 0.1) + starting) / 3600)
+    filling = 10 * (256 * 0.002 + 64 * 0.1)  # a batch of each pool
+    assert found.filling_hours == pytest.approx(filling / 3600)
+    assert found.hours == pytest.approx((posts * (0.002 + 0.1) + starting + filling) / 3600)
     assert found.gpu_hours == pytest.approx(found.hours)
     assert found.money == pytest.approx(0.5 * found.hours)
     carrying = 0.005  # in each pass
