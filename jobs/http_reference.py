@@ -9,12 +9,12 @@ from typing import Any
 
 _JSON = "application/json"
 _URL = "http://127.0.0.1:8000"
-_HEAD = """# HTTP reference
+_HEAD = """# HTTP: routes and bodies
 
 {description}
 
 Made from the document that every service answers at `/openapi.json` and shows at `/docs`.
-[HTTP API](../http-api.md) says what it cannot.
+[HTTP: behaviour and errors](../http-api.md) says what it cannot.
 """
 
 

@@ -206,6 +206,15 @@ def test_no_list_is_running_text(site):
     assert running == []
 
 
+def test_titles_are_the_names_in_the_navigation(site):
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = re.findall(r'^      - "?([^"\n]+)"?: (\S+)\.md$', navigation, re.MULTILINE)
+    assert len(pages) > 20
+    for name, page in pages:
+        html = (site / f"{page}.html").read_text(encoding="utf-8")
+        assert re.search(r"<h1[^>]*>([^<]+)", html)[1] == name
+
+
 def test_the_site_has_an_entry_for_each_key(site):
     page = (site / "reference" / "configuration.html").read_text(encoding="utf-8")
     for section in sections(Config):
