@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,8 @@ from typer.main import get_command
 
 from gem_ray.cli import app
 from gem_ray.config import Config, affecting
-from gem_ray.records import ANNOTATION_SCHEMA, ENTITY_TYPE
+from gem_ray.data.prepare import post_from_row
+from gem_ray.records import ANNOTATION_SCHEMA, ENTITY_TYPE, INPUT_SCHEMA
 from jobs.documentation import INCLUDED, RECIPES, ROOT, line_of, linked_files, sections
 from jobs.http_reference import openapi
 
@@ -164,6 +166,15 @@ def test_the_output_page_has_every_column_and_every_field_of_an_entity():
     row, entity = page.split("\n## A row\n")[1].split("\n## An entity\n")
     assert _first_cells(row) == ANNOTATION_SCHEMA.names
     assert _first_cells(entity) == [ENTITY_TYPE.field(place).name for place in range(ENTITY_TYPE.num_fields)]
+
+
+def test_the_input_page_has_every_column_and_an_example_with_gold():
+    page = (ROOT / "docs" / "input.md").read_text(encoding="utf-8")
+    assert _first_cells(page) == INPUT_SCHEMA.names
+    (example,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    post = post_from_row(json.loads(example) | {"image": None})
+    assert post.problems == []
+    assert [len(mention.boxes) for mention in post.gold] == [1, 0]
 
 
 def _first_cells(text: str) -> list[str]:

@@ -71,6 +71,7 @@ NOT_RUN = {
     "curl": "needs a service; tests/serving/test_api.py sends the same form",
     "docker": "needs a container builder",
     "export": "sets a variable of a shell",
+    "jq": "another program",
     "kubectl": "needs Kubernetes",
     "ray": "needs a workstation or AWS",
 }
