@@ -140,9 +140,8 @@ class FilterConfig(_Section):
     gamma: float = Field(
         0.2,
         ge=0,
-        description="γ: an entity whose category entropy (eq. 10, in nats) is above this is hard, and the reranker is "
-        "asked about it; lower asks about more; `gem-ray calibrate` proposes one; ignored with `max_share` or "
-        "`routing.threshold`",
+        description="γ: entropy in nats (eq. 10) above which the reranker is asked; lower asks more often; ignored "
+        "with `max_share` or `routing.threshold`",
     )
     max_share: Probability | None = Field(
         None, description="largest share of entities that may be hard; a run measures the γ for it and ignores `gamma`"

@@ -163,9 +163,14 @@ def test_a_link_to_a_name_leads_to_its_definition():
 
 def test_the_output_page_has_every_column_and_every_field_of_an_entity():
     page = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
-    row, entity = page.split("\n## A row\n")[1].split("\n## An entity\n")
+    row, entity, example = re.split(r"\n## (?:An entity|An example)\n", page.split("\n## A row\n")[1])
     assert _first_cells(row) == ANNOTATION_SCHEMA.names
-    assert _first_cells(entity) == [ENTITY_TYPE.field(place).name for place in range(ENTITY_TYPE.num_fields)]
+    fields = [ENTITY_TYPE.field(place).name for place in range(ENTITY_TYPE.num_fields)]
+    assert _first_cells(entity) == fields
+    shown = json.loads(example.partition("```json")[2].partition("```")[0])
+    assert list(shown) == ANNOTATION_SCHEMA.names
+    assert [list(each) for each in shown["entities"]] == [fields, fields]
+    assert [each["seen"] for each in shown["entities"]] == [True, False]
 
 
 def test_the_input_page_has_every_column_and_an_example_with_gold():
