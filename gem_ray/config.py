@@ -140,8 +140,8 @@ class FilterConfig(_Section):
     gamma: float = Field(
         0.2,
         ge=0,
-        description="γ: entropy in nats (eq. 10) above which the reranker is asked; lower asks more often; ignored "
-        "with `max_share` or `routing.threshold`",
+        description="γ: entropy in nats (eq. 10) above which an entity is hard, and reranked; lower reranks more; "
+        "ignored with `routing.threshold`",
     )
     max_share: Probability | None = Field(
         None, description="largest share of entities that may be hard; a run measures the γ for it and ignores `gamma`"
