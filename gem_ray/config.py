@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gem_ray.pools import serving_pools
 from gem_ray.redaction import redacted
@@ -65,7 +65,10 @@ class ImageConfig(_Section):
         description="memory for the images that a process decodes at once; an image that needs more alone is refused",
     )
     max_side: PositiveInt = Field(1024, description="decoded images are scaled down to this longer side, in pixels")
-    root: Path | None = Field(None, description="folder that relative `image_uri` paths start from and may not leave")
+    # Absolute, because workers and later starts have other working directories.
+    root: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
+        None, description="folder that relative `image_uri` paths start from and may not leave"
+    )
     allow_http: bool = Field(False, description="fetch `https://` image URIs")
     http_hosts: list[str] | None = Field(
         None,
