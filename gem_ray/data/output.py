@@ -12,6 +12,7 @@ A group is published in the moment in which its file in `published/` appears. It
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ ANNOTATIONS = "annotations"
 RUN_FACTS = "run.json"
 SUCCESS = "_SUCCESS"
 RUNS = "_run"
+RUN_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")  # what folders of runs are called
 
 
 @dataclass(frozen=True)
