@@ -82,12 +82,17 @@ def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
     if stale or is_short:
         with claim.checked():
             storage.delete(SUCCESS)
-    for name in stale:
+
+    def delete(name: str) -> None:
         with claim.checked():
             storage.delete(f"{ANNOTATIONS}/{name}")
-    for name, source in moves.items():
+
+    def move(name: str) -> None:
         with claim.checked():
-            storage.move(source, f"{ANNOTATIONS}/{name}")
+            storage.move(moves[name], f"{ANNOTATIONS}/{name}")
+
+    side_by_side(delete, stale)  # all of them first, so that no row is there twice
+    side_by_side(move, list(moves))  # in S3 each is a copy, and a fresh run may have thousands
     for group in {path.removeprefix(f"{folder.merged}/").partition("/")[0] for path in waiting} & published.keys():
         with claim.checked():
             storage.delete_folder(f"{folder.merged}/{group}")
