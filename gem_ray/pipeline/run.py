@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gem_ray.annotator import models_of
 from gem_ray.data.check import column_remarks
 from gem_ray.data.listing import Listing, list_shards
-from gem_ray.data.output import RUN_FACTS, RUNS, SUCCESS, annotation_paths, live_files, run_ids
+from gem_ray.data.output import RUN_FACTS, RUNS, SUCCESS, live_files, run_ids
 from gem_ray.data.storage import ConflictError, as_json
 from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.execution import RayExecutor, RunError
@@ -209,8 +209,9 @@ class _Run:
         return files
 
     def _begin(self) -> RunFolder:
-        # What is published may still be on its way to `annotations/`.
-        is_empty = not (has_annotations(self.directory.storage) or annotation_paths(self.directory.storage))
+        storage, live = self.directory.storage, self.directory.live_run()
+        on_their_way = storage.files(live.merged) if live else {}  # to `annotations/`
+        is_empty = not (on_their_way or has_annotations(storage))
         files = self._count(self.listing.shards)
         if not any(file.rows for file in files):
             raise ValueError(

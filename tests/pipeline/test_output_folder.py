@@ -108,11 +108,15 @@ def test_published_files_are_found_before_and_after_they_are_moved(output: str) 
     folder.publish("g00000", Publication(files[:1], []))
     folder.publish("p000", Publication(files[1:], [files[0].name]))
     assert live_files(folder.publications()) == {"status=ok/new.parquet": "p000"}
-    waiting = storage.path("_run/1/merged/p000/status=ok/new.parquet")
-    assert annotation_paths(storage) == [waiting]
-    put(storage, "_run/1/merged/p000/status=ok/new.parquet")
-    storage.move("_run/1/merged/p000/status=ok/new.parquet", "annotations/status=ok/new.parquet")
-    assert annotation_paths(storage) == [storage.path("annotations/status=ok/new.parquet")]
+    waiting, moved = "_run/1/merged/p000/status=ok/new.parquet", "annotations/status=ok/new.parquet"
+    put(storage, waiting)
+    assert annotation_paths(storage) == [storage.path(waiting)]
+    storage.move(waiting, moved)
+    assert annotation_paths(storage) == [storage.path(moved)]
+    for name in (waiting, moved):  # in S3 both are there
+        storage.delete(name)
+    with pytest.raises(FileNotFoundError, match=r"annotations/status=ok/new\.parquet is gone"):
+        annotation_paths(storage)
 
 
 def test_rounds_are_kept(output: str) -> None:
@@ -178,6 +182,7 @@ def test_a_run_that_takes_the_place_of_another_while_it_is_read_is_read_instead(
     for run_id in (first, second):
         directory.run(run_id).begin(manifest(run_id))
         directory.run(run_id).publish("g00000", Publication([PublishedFile(f"status=ok/{run_id}", 1, 1, {})], []))
+        put(directory.storage, f"annotations/status=ok/{run_id}")
     directory.run(first).make_live()
     read = Storage.read_json
 
@@ -189,7 +194,7 @@ def test_a_run_that_takes_the_place_of_another_while_it_is_read_is_read_instead(
         return read(storage, name)
 
     monkeypatch.setattr(Storage, "read_json", read_json)
-    assert annotation_paths(directory.storage) == [str(tmp_path / f"_run/{second}/merged/g00000/status=ok/{second}")]
+    assert annotation_paths(directory.storage) == [str(tmp_path / f"annotations/status=ok/{second}")]
 
 
 def test_a_file_with_any_byte_wrong_is_whole_or_damaged_and_stops_nobody(tmp_path: Path) -> None:
