@@ -11,7 +11,9 @@ import re
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
+from httptools import HttpParserUpgrade, HttpRequestParser
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +26,7 @@ from gem_ray.serving.problems import ProblemError
 
 HEAD_TIMEOUT_S = 10.0
 MAX_HEAD_BYTES = 64 * 2**10
+MAX_PIPELINED = 16  # requests of a connection that wait for the answer to the one before
 FIRST_PART_S = 10.0  # for the end of a body, or for its first `GATHER_BYTES`
 MAX_HELD = 1024  # requests whose first part is not there; each holds less than `GATHER_BYTES`
 GATHER_BYTES = 64 * 2**10
@@ -41,8 +44,40 @@ _OF_TRACES = {  # W3C Trace Context; Serve decodes them
 }
 
 
+class _Parser(HttpRequestParser):
+    """Tells a protocol of requests, but of no upgrade: behind one, httptools takes a body for the next request.
+
+    A server may ignore upgrades, and clients ask for HTTP/2 by them with any request (Java's does unless told not to).
+    """
+
+    def __init__(self, protocol: LimitedProtocol) -> None:
+        super().__init__(protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self._protocol = protocol
+
+    @property
+    def is_upgrade(self) -> bool:
+        """Whether the head that has just ended asks for another protocol."""
+        return self.should_upgrade() and self.get_method() != b"CONNECT"
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        """Parse more of what a connection brings."""
+        try:
+            super().feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            if not self.is_upgrade:
+                raise
+            self._protocol.begin_again(data[upgrade.args[0] :])
+
+
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which itself waits for ever for the end of a head, and keeps one of any size."""
+    """uvicorn's protocol, which itself waits for ever for the end of a head, and keeps any size and number of them."""
+
+    parser: _Parser
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.parser = _Parser(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head has its time from here."""
@@ -62,10 +97,14 @@ class LimitedProtocol(HttpToolsProtocol):
             self._close()
 
     def on_headers_complete(self) -> None:
-        """The head is there."""
+        """The head is there. If too many are, the connection ends with 400, as uvicorn does on any error from here."""
+        if self.parser.is_upgrade:
+            return
         self._forget()
         self._is_in_body = True
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise ValueError(f"more than {MAX_PIPELINED} requests wait for their turn")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """What comes behind the body (a trailer) is no header: uvicorn would add it to those of the request."""
@@ -79,9 +118,23 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The body is there, too."""
+        if self.parser.is_upgrade:
+            return
         self._is_in_body = False
         self._head_bytes = 0
         super().on_message_complete()
+
+    def begin_again(self, rest: bytes) -> None:
+        """Take the request that was begun as if it asked for no upgrade.
+
+        Args:
+            rest: what has come behind its head.
+        """
+        version = self.parser.get_http_version().encode()
+        kept = [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        head = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version), *kept, b"", b""]
+        self.parser = _Parser(self)
+        self.parser.feed_data(b"\r\n".join(head) + rest)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is waited for any more."""

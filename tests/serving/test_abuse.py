@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from http.client import HTTPResponse
 
 import httpx
 import pytest
@@ -336,7 +337,7 @@ def test_a_large_body_over_a_slow_line_arrives(api):
 def test_bodies_on_their_way_are_bounded_in_number_and_in_bytes(endpoint, monkeypatch, assert_problem):
     monkeypatch.setattr(uploads, "MAX_READ_AT_ONCE", 3)
     post = {"text": TEXT, "image": base64.b64encode(b"x" * 600_000).decode()}
-    with endpoint(max_bodies_bytes=MIB) as api, ExitStack() as stack:
+    with endpoint(max_body_bytes=MIB, max_bodies_bytes=MIB) as api, ExitStack() as stack:
         assert api.client.post("/v1/annotate", json=post).status_code == 200
         for _ in range(3):
             stack.enter_context(api.connect(POST % MIB + b" " * 150_000))
@@ -472,6 +473,58 @@ def test_what_comes_behind_or_between_the_pieces_of_a_body_is_not_kept(api, star
         while sent < 16 * MIB and send(connection, repeated):
             sent += len(repeated)
         assert sent < 8 * MIB  # what the sockets hold besides
+
+
+@pytest.mark.parametrize("repeated", [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", POST % 2 + b"{}"])
+def test_requests_of_a_connection_that_wait_for_their_turn_are_few(api, monkeypatch, repeated):
+    """uvicorn would keep all that come: thousands in each part that it reads, and it reads on with every answer."""
+    protocols = []
+    begin = proxy.LimitedProtocol.connection_made
+
+    def connection_made(self, transport):
+        protocols.append(self)
+        begin(self, transport)
+
+    monkeypatch.setattr(proxy.LimitedProtocol, "connection_made", connection_made)
+    with api.connect(repeated * 8) as connection:
+        answers = b""
+        while answers.count(b"HTTP/1.1 ") < 8:
+            answers += connection.recv(4096)
+    with api.connect() as connection:
+        sent = 0
+        while sent < 16 * MIB and send(connection, repeated * 1000):
+            sent += len(repeated) * 1000
+        assert sent < 8 * MIB  # what the sockets hold besides
+    assert len(protocols) == 2
+    assert len(protocols[1].pipeline) <= proxy.MAX_PIPELINED + 1
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"websocket", b"TLS/1.0"])
+@pytest.mark.parametrize("pause_s", [0, 0.05])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_upgrade_is_ignored_and_the_body_behind_it_is_read(api, upgrade, pause_s, is_whole):
+    """A body that is taken for the next request could be one that a proxy has not let through."""
+    body = json.dumps({"text": TEXT}).encode()
+    head = b"POST /v1/annotate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\nHTTP2-Settings: AAMAAABkAAQAoAAA\r\n" % upgrade
+    head += b"Content-Length: %d\r\n\r\n" % len(body) if is_whole else b"Transfer-Encoding: chunked\r\n\r\n"
+    sent = body if is_whole else b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with api.connect() as connection:
+        for _ in range(2):  # the connection goes on
+            for part in (head[:30], head[30:] + sent) if not pause_s else (head, sent):
+                connection.sendall(part)
+                time.sleep(pause_s)
+            answer = HTTPResponse(connection)
+            answer.begin()
+            assert answer.status == 200, answer.read()
+            assert json.loads(answer.read())["entities"][0]["text"] == "Paris"
+
+
+def test_upgrades_of_every_request_of_a_connection_cost_no_more(api):
+    upgrade = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+    with api.connect(upgrade * 5000) as connection:
+        wait_until_closed(connection)
+    assert api.client.get("/healthz").status_code == 200
 
 
 def test_a_trailer_is_no_header(listening):
