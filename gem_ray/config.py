@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def _speed(default: Any, description: str, **limits: Any) -> Any:
@@ -526,6 +526,14 @@ class ServingConfig(_Section):
     def _admits_a_batch(self) -> ServingConfig:
         if self.max_batch_posts > self.max_in_flight:
             raise ValueError(f"max_batch_posts ({self.max_batch_posts}) is above max_in_flight ({self.max_in_flight})")
+        return self
+
+    @model_validator(mode="after")
+    def _holds_a_body(self) -> ServingConfig:
+        if self.max_body_bytes > self.max_bodies_bytes:
+            raise ValueError(
+                f"max_body_bytes ({self.max_body_bytes}) is above max_bodies_bytes ({self.max_bodies_bytes})"
+            )
         return self
 
 

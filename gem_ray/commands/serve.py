@@ -39,11 +39,11 @@ def serve(
     from gem_ray.serving.environment import prepare_own_ray
 
     prepare_own_ray()
-    from gem_ray.serving.schemas import file_schema, preset_schema
+    from gem_ray.serving.schemas import HOST, file_schema, preset_schema
     from gem_ray.serving.session import serving
 
     if serve_config is None:
-        schema = preset_schema(preset, set_ or (), host or "127.0.0.1", port or 8000)
+        schema = preset_schema(preset, set_ or (), host or HOST, port or 8000)
     elif set_:
         raise ConfigError("--set and --serve-config are mutually exclusive; set the key under the config's `args`")
     else:
@@ -94,8 +94,9 @@ def new_key(
     line = f"{digest} {name}".strip()
     ApiKeys(line)  # raises on an invalid name
     if to is not None:  # before the key is shown, which is worth nothing if its hash cannot be written
+        end = to.read_bytes()[-1:] if to.is_file() else b""
         with to.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+            file.write(("" if end in (b"", b"\n") else "\n") + f"{line}\n")
     typer.echo(f"key, for the client:   {key}")
     if to is None:
         typer.echo(f"hash, for the server:  {line}")

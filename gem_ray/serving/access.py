@@ -119,10 +119,20 @@ class Access:
             self._log.info(json.dumps(line))
 
 
+class _LogFile(WatchedFileHandler):
+    """A file that cannot be opened again, or holds no more, costs its lines alone; they go on when it can."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+
 def _logger(file: Path | None) -> logging.Logger | None:
     if file is None:
         return None
-    handler = WatchedFileHandler(file, encoding="utf-8")
+    handler = _LogFile(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.Logger("gem_ray.access", logging.INFO)  # not of the tree: no other handler gets its lines
     logger.addHandler(handler)

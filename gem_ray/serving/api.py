@@ -21,6 +21,7 @@ from gem_ray.data.fetch import ImageError
 from gem_ray.records import Post, ProblemKind, Status, model_rows
 from gem_ray.serving.bodies import JSON, prefers, read_batch, read_post
 from gem_ray.serving.flow import Flow, UnavailableError
+from gem_ray.serving.kept import Kept
 from gem_ray.serving.messages import AnnotationOut, AnyPost, BatchOut, Limits, ModelOut, Models, Taxonomy, Version
 from gem_ray.serving.openapi import BATCH_BODY, LINES, NDJSON, POST_BODY, add_openapi, problems
 from gem_ray.serving.problems import ProblemError, add_problem_handlers, problem_of
@@ -33,6 +34,7 @@ _DESCRIPTION = """Fine-grained entities of social posts, and where they are seen
 Every error is a problem (RFC 9457). A post that cannot be annotated for its own fault is an error of `/v1/annotate`
 (422; 403 and 413 for what `image_url` leads to), and a `rejected` or `degraded` row of `/v1/annotate/batch`."""
 _SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
+_SCRAPED_S = 1.0
 _FETCH_STATUS = {ProblemKind.IMAGE_FORBIDDEN: 403, ProblemKind.IMAGE_TOO_LARGE: 413}
 
 HeatMaps = Typed[bool, Query(description="Give the heat map of each entity that is seen.")]
@@ -72,10 +74,15 @@ def _add_page(api: FastAPI) -> None:
 
 def _answer_with(files: StaticFiles, path: str, name: str) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        asked: bytes = request.scope.get("raw_path") or b""
-        slashes = len(asked) - len(asked.rstrip(b"/")) - (path == "/")
-        if slashes > 0:  # the guard has taken them away, but to a browser the page's links begin there
+        asked = request.scope["raw_path"].decode("ascii")
+        slashes = len(asked) - len(asked.rstrip("/")) - (path == "/")
+        # The guard takes no notice of slashes at the end, but to a browser the page's links begin there.
+        if slashes > 0:
             return RedirectResponse("../" * slashes + path.rpartition("/")[2])
+        if slashes < 0:
+            return RedirectResponse(f"./{asked.rpartition('/')[2]}/")
+        # A part of a file is for downloads that go on; what is wrong with a range would be answered with plain text.
+        request.scope["headers"] = [each for each in request.headers.raw if each[0] != b"range"]
         return await files.get_response(name, request.scope)
 
     return answer
@@ -135,7 +142,7 @@ def _add_batch(api: FastAPI, service: Service) -> None:
         key = service.sharing_key(request.state.caller)
         service.flow.check_room(1, key)
         asked = (await read_batch(request, service.config, service.max_batch_posts(key))).posts
-        if prefers(NDJSON, JSON, request.headers.get("accept", "")):
+        if prefers(NDJSON, JSON, ",".join(request.headers.getlist("accept"))):
             return _Lines(service, asked, heatmaps, key)
         with service.flow.admitted(len(asked), key):
             answers = await asyncio.gather(
@@ -218,6 +225,7 @@ def _add_facts(api: FastAPI, service: Service) -> None:
 
 
 def _add_state(api: FastAPI, service: Service) -> None:
+    scraped = Kept(scrape, _SCRAPED_S)
     state = APIRouter(tags=["operations"], default_response_class=PlainTextResponse, responses=problems(400))
 
     @state.get("/healthz", summary="Whether this process answers", operation_id="get_health")
@@ -243,6 +251,6 @@ def _add_state(api: FastAPI, service: Service) -> None:
         responses=problems(401, 403, 503),
     )
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(await scrape(), media_type=METRICS_TYPE)
+        return PlainTextResponse(await scraped(), media_type=METRICS_TYPE)
 
     api.include_router(state)

@@ -183,6 +183,8 @@ class _PostForm(MultiPartParser):
         self._has_ended = False
 
     def on_part_end(self) -> None:
+        if self._current_part.file is None:
+            self._current_part.data.decode()  # Starlette itself would take what is no UTF-8 for Latin-1
         super().on_part_end()
         name, value = self.items[-1]
         if name not in PostIn.model_fields:
@@ -210,7 +212,7 @@ async def _from_form(request: Request) -> PostIn:
     except MultiPartException as error:
         raise ProblemError(422, f"the form cannot be read: {error.message}") from None
     except UnicodeError:
-        raise ProblemError(422, "the form cannot be read in the character set that it names") from None
+        raise ProblemError(422, "the form is not in UTF-8") from None
     try:
         # Where no file was chosen, there is an empty one, and where nothing was written, an empty text.
         values: dict[str, Any] = {
@@ -247,7 +249,6 @@ def _content_type(request: Request, *allowed: str) -> str:
     name = media_type.decode("latin-1").strip().lower()
     if name not in allowed:
         raise ProblemError(415, f"the body must be {' or '.join(allowed)}, not {name or 'untyped'}")
-    charset = options.get(b"charset", b"utf-8").lower()
-    if name == JSON and charset not in (b"utf-8", b"utf8"):
-        raise ProblemError(415, "JSON must be in UTF-8")
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise ProblemError(415, "the body must be in UTF-8")
     return name

@@ -28,6 +28,7 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # or a browser would join files of the page of before and after an upgrade
 }
 
 
@@ -123,8 +124,10 @@ class Guard:
 
 
 def _path(scope: Scope) -> str:
+    """The path without slashes at its end; that of the page, which is one, may stand behind a prefix of the route."""
     path: str = scope["path"]
-    return path.rstrip("/") or "/"
+    route = path.removeprefix(scope.get("root_path", ""))
+    return path.removesuffix(route) + (route.rstrip("/") or "/")
 
 
 def _length(scope: Scope) -> int:

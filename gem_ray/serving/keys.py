@@ -71,7 +71,7 @@ class ApiKeys:
         if self._file is None:
             return self._given
         try:
-            text = self._file.read_text(encoding="utf-8")
+            text = self._file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"serving.api_keys_file {self._file} cannot be read: {error}") from None
         return self._given | _parse(text)

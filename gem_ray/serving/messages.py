@@ -371,7 +371,7 @@ class Limits(BaseModel):
     max_text_chars: int = Field(description="of text, caption and knowledge, each, and of all tokens together")
     max_tokens: int = Field(description="words of a post that brings its own")
     max_batch_posts: int = Field(description="posts of a batch, for this API key")
-    timeout_s: float = Field(description="time for a post")
+    timeout_s: float = Field(description="time for a post; it may take as long again to fetch its `image_url`")
     image_urls: bool = Field(description="whether `image_url` is fetched at all")
     gamma: float = Field(description="entropy in nats above which an entity is reranked")
     k: int = Field(description="candidates of an entity")

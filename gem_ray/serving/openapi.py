@@ -27,7 +27,7 @@ _MEANINGS = {
     403: "The server does not serve this machine or site, or does not fetch this address.",
     408: "The body came too slowly.",
     413: "The body, an image or a batch is too large.",
-    415: "The body is of another type, or compressed.",
+    415: "The body is of another type or character set, or compressed.",
     422: "The body is wrong, or the post cannot be annotated.",
     429: "There are too many posts in the service, or too many of this API key.",
     500: "The server failed; its log says why.",

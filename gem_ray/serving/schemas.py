@@ -17,6 +17,7 @@ from gem_ray.serving.settings import INGRESS, check_user_config
 from gem_ray.strict import load_yaml
 
 IMPORT_PATH = "gem_ray.serving.app:build_app"
+HOST = "127.0.0.1"  # unless another one is named
 _RESERVED = (("num_cpus", 1), ("num_gpus", 0))  # Serve's defaults
 
 
@@ -49,6 +50,8 @@ def file_schema(file: Path) -> ServeDeploySchema:
         schema = ServeDeploySchema.model_validate(load_yaml(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{file} is no config for Ray Serve: {error}") from None
+    if "host" not in schema.http_options.model_fields_set:  # Serve's own default is every address
+        schema.http_options = schema.http_options.model_copy(update={"host": HOST})
     for application in schema.applications:
         if application.import_path == IMPORT_PATH:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from gem_ray.annotator import models_of
 from gem_ray.config import Config
 from gem_ray.prometheus import PostMetrics
 from gem_ray.serving.flow import Annotated, Flow
+from gem_ray.serving.kept import Kept
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.messages import answer_row
 from gem_ray.serving.settings import filter_settings
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from gem_ray.serving.guard import Caller
 
+_STATE_S = 0.5  # each question is a call of Serve's controller, and anybody may ask
 _RUNNING = ("RUNNING", "UPDATING")  # the latter take over a `user_config`
 
 
@@ -32,6 +35,10 @@ class Service:
         config: the whole configuration.
         handles: the deployments of the pools, by their names.
         run_id: of this deployment of the application.
+
+    Attributes:
+        models: role -> `reference@hash` of every model of the configuration.
+        missing_pools: pools of which no process runs.
     """
 
     def __init__(self, config: Config, handles: Mapping[str, DeploymentHandle], run_id: str) -> None:
@@ -41,6 +48,8 @@ class Service:
         self._handles = handles
         self.run_id = run_id
         self._metrics = PostMetrics(run_id)
+        self.models = Kept(self._find_models, math.inf)
+        self.missing_pools = Kept(self._find_missing_pools, _STATE_S)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over `gamma` and `k`; posts that are under way keep theirs.
@@ -69,12 +78,10 @@ class Service:
         serving = self.config.serving
         return serving.max_batch_posts if key is None else min(serving.max_batch_posts, serving.places_of_a_key)
 
-    async def models(self) -> dict[str, str]:
-        """Role -> `reference@hash` of every model of the configuration."""
+    async def _find_models(self) -> dict[str, str]:
         return await asyncio.to_thread(models_of, self.config)
 
-    async def missing_pools(self) -> list[str]:
-        """Pools of which no process runs."""
+    async def _find_missing_pools(self) -> list[str]:
         application = serve.get_replica_context().app_name
         status = await asyncio.to_thread(serve.status)
         deployments = status.applications[application].deployments

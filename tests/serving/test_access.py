@@ -170,6 +170,26 @@ def test_each_request_has_a_line_which_outlives_a_rotation(endpoint, monkeypatch
     assert key not in log.read_text() + (tmp_path / "old").read_text()
 
 
+def test_a_log_that_cannot_be_written_costs_no_answer(counted, tmp_path):
+    log = tmp_path / "logs" / "access.jsonl"
+    log.parent.mkdir()
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        pass
+
+    logging_app = access.Access(app, Flow(), log, 8)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    log.parent.rename(tmp_path / "old")
+    for _ in range(2):
+        asyncio.run(logging_app(scope, None, send))
+    log.parent.mkdir()
+    asyncio.run(logging_app(scope, None, send))
+    assert line_of(log)["status"] == 200
+
+
 def test_a_problem_and_the_log_have_the_id_of_the_request(endpoint, assert_problem, caplog):
     with endpoint() as api:
         headers = {"X-Request-ID": "a-1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import encodings
 import json
 
 import pytest
@@ -202,6 +203,20 @@ def part(name, value=b"z"):
 FORM = part("text", TEXT.encode()) + part('image"; filename="i', b"\xff\xd8\xff and so on") + b"--y--\r\n"
 
 
+@pytest.mark.parametrize("charset", ["punycode", "idna", "utf-7", "latin-1", "x" * 50_000])
+def test_only_utf_8_is_read(api, assert_problem, charset):
+    """Some of Python's codecs take minutes for a megabyte, and it keeps each name that it does not know for good."""
+    known = len(encodings._cache)
+    kind = f"{KIND['Content-Type']}; charset={charset}"
+    assert_problem(api.client.post("/v1/annotate", content=FORM, headers={"Content-Type": kind}), 415)
+    assert len(encodings._cache) == known
+
+
+def test_a_form_that_is_no_utf_8_is_not_guessed_at(api, assert_problem):
+    form = part("text", "Zürich und Köln".encode()[:-4] + b"\xff") + b"--y--\r\n"
+    assert "UTF-8" in assert_problem(api.client.post("/v1/annotate", content=form, headers=KIND), 422)["detail"]
+
+
 @settings(max_examples=60)
 @given(end=st.integers(0, len(FORM)))
 @example(len(FORM) - len(b"\r\n--y--\r\n"))
@@ -266,12 +281,14 @@ def test_others_have_their_turn_while_a_body_is_looked_at_that_comes_in_one_part
         ("application/json;q=0.5, application/x-ndjson", "application/x-ndjson"),
         ("application/json, application/x-ndjson;q=0.5", "application/json"),
         ("application/x-ndjson;q=0", "application/json"),
+        ("application/json;q=0.5\napplication/x-ndjson", "application/x-ndjson"),
         ("application/x-ndjson; q=0.000", "application/json"),
         ("application/x-ndjson;q=much", "application/json"),
         ("text/application/x-ndjsonish", "application/json"),
     ],
 )
 def test_lines_are_for_those_who_ask_for_them(api, accept, kind):
-    answer = api.client.post("/v1/annotate/batch", json={"posts": [{"text": TEXT}]}, headers={"Accept": accept})
+    headers = [("Accept", each) for each in accept.split("\n")]
+    answer = api.client.post("/v1/annotate/batch", json={"posts": [{"text": TEXT}]}, headers=headers)
     assert answer.status_code == 200
     assert answer.headers["content-type"].partition(";")[0] == kind

@@ -357,10 +357,47 @@ def test_what_no_service_of_ours_answers_is_a_client_error(against, call, answer
         CALLS[call](client)
 
 
+@pytest.mark.parametrize("status", [429, 503, 504])
+@pytest.mark.parametrize("times", [1, 2])
+def test_posts_that_the_service_is_too_busy_for_are_asked_for_again(against, status, times):
+    """A line says so of one post; the others of its batch are answered."""
+
+    def handler(request):
+        if request.method == "GET":
+            return httpx.Response(200, json=LIMITS)
+        lines = lines_of(request)
+        asked.append(len(lines))
+        if len(asked) <= times:
+            lines[-1] = json.dumps({"index": len(lines) - 1, "problem": {"status": status, "detail": "busy"}}).encode()
+        return httpx.Response(200, content=b"".join(lines))
+
+    asked = []
+    with against(handler, retries=1) as client:
+        answers = dict(client.stream({"text": text} for text in "abc"))
+    assert asked == [3, 1]
+    assert [answers[0].text, answers[1].text] == ["a", "b"]
+    assert (answers[2].text == "c") if times == 1 else (answers[2].status == status)
+
+
+def test_no_proxy_stands_between_programs_of_one_machine(make, flaky, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    flaky.plan += [(200, {})]
+    with make(f"http://127.0.0.1:{flaky.server_port}", retries=0) as client:
+        assert client.taxonomy() == {"k": []}
+
+
 @pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
 def test_statuses_that_pass_are_tried_again(against, status):
     answers = iter([httpx.Response(status), httpx.Response(200, json={"coarse": {}})])
     with against(lambda _: next(answers), retries=1) as client:
+        assert client.taxonomy() == {}
+
+
+def test_a_client_may_try_for_days(against):
+    answers = [httpx.Response(503)] * 2000 + [httpx.Response(200, json={"coarse": {}})]
+    with against(lambda _: answers.pop(0), retries=3000, max_pause_s=0) as client:
         assert client.taxonomy() == {}
 
 
@@ -404,6 +441,8 @@ SECRET = "SECRET"
         {"base_url": "localhost"},
         {"base_url": "ftp://host"},
         {"base_url": "http://"},
+        {"base_url": f"http://host/?key={SECRET}"},
+        {"base_url": f"http://host#{SECRET}"},
         {"base_url": f"http://bob:{SECRET}@host:port"},
         {"base_url": f"http://bob:{SECRET}@host", "api_key": "gem-key"},
     ],

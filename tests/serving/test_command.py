@@ -14,7 +14,7 @@ import httpx
 import pytest
 from ray.serve._private.http_util import set_socket_reuse_port
 
-from gem_ray.commands.serve import serve
+from gem_ray.commands import serve as commands
 from gem_ray.config import ConfigError, ServingConfig
 from gem_ray.serving.keys import ApiKeys, new_key
 from gem_ray.serving.session import ServingError, hold_port
@@ -134,7 +134,7 @@ def test_a_reload_that_fails_ends_nothing(monkeypatch, capsys, error):
     monkeypatch.setattr("gem_ray.serving.environment.prepare_own_ray", lambda: None)
     monkeypatch.setattr("gem_ray.serving.session.serving", lambda _: nullcontext(Service()))
     monkeypatch.setattr("gem_ray.ray_private.serve.deploy", deploy)
-    serve(serve_config=ROOT / "serve_configs" / "nano.yaml", host=None, port=None)
+    commands.serve(serve_config=ROOT / "serve_configs" / "nano.yaml", host=None, port=None)
     assert done == ["keys", "config"]
     output = capsys.readouterr()
     assert output.err.count("reload failed; keeping the current") == 2
@@ -165,6 +165,14 @@ def test_a_new_key_is_told_and_its_hash_is_kept(command, tmp_path):
     known = ApiKeys.from_config(ServingConfig(api_keys_file=file))
     assert [known.name_of(key) for key in keys] == ["newsroom-1", "newsroom-2"]
     assert len(set(keys)) == 2
+
+
+def test_a_new_key_has_a_line_of_its_own(tmp_path, capsys):
+    """Also behind one that somebody has left without its end."""
+    file = tmp_path / "keys.txt"
+    file.write_text("# of the newsroom")
+    commands.new_key(to=file, name="newsroom")
+    assert ApiKeys(file=file).name_of(capsys.readouterr().out.split()[-1]) == "newsroom"
 
 
 def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(command, port, until_up, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,15 @@ def test_only_the_clusters_listens_beyond_its_machine():
     assert hosts == {"nano": "127.0.0.1", "one-gpu": "127.0.0.1", "cluster": "0.0.0.0"}
 
 
+@pytest.mark.parametrize("http_options", [{"port": 8001}, {}, None])
+def test_a_config_that_names_no_host_listens_on_this_machine_alone(tmp_path, http_options):
+    values = yaml.safe_load((FOLDER / "nano.yaml").read_text()) | {"http_options": http_options or {}}
+    if http_options is None:
+        del values["http_options"]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
+    assert file_schema(tmp_path / "x.yaml").http_options.host == "127.0.0.1"
+
+
 @pytest.mark.parametrize(("name", "gpus", "memory_gb"), [("one-gpu", 1, 24), ("cluster", 2, 80)])
 def test_the_plan_finds_room_for_every_replicas_models_in_its_share_of_a_card(name, gpus, memory_gb):
     config = load_config(**args_of(FOLDER / f"{name}.yaml"))
@@ -85,7 +95,7 @@ def test_what_is_no_serve_config_is_named(tmp_path):
             file_schema(tmp_path / "x.yaml")
 
 
-@pytest.mark.parametrize("wrong", [{"gama": 0.1}, {"gamma": -1}, {"k": 0}])
+@pytest.mark.parametrize("wrong", [{"gama": 0.1}, {"gamma": -1}, {"gamma": math.inf}, {"gamma": math.nan}, {"k": 0}])
 def test_settings_that_are_none_are_refused_and_the_old_ones_stay(wrong):
     service = Service(load_config(), {"tag-rerank-ground": None}, "run")
     service.reconfigure({"gamma": 0.3})
@@ -209,6 +219,11 @@ def test_a_batch_must_fit_into_what_is_admitted():
         load_config(overrides=["serving.max_in_flight=8"])
     with pytest.raises(ConfigError, match=r"serving\.pools\.0.*max_replicas \(2\) is below min_replicas \(3\)"):
         load_config(overrides=["serving.pools.tag.min_replicas=3"])
+
+
+def test_a_body_must_fit_into_what_is_held():
+    with pytest.raises(ConfigError, match=r"serving.*max_body_bytes \(\d+\) is above max_bodies_bytes \(1000000\)"):
+        load_config(overrides=["serving.max_bodies_bytes=1000000"])
 
 
 def test_replicas_that_could_never_be_added_are_refused():

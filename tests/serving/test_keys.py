@@ -55,6 +55,14 @@ def test_keys_have_names_or_the_first_digits_of_their_hashes(tmp_path):
         ApiKeys(f"{one} two words")
 
 
+def test_a_file_may_come_from_any_editor(tmp_path):
+    (first, one), (second, two) = new_key(), new_key()
+    file = tmp_path / "keys"
+    file.write_bytes(f"\ufeff{one} newsroom\r\n\r\n{two} archive".encode())
+    keys = ApiKeys(file=file)
+    assert [keys.name_of(key) for key in (first, second)] == ["newsroom", "archive"]
+
+
 def test_a_change_of_the_file_is_taken_over_at_once(tmp_path, endpoint):
     """A key that was revoked must not work until somebody restarts the service."""
     (revoked, first), (stays, second), (late, third) = new_key(), new_key(), new_key()

@@ -10,6 +10,8 @@ import re
 import httpx
 import pytest
 
+from gem_ray.serving.app import guarded
+
 TEXT = "Paris tonight"
 READ = ["/healthz", "/v1/taxonomy", "/v1/limits", "/openapi.json", "/", "/style.css"]
 WRITTEN = ["/v1/annotate", "/v1/annotate/batch"]
@@ -60,6 +62,49 @@ def test_a_page_is_found_with_its_links_whatever_slashes_stand_at_its_end(api, p
     assert page.content == api.client.get(path).content
     for link in re.findall(r'(?:src|href)="([^"#:]+)"', page.text):
         assert api.client.get(page.url.join(link)).status_code == 200, link
+
+
+@pytest.fixture(scope="module")
+def mounted(api, listening):
+    """The same service behind a `route_prefix`, as Serve calls it."""
+    app = guarded(api.service)
+
+    async def behind_prefix(scope, receive, send):
+        await app(scope | {"root_path": "/gem"}, receive, send)
+
+    with listening(behind_prefix) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/gem", "/gem/", "/gem//", "/gem/docs", "/gem/docs/"])
+def test_a_page_is_found_with_its_links_behind_a_prefix(api, mounted, path):
+    page = mounted.get(path, follow_redirects=True)
+    assert page.status_code == 200
+    assert page.content == api.client.get("/docs" if "docs" in path else "/").content
+    for link in re.findall(r'(?:src|href)="([^"#:]+)"', page.text):
+        assert mounted.get(page.url.join(link)).status_code == 200, link
+
+
+def test_the_api_is_found_behind_a_prefix(mounted):
+    assert mounted.post("/gem/v1/annotate/", json={"text": TEXT}).status_code == 200
+    assert mounted.get("/gem/openapi.json").json()["servers"] == [{"url": "/gem"}]
+
+
+@pytest.mark.parametrize("path", ["/", "/app.js", "/client.js", "/docs", "/v1/limits"])
+def test_what_was_read_before_is_asked_for_again(api, path):
+    """A page of one version does not run with scripts of another."""
+    answer = api.client.get(path)
+    assert answer.headers["cache-control"] == "no-cache"
+    if "etag" in answer.headers:
+        again = api.client.get(path, headers={"If-None-Match": answer.headers["etag"]})
+        assert (again.status_code, again.headers["cache-control"]) == (304, "no-cache")
+
+
+@pytest.mark.parametrize("range_", ["bytes=0-3", "bytes=0-1,3-4", "bytes=x", "bytes=999999-", "lines=1"])
+def test_a_page_is_given_whole(api, range_):
+    whole = api.client.get("/style.css")
+    answer = api.client.get("/style.css", headers={"Range": range_})
+    assert (answer.status_code, answer.content) == (200, whole.content)
 
 
 @pytest.mark.parametrize("path", ["/v2/annotate", "/v1", "/index.htm", "/.git/config", "/%2e%2e/keys.txt"])
