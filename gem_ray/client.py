@@ -39,8 +39,11 @@ Image: TypeAlias = bytes | str | os.PathLike[str]
 _T = TypeVar("_T")
 _RETRIED = (408, 429, 502, 503, 504)
 _FIRST_PAUSE_S = 0.5
+_DOUBLED = 20  # times; by then it is a week
 _FRAME = ('{"posts":[', "]}")
 _NDJSON = "application/x-ndjson"
+# A proxy that the environment names has no way to this machine, and posts and keys for it are none of its business.
+_NO_PROXY = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
 _SHOWN_POSITIONS = 5
 _WRONG = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading an answer raises that is not one of gem-ray's."""
@@ -223,10 +226,13 @@ class _Batch:
         pairs = zip(self.posts, answer["annotations"], strict=True)
         return [Annotation.from_json(row) for _, row in pairs]
 
-    def read_line(self, line: str) -> tuple[int, Annotation | ClientError]:
+    def read_line(self, line: str, is_last: bool) -> tuple[int, Annotation | ClientError] | None:
+        """The answer of a line; None for a problem that may be over at the next try, if there is one."""
         row = json.loads(line)
         position = self._asked[row["index"]]
         problem = row.get("problem")
+        if problem and problem["status"] in _RETRIED and not is_last:
+            return None
         answer = ClientError(problem["detail"], problem["status"]) if problem else Annotation.from_json(row)
         del self.posts[position]  # which refuses a second answer
         return position, answer
@@ -275,7 +281,7 @@ class _Requests:
         headers = {"Authorization": f"Bearer {_checked(api_key)}"} if api_key else {}
         if auth and headers:
             raise ValueError("give an api_key, or a name and password in base_url, not both: one header holds them")
-        self._http = self._transport(base_url=url, headers=headers, auth=auth, timeout=timeout_s)
+        self._http = self._transport(base_url=url, headers=headers, auth=auth, timeout=timeout_s, mounts=_NO_PROXY)
         self._retries = retries
         self._max_pause_s = max_pause_s
 
@@ -305,8 +311,9 @@ class _Requests:
 
     def _pause_s(self, attempt: int, retry_after: str = "") -> float:
         asked = float(retry_after) if retry_after.isdecimal() else 0.0
+        usual = _FIRST_PAUSE_S * 2 ** min(attempt, _DOUBLED)
         # Half of it random, so that clients that were refused together do not come back together.
-        return min(max(_FIRST_PAUSE_S * 2**attempt, asked) * random.uniform(1, 1.5), self._max_pause_s)
+        return min(max(usual, asked) * random.uniform(1, 1.5), self._max_pause_s)
 
 
 class Client(_Requests):
@@ -318,7 +325,7 @@ class Client(_Requests):
         base_url: where the service is; it may hold a name and password, for a proxy that wants them.
         api_key: a key that it knows, if it wants one.
         retries: further tries.
-        timeout_s: time for one try.
+        timeout_s: longest silence of the service in one try.
         max_pause_s: longest pause before a retry, whatever the service asks for.
 
     Raises:
@@ -376,7 +383,7 @@ class Client(_Requests):
     ) -> Iterator[tuple[int, Annotation | ClientError]]:
         """As `annotate_batch`, but each answer, with the position of its post, as soon as it is there.
 
-        Where an answer breaks off, the posts that it left out are asked for again.
+        Posts that an answer leaves out, because it breaks off or the service is too busy for them, are asked for again.
 
         Raises:
             ClientError: the service refused a whole batch, left out posts in every try, or a post cannot be sent.
@@ -388,7 +395,8 @@ class Client(_Requests):
                 with closing(self._send(request, stream=True)) as answer:
                     try:
                         for line in answer.iter_lines():
-                            yield _understood(batch.read_line, line)
+                            if answered := _understood(batch.read_line, line, attempt >= self._retries):
+                                yield answered
                     except (httpx.RequestError, ClientError) as error:
                         broken = error
                 if not batch.posts:
@@ -477,7 +485,8 @@ class AsyncClient(_Requests):
                 async with aclosing(await self._send(request, stream=True)) as answer:
                     try:
                         async for line in answer.aiter_lines():
-                            yield _understood(batch.read_line, line)
+                            if answered := _understood(batch.read_line, line, attempt >= self._retries):
+                                yield answered
                     except (httpx.RequestError, ClientError) as error:
                         broken = error
                 if not batch.posts:
@@ -529,6 +538,8 @@ def _address(base_url: str) -> tuple[httpx.URL, tuple[str, str] | None]:
         raise ValueError("base_url is no URL") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError("base_url must begin with http:// or https://, and name a host")
+    if url.query or url.fragment:
+        raise ValueError("base_url must end with its path: no ? or # belongs there")
     auth = (url.username, url.password) if url.userinfo else None
     return url.copy_with(userinfo=b""), auth
 
