@@ -1,6 +1,6 @@
 // The page: a post goes in by hand, drop, paste or example; its annotation or a kind word comes out.
 
-import { annotate, Failure, fetchLimits, fetchTaxonomy, useKey } from "./client.js";
+import { annotate, Failure, fetchExamples, fetchImage, fetchLimits, fetchTaxonomy, useKey } from "./client.js";
 import { $, bytes, counted, html, listenToTheme, svg } from "./elements.js";
 import { clearFacts, showFacts } from "./facts.js";
 import { hideImage, imageSize, listenToZoom, showImage } from "./picture.js";
@@ -201,7 +201,7 @@ async function greet() {
 }
 
 async function offerExamples() {
-  const examples = await fetch("examples.json").then((response) => response.json());
+  const examples = await fetchExamples();
   $("examples").append(...examples.map((example) => {
     const sign = example.image
       ? html("img", { src: example.image, alt: "", width: 40, height: 40 })
@@ -218,7 +218,14 @@ let tried = null; // the example that was clicked last
 async function tryExample(example) {
   tried = example;
   const { text, image: name } = example;
-  const blob = name && await fetch(name).then((response) => response.blob());
+  let blob = null;
+  try {
+    blob = name && await fetchImage(name);
+  } catch (error) {
+    // Without a button to try again, which would send the post that is there.
+    if (tried === example) showFailure(new Failure(error.status, error.title, error.detail));
+    return;
+  }
   if (tried !== example) return;
   removeImage();
   $("text").value = text;
@@ -288,4 +295,4 @@ function listenToDrops() {
 
 listen();
 greet();
-offerExamples();
+offerExamples().catch(showFailure);

@@ -16,8 +16,8 @@ export class Failure extends Error {
   }
 }
 
-async function call(path, options = {}) {
-  const headers = apiKey ? { Authorization: `Bearer ${apiKey}` } : {};
+async function ask(path, options = {}) {
+  const headers = headersNow();
   let response;
   try {
     response = await fetch(path, { ...options, headers });
@@ -27,7 +27,17 @@ async function call(path, options = {}) {
       "It may have stopped, or you may be offline. Your post is still here.", 0);
   }
   if (!response.ok) throw failure(response, await response.json().catch(() => ({})));
-  return response.json();
+  return response;
+}
+
+const call = async (path, options) => (await ask(path, options)).json();
+
+function headersNow() {
+  try {
+    return new Headers(apiKey ? { Authorization: `Bearer ${apiKey}` } : {});
+  } catch {
+    throw new Failure(401, "That cannot be an API key", "It holds characters that no key has.");
+  }
 }
 
 const TITLES = {
@@ -60,6 +70,8 @@ function waitOf(value) {
 
 export const fetchTaxonomy = () => call("v1/taxonomy");
 export const fetchLimits = () => call("v1/limits");
+export const fetchExamples = () => call("examples.json");
+export const fetchImage = async (name) => (await ask(name)).blob();
 
 /** Annotate a post: { text, caption, knowledge, tokens, image }, where all but the text may be empty, and the image is a
     `File` or null. */

@@ -76,6 +76,26 @@ def test_a_service_with_keys_asks_for_one(page):
     assert page.get_by_label("API key").is_hidden()
 
 
+def test_what_can_be_no_key_is_explained(page):
+    refuse(page, 401)
+    page.fill("#text", "Paris")
+    page.press("#text", "Control+Enter")
+    page.get_by_label("API key").wait_for()
+    page.keyboard.type("ключ")
+    page.keyboard.press("Enter")
+    page.locator("#error", has_text="cannot be an API key").wait_for()
+    assert page.evaluate("document.activeElement.id") == "key"
+
+
+def test_an_example_that_is_not_there_is_explained(page):
+    page.fill("#text", "mine")
+    page.route("**/*.jpg", lambda route: route.abort())
+    page.locator(".example:has(img)").first.click()
+    page.locator("#error", has_text="The service does not answer").wait_for()
+    assert page.input_value("#text") == "mine"
+    assert page.get_by_role("button", name="Try again").count() == 0
+
+
 def test_a_lost_network_is_explained_and_the_request_can_be_repeated(page):
     page.context.set_offline(True)
     page.fill("#text", "Paris")
