@@ -22,6 +22,17 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 DType = Literal["float32", "bfloat16", "float16"]
 M = TypeVar("M", bound=BaseModel)
+
+
+def _as_ray_shares_them(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("more than one GPU are whole ones: Ray gives nobody a card and a half")
+    if 0 < gpus < 0.0001:
+        raise ValueError("Ray shares a GPU out in parts of 0.0001")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_as_ray_shares_them)]
 CandidateOrder = Literal["probability", "name", "shuffled"]
 ImageFit = Literal["pad", "crop"]
 DEFAULT_PRESET = "nano"
@@ -65,10 +76,7 @@ class ImageConfig(_Section):
         description="memory for the images that a process decodes at once; an image that needs more alone is refused",
     )
     max_side: PositiveInt = Field(1024, description="decoded images are scaled down to this longer side, in pixels")
-    # Absolute, because workers and later starts have other working directories.
-    root: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
-        None, description="folder that relative `image_uri` paths start from and may not leave"
-    )
+    root: Path | None = Field(None, description="folder that relative `image_uri` paths start from and may not leave")
     allow_http: bool = Field(False, description="fetch `https://` image URIs")
     http_hosts: list[str] | None = Field(
         None,
@@ -353,8 +361,8 @@ class _Pool(_Section):
 class StagePool(_Pool):
     """Stages that share actors, which keep their models loaded."""
 
-    num_cpus: float = Field(1, gt=0, description="CPUs each actor reserves")
-    num_gpus: float = Field(0, ge=0, description="GPUs each actor reserves; fractions share a card")
+    num_cpus: float = Field(1, gt=0, allow_inf_nan=False, description="CPUs each actor reserves")
+    num_gpus: Gpus = Field(0, description="GPUs each actor reserves; fractions share a card")
     min_actors: PositiveInt = Field(1, description="fewest actors")
     max_actors: PositiveInt | None = Field(1, description="null means as many as the CPUs allow")
     pass_number: PositiveInt = Field(
@@ -422,7 +430,7 @@ class ReplicaPlacement(_Section):
     """A deployment of Ray Serve: what each replica reserves, and how many there are."""
 
     num_cpus: float = Field(1, ge=0, description="CPUs each replica reserves")
-    num_gpus: float = Field(0, ge=0, description="GPUs each replica reserves; fractions share a card")
+    num_gpus: Gpus = Field(0, description="GPUs each replica reserves; fractions share a card")
     min_replicas: PositiveInt = Field(1, description="fewest replicas")
     max_replicas: PositiveInt = Field(1, description="most replicas")
     target_ongoing: float = Field(16, gt=0, description="concurrent requests per replica that autoscaling aims at")

@@ -144,6 +144,18 @@ def test_an_unknown_preset_is_named_with_the_nearest():
         ({"filter": 3}, ["filter", "dictionary", "3"]),
         ({"knowledge": {"explainer": {"model": "x"}}}, ["knowledge.explainer", "base_url must be set"]),
         (
+            {"pipeline": {"pools": [{"stages": ["tag"], "num_gpus": 1.5}]}},
+            ["pipeline.pools.0.num_gpus", "more than one GPU are whole ones"],
+        ),
+        (
+            {"serving": {"pools": [{"stages": ["tag"], "num_gpus": 0.00001}]}},
+            ["serving.pools.0.num_gpus", "in parts of 0.0001"],
+        ),
+        (
+            {"pipeline": {"pools": [{"stages": ["tag"], "num_gpus": float("inf")}]}},
+            ["pipeline.pools.0.num_gpus", "finite"],
+        ),
+        (
             {"pipeline": {"pools": [{"stages": ["tag"], "min_actors": 3, "max_actors": 2}]}},
             ["pipeline.pools.0", "max_actors (2) is below"],
         ),
@@ -184,10 +196,3 @@ def test_a_file_that_is_no_text_or_not_there_is_refused_by_name(tmp_path):
     for name in ("binary.yaml", "missing.yaml"):
         with pytest.raises(ConfigError, match=name):
             load_config(file=tmp_path / name)
-
-
-def test_the_folder_of_images_is_the_same_from_wherever_a_run_is_resumed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = load_config(overrides=["image.root=images"])
-    assert config.image.root == tmp_path / "images"
-    assert config.public()["image"]["root"] == str(tmp_path / "images")
