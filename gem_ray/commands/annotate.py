@@ -22,13 +22,13 @@ from gem_ray.commands.options import (
     SetOption,
     SkipOption,
     UnseenNamesOption,
+    finite,
     parse_columns,
     same_command,
 )
 from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
-    from gem_ray.config import Config
     from gem_ray.pipeline.account import Account
     from gem_ray.pipeline.summary import RunSummary
     from gem_ray.planning.plan import Plan
@@ -67,12 +67,18 @@ def annotate(
     ] = False,
     skip_bad_files: SkipOption = False,
     max_problem_share: Annotated[
-        float, typer.Option(help="Fail when more of the posts have the same kind of problem; 1: never.", min=0, max=1)
+        float,
+        typer.Option(
+            help="Fail when more of the posts have the same kind of problem; 1: never.", min=0, max=1, callback=finite
+        ),
     ] = MAX_PROBLEM_SHARE,
     price: PriceOption = None,
     request_price: RequestPriceOption = 0.0,
     budget: Annotated[
-        float | None, typer.Option(help="Stop, to be resumed, when the run has cost this much; needs --price.", min=0)
+        float | None,
+        typer.Option(
+            help="Stop, to be resumed, when the run has cost this much; needs --price.", min=0, callback=finite
+        ),
     ] = None,
     deadline: Annotated[
         str | None, typer.Option(help="Warn when the run will finish later: `2h30m` from now, or `2026-12-31T18:00`.")
@@ -113,7 +119,7 @@ def annotate(
         begun = ["--fresh"] * fresh + ["--update"] * update
         typer.echo(f"\nstopped; finished rows are in {output}, and {same_command(begun)} continues", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    _print_summary(summary, settings, output.rstrip("/"), as_json)
+    _print_summary(summary, output.rstrip("/"), as_json)
     if failure := mass_failure(summary.tally, max_problem_share):
         raise RuntimeError(failure)
     if summary.rejected or summary.unread:
@@ -141,6 +147,7 @@ def plan(
         str | None,
         typer.Option(help="Input, of which a few hundred posts are tagged to measure what they ask of the models."),
     ] = None,
+    map_: MapOption = None,
     like: Annotated[
         Path | None, typer.Option(help="`run.json` of an earlier run, for its posts and its speed.", exists=True)
     ] = None,
@@ -164,11 +171,13 @@ def plan(
     settings = load_config(preset, config, set_ or ())
     if probe and like:
         raise typer.BadParameter("--probe and --like are mutually exclusive")
+    if map_ and not probe:
+        raise typer.BadParameter("--map names the columns of the input that --probe reads")
     work, speeds = read_run(like, settings) if like else (TWEETS, None)
     if probe:
         from gem_ray.planning.probe import probe as measure
 
-        found = measure(probe, settings)
+        found = measure(probe, settings, columns=parse_columns(map_))
         work, speeds = found.work, found.seconds or None
 
     def make(fleet: Fleet, cpus: int | None, work: Workload) -> Plan:
@@ -218,7 +227,7 @@ def submit(
         raise typer.Exit(follow_job(submission_id, address, again))
 
 
-def _print_summary(summary: RunSummary, config: Config, output: str, as_json: bool) -> None:
+def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
     """What happened; the number of rejected rows is on the last line."""
     import json
 
@@ -240,7 +249,7 @@ def _print_summary(summary: RunSummary, config: Config, output: str, as_json: bo
     )
     if summary.account.annotated:
         typer.echo(_about_cost(summary.account))
-    if sentence := _about_abstaining(summary, config):
+    if sentence := _about_abstaining(summary):
         typer.echo(sentence)
     if summary.unread:
         unknown = sum(file["rows"] is None for file in summary.unread)
@@ -265,12 +274,14 @@ def _about_cost(account: Account) -> str:
     return f"in all: {account.seconds:,.0f} s in {starts}{cost}{busiest}"
 
 
-def _about_abstaining(summary: RunSummary, config: Config) -> str | None:
+def _about_abstaining(summary: RunSummary) -> str | None:
     """What the embedded models have not done with images that they do not know, and the command that does it."""
+    from gem_ray.config import parse_config
     from gem_ray.model_paths import resolve
     from gem_ray.scope import Scope
 
-    count, matcher = summary.tally.not_judged_with_image, config.grounder.matcher.model
+    config, count = parse_config(summary.config), summary.tally.not_judged_with_image
+    matcher = config.grounder.matcher.model
     if not (count and config.grounder.enabled and matcher.startswith("nano:")):
         return None
     scope = Scope.load(resolve(matcher))

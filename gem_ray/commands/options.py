@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,12 +31,21 @@ MapOption = Annotated[
 SkipOption = Annotated[
     bool, typer.Option("--skip-bad-files", help="Skip files that cannot be read, and count their rows.")
 ]
+
+
+def finite(value: float | None) -> float | None:
+    """An option's number as it is; the bounds of an option let `nan` through, and `inf` where there is no upper one."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to count with")
+    return value
+
+
 PriceOption = Annotated[
     float | None,
-    typer.Option(help="Price of an hour of a GPU, used or not; without GPUs, of a machine.", min=0),
+    typer.Option(help="Price of an hour of a GPU, used or not; without GPUs, of a machine.", min=0, callback=finite),
 ]
 RequestPriceOption = Annotated[
-    float, typer.Option(help="What a million S3 requests for images cost, beside --price.", min=0)
+    float, typer.Option(help="What a million S3 requests for images cost, beside --price.", min=0, callback=finite)
 ]
 PerShardOption = Annotated[int, typer.Option(help="Posts in a shard.", min=1)]
 

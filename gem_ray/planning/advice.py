@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from gem_ray.config import Config, StagePool, merge_trees, parse_config
 from gem_ray.planning.allocation import Cards
-from gem_ray.planning.cards import GIB
 from gem_ray.planning.refusals import USABLE, changed_need, rounded_up, smaller, without
 from gem_ray.pools import CPUS_FOR_TASKS, Pool, passes_of
 
@@ -32,14 +31,14 @@ def changes_that_fit(config: Config, fleet: Fleet, cpus: int | None = None) -> d
     on_cards = _on_cards(config)
     if on_cards and not fleet.count:
         return None
-    card = fleet.memory_gb * GIB
+    card = fleet.memory
     fitting = config
     for pool in on_cards:
         names = [spec.name for spec in pool.stages]
         reduced = smaller(names, pool.placement.batch_size, fitting, card) or without(names, fitting)
         fitting = _with_engines(pool, reduced, card)
     if on_cards:
-        fitting = _in_passes(_with_shares(fitting, card), fleet.count)
+        fitting = _in_passes(_with_actors(_with_shares(fitting, card), fleet.count), fleet.count)
     if cpus is not None:
         fitting = _with_cpus(fitting, cpus)
     return _difference(config.model_dump(mode="json"), fitting.model_dump(mode="json"))
@@ -58,13 +57,14 @@ def _with_engines(pool: Pool[StagePool], config: Config, card: float) -> Config:
     """Each engine takes what it needs, where it has asked for too little or the card has not as much."""
     values = config.model_dump(mode="json")
     need = changed_need(pool, config, card)
-    if not any(engine.reserved < engine.memory for engine in need.engines) and need.held <= USABLE * card:
+    if not any(engine.is_starved for engine in need.engines) and need.held <= USABLE * card:
         return config
     for engine in need.engines:
         section = values
         for name in engine.key.split("."):
             section = section[name]
         section["gpu_memory_utilization"] = rounded_up(engine.memory / card)
+        section["kv_cache_bytes"] = None
     return parse_config(values)
 
 
@@ -76,6 +76,16 @@ def _with_shares(config: Config, card: float) -> Config:
         place = config.pipeline.pools.index(pool.placement)
         listed = values["pipeline"]["pools"][place]
         listed["num_gpus"] = max(listed["num_gpus"], min(1.0, rounded_up(share)))
+    return parse_config(values)
+
+
+def _with_actors(config: Config, cards: int) -> Config:
+    """Each pool has no more actors at the least than all cards hold, and none of these more cards than there are."""
+    values = config.model_dump(mode="json")
+    for pool in _on_cards(config):
+        listed = values["pipeline"]["pools"][config.pipeline.pools.index(pool.placement)]
+        listed["num_gpus"] = min(listed["num_gpus"], cards)
+        listed["min_actors"] = min(listed["min_actors"], Cards(cards).room_for(listed["num_gpus"]))
     return parse_config(values)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +14,7 @@ from gem_ray.config import StagePool
 from gem_ray.planning.costs import Need
 from gem_ray.pools import CPUS_FOR_TASKS, Pool
 
-_ROUNDING = 1e-6
+_WHOLE = 10_000  # parts of a card: Ray shares it out in these
 
 Source = Literal["measured", "estimate", "unknown"]
 
@@ -87,7 +89,7 @@ class Cards:
     """What is free of each card. A fraction of a GPU lies on one card; two GPUs are two whole cards."""
 
     def __init__(self, count: int) -> None:
-        self._free = [1.0] * count
+        self._cards = Counter({_WHOLE: count})  # by what is free of them
 
     @classmethod
     def holding(cls, count: int, pools: Iterable[PlannedPool]) -> Cards | None:
@@ -100,22 +102,34 @@ class Cards:
         cards = cls(count)
         return cards if all(cards.take(share) for share in sorted(shares, reverse=True)) else None
 
+    @classmethod
+    def needed(cls, shares: Sequence[float]) -> int:
+        """How many cards hold shares."""
+        most = sum(map(math.ceil, shares))
+        return bisect_left(range(most), True, key=lambda count: cls.with_shares(count, shares) is not None)
+
     @property
     def unused(self) -> int:
         """Cards that nobody has a share of."""
-        return sum(free >= 1 - _ROUNDING for free in self._free)
+        return self._cards[_WHOLE]
+
+    def room_for(self, share: float) -> int:
+        """How many actors with a share fit into what is free."""
+        if share >= 1:
+            return int(self.unused // share)
+        part = round(share * _WHOLE)
+        return sum(cards * (free // part) for free, cards in self._cards.items())
 
     def take(self, share: float) -> bool:
         """Take a share where it leaves the least free; false if no card has it."""
         if not share:
             return True
-        whole = int(share) if share >= 1 else 1
-        room = [index for index, free in enumerate(self._free) if free >= min(share, 1) - _ROUNDING]
-        chosen = sorted(room, key=self._free.__getitem__)[:whole]
-        if len(chosen) < whole:
+        cards, part = max(1, int(share)), round(min(share, 1) * _WHOLE)
+        free = min((free for free, count in self._cards.items() if free >= part and count), default=0)
+        if self._cards[free] < cards or not free:
             return False
-        for index in chosen:
-            self._free[index] -= min(share, 1)
+        self._cards[free] -= cards
+        self._cards[free - part] += cards
         return True
 
 

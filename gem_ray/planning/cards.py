@@ -18,26 +18,31 @@ class Card:
     """A GPU, as its data sheet has it.
 
     Attributes:
-        memory_gb: as it is sold; these gigabytes have 2³⁰ bytes.
+        memory_gb: as it is sold.
+        memory: bytes that torch sees of it (`total_memory`): less, by up to a tenth, for ECC and the driver.
         half: dense matrix FLOP/s in bfloat16 or float16 with float32 accumulation (half of the figure "with sparsity").
         single: FLOP/s in float32, which torch does not lower to TF32 unless told so.
         bandwidth: of its memory, bytes a second.
         source: where the figures are from.
+        has_bfloat16: whether its matrix units know bfloat16; else it computes in that as in float32.
     """
 
     memory_gb: float
+    memory: int
     half: float
     single: float
     bandwidth: float
     source: str
+    has_bfloat16: bool = True
 
     def flops(self, dtype: str) -> float:
         """Peak FLOP/s of matrix products in a dtype."""
-        return self.single if dtype == "float32" else self.half
+        is_wide = dtype == "float32" or (dtype == "bfloat16" and not self.has_bfloat16)
+        return self.single if is_wide else self.half
 
 
-def _card(memory_gb: float, half: float, single: float, bandwidth: float, source: str) -> Card:
-    return Card(memory_gb, half * TERA, single * TERA, bandwidth * GIGA, source)
+def _card(memory_gb: float, seen_gib: float, half: float, single: float, bandwidth: float, source: str) -> Card:
+    return Card(memory_gb, int(seen_gib * GIB), half * TERA, single * TERA, bandwidth * GIGA, source)
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,20 @@ LIST_PRICES = {
     "h200": _aws("p5en.48xlarge", 63.296, 8, "listed on 2026-08-06 (dstackai/dstack, pull request 4110)"),
 }
 
-# Where only the memory is given, the first card with it is assumed: the slowest one that has a list price.
+# Where only the memory is given, the first card with it is assumed: the slowest one that has a list price. What torch
+# sees of a card is the H200's in docs/benchmarks, and the least that messages of "out of memory" gave for the others.
 CARDS = {
-    "t4": _card(16, 65, 8.1, 320, "NVIDIA T4 data sheet"),
-    "a10g": _card(24, 70, 35, 600, "NVIDIA A10G data sheet for AWS"),
-    "rtx-4090": _card(24, 165.2, 82.6, 1008, "NVIDIA Ada GPU architecture white paper"),
-    "rtx-3090": _card(24, 71, 35.6, 936, "NVIDIA Ampere GA102 white paper"),
-    "l4": _card(24, 121, 30.3, 300, "NVIDIA L4 data sheet"),
-    "a100-40gb": _card(40, 312, 19.5, 1555, "NVIDIA A100 data sheet, SXM"),
-    "l40s": _card(48, 362, 91.6, 864, "NVIDIA L40S data sheet"),
-    "a100-80gb": _card(80, 312, 19.5, 2039, "NVIDIA A100 data sheet, SXM"),
-    "h100": _card(80, 989, 67, 3350, "NVIDIA H100 data sheet, SXM"),
-    "h200": _card(141, 989, 67, 4800, "NVIDIA H200 data sheet, SXM"),
-    "b200": _card(180, 2250, 75, 7700, "NVIDIA HGX B200 data sheet"),
+    "t4": replace(_card(16, 14.56, 65, 8.1, 320, "NVIDIA T4 data sheet"), has_bfloat16=False),
+    "a10g": _card(24, 22.06, 70, 35, 600, "NVIDIA A10G data sheet for AWS"),
+    "rtx-4090": _card(24, 23.52, 165.2, 82.6, 1008, "NVIDIA Ada GPU architecture white paper"),
+    "rtx-3090": _card(24, 23.7, 71, 35.6, 936, "NVIDIA Ampere GA102 white paper"),
+    "l4": _card(24, 22.03, 121, 30.3, 300, "NVIDIA L4 data sheet"),
+    "a100-40gb": _card(40, 39.38, 312, 19.5, 1555, "NVIDIA A100 data sheet, SXM"),
+    "l40s": _card(48, 44.4, 362, 91.6, 864, "NVIDIA L40S data sheet"),
+    "a100-80gb": _card(80, 79.14, 312, 19.5, 2039, "NVIDIA A100 data sheet, SXM"),
+    "h100": _card(80, 79.1, 989, 67, 3350, "NVIDIA H100 data sheet, SXM"),
+    "h200": _card(141, 139.8, 989, 67, 4800, "NVIDIA H200 data sheet, SXM"),
+    "b200": _card(180, 178.35, 2250, 75, 7700, "NVIDIA HGX B200 data sheet"),
 }
 
 
@@ -105,12 +111,12 @@ def find_card(name: str | None, memory_gb: float | None) -> tuple[str | None, Ca
     short, is_described, description = name.partition(":")
     if is_described and short:
         return short, _described(name, description)
-    if name not in CARDS:
+    if (known := name.lower()) not in CARDS:
         raise ConfigError(
-            f"--card: no such card {name!r}; expected one of {', '.join(CARDS)}, or {name}:memory=24,tflops=165 with "
-            "its memory in GB and its dense TFLOP/s in half precision"
+            f"no such card {name!r}; expected one of {', '.join(CARDS)}, or {name}:memory=24,tflops=165 with its "
+            "memory in GB and its dense TFLOP/s in half precision"
         )
-    return name, CARDS[name]
+    return known, CARDS[known]
 
 
 def _described(name: str, description: str) -> Card:
@@ -126,8 +132,8 @@ def _described(name: str, description: str) -> Card:
         raise ConfigError(f"--card knows memory, tflops and bandwidth, not {', '.join(sorted(unknown))}")
     for key, value in values.items():
         _check_size(f"--card {name}: {key}", value)
-    half = values["tflops"]
-    return _card(values["memory"], half, half / 2, values.get("bandwidth", half / 165 * 1000), "as given")
+    memory, half = values["memory"], values["tflops"]
+    return _card(memory, memory, half, half / 2, values.get("bandwidth", half / 165 * 1000), "as given")
 
 
 def _check_size(what: str, value: float) -> None:
@@ -141,12 +147,14 @@ class Fleet:
 
     Attributes:
         kinds: how many there are, their name, and what is known of their speed (`None`: nothing).
-        memory_gb: of the smallest, in 2³⁰ bytes: what an actor must fit on.
+        memory_gb: of the smallest, as it is sold.
+        memory: of it, bytes: what an actor must fit on.
         is_assumed: whether only the memory was given, and the kind was chosen by it.
     """
 
     kinds: tuple[tuple[int, str | None, Card | None], ...] = ()
     memory_gb: float = 0.0
+    memory: int = 0
     is_assumed: bool = False
 
     @classmethod
@@ -166,8 +174,9 @@ class Fleet:
             return cls()
         if count := _count(str(gpus)):
             name, facts = find_card(card, memory_gb or _USUAL_MEMORY_GB)
-            memory = memory_gb or (facts.memory_gb if facts else _USUAL_MEMORY_GB)
-            return cls(((count, name, facts),), memory, is_assumed=card is None)
+            sold = memory_gb or (facts.memory_gb if facts else _USUAL_MEMORY_GB)
+            memory = facts.memory if facts and facts.memory_gb == sold else int(sold * GIB)
+            return cls(((count, name, facts),), sold, memory, is_assumed=card is None)
         kinds: list[tuple[int, str | None, Card | None]] = []
         for part in str(gpus).split("+"):
             number, times, name = part.partition("x")
@@ -176,7 +185,8 @@ class Fleet:
             kinds.append((count, *find_card(name, None)))
         if described:
             raise ConfigError(f"{described}: --gpus {gpus} says already which cards there are")
-        return cls(tuple(kinds), min(facts.memory_gb for _, _, facts in kinds if facts))
+        smallest = min((facts for _, _, facts in kinds if facts), key=lambda facts: facts.memory)
+        return cls(tuple(kinds), smallest.memory_gb, smallest.memory)
 
     @property
     def count(self) -> int:

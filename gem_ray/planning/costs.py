@@ -101,11 +101,13 @@ class EngineNeed:
         key: of its section in the configuration.
         models: what it runs.
         reserved: bytes that it takes at the start, whatever it needs.
+        fixed_cache: bytes for cached keys and values, where the configuration says how many; `None`: what is left.
     """
 
     key: str
     models: tuple[ModelNeed, ...]
     reserved: int
+    fixed_cache: int | None = None
 
     @property
     def memory(self) -> int:
@@ -114,13 +116,24 @@ class EngineNeed:
 
     @property
     def kv_cache(self) -> int:
-        """Bytes that are left of what it has for cached keys and values."""
-        return self.held - self.memory + sum(model.kv_cache for model in self.models)
+        """Bytes for cached keys and values: those that are fixed, or what is left of what it has."""
+        return self.held - self.memory + self.least_cache if self.fixed_cache is None else self.fixed_cache
+
+    @property
+    def least_cache(self) -> int:
+        """Bytes for the keys and values of the longest sequence."""
+        return sum(model.kv_cache for model in self.models)
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether it has asked for less than it needs."""
+        return self.reserved < self.memory or (self.fixed_cache is not None and self.fixed_cache < self.least_cache)
 
     @property
     def held(self) -> int:
-        """Bytes that it has: it fills its share with cached keys and values."""
-        return max(self.memory, self.reserved)
+        """Bytes that it has: it fills its share with cached keys and values, unless these are fixed."""
+        fixed = 0 if self.fixed_cache is None else self.memory - self.least_cache + self.fixed_cache
+        return max(self.memory, self.reserved, fixed)
 
 
 @dataclass(frozen=True)
@@ -247,6 +260,8 @@ def _captioner(config: Config, work: Workload) -> ModelNeed:
     prompt = facts.shape["num_query_tokens"] + 2  # a start token and a newline follow the image
     language = stacks.opt(facts.shape["text_config"], prompt)
     logits = 2 * facts.shape["text_config"]["vocab_size"]
+    decoding = 2 * work.caption_tokens * language.parameters
+    captions = work.with_images * (1 - work.captioned)
     return _model(
         facts,
         "knowledge",
@@ -255,9 +270,9 @@ def _captioner(config: Config, work: Workload) -> ModelNeed:
         batch,
         activations=batch * size * max(images.activations, language.activations + logits),
         kv_cache=batch * size * (prompt + _CAPTION_LIMIT) * language.kv_per_token,
-        flops=images.flops + queries.flops + language.flops + 2 * work.caption_tokens * language.parameters,
-        traffic=work.caption_tokens * language.parameters * size / batch,
-        processed=("blip2", work.with_images),
+        flops=captions * (images.flops + queries.flops + language.flops + decoding),
+        traffic=captions * work.caption_tokens * language.parameters * size / batch,
+        processed=("blip2", captions),
     )
 
 
@@ -271,6 +286,7 @@ def _explainer(asked: _Asked, settings: ExplainerConfig) -> EngineNeed:
     tokens = _vllm_tokens(card_memory)
     question = stacks.llama(facts.shape, work.question_tokens)
     context = work.examples_tokens + work.question_tokens + work.answer_tokens
+    asked_about, read = 1 - work.explained, question.parameters / batch + context * question.kv_per_token
     explainer = _model(
         facts,
         "knowledge",
@@ -279,11 +295,11 @@ def _explainer(asked: _Asked, settings: ExplainerConfig) -> EngineNeed:
         batch,
         activations=size * stacks.llama(facts.shape, tokens).activations,
         kv_cache=size * settings.max_model_len * question.kv_per_token,
-        flops=question.flops + 2 * work.answer_tokens * question.parameters,
-        traffic=work.answer_tokens * size * (question.parameters / batch + context * question.kv_per_token),
+        flops=asked_about * (question.flops + 2 * work.answer_tokens * question.parameters),
+        traffic=asked_about * work.answer_tokens * size * read,
     )
     reserved = int(settings.gpu_memory_utilization * card_memory)
-    return EngineNeed("knowledge.explainer", (explainer,), reserved)
+    return EngineNeed("knowledge.explainer", (explainer,), reserved, settings.kv_cache_bytes)
 
 
 def _vllm_tokens(card_memory: int) -> int:
@@ -317,6 +333,8 @@ def _rerank(asked: _Asked) -> Need:
         return Need()
     facts = _facts(config, "reranker.model", settings.model, "llava-hf/llava-1.5-7b-hf")
     size = BYTES[settings.dtype]
+    # Nobody is asked about an entity without an image.
+    hard, with_hard = work.hard * work.with_images, work.with_hard * work.with_images
     if settings.engine == "text":
         longest = stacks.llama(facts.shape, settings.positions(0))
         usual = stacks.llama(facts.shape, work.prompt_tokens + work.caption_tokens)
@@ -327,7 +345,7 @@ def _rerank(asked: _Asked) -> Need:
             settings.dtype,
             settings.batch_size,
             activations=settings.batch_size * size * (longest.activations + _logits(facts.shape)),
-            flops=work.hard * usual.flops,
+            flops=hard * usual.flops,
         )
         return Need((reader,))
     images, text = stacks.vision(facts.shape["vision_config"]), facts.shape["text_config"]
@@ -338,8 +356,8 @@ def _rerank(asked: _Asked) -> Need:
     whole, shared = language(image_tokens + prompt), language(prompt)
     model = partial(_model, facts, "rerank", "reranker", settings.dtype)
     # A post's questions share the image's prefix.
-    flops = work.with_hard * (images.flops + whole.flops) + (work.hard - work.with_hard) * shared.flops
-    processed = ("llava", work.with_hard)
+    flops = with_hard * (images.flops + whole.flops) + (hard - with_hard) * shared.flops
+    processed = ("llava", with_hard)
     if settings.engine == "transformers":
         per_request = language(positions).activations + images.activations + _logits(text)
         reranker = model(
@@ -357,13 +375,13 @@ def _rerank(asked: _Asked) -> Need:
         at_once // positions,
         activations=size * (language(at_once).activations + at_once / image_tokens * images.activations),
         kv_cache=size * positions * whole.kv_per_token,
-        flops=flops + work.hard * again * 2 * whole.parameters,
+        flops=flops + hard * again * 2 * whole.parameters,
         processed=processed,
         tokens=prompt + again,
     )
     adapter = _adapter(config, language(1), size)
     reserved = int(settings.gpu_memory_utilization * asked.card_memory)
-    return Need(engines=(EngineNeed("reranker", (reranker, *adapter), reserved),))
+    return Need(engines=(EngineNeed("reranker", (reranker, *adapter), reserved, settings.kv_cache_bytes),))
 
 
 def _asked_again(config: Config) -> float:

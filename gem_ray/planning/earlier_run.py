@@ -68,7 +68,8 @@ def _workload(facts: dict[str, Any], then: Config, source: str) -> Workload:
         is_measured=True,
         assumed=("with_entities", "megapixels"),
     ).with_hard_share(hard_share)
-    fetched = fetched_images(passes_of(then), work) * account["annotated"]
+    captions = then.knowledge.captioner is not None
+    fetched = fetched_images(passes_of(then), work, captions) * account["annotated"]
     return replace(work, s3_images=min(1.0, account["requests"] / fetched) if fetched else 0.0)
 
 

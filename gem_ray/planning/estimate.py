@@ -113,7 +113,8 @@ def estimate(
         return None if hourly is None else hourly.value * hours + request_price * requests / 1e6
 
     cheapest, dearest = money(low), money(high)
-    more_cards = hours(make(plan.fleet.with_one_more(), plan.cpus, plan.work)) if plan.gpus else None
+    # A card that is slower than the others, and takes actors from them, may as well stay unused.
+    more_cards = min(usual, hours(make(plan.fleet.with_one_more(), plan.cpus, plan.work))) if plan.gpus else None
     more_cpus = hours(make(plan.fleet, plan.cpus + 1, plan.work)) if plan.cpus else None
     return RunEstimate(
         posts=posts,
@@ -136,7 +137,9 @@ def estimate(
 def _requests(plan: Plan) -> float:
     """To S3, for a post."""
     passes = ([pool.pool for pool in one.pools] for one in plan.passes)
-    return plan.work.s3_images * fetched_images(passes, plan.work)
+    models = (model for one in plan.passes for pool in one.pools for model in pool.need.models)
+    captions = any(model.role == "captioner" for model in models)
+    return plan.work.s3_images * fetched_images(passes, plan.work, captions)
 
 
 def _hourly(plan: Plan, price: float | None) -> Assumption | None:

@@ -10,12 +10,12 @@ from typing import Any
 from gem_ray.config import Config, ConfigError, StagePool
 from gem_ray.planning.advice import changes_that_fit, merged_config
 from gem_ray.planning.allocation import Cards, PlannedPool, Source, allocate
-from gem_ray.planning.cards import GIB, Fleet
+from gem_ray.planning.cards import Fleet
 from gem_ray.planning.costs import is_known, pool_need
 from gem_ray.planning.cpu_costs import CARRYING_SECONDS, decoding_seconds
 from gem_ray.planning.published import find_published
 from gem_ray.planning.refusals import gib, too_large, too_many
-from gem_ray.planning.workload import TWEETS, Workload, loaded_share
+from gem_ray.planning.workload import TWEETS, Workload, decoded_share, loaded_share
 from gem_ray.pools import Pool, passes_of
 from gem_ray.redaction import redacted
 from gem_ray.stages import LOAD_IMAGE, active_stages
@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def gpu_memory_gb(self) -> float:
-        """Of the smallest card, in 2³⁰ bytes."""
+        """Of the smallest card, as it is sold."""
         return self.fleet.memory_gb
 
     @property
@@ -268,10 +268,10 @@ def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str,
         found = [*too_many(number, planned, config, fleet.count, cpus)]
         for pool in pools:
             if fleet.count and pool.placement.num_gpus:
-                found += too_large(pool, config, fleet.memory_gb)
+                found += too_large(pool, config, fleet)
         passes.append(PassPlan(tuple(pools) if found else allocate(pools, fleet.count, cpus), cores))
         problems += found
-    notes = [*_notes(config, planned), *([] if problems else _unused(passes, fleet))]
+    notes = [*_notes(config, planned), *_slow_dtypes(fleet, planned), *([] if problems else _unused(passes, fleet))]
     return Plan(fleet, cpus, tuple(passes), tuple(problems), under, tuple(notes))
 
 
@@ -284,6 +284,18 @@ def _unused(passes: Sequence[PassPlan], fleet: Fleet) -> Iterator[str]:
         bounded = [pool.name for pool in one.pools if pool.placement.num_gpus and pool.actors == pool.most]
         remedy = f": raise max_actors of {', '.join(bounded)} under `pipeline.pools`" if bounded else ""
         yield f"pass {number} leaves {cards.unused} of {fleet.count} cards unused{remedy}"
+
+
+def _slow_dtypes(fleet: Fleet, passes: Sequence[Sequence[PlannedPool]]) -> Iterator[str]:
+    """Models in a dtype that a card computes without its matrix units."""
+    pools = [pool for pools in passes for pool in pools if pool.placement.num_gpus]
+    roles = [model.role for pool in pools for model in pool.need.models if model.dtype == "bfloat16"]
+    for _, name, card in fleet.kinds:
+        if roles and card is not None and not card.has_bfloat16:
+            yield (
+                f"{name} has no bfloat16, in which vLLM refuses it and others are as slow as in float32: float16 is "
+                f"faster for {', '.join(roles)}"
+            )
 
 
 def _notes(config: Config, passes: Sequence[Sequence[PlannedPool]]) -> Iterator[str]:
@@ -305,9 +317,10 @@ def _planned(
 ) -> PlannedPool:
     """A pool with as few actors as it may have."""
     placement, names = pool.placement, [spec.name for spec in pool.stages]
-    need = pool_need(names, config, placement.batch_size, int(fleet.memory_gb * GIB), work)
+    need = pool_need(names, config, placement.batch_size, fleet.memory, work)
     loaded = loaded_share(pool, work)
-    cpu_seconds = need.cpu_seconds + loaded * work.with_images * decoding_seconds(work.megapixels)
+    decoded = decoded_share(pool, work, config.knowledge.captioner is not None)
+    cpu_seconds = need.cpu_seconds + decoded * work.with_images * decoding_seconds(work.megapixels)
     seconds: float | None = None
     source: Source = "unknown"
     if all(spec.name in measured for spec in pool.stages if spec.has_model):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gem_ray.config import Config
+    from gem_ray.data.parquet import Columns
     from gem_ray.records import Post
 
 POSTS = 400
@@ -44,13 +45,16 @@ class Probe:
     seconds: dict[str, float]
 
 
-def probe(path: str, config: Config, posts: int = POSTS) -> Probe:
+def probe(path: str, config: Config, posts: int = POSTS, columns: Columns | None = None) -> Probe:
     """Read and tag posts of an input; without a card, bring them through all stages and take the time.
+
+    With a card, nobody is asked for captions and knowledge: the tagger reads those that the posts bring.
 
     Args:
         path: of the input.
         config: of the run.
         posts: about how many, from files that are spread over the input.
+        columns: field of an input row -> the column that holds it, where that has another name.
 
     Raises:
         FileNotFoundError: no input, or a model that is not there.
@@ -58,15 +62,20 @@ def probe(path: str, config: Config, posts: int = POSTS) -> Probe:
     """
     import torch
 
-    sample = list(islice(spread_posts(list_shards(path), {}, posts), posts))
+    sample = list(islice(spread_posts(list_shards(path), columns or {}, posts), posts))
     if not sample:
         raise ValueError(f"the input holds no posts: {path}")
     pools = [pool for each in passes_of(config) for pool in each]
     is_timed = not any(pool.placement.num_gpus for pool in pools)
-    specs = active_stages(config) if is_timed else tagging_stages(config)
+    tagging = [spec for spec in tagging_stages(config) if spec.name != "knowledge"]
+    specs = active_stages(config) if is_timed else tagging
     on_cpu = config if is_timed else config.model_copy(update={"device": "cpu"})
     sizes = [len(each.text) for each in sample]
     megapixels = [size for post in sample if (size := _megapixels(post)) is not None]
+    captioned, explained = (
+        sum(bool((text or "").strip()) for text in texts) / len(sample)
+        for texts in ([post.caption for post in sample], [post.knowledge for post in sample])
+    )
     placement = pools[0].placement
     usual = torch.get_num_threads()
     # Side by side, as actors are: cores that work together are slower than one alone.
@@ -77,7 +86,9 @@ def probe(path: str, config: Config, posts: int = POSTS) -> Probe:
         seconds = _run(sets, sample, min(pool.placement.batch_size for pool in pools))
     finally:
         torch.set_num_threads(usual)
-    work = _workload(sample, sizes, megapixels, path)
+    work = replace(_workload(sample, sizes, megapixels, path), captioned=captioned, explained=explained)
+    if not is_timed and config.knowledge.explainer is not None:
+        work = replace(work, text_tokens=work.text_tokens + round((1 - explained) * work.answer_tokens))
     return Probe(work, seconds if is_timed else {})
 
 

@@ -11,13 +11,15 @@ import yaml
 
 from gem_ray.config import Config, StagePool, parse_config
 from gem_ray.planning.allocation import Cards, PlannedPool
-from gem_ray.planning.cards import CARDS, GIB
-from gem_ray.planning.costs import Need, pool_need
+from gem_ray.planning.cards import CARDS, GIB, Fleet
+from gem_ray.planning.costs import EngineNeed, Need, pool_need
 from gem_ray.pools import CPUS_FOR_TASKS, Pool
 from gem_ray.stages import active_stages
 
 # Assumed: the driver and the gaps between the allocator's blocks take the rest of a card.
 USABLE = 0.95
+# Also by a cache whose size was worked out for cards of the same name: these differ by some hundredths.
+_USABLE_BY_FIXED = 0.98
 _ROUNDING = 1024  # bytes
 
 # What makes a stage smaller, the least loss first. Each is tried on top of those before it.
@@ -52,26 +54,29 @@ _WITHOUT: dict[str, list[tuple[str, Any]]] = {
 }
 
 
-def too_large(pool: PlannedPool, config: Config, gpu_memory_gb: float) -> Iterator[str]:
+def too_large(pool: PlannedPool, config: Config, fleet: Fleet) -> Iterator[str]:
     """Why an actor cannot run on its share of a card.
 
     Args:
         pool: on GPUs.
         config: which it is of.
-        gpu_memory_gb: memory of a card, in 2³⁰ bytes.
+        fleet: the cards, on any of which the actor may be.
     """
     need, key = pool.need, f"{pool.pool.key}.num_gpus"
-    card, share = gpu_memory_gb * GIB, min(pool.placement.num_gpus, 1)
+    card, share = fleet.memory, min(pool.placement.num_gpus, 1)
+    fixed = [engine for engine in need.engines if engine.held > max(engine.memory, engine.reserved)]
+    room = (_USABLE_BY_FIXED if fixed else USABLE) * share * card + _ROUNDING
     needs = f"{pool.name} needs {gib(need.memory)} GiB on a card ({_parts(need)})"
     if need.memory > USABLE * card:
-        yield f"{needs}; a {gpu_memory_gb:g} GB card has {gib(USABLE * card)} usable. {_what_fits(pool, config, card)}"
+        usable = f"a {fleet.memory_gb:g} GB card has {gib(USABLE * card)} usable"
+        yield f"{needs}; {usable}. {_what_fits(pool, config, card)}"
     elif need.memory > share * USABLE * card:
         yield (
             f"{needs}; its share of {share:g} has {gib(share * USABLE * card)} usable: "
             f"set {key} to {rounded_up(need.memory / (USABLE * card)):.2f} or more"
         )
-    elif need.engines and need.held > share * USABLE * card + _ROUNDING:
-        yield _takes_too_much(pool, share, card)
+    elif need.engines and need.held > room:
+        yield _caches_too_much(pool, fixed[0], share, card) if fixed else _takes_too_much(pool, share, card)
     else:
         for engine in need.engines:
             if engine.reserved < engine.memory:
@@ -79,6 +84,21 @@ def too_large(pool: PlannedPool, config: Config, gpu_memory_gb: float) -> Iterat
                     f"{needs}; vLLM may take {gib(engine.reserved)}: "
                     f"set {engine.key}.gpu_memory_utilization to {rounded_up(engine.memory / card):.2f} or more"
                 )
+            elif engine.is_starved:
+                yield (
+                    f"the longest sequence of {pool.name} takes {engine.least_cache} bytes of cached keys and values: "
+                    f"set {engine.key}.kv_cache_bytes to as many or more, or to null"
+                )
+
+
+def _caches_too_much(pool: PlannedPool, engine: EngineNeed, share: float, card: float) -> str:
+    """The size of a cache that was worked out for other cards."""
+    key, usable, cache = f"{engine.key}.kv_cache_bytes", gib(share * USABLE * card), gib(engine.kv_cache)
+    return (
+        f"vLLM takes {gib(engine.held)} GiB of a card in {pool.name}, {cache} of them for cached keys and values, as "
+        f"{key} says; its actor's share of {share:g} has {usable} usable: set {key} to null, or to what "
+        "`plan --json` works out for these cards"
+    )
 
 
 def _takes_too_much(pool: PlannedPool, share: float, card: float) -> str:
@@ -126,7 +146,7 @@ def too_many(
     pools = passes[number - 1]
     if any(pool.placement.num_gpus for pool in pools) and not Cards.holding(gpus, pools):
         asked = ", ".join(f"{pool.name} {pool.actors} × {pool.placement.num_gpus:g}" for pool in pools)
-        needed = _cards_for(pools)
+        needed = Cards.needed([share for pool in pools for share in pool.gpu_shares])
         remedy = _more_passes(passes, config, gpus)
         yield f"pass {number} needs {needed} GPUs or more ({asked}); --gpus says {gpus}. {remedy}"
     reserved = CPUS_FOR_TASKS + sum(pool.cpus for pool in pools)
@@ -148,9 +168,9 @@ def _what_fits(pool: PlannedPool, config: Config, card: float) -> str:
         ways.append("with " + " ".join(changes))
     if pools := _apart(pool, config, card):
         ways.append(f"with a pool and a pass for each of its stages: {_override(pools)}")
-    sizes = sorted({each.memory_gb for each in CARDS.values()})
-    enough = [size for size in sizes if changed_need(pool.pool, config, size * GIB).memory <= USABLE * size * GIB]
-    ways += [f"on a card of {size} GB" for size in enough[:1]]
+    larger = sorted(CARDS.values(), key=lambda each: each.memory)
+    enough = [each for each in larger if changed_need(pool.pool, config, each.memory).memory <= USABLE * each.memory]
+    ways += [f"on a card of {each.memory_gb:g} GB" for each in enough[:1]]
     if without := _left_out(pool, config, card):
         ways.append(f"or do without: {without}" if ways else f"without: {without}")
     return f"It fits {', '.join(ways)}" if ways else "No card that is known is large enough"
@@ -284,13 +304,6 @@ def _override(pools: Sequence[StagePool]) -> str:
     values = [pool.model_dump(exclude_defaults=True) for pool in pools]
     listed = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=math.inf)
     return f"--set 'pipeline.pools={listed.strip()}'"
-
-
-def _cards_for(pools: Sequence[PlannedPool]) -> int:
-    count = 1
-    while not Cards.holding(count, pools):
-        count += 1
-    return count
 
 
 def _parts(need: Need) -> str:

@@ -14,6 +14,7 @@ from gem_ray.planning.costs import PROCESS_OVERHEAD, ModelNeed, is_known
 from gem_ray.planning.estimate import RunEstimate
 from gem_ray.planning.plan import PassPlan, Plan
 from gem_ray.planning.refusals import gib
+from gem_ray.plurals import counted
 
 _WIDTH = 100
 _MODEL_WIDTH = 22
@@ -96,7 +97,7 @@ def _lines(plan: Plan, expected: RunEstimate | None) -> Iterator[str]:
     is_whole = not any(pool.need.unknown for one in plan.passes for pool in one.pools)
     yield "verdict: it fits" + ("" if is_whole else ", as far as the models are known")
     if plan.limit is None:
-        yield "bottleneck: not known; --probe INPUT times what runs on CPUs, --like RUN takes an earlier run's speeds"
+        yield f"bottleneck: not known; {_what_says_speeds(plan)}--like RUN takes an earlier run's speeds"
         return
     rate = f"; about {_rounded(plan.posts_per_hour)} posts an hour" if plan.posts_per_hour else ""
     yield f"bottleneck: {plan.limit}{rate}"
@@ -104,12 +105,21 @@ def _lines(plan: Plan, expected: RunEstimate | None) -> Iterator[str]:
         yield from _expected(expected)
 
 
+def _what_says_speeds(plan: Plan) -> str:
+    """Which option makes speeds known, beside that of an earlier run."""
+    if plan.gpus and plan.card is None:
+        return "--card says how fast the cards are, "
+    on_cards = any(pool.placement.num_gpus for one in plan.passes for pool in one.pools)
+    return "" if on_cards else "--probe INPUT times what runs on CPUs, "
+
+
 def _expected(expected: RunEstimate) -> Iterator[str]:
     low, high = expected.hours_range
     cards = f", {_rounded(expected.gpu_hours)} GPU-hours" if expected.gpu_hours else ""
     requests = f", {_rounded(expected.requests)} S3 requests for images" if expected.requests else ""
+    posts = counted(expected.posts, "post")
     yield (
-        f"{expected.posts:,} posts: about {_rounded(expected.hours)} hours ({_rounded(low)} to {_rounded(high)}){cards}"
+        f"{posts}: about {_rounded(expected.hours)} hours ({_rounded(low)} to {_rounded(high)}){cards}"
         f", {_rounded(expected.cpu_hours)} hours of a core{requests}"
     )
     if expected.money is not None and expected.money_range is not None:
@@ -127,8 +137,8 @@ def _expected(expected: RunEstimate) -> Iterator[str]:
 
 
 def _rounded(value: float, digits: int = 2) -> str:
-    """To two digits: an estimate has no more."""
-    return f"{float(f'{value:.{digits}g}'):,.10g}"
+    """To two digits: an estimate has no more; never with an exponent."""
+    return f"{float(f'{value:.{digits}g}'):,.10f}".rstrip("0").rstrip(".")
 
 
 def _rate(posts_per_second: float | None) -> str:

@@ -29,6 +29,7 @@ class Workload:
         with_hard: share of posts that have any; likewise.
         with_images: share of posts with an image.
         s3_images: share of posts whose image is an object in S3; assumed to be in the input's files instead.
+        captioned, explained: share of posts that bring a caption, and knowledge; assumed to be none.
         with_boxes: share of posts with an entity that is seen.
         with_other_boxes: the same, persons aside, for whom the text prompt goes first.
         person_prompts: categories of seen persons in a post.
@@ -54,6 +55,8 @@ class Workload:
     with_hard: float = 0.85
     with_images: float = 1.0
     s3_images: float = 0.0
+    captioned: float = 0.0
+    explained: float = 0.0
     with_boxes: float = 0.56
     with_other_boxes: float = 0.19
     person_prompts: float = 0.42
@@ -140,7 +143,13 @@ def _tweets_with(hard_share: float, with_hard: float) -> Workload:
 
 # Where nothing is measured, the truth may lie between these: generated posts had 37 % of hard entities at γ = 0.2,
 # tweets 81 %; and half of the posts may have no image, which is assumed.
-LIGHT = replace(_tweets_with(0.37, with_hard=0.5), with_images=0.5)
+LIGHT = replace(
+    _tweets_with(0.37, with_hard=0.5),
+    with_images=0.5,
+    with_boxes=0.5 * TWEETS.with_boxes,
+    with_other_boxes=0.5 * TWEETS.with_other_boxes,
+    person_prompts=0.5 * TWEETS.person_prompts,
+)
 HEAVY = _tweets_with(0.81, with_hard=0.86)
 
 
@@ -153,6 +162,18 @@ def loaded_share(pool: Pool[StagePool], work: Workload) -> float:
     return work.with_entities if pool.loads_all else work.with_hard
 
 
-def fetched_images(passes: Iterable[Iterable[Pool[StagePool]]], work: Workload) -> float:
-    """How often the image of a post is fetched, if it has one: in each pass that looks at it."""
-    return sum(max(loaded_share(pool, work) for pool in pools) for pools in passes)
+def decoded_share(pool: Pool[StagePool], work: Workload, captions: bool) -> float:
+    """Share of posts whose image a pool decodes, if it has one: where it makes captions, of all that bring none."""
+    captioned = captions and any(spec.name == "knowledge" for spec in pool.stages)
+    return max(loaded_share(pool, work), 1 - work.captioned if captioned else 0.0)
+
+
+def fetched_images(passes: Iterable[Iterable[Pool[StagePool]]], work: Workload, captions: bool) -> float:
+    """How often the image of a post is fetched, if it has one: in each pass that looks at it.
+
+    Args:
+        passes: the pools of each.
+        work: an average post.
+        captions: whether the knowledge stage makes them.
+    """
+    return sum(max(decoded_share(pool, work, captions) for pool in pools) for pools in passes)

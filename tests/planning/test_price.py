@@ -20,19 +20,29 @@ from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.planning.advice import changes_that_fit, merged_config
 from gem_ray.planning.cards import CARDS, GIB, LIST_PRICES, Fleet, find_card
-from gem_ray.planning.cpu_costs import image_seconds
+from gem_ray.planning.cpu_costs import decoding_seconds, image_seconds
 from gem_ray.planning.earlier_run import read_run
 from gem_ray.planning.estimate import RunEstimate, estimate
 from gem_ray.planning.model_facts import count_parameters
 from gem_ray.planning.plan import Plan, make_plan
+from gem_ray.planning.probe import Probe
 from gem_ray.planning.table import print_plan
 from gem_ray.planning.workload import HEAVY, LIGHT, SEEN_SHARE, TWEETS, Workload
 from gem_ray.stages import active_stages
 from gem_ray.tally import Tally
 
 POSTS = 1_000_000
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
+CAPTIONED = ["knowledge.captioner=Salesforce/blip2-opt-2.7b", "pipeline.pools.knowledge.num_gpus=0.5"]
 # Grounding has the share of a card that it needs, on any card with 16 GB or more.
 ROOMY = ["pipeline.pools.ground.num_gpus=0.5"]
+WITHOUT_HALF_OF_THE_IMAGES = replace(
+    TWEETS,
+    with_images=0.5,
+    with_boxes=TWEETS.with_boxes / 2,
+    with_other_boxes=TWEETS.with_other_boxes / 2,
+    person_prompts=TWEETS.person_prompts / 2,
+)
 MEASURED = Workload(entropies=TWEETS.entropies, source="400 posts", is_measured=True)
 RERANKED = ["reranker.enabled=true", "reranker.adapter=models/lora"]
 
@@ -202,12 +212,59 @@ def test_images_in_s3_are_asked_for_in_each_pass_that_looks_at_them(preset: str,
     assert expected(config, "2").requests == 0
 
 
+@pytest.mark.parametrize("role", ["captioner", "reranker", "matcher", "sam", "text_segmenter"])
+def test_posts_without_images_ask_nothing_of_models_that_look_at_images(role: str) -> None:
+    config = load_config("cluster", overrides=[*CAPTIONED, *RERANKED, *ROOMY])
+
+    def work_of(work: Workload) -> tuple[float, float]:
+        pools = [pool for one in make_plan(config, gpus=4, card="h100", work=work).passes for pool in one.pools]
+        (model,) = [model for pool in pools for model in pool.need.models if model.role == role]
+        return model.seconds(CARDS["h100"]), model.cpu_seconds
+
+    all_images, half = work_of(TWEETS), work_of(WITHOUT_HALF_OF_THE_IMAGES)
+    assert half == pytest.approx((all_images[0] / 2, all_images[1] / 2))
+    assert LIGHT.with_boxes <= LIGHT.with_images
+
+
+@pytest.mark.parametrize(("preset", "per_post"), [("cluster", 1.0), ("one-gpu", 1 + TWEETS.with_entities)])
+def test_images_that_get_captions_are_fetched_and_decoded_for_them(preset: str, per_post: float) -> None:
+    """Once for every post; the later pools of a pass are handed them."""
+    work = replace(MEASURED, s3_images=1.0)
+    captioned, plain = (expected(load_config(preset, overrides=each), "8", work=work) for each in (CAPTIONED, []))
+    assert captioned.requests == pytest.approx(POSTS * per_post)
+    assert captioned.cpu_hours - plain.cpu_hours > POSTS * decoding_seconds(TWEETS.megapixels) / 3600
+
+
+@pytest.mark.parametrize("option", ["--price", "--request-price"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_prices_are_numbers(option: str, value: str) -> None:
+    from gem_ray.commands.annotate import app
+
+    assert CliRunner().invoke(app, ["plan", option, value]).exit_code == 2
+
+
+def test_a_probe_reads_columns_with_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gem_ray.commands.annotate import app
+
+    asked: list[Any] = []
+
+    def measure(path: str, config: Config, columns: Any) -> Probe:
+        asked.append((path, columns))
+        return Probe(MEASURED, {})
+
+    monkeypatch.setattr("gem_ray.planning.probe.probe", measure)
+    done = CliRunner().invoke(app, ["plan", "--probe", "posts", "--map", "text=tweet"])
+    assert (done.exit_code, asked) == (0, [("posts", {"text": "tweet"})])
+    assert CliRunner().invoke(app, ["plan", "--map", "text=tweet"]).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
         ("--gpus 8 --card h100", ["price of an hour, in dollars: 55 (assumed: AWS p5.48xlarge, 8 cards"]),
         ("--gpus 8 --card h100 --price 2", ["cost: about", "price of an hour: 16 (measured: as given)"]),
         ("--gpus 8 --card b200", ["cost: not known", "--price"]),
+        ("--gpus 8 --card h100 --posts 1", ["1 post: about 0.0", ", 0.0000", " hours of a core"]),
     ],
 )
 def test_the_table_says_where_its_price_comes_from(arguments: str, lines: list[str]) -> None:
@@ -237,6 +294,7 @@ def test_the_command_prints_hours_money_and_assumptions() -> None:
 def test_cards_may_be_mixed_or_described() -> None:
     fleet = Fleet.parse("8xl40s+4xa10g", None, None)
     assert (fleet.count, fleet.memory_gb, fleet.name) == (12, 24, "8xl40s+4xa10g")
+    assert Fleet.parse("8xL40S+4xA10G", None, None) == fleet
     need = {"l40s": 1.0, "a10g": 2.0}
     seconds = fleet.seconds(lambda card: next(need[name] for name in need if CARDS[name] is card))
     assert 12 / seconds == pytest.approx(8 / 1 + 4 / 2)
@@ -312,6 +370,68 @@ def test_a_card_that_is_chosen_by_its_memory_has_a_price_if_one_with_that_memory
         has_price = any(name in LIST_PRICES for name, card in CARDS.items() if card.memory_gb == memory)
         chosen, _ = find_card(None, memory)
         assert (chosen in LIST_PRICES) == has_price
+
+
+def test_a_plan_counts_with_what_torch_sees_of_a_card() -> None:
+    """What a plan accepts, a run on such cards accepts as well."""
+    measured = json.loads((BENCHMARKS / "grounder-gpu.json").read_text())["memory_gb"] * 1e9
+    assert CARDS["h200"].memory == pytest.approx(measured, rel=1e-3)
+    captions = ["knowledge.captioner=Salesforce/blip2-opt-2.7b"]
+    for name, card in CARDS.items():
+        assert 0.9 * card.memory_gb * GIB <= card.memory < card.memory_gb * GIB
+        for config in (load_config("cluster", overrides=captions), load_config("one-gpu", overrides=RERANKED)):
+            by_name, by_memory = make_plan(config, 8, card=name), make_plan(config, 8, card.memory / GIB)
+            assert [bool(plan.problems) for plan in (by_name, by_memory)] in ([True] * 2, [False] * 2)
+    assert "has 8.4 usable" in make_plan(load_config("cluster", overrides=captions), 8, card="l40s").problems[0]
+    mixed = Fleet.parse("1xrtx-4090+1xl4", None, None)
+    assert (mixed.memory_gb, mixed.memory) == (24, CARDS["l4"].memory)
+
+
+def test_cards_of_which_nothing_is_known_are_asked_for_by_their_option(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=32))
+    assert "bottleneck: not known; --card says how fast the cards are, --like RUN" in capsys.readouterr().out
+    print_plan(make_plan(load_config()))
+    assert "bottleneck: not known; --probe INPUT times what runs on CPUs, --like RUN" in capsys.readouterr().out
+
+
+def test_a_card_without_bfloat16_is_planned_as_slow_as_it_is_in_it() -> None:
+    half = ["grounder.matcher.dtype=float16", "grounder.boxes.sam.dtype=float16", "grounder.boxes.text.dtype=float16"]
+    slow, fast = (make_plan(load_config("one-gpu", overrides=each), gpus=1, card="t4") for each in ([], half))
+    assert fast.posts_per_hour > 3 * slow.posts_per_hour
+    assert any("t4 has no bfloat16" in note and "matcher, sam, text_segmenter" in note for note in slow.notes)
+    assert not fast.notes
+    assert not make_plan(load_config("one-gpu"), gpus=1, card="a10g").notes
+
+
+def test_one_more_card_makes_no_fleet_slower() -> None:
+    bounded = load_config("one-gpu", overrides=["pipeline.pools.ground.max_actors=2"])
+    found = expected(bounded, "1xt4+4xh100")
+    assert found.hours_with_one_more_card == found.hours
+
+
+def test_a_fleet_of_thousands_of_cards_is_planned() -> None:
+    free = [f"pipeline.pools.{stage}.max_actors=null" for stage in ("tag", "ground")]
+    plan = make_plan(load_config("cluster", overrides=free), gpus=3000, card="h100")
+    assert sum(pool.actors * pool.placement.num_gpus for pool in plan.passes[0].pools) == pytest.approx(3000, abs=1)
+    many = load_config("cluster", overrides=["pipeline.pools.ground={min_actors: 9000, max_actors: 9000}"])
+    assert "pass 1 needs 1801 GPUs or more" in make_plan(many, gpus=8, card="h100").problems[0]
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        "{num_gpus: 1, min_actors: 7, max_actors: 9}",
+        "{num_gpus: 4, min_actors: 1, max_actors: 9}",
+        "{num_gpus: 2, min_actors: 3, max_actors: 3}",
+        "{num_gpus: 0.6, min_actors: 4, max_actors: 4}",
+    ],
+)
+def test_more_actors_than_the_cards_hold_are_answered_with_fewer(pool: str) -> None:
+    config = load_config("cluster", overrides=[f"pipeline.pools.ground={pool}"])
+    plan = make_plan(config, gpus=3, card="h100")
+    assert plan.problems
+    assert plan.advice is not None
+    make_plan(merged_config(config, plan.advice), gpus=3, card="h100").check()
 
 
 def test_cards_that_nobody_uses_are_said() -> None:
@@ -448,4 +568,19 @@ def test_the_planned_configuration_fixes_what_engines_cache() -> None:
     (engine,) = next(pool for one in plan.passes for pool in one.pools if pool.name == "rerank").need.engines
     assert 0 < fixed < engine.reserved
     assert fixed + sum(model.weights + model.activations for model in engine.models) <= engine.held
-    assert merged_config(config, plan.overlay()).reranker.kv_cache_bytes == fixed
+    planned = merged_config(config, plan.overlay())
+    assert planned.reranker.kv_cache_bytes == fixed
+    assert make_plan(planned, gpus=8, card="h100").overlay() == plan.overlay()
+    assert not make_plan(planned, gpus=8, gpu_memory_gb=0.99 * CARDS["h100"].memory / GIB).problems
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [(40 * GIB, "40.0 of them for cached keys and values, as reranker.kv_cache_bytes says"), (GIB // 4, "or to null")],
+)
+def test_a_cache_that_was_worked_out_for_other_cards_is_refused(size: int, says: str) -> None:
+    config = reranked(f"reranker.kv_cache_bytes={size}")
+    plan = make_plan(config, gpus=8, card="h100")
+    assert says in plan.problems[0]
+    assert plan.advice is not None
+    make_plan(merged_config(config, plan.advice), gpus=8, card="h100").check()

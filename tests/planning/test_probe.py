@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from gem_ray.annotator import Annotator
 from gem_ray.config import load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
+from gem_ray.planning.cards import CARDS
+from gem_ray.planning.plan import make_plan
 from gem_ray.planning.probe import probe
+from gem_ray.planning.workload import TWEETS
 
 POSTS = 48
+CAPTIONER = "knowledge.captioner=Salesforce/blip2-opt-2.7b"
 
 
 def test_shares_are_those_of_the_posts_and_stages_without_a_card_are_timed(tmp_path: Path) -> None:
@@ -33,6 +39,33 @@ def test_shares_are_those_of_the_posts_and_stages_without_a_card_are_timed(tmp_p
     assert work.under(config).hard_share == pytest.approx(work.hard_share, abs=0.05)  # of 21 quantiles
     assert set(found.seconds) == {"prepare", "tag", "load_image"}
     assert found.seconds["tag"] > 0
+
+
+def test_columns_may_have_other_names(tmp_path: Path) -> None:
+    write_posts(list(generate(8, seed=5)), tmp_path, per_shard=8)
+    (file,) = tmp_path.glob("*.parquet")
+    table = pq.read_table(file)
+    names = ["tweet" if name == "text" else name for name in table.column_names]
+    pq.write_table(table.rename_columns(names), file)
+    config = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false"])
+    assert probe(str(tmp_path), config, columns={"text": "tweet"}).work.entities > 0
+
+
+def test_nobody_is_asked_for_captions_and_knowledge_and_those_that_are_there_need_no_card(tmp_path: Path) -> None:
+    posts = list(generate(8, seed=5))
+    for number, post in enumerate(posts):
+        post.caption, post.knowledge = "a square" if number < 6 else None, "It is red." if number < 2 else " "
+    write_posts(posts, tmp_path, per_shard=8)
+    nowhere = "knowledge.explainer={base_url: http://127.0.0.1:9/v1, model: x}"
+    work = probe(str(tmp_path), load_config("one-gpu", overrides=[CAPTIONER, nowhere])).work
+    assert (work.captioned, work.explained) == (0.75, 0.25)
+    in_process = "knowledge.explainer={engine: vllm, model: meta-llama/Meta-Llama-3-8B-Instruct, dtype: bfloat16}"
+    config = load_config("cluster", overrides=[CAPTIONER, in_process])
+    works = TWEETS, replace(TWEETS, captioned=1, explained=1)
+    plans = [make_plan(config, gpus=8, card="h100", work=each) for each in works]
+    asked, idle = (next(pool for pool in plan.passes[0].pools if pool.name == "knowledge") for plan in plans)
+    assert asked.need.seconds(CARDS["h100"]) > 0
+    assert (idle.need.seconds(CARDS["h100"]), idle.cpu_seconds) == (0, 0)
 
 
 def test_an_input_without_posts_is_refused(tmp_path: Path) -> None:
