@@ -86,8 +86,9 @@ class KnowledgeProvider:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What the stage has counted, for the run's account."""
-        return {name: getattr(self, name) for name in ("asked", "from_cache", "repaired", "failed")}
+        """What the stage has counted, for the run's account: of questions, and of images that it has fetched."""
+        own = {name: getattr(self, name) for name in ("asked", "from_cache", "repaired", "failed")}
+        return own | self._loader.counts
 
     @property
     def trouble(self) -> str | None:

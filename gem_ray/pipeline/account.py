@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
-from gem_ray.stages import LOAD_IMAGE
-
 
 @dataclass(frozen=True)
 class PoolTime:
@@ -63,9 +61,9 @@ class Account:
         annotated: posts that have left the last stage; what was done again counts again.
         stage_seconds: wall time inside each stage, summed over its actors.
         stage_counts: what stages counted themselves: of `knowledge` questions `asked`, answers `from_cache`, `repaired`
-            and `failed`; of `load_image` images `fetched`, their `bytes` and
-            `s3_requests`; of `rerank` entities `asked` about, tokens
-            of their prompts, and those among them that the engine had read before.
+            and `failed`; of `load_image`, and of `knowledge` where it makes captions, images `fetched`, their `bytes`
+            and `s3_requests`; of `rerank` entities `asked` about, tokens of their prompts, and those among them that
+            the engine had read before.
         pools: time of the actors, by pool.
         unit_seconds: of all cards that Ray had, also those that nobody used; of machines where there were no cards.
         money: of starts with a price; `None` if none had one.
@@ -122,7 +120,7 @@ class Account:
     @property
     def requests(self) -> int:
         """To S3, for images; the few for a run's own files are not counted."""
-        return self.stage_counts.get(LOAD_IMAGE, {}).get("s3_requests", 0)
+        return sum(counts.get("s3_requests", 0) for counts in self.stage_counts.values())
 
     @property
     def bottleneck(self) -> str | None:

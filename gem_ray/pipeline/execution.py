@@ -101,7 +101,7 @@ class RayExecutor:
         origin: Origin,
         pools: Sequence[Pool[StagePool]],
         sink: StagingSink,
-        is_last: bool,
+        number: int | None,
         meanwhile: Callable[[], None],
     ) -> None:
         """Bring posts through the stages of pools, and write them.
@@ -112,17 +112,17 @@ class RayExecutor:
             origin: what goes into the annotations, and which models the stages must load.
             pools: of the pass, in order.
             sink: takes the rows.
-            is_last: whether the pass makes annotations, and not results for another pass.
+            number: of the pass, from 0, if it makes results for another one; `None` if it makes annotations.
             meanwhile: is called now and then, until all rows are written.
 
         Raises:
             RunError: a stage or a file gave up, or another process has taken the output.
         """
         dataset = build_graph(source, config, origin.models, pools, self._started, self._actor)
-        if is_last:
+        if number is None:
             dataset = as_annotations(dataset, origin.run_id, origin.models, self._started)
         else:
-            dataset = as_pass_results(dataset)
+            dataset = as_pass_results(dataset, number, self._started)
         try:
             with polling(meanwhile, _PUBLISHING_S):
                 dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
@@ -174,8 +174,7 @@ class RayExecutor:
         return self._ledger
 
     def _run_error(self, error: RayError) -> RunError:
-        cause = getattr(error, "cause", None) or error
-        reason = self.work().failure or str(cause).strip() or repr(cause)
+        reason = self.work().failure or str(getattr(error, "cause", None) or error)
         return RunError(reason.strip().splitlines()[0])  # the rest is Ray's frames and advice
 
 

@@ -24,8 +24,10 @@ from gem_ray.pipeline.logs import log_as_json, log_problems
 from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.pipeline.watching import WatchedStage
+from gem_ray.planning.allocation import Cards
 from gem_ray.pools import CPUS_FOR_TASKS
 from gem_ray.ray_private.data import set_cpus
+from gem_ray.records import Post
 from gem_ray.stages import LOAD_IMAGE
 from gem_ray.tally import Tally
 
@@ -117,12 +119,13 @@ def _room_for(pool: Pool[StagePool], pools: Sequence[Pool[StagePool]]) -> int:
     others = [each.placement for each in pools if each is not pool]
     sharing = 1 + sum(each.max_actors is None for each in others)
     bounded = [each for each in others if each.max_actors is not None]
-    rooms = []
-    for resource, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        if needed := getattr(pool.placement, key):
-            held = sum(each.min_actors * getattr(each, key) for each in bounded)
-            rooms.append(int((there.get(resource, 0) - held) / sharing / needed))
-    return min(rooms)
+    held = sum(each.min_actors * each.num_cpus for each in bounded)
+    room = int((there["CPU"] - held) / sharing / pool.placement.num_cpus)
+    if pool.placement.num_gpus:
+        shares = [each.num_gpus for each in bounded for _ in range(each.min_actors)]
+        cards = Cards.with_shares(int(there.get("GPU", 0)), shares) or Cards(0)
+        room = min(room, cards.room_for(pool.placement.num_gpus) // sharing)
+    return room
 
 
 def _batches_at_once(pool: Pool[StagePool], config: Config) -> int:
@@ -136,9 +139,9 @@ def as_annotations(dataset: Any, run_id: str, models: dict[str, str], ledger: Le
     return _finish(dataset, finish_rows, run_id=run_id, models=models, ledger=ledger)
 
 
-def as_pass_results(dataset: Any) -> Any:
+def as_pass_results(dataset: Any, number: int, ledger: Ledger) -> Any:
     """Rows of `PASS_SCHEMA`, for another pass to continue with."""
-    return _finish(dataset, pass_table)
+    return _finish(dataset, finish_pass, number=number, ledger=ledger)
 
 
 def _finish(dataset: Any, function: Callable[..., pa.Table], **arguments: Any) -> Any:
@@ -160,6 +163,19 @@ def finish_rows(table: pa.Table, run_id: str, models: dict[str, str], ledger: Le
     _log_as_json_once()
     log_problems(run_id, posts)
     return annotations_table(posts, run_id, models)
+
+
+def finish_pass(table: pa.Table, number: int, ledger: Ledger) -> pa.Table:
+    """From a batch of `TRANSIT_SCHEMA` to one of `PASS_SCHEMA`; counts what has become of the posts.
+
+    Raises:
+        RuntimeError: too many posts have failed for the run to continue.
+    """
+    table = pass_table(table)
+    failure = ledger.add_passed(number, Tally.of_posts([Post.from_annotation(row) for row in table.to_pylist()]))
+    if failure:
+        raise RuntimeError(failure)
+    return table
 
 
 @lru_cache(maxsize=1)

@@ -18,11 +18,13 @@ from gem_ray.pipeline.compaction import MergedFile, cut_merges
 from gem_ray.pipeline.execution import Origin, RayExecutor, RunError
 from gem_ray.pipeline.inputs import InputFile, InputReader, chunks
 from gem_ray.pipeline.passes import PassResults
+from gem_ray.pipeline.progress import Through
 from gem_ray.pipeline.source import PostSource
 from gem_ray.pipeline.staging import StagedRows, StagingSink
 from gem_ray.pipeline.tables import PASS_SCHEMA
 from gem_ray.pools import ROWS_AT_ONCE, passes_of
 from gem_ray.records import ANNOTATION_SCHEMA
+from gem_ray.tally import Tally
 
 if TYPE_CHECKING:
     from gem_ray.config import Config
@@ -112,11 +114,18 @@ class GroupRunner:
         self._claim = claim
         self._settle = settle
         self._passes = passes_of(config)
-        self._done_before = 0
+        self._running = 0
+        self._done_before = [0] * len(self._passes)
 
-    def done(self) -> int:
-        """Rows that have been through all stages, in this start or an earlier one; for progress."""
-        return self._done_before + self._executor.work().tally.rows
+    def done(self) -> Through:
+        """Rows of the groups that are being done which have been through each pass, also in an earlier start."""
+        rows = zip(self._done_before, self._done_in_session(), strict=True)
+        return Through(tuple(map(sum, rows)), self._running)
+
+    def _done_in_session(self) -> list[int]:
+        work = self._executor.work()
+        earlier = (work.passed.get(number, Tally()).rows for number in range(len(self._passes) - 1))
+        return [*earlier, work.tally.rows]
 
     def run(self, groups: Sequence[Group]) -> None:
         """Bring every row of groups through every pass, and publish each group as soon as its rows are there.
@@ -125,6 +134,7 @@ class GroupRunner:
             RunError: a stage or a file gave up.
             FileExistsError: another process has taken the output.
         """
+        self._done_before = [-rows for rows in self._done_in_session()]  # of groups before these
         most = ROWS_AT_ONCE if len(self._passes) == 1 else 0
         for together in chunks(groups, most):
             self._run_together([_Staged(group, self._folder, len(self._passes)) for group in together])
@@ -148,16 +158,18 @@ class GroupRunner:
         rows = sum(each.group.rows for each in staged)
         wanted = _together([each.group for each in staged], [each.left(number) for each in staged])
         left = rows if wanted is None else len(wanted)
-        self._done_before += (rows - left) * is_last
+        self._done_before[number] += rows - left
         if not left:
             return
+        self._running = number
         files = [file for each in staged for file in each.group.files]
         earlier = self._left_by(number - 1, staged) if number else None
         source = PostSource(self._reader, files, wanted, earlier)
         folders = {int(each.group.ids[0]): each.rows[number].folder for each in staged}
         sink = StagingSink(folders, ANNOTATION_SCHEMA if is_last else PASS_SCHEMA, self._claim)
         pools = self._passes[number]
-        self._executor.run_pass(source, self._config, self._origin, pools, sink, is_last, meanwhile)
+        index = None if is_last else number
+        self._executor.run_pass(source, self._config, self._origin, pools, sink, index, meanwhile)
         self.annotated += left * is_last
 
     def _left_by(self, number: int, staged: Sequence[_Staged]) -> PassResults:

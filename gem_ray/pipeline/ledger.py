@@ -30,6 +30,7 @@ class Progress:
         stage_seconds: wall time inside each stage, summed over its actors.
         stage_counts: what each stage has counted itself, summed over its actors.
         tally: of the posts that have left the last stage.
+        passed: of those that have left an earlier pass, by its number from 0.
         pools: time of the actors, by pool.
         troubles: what actors wait for, by actor, in words.
         failure: why the run cannot go on, in a sentence; Ray's own exception says it only within a trace.
@@ -38,6 +39,7 @@ class Progress:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     stage_counts: dict[str, Counter[str]] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
+    passed: dict[int, Tally] = field(default_factory=dict)
     pools: dict[str, PoolTime] = field(default_factory=dict)
     troubles: dict[str, str] = field(default_factory=dict)
     failure: str | None = None
@@ -112,11 +114,19 @@ class _Book:
         self._batches.add(stage, seconds, posts, idle)
 
     def add_done(self, tally: Tally) -> str | None:
-        progress = self._progress
-        progress.tally += tally
+        self._progress.tally += tally
         self._posts.add(tally)
-        if self._max_problem_share is not None and progress.tally.rows >= JUDGED_FROM:
-            progress.failure = progress.failure or mass_failure(progress.tally, self._max_problem_share)
+        return self._judge(self._progress.tally)
+
+    def add_passed(self, number: int, tally: Tally) -> str | None:
+        passed = self._progress.passed
+        passed[number] = passed.get(number, Tally()) + tally
+        return self._judge(passed[number])
+
+    def _judge(self, tally: Tally) -> str | None:
+        progress = self._progress
+        if self._max_problem_share is not None and tally.rows >= JUDGED_FROM:
+            progress.failure = progress.failure or mass_failure(tally, self._max_problem_share)
         return progress.failure
 
     def set_failure(self, failure: str) -> None:
@@ -231,6 +241,10 @@ class Ledger:
     def add_done(self, tally: Tally) -> str | None:
         """Add posts that need no more work, and hear why the run cannot go on; None while it can."""
         return self._book.add_done.remote(tally).future().result()  # as in `begin`
+
+    def add_passed(self, number: int, tally: Tally) -> str | None:
+        """Add posts that have left a pass which is not the last, by its number from 0; as `add_done`."""
+        return self._book.add_passed.remote(number, tally).future().result()  # as in `begin`
 
     def set_failure(self, failure: str) -> None:
         """Say why the run cannot go on; the first to say so is believed."""

@@ -54,6 +54,15 @@ class RunLimits:
             if end > self.deadline:
                 yield f"the run will finish about {_shown(end)}, after its deadline {_shown(self.deadline)}"
 
+    def spent(self, cost: float | None) -> str | None:
+        """Why a start must not begin, after what earlier ones have cost; None where it may."""
+        if self.budget is None or (cost or 0.0) < self.budget:
+            return None
+        return (
+            f"the budget of {self.budget:,.2f} is spent: earlier starts have cost {cost or 0.0:,.2f}; the same command "
+            "with a larger --budget continues"
+        )
+
     def exceeded(self, reading: Reading) -> str | None:
         """Why the run must end now; None while it may go on."""
         if self.budget is None or reading.cost is None or reading.cost < self.budget:
@@ -71,12 +80,12 @@ def parse_deadline(text: str, now: datetime) -> datetime:
         ConfigError: neither.
     """
     match = _DURATION.fullmatch(text)
-    if match and text:
-        days, hours, minutes = (int(part or 0) for part in match.groups())
-        return now + timedelta(days=days, hours=hours, minutes=minutes)
     try:
+        if match and text:
+            days, hours, minutes = (int(part or 0) for part in match.groups())
+            return now + timedelta(days=days, hours=hours, minutes=minutes)
         return datetime.fromisoformat(text).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"--deadline takes 2h30m, or a moment as 2026-12-31T18:00, not {text!r}") from None
 
 

@@ -30,7 +30,7 @@ def mass_failure(tally: Tally, max_share: float) -> str | None:
         return None
     examples = "; ".join(f"{each['post_id']}: {each['message']}" for each in tally.examples[kind][:_EXAMPLES])
     return (
-        f"{counts[kind]:,} of {tally.rows:,} posts have the problem {kind}, more than the {max_share:.0%} of "
+        f"{counts[kind]:,} of {tally.rows:,} posts have the problem {kind}, more than the {100 * max_share:g}% of "
         f"--max-problem-share. For example {examples}. Mend the cause and run the command again: it continues, and "
         "once it has finished, --only-problems does the failed posts again"
     )

@@ -7,12 +7,12 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from gem_ray.pipeline.account import Account
-from gem_ray.pipeline.progress import Rate, Reading
+from gem_ray.pipeline.progress import PassRates, Reading, Through
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.execution import RayExecutor
@@ -61,18 +61,18 @@ class Meter:
         self._counted = began
         self._saved = -math.inf  # a start that is killed soon is known, too
         self._warned: set[str] = set()
-        self._done: Callable[[], int] = lambda: 0
+        self._done: Callable[[], Through] = lambda: Through((0,))
         self._total = 0
-        self._rate = Rate()
+        self._rates = PassRates()
 
-    def begin(self, done: Callable[[], int], total: int) -> None:
+    def begin(self, done: Callable[[], Through], total: int) -> None:
         """Measure another part of the start's work.
 
         Args:
             done: how many of its posts are through.
             total: how many there are.
         """
-        self._done, self._total, self._rate = done, total, Rate()
+        self._done, self._total, self._rates = done, total, PassRates()
 
     def tick(self) -> None:
         """Count on; warn of limits that will be missed, end the run at its budget, and keep the account."""
@@ -104,17 +104,21 @@ class Meter:
     def reading(self) -> Reading:
         """What the meter shows."""
         work = self._executor.work()
-        done = min(self._done(), self._total)
-        rate = self._rate.of(done)
-        left = (self._total - done) / rate if rate else None
+        through = self._done()
+        done = min(through.posts[-1], self._total)
+        rates = self._rates.of(through)
+        rest = [max(0, self._total - posts) for posts in through.posts]
+        left, at_end = _seconds_left(rates, rest), None
         own = self._own(work)
         cost = (self._earlier + own).money
-        at_end = None
         if left is not None:
-            requests = round(own.requests / max(1, own.annotated) * (self._total - done))
-            rest = self._limits.money(self._units * left, requests)
-            at_end = cost + rest if cost is not None and rest is not None else None
-        return Reading(done, self._total, rate, left, cost, at_end, _busiest(own), self._waiting_for(work))
+            looked_at = own.annotated + sum(passed.rows for passed in work.passed.values())
+            requests = round(own.requests / max(1, looked_at) * sum(rest))
+            more = self._limits.money(self._units * left, requests)
+            at_end = cost + more if cost is not None and more is not None else None
+        rate = None if None in rates else 1 / sum(1 / each for each in rates if each)
+        busiest, waiting, way = _busiest(own), self._waiting_for(work), _under_way(through, rates)
+        return Reading(done, self._total, rate, left, cost, at_end, busiest, waiting, way)
 
     def save(self) -> Account:
         """Keep what this start has taken; gives back what all starts have taken together.
@@ -149,6 +153,21 @@ class Meter:
 def account_of(folder: RunFolder) -> Account:
     """What all starts of a run have taken until now."""
     return sum((Account.from_dict(facts) for facts in folder.starts()), Account())
+
+
+def _seconds_left(rates: Sequence[float | None], rest: Sequence[int]) -> float | None:
+    """Of all passes, each of which has its own speed; None while that of one that has posts left is not known."""
+    if not any(rates) or any(posts and not rate for rate, posts in zip(rates, rest, strict=True)):
+        return None
+    return sum(posts / rate for rate, posts in zip(rates, rest, strict=True) if rate)
+
+
+def _under_way(through: Through, rates: Sequence[float | None]) -> str | None:
+    if len(through.posts) == 1:
+        return None
+    rate = rates[through.running]
+    speed = f", {rate:,.1f} a second" if rate else ""
+    return f"pass {through.running + 1} of {len(rates)}: {through.posts[through.running]:,} posts{speed}"
 
 
 def _busiest(own: Account) -> str | None:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,7 @@ class Reading:
         cost_at_end: at that speed.
         busiest: the busiest pool, and how busy it is.
         waiting_for: what does not answer at the moment, and is asked again.
+        under_way: of a run in several passes, which one runs, and how far it is.
     """
 
     done: int
@@ -52,16 +54,17 @@ class Reading:
     cost_at_end: float | None = None
     busiest: str | None = None
     waiting_for: str | None = None
+    under_way: str | None = None
 
     @property
     def remarks(self) -> str:
-        """Cost, busiest pool and trouble, as people read them."""
+        """The pass, cost, busiest pool and trouble, as people read them."""
         cost = None if self.cost is None else f"cost {self.cost:,.2f}"
         if self.cost_at_end is not None:
             cost = f"{cost} of about {self.cost_at_end:,.2f}"
         busiest = self.busiest and f"busiest: {self.busiest}"
         waiting = self.waiting_for and f"waiting for {self.waiting_for}"
-        return ", ".join(filter(None, (cost, busiest, waiting)))
+        return ", ".join(filter(None, (self.under_way, cost, busiest, waiting)))
 
     @property
     def speed(self) -> str:
@@ -75,12 +78,29 @@ OnReading = Callable[[Reading], None]
 _PLAIN_EVERY_S = 10.0
 
 
+@dataclass(frozen=True)
+class Through:
+    """How far work in passes is.
+
+    Attributes:
+        posts: through each pass.
+        running: the pass that runs, from 0.
+    """
+
+    posts: tuple[int, ...]
+    running: int = 0
+
+
 class Rate:
-    """Posts a second since the first ones came through: neither start-up nor what an earlier start did counts."""
+    """Posts a second since the first ones came through: neither start-up nor what an earlier start did counts, nor the
+    time in which others work.
+    """
 
     def __init__(self) -> None:
         self._before: int | None = None
         self._first: tuple[float, int] | None = None
+        self._seconds, self._posts = 0.0, 0
+        self._earlier = (0.0, 0)  # before the last rest
 
     def of(self, done: int) -> float | None:
         """The rate with so many done by now; None until a second lot has come."""
@@ -89,9 +109,30 @@ class Rate:
             self._before = done
         if self._first is None and done > self._before:
             self._first = (now, done)
-        if self._first is None or done <= self._first[1]:
-            return None
-        return (done - self._first[1]) / max(now - self._first[0], 1e-9)
+        if self._first is not None:
+            seconds, posts = self._earlier
+            self._seconds, self._posts = seconds + now - self._first[0], posts + done - self._first[1]
+        return self._posts / max(self._seconds, 1e-9) if self._posts > 0 else None
+
+    def at_rest(self) -> float | None:
+        """The rate as it was; the time until more is through again does not count."""
+        self._before = self._first = None
+        self._earlier = (self._seconds, self._posts)
+        return self._posts / max(self._seconds, 1e-9) if self._posts > 0 else None
+
+
+class PassRates:
+    """The rate of each pass while it runs."""
+
+    def __init__(self) -> None:
+        self._rates: dict[int, Rate] = defaultdict(Rate)
+
+    def of(self, through: Through) -> list[float | None]:
+        """The rates, of passes that have one."""
+        return [
+            self._rates[number].of(posts) if number == through.running else self._rates[number].at_rest()
+            for number, posts in enumerate(through.posts)
+        ]
 
 
 def reader(done: Callable[[], int], total: int) -> Callable[[], Reading]:
@@ -118,7 +159,7 @@ def reporting(
         with polling(partial(_show, show, read), every_s):
             yield
         last = read()
-        show(replace(last, done=last.total, seconds_left=0.0, cost_at_end=None, waiting_for=None))
+        show(replace(last, done=last.total, seconds_left=0.0, cost_at_end=None, waiting_for=None, under_way=None))
 
 
 def _show(report: OnReading, read: Callable[[], Reading]) -> None:

@@ -209,9 +209,7 @@ class _Run:
         return files
 
     def _begin(self) -> RunFolder:
-        storage, live = self.directory.storage, self.directory.live_run()
-        on_their_way = storage.files(live.merged) if live else {}  # to `annotations/`
-        is_empty = not (on_their_way or has_annotations(storage))
+        is_empty = not has_annotations(self.directory.storage)
         files = self._count(self.listing.shards)
         if not any(file.rows for file in files):
             raise ValueError(
@@ -234,9 +232,9 @@ class _Run:
             earlier_runs=sorted(self.directory.all_runs()),
         )
         with self.claim.checked():
-            if is_empty:
-                folder.make_live()  # which counts from the moment in which the run has a manifest
             folder.begin(manifest)
+        if is_empty:
+            folder.make_live()
         return folder
 
     def _new_run_id(self, now: datetime) -> str:
@@ -257,12 +255,11 @@ class _Run:
         tally = tally_of(published)
         if manifest.rows != tally.rows:
             raise RunError(f"{manifest.rows} posts went in and {tally.rows} rows came out. This is a bug.")
-        facts = self.directory.summary() or {}
-        is_own = facts.get("run_id") == folder.run_id  # those of another run may be of another version
-        earlier = RunSummary.from_dict(facts) if is_own and not done.annotated else None
+        facts = None if done.annotated else self.directory.summary()  # those of another run may be of another version
+        earlier = RunSummary.from_dict(facts) if facts else None
         left_out = [asdict(each) for each in self.listing.left_out_by_reason()]
         unread = [{"file": file.path, "reason": file.unread, "rows": file.unread_rows} for file in manifest.unread]
-        if earlier is not None and earlier.tally == tally:
+        if earlier is not None and (earlier.run_id, earlier.tally) == (folder.run_id, tally):
             now = replace(earlier, left_out=left_out, unread=unread)
             if now != earlier:
                 self._write_facts(now)
@@ -396,6 +393,8 @@ class _Work:
             measured = self._folder.read("gamma") or {"gamma": self._run.config.filter.gamma}
             return _Done(measured["gamma"], 0, anything=False, account=self._account())
         run, folder = self._run, self._folder
+        if spent := run.limits.spent(account_of(folder).money):
+            raise RunError(spent)  # before there are cards that wait for models
         meter = Meter(folder, run.claim, run.executor, run.limits, self._began, lambda: run.lease.trouble)
         with run.executor.session(folder.run_id, run.max_problem_share), self._kept(meter), polling(meter.tick, TICK_S):
             run.executor.check_models(run.config, run.models)

@@ -20,6 +20,7 @@ from ray.data import DataContext
 from gem_ray import model_paths
 from gem_ray.config import Config
 from gem_ray.model_references import model_keys, reference_at
+from gem_ray.planning.allocation import Cards
 from gem_ray.planning.cards import GIB
 from gem_ray.planning.model_facts import is_known
 from gem_ray.planning.plan import make_plan
@@ -152,7 +153,10 @@ def _reserved(config: Config) -> dict[str, float]:
     passes = [[pool.placement for pool in pools] for pools in passes_of(config)]
     return {
         "CPU": max(sum(each.min_actors * each.num_cpus for each in placements) for placements in passes),
-        "GPU": max(sum(each.min_actors * each.num_gpus for each in placements) for placements in passes),
+        "GPU": max(
+            Cards.needed([each.num_gpus for each in placements for _ in range(each.min_actors)])
+            for placements in passes
+        ),
     }
 
 

@@ -10,6 +10,7 @@ from gem_ray.data.images import ImageLoader
 from gem_ray.knowledge.cache import AnswerCache
 from gem_ray.knowledge.explainer import Explainer
 from gem_ray.knowledge.provider import KnowledgeProvider
+from gem_ray.pipeline.account import Account
 from gem_ray.records import Post, ProblemKind, Status
 
 
@@ -249,6 +250,19 @@ def test_equal_images_are_captioned_once_and_never_again(captioning, captioner, 
         captions = [post.caption for post in captioning()(posts())]
         assert captions == ["mean 10", "mean 20", "mean 10", "mean 30", None]
     assert len(captioner.shown) == 4
+
+
+def test_images_that_are_fetched_for_captions_are_counted(captioning, monkeypatch):
+    monkeypatch.setattr("gem_ray.data.fetch.Fetcher.fetch", _counted_fetch)
+    stage = captioning()
+    stage([Post(str(n), "a", image_uri=f"s3://bucket/{n}.png") for n in range(3)])
+    assert stage.counts["s3_requests"] == 3
+    assert Account(stage_counts={"knowledge": stage.counts, "load_image": {"s3_requests": 2}}).requests == 5
+
+
+def _counted_fetch(fetcher, uri):
+    fetcher.fetched["s3_requests"] += 1
+    return _png(10)
 
 
 def test_an_unusable_image_leaves_its_post_without_caption_and_its_neighbours_alone(captioning):

@@ -46,7 +46,7 @@ class InlineExecutor:
         pass
 
     def run_pass(
-        self, source: Any, config: Any, origin: Any, pools: Any, sink: Any, is_last: bool, meanwhile: Any
+        self, source: Any, config: Any, origin: Any, pools: Any, sink: Any, number: int | None, meanwhile: Any
     ) -> None:
         for task in source.get_read_tasks(1):
             for table in task():

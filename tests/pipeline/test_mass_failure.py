@@ -16,9 +16,11 @@ from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.commands import annotate as command
 from gem_ray.config import Config, TextConfig
 from gem_ray.data.prepare import Preparer
+from gem_ray.pipeline import ledger
+from gem_ray.pipeline.graph import finish_pass
 from gem_ray.pipeline.mass_failure import mass_failure
 from gem_ray.pipeline.run import RunError, annotate_dataset
-from gem_ray.pipeline.tables import annotations_table, posts_to_table, table_to_posts
+from gem_ray.pipeline.tables import PASS_SCHEMA, annotations_table, posts_to_table, table_to_posts
 from gem_ray.records import Box, Entity, Post, Problem, ProblemKind, Status
 from gem_ray.tally import Tally
 
@@ -76,6 +78,32 @@ def test_posts_that_name_no_image_are_no_failures() -> None:
 )
 def test_posts_are_counted_as_the_rows_that_they_become(posts: Sequence[Post], status: Status) -> None:
     assert Tally.of_posts(posts) == Tally.of(annotations_table(posts, "run", {"tagger": "t@1"}), status)
+
+
+def test_a_pass_that_is_not_the_last_is_judged_too_and_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for metrics in ("PostMetrics", "StageMetrics", "WorkMetrics"):
+        monkeypatch.setattr(ledger, metrics, lambda run_id: None)
+    good, bad = tally_of(*[post_with()] * 500), tally_of(*[post_with(ProblemKind.IMAGE_MISSING)] * 500)
+    book = ledger._Book("run", 0.5)
+    assert [book.add_passed(0, good), book.add_passed(0, bad), book.add_passed(1, bad)] == [None] * 3
+    assert "1,000 of 1,000 posts have the problem image_missing" in str(book.add_passed(1, bad))
+    assert {number: tally.rows for number, tally in book.read().passed.items()} == {0: 1000, 1: 1000}
+
+
+def test_rows_for_another_pass_are_counted_as_they_leave_and_stop_with_the_run() -> None:
+    told: list[tuple[int, Tally]] = []
+
+    class Book:
+        def add_passed(self, number: int, tally: Tally) -> str | None:
+            told.append((number, tally))
+            return "too many" if len(told) > 1 else None
+
+    table = posts_to_table([post_with(ProblemKind.IMAGE_MISSING), post_with()])
+    assert finish_pass(table, 2, Book()).schema.names == PASS_SCHEMA.names
+    ((number, tally),) = told
+    assert (number, tally.rows, tally.problems["image_missing"]) == (2, 2, 1)
+    with pytest.raises(RuntimeError, match="too many"):
+        finish_pass(table, 2, Book())
 
 
 class ImagesAreGone(PassThrough):

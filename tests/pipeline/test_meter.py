@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -19,17 +20,18 @@ from hypothesis import strategies as st
 from gem_ray import chat
 from gem_ray.benchmarks.memory import write_texts
 from gem_ray.benchmarks.standins import PassThrough
-from gem_ray.config import Config, ConfigError, EndpointConfig
+from gem_ray.config import Config, ConfigError, EndpointConfig, load_config
 from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.pipeline import ledger
 from gem_ray.pipeline import meter as meter_module
 from gem_ray.pipeline.account import Account, PoolTime
+from gem_ray.pipeline.groups import GroupRunner
 from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.ledger import Progress
 from gem_ray.pipeline.limits import RunLimits, parse_deadline
 from gem_ray.pipeline.meter import Meter, account_of
 from gem_ray.pipeline.output_folder import OutputFolder
-from gem_ray.pipeline.progress import Reading
+from gem_ray.pipeline.progress import Reading, Through
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.records import ProblemKind
 from gem_ray.tally import Tally
@@ -112,6 +114,7 @@ class Work:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.passed: dict[int, Tally] = {}
         self.reason: str | None = None
 
     def units(self) -> float:
@@ -124,7 +127,8 @@ class Work:
         now = self.seconds
         pool = PoolTime.of_actors(4, 1.0, 0.0, 3.6 * now, 0.4 * now)
         counts = {"knowledge": Counter(asked=round(now), failed=0), "load_image": Counter(s3_requests=round(3 * now))}
-        return Progress({"ground": 3.6 * now}, counts, Tally(rows=int(2 * now)), {"ground": pool})
+        tally = Tally(rows=int(2 * now))
+        return Progress({"ground": 3.6 * now}, counts, tally, passed=self.passed, pools={"ground": pool})
 
 
 class LeaseClaim:
@@ -143,7 +147,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         work = Work()
         folder = OutputFolder(str(tmp_path)).run("20261201T000000-00000000")
         meter = Meter(folder, LeaseClaim(), work, limits, clock[0], lambda: None)
-        meter.begin(lambda: done_before + int(2 * work.seconds), total)
+        meter.begin(lambda: Through((done_before + int(2 * work.seconds),)), total)
 
         def go(seconds: int) -> None:
             for _ in range(seconds):
@@ -196,6 +200,52 @@ def test_requests_are_paid_for_as_well(start) -> None:
     assert reading.cost_at_end == pytest.approx(3.0 * 4 * 500 / 3600 + 0.1 * 1500)
 
 
+def test_passes_have_speeds_of_their_own_and_the_time_left_is_that_of_all(start) -> None:
+    """Two groups of 400 posts, each in a pass of 8 posts a second and in one of 2."""
+    meter, work, go = start(RunLimits(price=3.0, request_price=1e5))
+    through = [0, 0]
+    running = 0
+    meter.begin(lambda: Through(tuple(through), running), total=800)
+    readings = []
+    for running, rate in ((0, 8), (1, 2), (0, 8), (1, 2)):
+        goal = through[running] + 400
+        while through[running] < goal:
+            through[running] += rate
+            work.passed[0] = Tally(rows=through[0])
+            go(1)
+        readings.append(meter.reading())
+    first, second, third, last = readings
+    assert (first.done, first.posts_per_second, first.seconds_left, first.cost_at_end) == (0, None, None, None)
+    assert first.under_way == "pass 1 of 2: 400 posts, 8.0 a second"
+    assert first.remarks.startswith("pass 1 of 2: 400 posts, 8.0 a second, cost ")
+    assert (second.done, second.posts_per_second) == (400, pytest.approx(1 / (1 / 8 + 1 / 2)))
+    assert second.seconds_left == pytest.approx(400 / 8 + 400 / 2)
+    assert second.cost_at_end == pytest.approx(2 * second.cost, rel=0.1)  # requests, too
+    assert third.seconds_left == pytest.approx(200, rel=0.01)
+    assert (last.done, last.seconds_left) == (800, 0)
+    assert last.under_way == "pass 2 of 2: 800 posts, 2.0 a second"
+
+
+def test_rows_of_groups_before_are_not_progress_of_those_that_are_done_now() -> None:
+    """As of a round of lost rows, after the input's own groups."""
+    work = SimpleNamespace(work=lambda: Progress(tally=Tally(rows=30), passed={0: Tally(rows=30)}))
+    folder = SimpleNamespace(run_id="run")
+    runner = GroupRunner(folder, None, load_config("one-gpu"), {}, work, LeaseClaim(), lambda: None)
+    assert runner.done() == Through((30, 30))
+    runner.run([])
+    assert runner.done() == Through((0, 0))
+
+
+def test_a_pass_that_an_earlier_start_has_done_needs_no_speed(start) -> None:
+    meter, _, go = start(RunLimits())
+    through = [800, 0]
+    meter.begin(lambda: Through(tuple(through), 1), total=800)
+    for _ in range(100):
+        through[1] += 2
+        go(1)
+    assert meter.reading().seconds_left == pytest.approx(300)
+
+
 def test_limits_that_will_be_missed_are_said_at_once_and_once(start, caplog: pytest.LogCaptureFixture) -> None:
     limits = RunLimits(price=3.0, budget=1.5, deadline=datetime.now(UTC) + timedelta(seconds=300))
     with caplog.at_level(logging.WARNING):
@@ -233,6 +283,8 @@ def test_a_run_that_ended_at_its_budget_goes_on_with_a_larger_one(
     run = [tmp_path / "posts", tmp_path / "out", text_config]
     with pytest.raises(RunError, match=r"the budget of 0.30 is spent, with \d+ of 400 posts done"):
         annotate_dataset(*run, actor=Slow, limits=RunLimits(price=180.0, budget=0.3))
+    with pytest.raises(RunError, match=r"the budget of 0\.30 is spent: earlier starts have cost"):  # and start nothing
+        annotate_dataset(*run, actor=Slow, limits=RunLimits(price=180.0, budget=0.3))
     summary = annotate_dataset(*run, actor=PassThrough, limits=RunLimits(price=180.0, budget=100))
     assert (summary.rows, summary.account.starts) == (400, 2)
     assert 400 <= summary.account.annotated < 600
@@ -244,7 +296,7 @@ def test_deadlines_are_times_from_now_or_moments() -> None:
     assert parse_deadline("2h30m", NOW) == NOW + timedelta(hours=2.5)
     assert parse_deadline("1d", NOW) == NOW + timedelta(days=1)
     assert parse_deadline("2026-12-31T18:00+02:00", NOW) == datetime(2026, 12, 31, 16, tzinfo=UTC)
-    for nonsense in ("soon", "", "5"):
+    for nonsense in ("soon", "", "5", "99999999999d", "9999999d"):
         with pytest.raises(ConfigError, match="--deadline takes"):
             parse_deadline(nonsense, NOW)
     with pytest.raises(ConfigError, match="--budget needs --price"):

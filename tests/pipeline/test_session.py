@@ -23,6 +23,16 @@ def test_models_that_the_card_of_this_machine_cannot_hold_are_refused(monkeypatc
     session._check_cards(config, gpus=1)
 
 
+def test_a_run_that_no_number_of_its_cards_holds_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three actors with 0.6 of a card each, and two cards."""
+    config = load_config("cluster", overrides=["pipeline.pools.ground={num_gpus: 0.6, min_actors: 3, max_actors: 3}"])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 2.0})
+    with pytest.raises(ValueError, match="needs at least 3 GPUs and Ray has 2"):
+        session._check_resources(config, can_grow=False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 3.0})
+    session._check_resources(config, can_grow=False)
+
+
 def test_models_on_cpus_ask_for_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_card_memory_gb", lambda: 0.1)
     session._check_cards(load_config("nano"), gpus=1)
