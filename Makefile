@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALL := $(PIP) install -c constraints.txt
-# Tests that start Ray or a service, which take all cores themselves; all others run in two processes beside one another.
-ALONE := tests/benchmarks tests/jobs tests/nano tests/pipeline tests/serving tests/test_cli.py
 
 .PHONY: demo test quick lint format docs install constraints clean
 
@@ -13,8 +11,8 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 	$(BIN)/gem-ray demo --out out/demo
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" --durations 10 $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest -m "not vllm" --durations 20 $(ALONE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not vllm" --durations 10
+	$(BIN)/python -m pytest -m "alone and not vllm" --durations 20
 	$(BIN)/python -m pytest -m vllm tests/rerank tests/nano tests/pipeline
 	$(BIN)/python -m pytest -m vllm tests/knowledge/test_explainer_vllm.py
 

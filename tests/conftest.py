@@ -36,7 +36,16 @@ os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
+_START_RAY = {"local_ray", "service", "service_with_vllm"}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of these fixtures run alone; those that start Ray otherwise are marked where they stand."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not _START_RAY.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.alone)
 
 
 @dataclass(frozen=True)

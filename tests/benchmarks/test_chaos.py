@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from gem_ray.benchmarks.chaos import measure_chaos
+
+pytestmark = pytest.mark.alone
 
 # Many small batches of the tagger alone: enough to kill in the middle of, and quick.
 _SETTINGS = (

@@ -7,6 +7,8 @@ import pytest
 from gem_ray.benchmarks import gpu
 from gem_ray.benchmarks.grounder_gpu import as_table, measure_grounder_gpu
 
+pytestmark = pytest.mark.alone
+
 
 def test_script_for_a_gpu_runs_and_images_are_encoded_once_for_their_entities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_SECONDS", 0.0)

@@ -11,6 +11,8 @@ from gem_ray.grounding.matcher import Matcher, MatchQuery
 from gem_ray.grounding.sam import SamSegmenter
 from gem_ray.nano.segmenters import SAM_SIZES, untrained_sam
 
+pytestmark = pytest.mark.alone
+
 
 def test_every_variant_grounds_the_same_mentions(tmp_path):
     results = measure_grounding(load_config("nano"), count=4, seed=7, out=tmp_path)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gem_ray.annotator import Annotator
 from gem_ray.benchmarks.plain import PlainAnnotator
 from gem_ray.config import load_config
 from gem_ray.data.generated import generate
+
+pytestmark = pytest.mark.alone
 
 
 def test_plain_way_and_annotator_agree() -> None:

@@ -11,6 +11,8 @@ from gem_ray.benchmarks.standins import SleptBatch
 from gem_ray.config import load_config
 from gem_ray.planning.plan import make_plan
 
+pytestmark = pytest.mark.alone
+
 TENTHS = st.integers(0, 500).map(lambda tenths: tenths / 10)
 
 

@@ -11,6 +11,8 @@ from gem_ray.benchmarks.reranker_gpu import measure_reranker_gpu, table
 from gem_ray.config import load_config
 from gem_ray.rerank.engine_transformers import TransformersEngine
 
+pytestmark = pytest.mark.alone
+
 
 def test_plain_way_and_engine_agree() -> None:
     config = load_config(overrides=["filter.k=5"])

@@ -8,6 +8,8 @@ from gem_ray.benchmarks.tagger import measure_tagger
 from gem_ray.config import load_config
 from gem_ray.data.generated import generate
 
+pytestmark = pytest.mark.alone
+
 
 def test_both_ways_say_the_same_and_batches_are_faster() -> None:
     result = measure_tagger(load_config(), list(generate(96, seed=9)), rounds=2)

@@ -222,16 +222,16 @@ def job(clusters):
 
 
 @pytest.fixture
-def service(clusters):
+def ray_service(clusters):
     return RayService.model_validate(load(clusters / "kuberay-service.yaml"))
 
 
 @pytest.fixture(params=["RayCluster", "RayJob", "RayService"])
-def spec(request, clusters, job, service):
+def spec(request, clusters, job, ray_service):
     if request.param == "RayJob":
         return job.spec.rayClusterSpec
     if request.param == "RayService":
-        return service.spec.rayClusterConfig
+        return ray_service.spec.rayClusterConfig
     return RayCluster.model_validate(load(clusters / "kuberay-cluster.yaml")).spec
 
 
@@ -320,14 +320,14 @@ def test_only_the_pods_themselves_the_submitter_and_the_operator_get_in(clusters
     assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
 
 
-def test_the_service_deploys_what_the_serve_config_of_clusters_deploys(service):
-    assert yaml.safe_load(service.spec.serveConfigV2) == load(ROOT / "serve_configs" / "cluster.yaml")
+def test_the_service_deploys_what_the_serve_config_of_clusters_deploys(ray_service):
+    assert yaml.safe_load(ray_service.spec.serveConfigV2) == load(ROOT / "serve_configs" / "cluster.yaml")
 
 
-def test_the_service_listens_where_its_pods_are_reached_and_knows_only_hashes_of_keys(service, clusters):
-    (group,) = service.spec.rayClusterConfig.workerGroupSpecs
+def test_the_service_listens_where_its_pods_are_reached_and_knows_only_hashes_of_keys(ray_service, clusters):
+    (group,) = ray_service.spec.rayClusterConfig.workerGroupSpecs
     (container,) = group.template.spec.containers
-    port = yaml.safe_load(service.spec.serveConfigV2)["http_options"]["port"]
+    port = yaml.safe_load(ray_service.spec.serveConfigV2)["http_options"]["port"]
     assert [each.containerPort for each in container.ports] == [port]
     (keys,) = [variable for variable in container.env if variable.name == ServingConfig().api_keys_env]
     assert keys.value is None
@@ -338,15 +338,15 @@ def test_the_service_listens_where_its_pods_are_reached_and_knows_only_hashes_of
     assert all("podSelector" in peer for peer in rule["from"])
 
 
-def test_the_smallest_cluster_of_the_service_holds_every_deployments_least_replicas(service):
-    application = yaml.safe_load(service.spec.serveConfigV2)["applications"][0]
+def test_the_smallest_cluster_of_the_service_holds_every_deployments_least_replicas(ray_service):
+    application = yaml.safe_load(ray_service.spec.serveConfigV2)["applications"][0]
     config = load_config(**application["args"])
     _, pools = serving_pools(config)
     placements = {"ingress": config.serving.ingress} | {pool.name: pool.placement for pool in pools}
     least = {each["name"]: each["autoscaling_config"]["min_replicas"] for each in application["deployments"]}
     assert least.keys() == placements.keys()
     gpus = sum(placements[name].num_gpus * count for name, count in least.items())
-    (group,) = service.spec.rayClusterConfig.workerGroupSpecs
+    (group,) = ray_service.spec.rayClusterConfig.workerGroupSpecs
     assert 0 < gpus <= group.minReplicas
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from gem_ray.cluster.submit import job_environment
 
+pytestmark = pytest.mark.alone
+
 TEXT_ONLY = ("--set", "reranker.enabled=false", "--set", "grounder.enabled=false")
 POSTS = 15
 

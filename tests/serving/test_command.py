@@ -19,6 +19,8 @@ from gem_ray.config import ConfigError, ServingConfig
 from gem_ray.serving.keys import ApiKeys, new_key
 from gem_ray.serving.session import ServingError, hold_port
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 TEXT = "Taylor Swift is in Paris tonight"
 TEXT_ONLY = ("--set", "reranker.enabled=false", "--set", "grounder.enabled=false")
