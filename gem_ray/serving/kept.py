@@ -10,10 +10,13 @@ from contextvars import Context
 from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
+_PATIENCE_S = 10.0
 
 
 class Kept(Generic[_T]):
     """An answer that is looked for once at a time, however many ask, and kept for a while.
+
+    After `_PATIENCE_S` it is looked for anew: what was asked may have died over it.
 
     Args:
         find: looks for it.
@@ -29,7 +32,7 @@ class Kept(Generic[_T]):
     async def __call__(self) -> _T:
         """The answer."""
         if self._finding is None or time.monotonic() >= self._until:
-            self._until = math.inf
+            self._until = time.monotonic() + _PATIENCE_S
             # Of no request: others wait when the client of the first one leaves.
             self._finding = asyncio.get_running_loop().create_task(self._look(), context=Context())
         return await asyncio.shield(self._finding)

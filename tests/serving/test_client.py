@@ -395,7 +395,8 @@ def test_statuses_that_pass_are_tried_again(against, status):
         assert client.taxonomy() == {}
 
 
-def test_a_client_may_try_for_days(against):
+def test_a_client_may_try_for_days(against, monkeypatch):
+    monkeypatch.setattr("gem_ray.client._FIRST_PAUSE_S", 0.5)
     answers = [httpx.Response(503)] * 2000 + [httpx.Response(200, json={"coarse": {}})]
     with against(lambda _: answers.pop(0), retries=3000, max_pause_s=0) as client:
         assert client.taxonomy() == {}

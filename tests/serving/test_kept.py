@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from gem_ray.serving import kept as kept_module
 from gem_ray.serving.kept import Kept
 
 
@@ -46,6 +47,27 @@ def test_who_leaves_takes_the_answer_from_nobody():
         return await second
 
     assert asyncio.run(scenario()) == 1
+
+
+def test_a_question_that_gets_no_answer_is_asked_again(monkeypatch):
+    monkeypatch.setattr(kept_module, "_PATIENCE_S", 0.01)
+    asked = []
+
+    async def find():
+        asked.append(len(asked) + 1)
+        if len(asked) == 1:
+            await asyncio.Event().wait()
+        return asked[-1]
+
+    async def scenario():
+        kept = Kept(find, math.inf)
+        hanging = asyncio.create_task(kept())
+        await asyncio.sleep(0.02)
+        answers = [await kept() for _ in range(2)]
+        hanging.cancel()
+        return answers
+
+    assert asyncio.run(scenario()) == [2, 2]
 
 
 def test_an_error_is_told_to_those_who_wait_and_not_kept():
