@@ -70,13 +70,14 @@ def mounted(api, listening):
     app = guarded(api.service)
 
     async def behind_prefix(scope, receive, send):
+        assert scope["path"].startswith("/gem")  # Serve answers the others itself
         await app(scope | {"root_path": "/gem"}, receive, send)
 
     with listening(behind_prefix) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         yield client
 
 
-@pytest.mark.parametrize("path", ["/gem", "/gem/", "/gem//", "/gem/docs", "/gem/docs/"])
+@pytest.mark.parametrize("path", ["/gem", "/gem/", "/gem/docs", "/gem/docs/"])
 def test_a_page_is_found_with_its_links_behind_a_prefix(api, mounted, path):
     page = mounted.get(path, follow_redirects=True)
     assert page.status_code == 200
