@@ -354,9 +354,14 @@ def test_bodies_on_their_way_are_bounded_in_number_and_in_bytes(endpoint, monkey
         assert_problem(asked_until(429, api, {"text": TEXT}), 429)
         stack.close()
         assert asked_until(200, api, post).status_code == 200
-        stack.enter_context(api.connect(POST % MIB + b" " * 700_000))
-        assert_problem(asked_until(429, api, post), 429)
-        assert api.client.post("/v1/annotate", json={"text": TEXT}).status_code == 200
+        for pause_s in (0.2, 1, 5):  # a post that comes before the other body is not the one that is refused
+            with api.connect(POST % MIB + b" " * 700_000):
+                time.sleep(pause_s)
+                refused, small = (api.client.post("/v1/annotate", json=each) for each in (post, {"text": TEXT}))
+            if refused.status_code == 429:
+                break
+        assert_problem(refused, 429)
+        assert small.status_code == 200
 
 
 def uploading(limits, caller, sizes):
