@@ -32,7 +32,7 @@ def _as_ray_shares_them(gpus: float) -> float:
     return gpus
 
 
-Gpus = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_as_ray_shares_them)]
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_as_ray_shares_them)]
 CandidateOrder = Literal["probability", "name", "shuffled"]
 ImageFit = Literal["pad", "crop"]
 DEFAULT_PRESET = "nano"
@@ -361,7 +361,7 @@ class _Pool(_Section):
 class StagePool(_Pool):
     """Stages that share actors, which keep their models loaded."""
 
-    num_cpus: float = Field(1, gt=0, allow_inf_nan=False, description="CPUs each actor reserves")
+    num_cpus: float = Field(1, gt=0, description="CPUs each actor reserves")
     num_gpus: Gpus = Field(0, description="GPUs each actor reserves; fractions share a card")
     min_actors: PositiveInt = Field(1, description="fewest actors")
     max_actors: PositiveInt | None = Field(1, description="null means as many as the CPUs allow")

@@ -13,6 +13,7 @@ from gem_ray.config import ConfigError
 if TYPE_CHECKING:
     from gem_ray.pipeline.progress import Reading
 
+_LONGEST_S = 1e10  # three centuries, for a run whose first posts took long: a calendar ends
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
 
 
@@ -50,7 +51,7 @@ class RunLimits:
         if self.budget is not None and reading.cost_at_end is not None and reading.cost_at_end > self.budget:
             yield f"the run will cost about {reading.cost_at_end:,.2f}, more than the budget of {self.budget:,.2f}"
         if self.deadline is not None and reading.seconds_left is not None:
-            end = now + timedelta(seconds=reading.seconds_left)
+            end = now + timedelta(seconds=min(reading.seconds_left, _LONGEST_S))
             if end > self.deadline:
                 yield f"the run will finish about {_shown(end)}, after its deadline {_shown(self.deadline)}"
 

@@ -57,6 +57,7 @@ class RunEstimate:
         requests: to S3 for images, in every pass that looks at them; each is assumed to succeed.
         money: of the cards, or of the machine if it has none, and of requests; `None` if no price is known.
         money_range: likewise.
+        currency: of a list price; `None` if the price was given, or if none is known.
         limit: what keeps it from being faster.
         hours_with_one_more_card, hours_with_one_more_cpu: `None` if there are none, or they are not counted.
         assumptions: what it rests on.
@@ -72,6 +73,7 @@ class RunEstimate:
     requests: float
     money: float | None
     money_range: tuple[float, float] | None
+    currency: str | None
     limit: str | None
     hours_with_one_more_card: float | None
     hours_with_one_more_cpu: float | None
@@ -127,6 +129,7 @@ def estimate(
         requests=requests,
         money=money(usual),
         money_range=None if cheapest is None or dearest is None else (cheapest, dearest),
+        currency=None if hourly is None or hourly.is_measured else "dollars",
         limit=plan.limit,
         hours_with_one_more_card=more_cards,
         hours_with_one_more_cpu=more_cpus,

@@ -124,7 +124,8 @@ def _expected(expected: RunEstimate) -> Iterator[str]:
     )
     if expected.money is not None and expected.money_range is not None:
         least, most = expected.money_range
-        yield f"cost: about {_rounded(expected.money)} ({_rounded(least)} to {_rounded(most)})"
+        currency = f" {expected.currency}" if expected.currency else ""
+        yield f"cost: about {_rounded(expected.money)}{currency} ({_rounded(least)} to {_rounded(most)})"
     elif expected.gpu_hours:
         yield "cost: not known; no list price is stored for these cards, --price says what an hour of one costs"
     for what, hours in (("card", expected.hours_with_one_more_card), ("CPU", expected.hours_with_one_more_cpu)):

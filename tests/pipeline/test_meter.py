@@ -257,6 +257,12 @@ def test_limits_that_will_be_missed_are_said_at_once_and_once(start, caplog: pyt
     assert work.reason is None
 
 
+def test_a_run_without_end_misses_its_deadline_too() -> None:
+    limits = RunLimits(deadline=NOW + timedelta(days=1))
+    (warning,) = limits.warnings(Reading(1, 10**12, 1e-3, seconds_left=1e15), NOW)
+    assert "after its deadline" in warning
+
+
 def test_the_run_ends_at_its_budget_whichever_start_has_spent_it(start) -> None:
     limits = RunLimits(price=3.0, budget=1.0)
     meter, work, go = start(limits)
