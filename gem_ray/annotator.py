@@ -48,8 +48,8 @@ def without_scikit_learn() -> Iterator[None]:
 class GuardedStage:
     """A stage whose failures stay with the posts that cause them, and whose time is known.
 
-    When the stage raises on a batch, its posts are put back as they were and tried one by one; those that fail alone
-    are left as they were, with a `stage_failed` problem.
+    When the stage raises on a batch, or gives numbers that are not finite, its posts are put back as they were and
+    tried one by one; those that fail alone are left as they were, with a `stage_failed` problem.
 
     Threads may call it at once if the stage allows it.
     """
@@ -88,6 +88,7 @@ class GuardedStage:
         before = [_snapshot(post) for post in posts]
         try:
             self._stage(posts)
+            _check_numbers(posts)
         except Exception as error:
             if _is_fatal(error):
                 raise
@@ -108,6 +109,11 @@ def _snapshot(post: Post) -> Post:
         entities=[replace(entity, candidates=list(entity.candidates)) for entity in post.entities],
         problems=list(post.problems),
     )
+
+
+def _check_numbers(posts: list[Post]) -> None:
+    if not all(entity.is_finite for post in posts for entity in post.entities):
+        raise ValueError("the model gave a number that is not finite")
 
 
 def _is_fatal(error: Exception) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from types import SimpleNamespace
@@ -160,6 +161,15 @@ class Entity:
     def certainty(self) -> float:
         """`confidence`, or `score` where nothing has calibrated it."""
         return self.score if self.confidence is None else self.confidence
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all its numbers are; those of a model in half precision may not be."""
+        return all(map(math.isfinite, self._numbers()))
+
+    def _numbers(self) -> Iterator[float]:
+        parts = (vars(part) for part in (self, self.point, self.box, *self.candidates) if part is not None)
+        return (value for part in parts for value in part.values() if isinstance(value, float))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values of `ENTITY_TYPE`."""

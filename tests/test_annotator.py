@@ -6,6 +6,7 @@ import copy
 import math
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from gem_ray.config import ConfigError, load_config
 from gem_ray.data.generated import generate
 from gem_ray.model_paths import content_hash
 from gem_ray.noise import GRAIN
-from gem_ray.records import Candidate, Entity, Post, ProblemKind, Status
+from gem_ray.records import Box, Candidate, Entity, Post, ProblemKind, Status
 from gem_ray.stages import active_stages
 
 
@@ -106,6 +107,30 @@ def test_failing_post_keeps_its_state_and_its_neighbours_are_as_without_it(posit
 def test_status_after_a_failure_depends_on_the_stage(stage: str, status: Status) -> None:
     (post,) = GuardedStage(stage, HalfDone())(posts_of("poison"))
     assert post.status is status
+
+
+@pytest.mark.parametrize(
+    "overflow",
+    [
+        lambda entity: setattr(entity, "score", math.nan),
+        lambda entity: setattr(entity, "match_score", -math.inf),
+        lambda entity: setattr(entity, "box", Box(0.0, 0.0, math.nan, 1.0)),
+        lambda entity: entity.candidates.append(Candidate("coach", math.nan)),
+    ],
+)
+def test_a_number_that_is_not_finite_is_a_failure_of_its_post(overflow: Callable[[Entity], None]) -> None:
+    def stage(posts: list[Post]) -> list[Post]:
+        for post in posts:
+            post.entities[0].score = 0.75
+            if post.text == "poison":
+                overflow(post.entities[0])
+        return posts
+
+    posts = posts_of("a", "poison", "b")
+    GuardedStage("ground", stage)(posts)
+    assert [post.status for post in posts] == [Status.OK, Status.DEGRADED, Status.OK]
+    assert [post.entities[0].score for post in posts] == [0.75, 0.5, 0.75]
+    assert [problem.kind for problem in posts[1].problems] == [ProblemKind.STAGE_FAILED]
 
 
 def test_every_post_may_fail() -> None:
