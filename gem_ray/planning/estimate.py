@@ -100,15 +100,15 @@ def estimate(
     if plan.problems or plan.seconds_per_post is None:
         return None
 
-    def hours(other: Plan) -> float:
-        working = posts * (other.seconds_per_post or 0.0) / 3600
-        return working + _starting_hours(other, posts, rows_per_group) + _filling_hours(other, posts, rows_per_group)
+    def hours(other: Plan, slower: float = 1.0) -> float:
+        working = posts * (other.seconds_per_post or 0.0) / 3600 + _filling_hours(other, posts, rows_per_group)
+        return working * slower + _starting_hours(other, posts, rows_per_group)
 
     usual = hours(plan)
     light = plan if plan.work.is_measured else make(plan.fleet, plan.cpus, LIGHT)
     heavy = plan if plan.work.is_measured else make(plan.fleet, plan.cpus, HEAVY)
     fast, slow = _spread(plan)
-    low, high = min(usual, hours(light)) * fast, max(usual, hours(heavy)) * slow
+    low, high = min(hours(plan, fast), hours(light, fast)), max(hours(plan, slow), hours(heavy, slow))
     hourly, requests = _hourly(plan, price), posts * _requests(plan)
 
     def money(hours: float) -> float | None:
@@ -173,7 +173,7 @@ def _filling_hours(plan: Plan, posts: int, rows_per_group: int) -> float:
 
 
 def _spread(plan: Plan) -> tuple[float, float]:
-    """How much faster or slower cards may be than they are planned."""
+    """Of the planned time of work, how much cards may take at the least and at the most."""
     pools = [pool for one in plan.passes for pool in one.pools if pool.source == "estimate"]
     models = [model for pool in pools for model in pool.need.models if model.flops]
     if any(model.utilisation != model.measured for model in models):

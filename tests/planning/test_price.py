@@ -135,6 +135,12 @@ def test_a_measured_workload_narrows_the_range() -> None:
     assert {each.is_measured for each in known.assumptions if each.source == "400 posts"} == {True}
 
 
+@pytest.mark.parametrize("posts", [1, 1000, 10**6])
+def test_faster_cards_do_not_shorten_the_start(posts: int) -> None:
+    found = expected(load_config("cluster", overrides=ROOMY), posts=posts)
+    assert found.starting_hours < found.hours_range[0] < found.hours < found.hours_range[1]
+
+
 def test_starting_again_for_each_group_and_pass_is_in_the_time() -> None:
     config = load_config("one-gpu")
     one, ten = (expected(config, "1", "rtx-4090", posts=posts) for posts in (10**6, 10**7))
