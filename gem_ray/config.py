@@ -76,7 +76,10 @@ class ImageConfig(_Section):
         description="memory for the images that a process decodes at once; an image that needs more alone is refused",
     )
     max_side: PositiveInt = Field(1024, description="decoded images are scaled down to this longer side, in pixels")
-    root: Path | None = Field(None, description="folder that relative `image_uri` paths start from and may not leave")
+    # Absolute, because workers and later starts have other working directories.
+    root: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
+        None, description="folder that relative `image_uri` paths start from and may not leave"
+    )
     allow_http: bool = Field(False, description="fetch `https://` image URIs")
     http_hosts: list[str] | None = Field(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from importlib import resources
 from pathlib import Path
@@ -96,7 +97,7 @@ def content_hash(path: Path) -> str:
     Raises:
         PermissionError: the cache on this machine cannot be trusted.
     """
-    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+    files = files_of(path)
     if sum(file.stat().st_size for file in files) < _KEPT_FROM_BYTES:
         return _hash(path, files)
     before = _state(path, files)
@@ -109,6 +110,14 @@ def content_hash(path: Path) -> str:
         with atomic_file(kept) as partial:
             partial.write_text(value)
     return value
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a local model, sorted; also those in folders that are links, as loaders read them."""
+    if path.is_file():
+        return [path]
+    found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    return sorted(file for file in found if file.is_file())
 
 
 def _hash(path: Path, files: list[Path]) -> str:

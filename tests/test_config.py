@@ -196,3 +196,10 @@ def test_a_file_that_is_no_text_or_not_there_is_refused_by_name(tmp_path):
     for name in ("binary.yaml", "missing.yaml"):
         with pytest.raises(ConfigError, match=name):
             load_config(file=tmp_path / name)
+
+
+def test_the_folder_of_images_is_the_same_from_wherever_a_run_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(overrides=["image.root=images"])
+    assert config.image.root == tmp_path / "images"
+    assert config.public()["image"]["root"] == str(tmp_path / "images")

@@ -64,6 +64,17 @@ def test_the_hash_is_of_names_and_contents_and_nothing_else(tmp_path):
     assert len(hashes | {first}) == len(changed) + 1
 
 
+def test_the_hash_is_also_of_what_lies_behind_links(tmp_path):
+    model = _folder(tmp_path / "model", {"config.json": b"{}"})
+    _folder(tmp_path / "shared", {"weights": b"1"})
+    (model / "encoder").symlink_to("../shared")
+    whole = _folder(tmp_path / "whole", {"config.json": b"{}", "encoder/weights": b"1"})
+    first = content_hash(model)
+    assert first == content_hash(whole)
+    (tmp_path / "shared" / "weights").write_bytes(b"2")
+    assert content_hash(model) != first
+
+
 def test_a_single_file_has_a_hash(tmp_path):
     folder = _folder(tmp_path, {"a.pth": b"1", "b.pth": b"1", "c.pth": b"2"})
     assert content_hash(folder / "a.pth") == content_hash(folder / "b.pth") != content_hash(folder / "c.pth")

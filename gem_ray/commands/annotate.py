@@ -29,6 +29,7 @@ from gem_ray.commands.options import (
 from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
+    from gem_ray.config import Config
     from gem_ray.pipeline.account import Account
     from gem_ray.pipeline.summary import RunSummary
     from gem_ray.planning.plan import Plan
@@ -119,7 +120,7 @@ def annotate(
         begun = ["--fresh"] * fresh + ["--update"] * update
         typer.echo(f"\nstopped; finished rows are in {output}, and {same_command(begun)} continues", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    _print_summary(summary, output.rstrip("/"), as_json)
+    _print_summary(summary, settings, output.rstrip("/"), as_json)
     if failure := mass_failure(summary.tally, max_problem_share):
         raise RuntimeError(failure)
     if summary.rejected or summary.unread:
@@ -227,7 +228,7 @@ def submit(
         raise typer.Exit(follow_job(submission_id, address, again))
 
 
-def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
+def _print_summary(summary: RunSummary, config: Config, output: str, as_json: bool) -> None:
     """What happened; the number of rejected rows is on the last line."""
     import json
 
@@ -249,7 +250,7 @@ def _print_summary(summary: RunSummary, output: str, as_json: bool) -> None:
     )
     if summary.account.annotated:
         typer.echo(_about_cost(summary.account))
-    if sentence := _about_abstaining(summary):
+    if sentence := _about_abstaining(summary, config):
         typer.echo(sentence)
     if summary.unread:
         unknown = sum(file["rows"] is None for file in summary.unread)
@@ -274,14 +275,12 @@ def _about_cost(account: Account) -> str:
     return f"in all: {account.seconds:,.0f} s in {starts}{cost}{busiest}"
 
 
-def _about_abstaining(summary: RunSummary) -> str | None:
+def _about_abstaining(summary: RunSummary, config: Config) -> str | None:
     """What the embedded models have not done with images that they do not know, and the command that does it."""
-    from gem_ray.config import parse_config
     from gem_ray.model_paths import resolve
     from gem_ray.scope import Scope
 
-    config, count = parse_config(summary.config), summary.tally.not_judged_with_image
-    matcher = config.grounder.matcher.model
+    count, matcher = summary.tally.not_judged_with_image, config.grounder.matcher.model
     if not (count and config.grounder.enabled and matcher.startswith("nano:")):
         return None
     scope = Scope.load(resolve(matcher))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 from pyarrow import fs
 
 from gem_ray.atomic import atomic_file
+from gem_ray.data.formats import is_hidden
 from gem_ray.s3 import S3Uri, list_objects, open_bucket
 
 Inode = tuple[int, int]  # device and inode
@@ -57,7 +58,7 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(Path(location).absolute())
     if uri.startswith("file://"):
         filesystem, path = fs.FileSystem.from_uri(uri)
-        return filesystem, path.rstrip("/")
+        return filesystem, str(Path(path))
     if not uri.startswith("s3://"):
         raise ValueError(f"{uri.partition('://')[0]}://… is not understood: give a local path, or s3://bucket/path")
     if "?" in uri:
@@ -74,7 +75,7 @@ def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFil
     """The file at a location, or all files in the folder there and below, sorted by path.
 
     In S3, a listing is one request for every 1,000 objects. On a disk, links are followed, but no folder is listed
-    twice; links to nothing or to files that are listed themselves, pipes and the like are listed as unreadable.
+    twice; links to nothing, pipes and the like are listed as unreadable.
 
     Returns:
         The file system, the location's path on it, the files, and on a disk the folders that they were looked for in.
@@ -93,7 +94,7 @@ def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFil
         objects = list_objects(S3Uri.parse(str(location)), is_file=info.is_file)
         files = [StoredFile(path, *facts) for path, facts in objects]
     else:
-        files = [_local_file(root)] if info.is_file else _once(list(_walk(root, folders)))
+        files = [_local_file(root)] if info.is_file else list(_walk(root, folders))
     return filesystem, root, sorted(files, key=lambda file: file.path), folders
 
 
@@ -123,27 +124,32 @@ def inode(path: str | Path) -> Inode:
     return facts.st_dev, facts.st_ino
 
 
-def _once(files: list[StoredFile]) -> list[StoredFile]:
-    """The files; links to some that are among them by their own names are not read."""
-    links = {file.path for file in files if file.unreadable is None and os.path.islink(file.path)}
-    if not links:
-        return files
-    own = {inode(file.path) for file in files if file.unreadable is None and file.path not in links}
-    again = {path for path in links if inode(path) in own}
-    reason = "a link to a file that is listed already"
-    return [replace(file, unreadable=reason) if file.path in again else file for file in files]
+def links_again(paths: Collection[str]) -> set[str]:
+    """Of files of this machine, the links to others among them, and to what an earlier link leads to."""
+    links = {path for path in paths if os.path.islink(path)}
+    seen = {inode(path) for path in paths if path not in links} if links else set()
+    again = set()
+    for link in sorted(links):
+        if (target := inode(link)) in seen:
+            again.add(link)
+        seen.add(target)
+    return again
 
 
 def _walk(root: str, listed: set[Inode]) -> Iterator[StoredFile]:
-    """The files of a folder and below; folders behind links come last. `listed` gets the folders."""
-    left = [root]
-    while left:
-        for folder, names, files in os.walk(left.pop(), onerror=_refuse_folder):
+    """The files of a folder and below; folders behind links come after the others, and hidden ones last: what links
+    lead to in a hidden folder is read by the link's name. `listed` gets the folders.
+    """
+    left, hidden = [root], list[str]()
+    while left or hidden:
+        for folder, names, files in os.walk((left or hidden).pop(), onerror=_refuse_folder):
             if (found := inode(folder)) in listed:
                 names.clear()
-                yield StoredFile(folder, 0, 0, unreadable="a link to a folder whose files are listed already")
+                yield StoredFile(folder, 0, 0, unreadable="a folder whose files are listed already")
                 continue
             listed.add(found)
+            hidden += [f"{folder}/{name}" for name in names if is_hidden(PurePosixPath(name))]
+            names[:] = [name for name in names if not is_hidden(PurePosixPath(name))]
             left += [path for path in (f"{folder}/{name}" for name in names) if os.path.islink(path)]
             yield from (_local_file(f"{folder}/{name}") for name in files)
 

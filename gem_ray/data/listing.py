@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from gem_ray.data.files import Inode, StoredFile, list_files
+from gem_ray.data.files import Inode, StoredFile, links_again, list_files
 from gem_ray.data.formats import (
     HEAD_BYTES,
     TAR_SUFFIXES,
@@ -43,6 +43,7 @@ _TABLES = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table", "_spark_met
 
 _HIDDEN = "hidden by a `_` or `.` in front"
 _OTHER_KIND = "of another kind, by its suffix"
+_AGAIN = "a link to a file that is listed already"
 _EMPTY_COMPONENT = "its key has an empty component (`//`), which Arrow cannot open"
 _METADATA = "metadata of the tar beside it: no columns post_id and text"
 _UNKNOWN = "neither Parquet nor tar, by its first bytes"
@@ -138,6 +139,11 @@ def find_shards(path: str | Path) -> Listing:
     _check_markers(filesystem, root, files)
     files = [file for file in files if file.path.rpartition("/")[2] not in _MARKERS]
     candidates = [file for file in files if not _note(left_out, file.path, _reason_of_name(file.path, root))]
+    if isinstance(filesystem, fs.LocalFileSystem):
+        again = links_again([file.path for file in candidates])
+        candidates = [
+            file for file in candidates if not _note(left_out, file.path, _AGAIN if file.path in again else None)
+        ]
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as threads:
         tars = {_stem(file.path) for file in candidates if format_of_name(file.path) is Format.TAR}
         reasons = threads.map(partial(_reason_of_content, filesystem, tars), [file.path for file in candidates])

@@ -12,6 +12,7 @@ A group is published in the moment in which its file in `published/` appears. It
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ ANNOTATIONS = "annotations"
 RUN_FACTS = "run.json"
 SUCCESS = "_SUCCESS"
 RUNS = "_run"
+RUN_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")  # what folders of runs are called
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,9 @@ def annotation_paths(storage: Storage) -> list[str] | None:
     """Paths on the storage's file system of the files that hold an output's annotations, sorted by name.
 
     None where no run says which: in an output of an earlier version, or in a copy of `annotations/` alone.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
     """
     return _of_live_run(storage, partial(_paths_of_run, storage))
 
@@ -141,7 +146,12 @@ def annotation_paths(storage: Storage) -> list[str] | None:
 def _of_live_run(storage: Storage, read: Callable[[str], T]) -> T | None:
     """What is read of the live run; once more where another run took its place meanwhile, and it may be half gone."""
     while (run_id := live_run(storage)) is not None:
-        found = read(run_id)
+        try:
+            found = read(run_id)
+        except FileNotFoundError:
+            if live_run(storage) == run_id:
+                raise
+            continue
         if live_run(storage) == run_id:
             return found
     return None
@@ -149,11 +159,18 @@ def _of_live_run(storage: Storage, read: Callable[[str], T]) -> T | None:
 
 def _paths_of_run(storage: Storage, run_id: str) -> list[str]:
     live = live_files(publications(storage, run_id))
-    there = storage.files(ANNOTATIONS)
+    there = storage.files(merged_folder(run_id))
+    there |= storage.files(ANNOTATIONS)  # listed second, as files are moved from the one to the other
     paths = []
     for name, group in sorted(live.items()):
-        path = f"{ANNOTATIONS}/{name}"
-        paths.append(storage.path(path if path in there else merged_name(run_id, group, name)))
+        places = (f"{ANNOTATIONS}/{name}", merged_name(run_id, group, name))
+        path = next((place for place in places if place in there), None)
+        if path is None:
+            raise FileNotFoundError(
+                f"{storage.path(places[0])} is gone, or was replaced just now: repeat the command; where that does not "
+                "help, start `gem-ray annotate` again, which does its rows anew"
+            )
+        paths.append(storage.path(path))
     return paths
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import NativeFile, types
 
-from gem_ray.data.prepare import ERROR_FIELD
+from gem_ray.data.prepare import ERROR_FIELD, IMAGE_ERROR_FIELD
 from gem_ray.records import INPUT_SCHEMA
 
 # Rows carry images: small batches keep memory low.
@@ -23,9 +23,12 @@ _ROWS_PER_BATCH = 64
 _PIECE_BYTES = 8 * 2**20
 _BUFFER_BYTES = 2**20
 _ATTEMPTS = 2  # at a row group whose bytes can all be read: a storage that did not answer is no damage
+_MOST_CHECKS = 8  # of a file's bytes, which may be many, where a row group cannot be read
 
 _UNREADABLE = (ValueError, OverflowError)  # text that is no UTF-8, a date out of range
 _TEXTS = ("text", "image_uri", "caption", "knowledge")
+# Where it is said that a cell cannot be read: a post is degraded for its image, and none the worse for its gold.
+_ERROR_FIELDS = {"image": IMAGE_ERROR_FIELD, "image_uri": IMAGE_ERROR_FIELD, "gold": "gold"}
 
 Columns = Mapping[str, str]  # field of an input row -> the column that holds it, where the two have different names
 _Convert = Callable[[Any], Any]
@@ -45,7 +48,7 @@ def parquet_rows(
     """
     parquet = _open(stream)
     check_schema(parquet, columns)
-    end = 0
+    end, checks_left = 0, _MOST_CHECKS
     for group in range(parquet.num_row_groups):
         first, end = end, end + parquet.metadata.row_group(group).num_rows
         inside = np.arange(first, end) if wanted is None else wanted[(wanted >= first) & (wanted < end)]
@@ -58,9 +61,13 @@ def parquet_rows(
                     rows = _rows(batch, columns)
                     left = left[left > positions[-1]]
                     yield from zip(positions.tolist(), rows, strict=True)
+                if len(left):
+                    raise pa.ArrowInvalid("it has fewer rows than its footer says")
                 break
             except (pa.ArrowException, OSError) as error:
-                _check_readable(stream, parquet.metadata.row_group(group))
+                if checks_left:
+                    _check_readable(stream)
+                    checks_left -= 1
                 reason = f"row group {group} of the file is damaged: {error}"
         else:
             yield from ((position, {ERROR_FIELD: reason}) for position in left.tolist())
@@ -74,7 +81,11 @@ def count_parquet_rows(stream: NativeFile, columns: Columns) -> int:
     """
     parquet = _open(stream)
     check_schema(parquet, columns)
-    return int(parquet.metadata.num_rows)
+    facts = parquet.metadata
+    groups = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != facts.num_rows:
+        raise ValueError(f"its footer is damaged: {facts.num_rows} rows in all, and {sum(groups)} in its row groups")
+    return int(facts.num_rows)
 
 
 def rows_in_footer(stream: NativeFile) -> int:
@@ -280,7 +291,7 @@ def _set(row: dict[str, Any], field: str, value: Any, convert: _Convert | None) 
             raise value
         converted = value if convert is None or value is None else convert(value)
     except _UNREADABLE as error:
-        row[ERROR_FIELD] = f"{field} cannot be read: {error}"
+        row[_ERROR_FIELDS.get(field, ERROR_FIELD)] = f"{field} cannot be read: {error}"
         return
     if field == "image" and isinstance(converted, str):
         row.setdefault("image_uri", converted)
@@ -310,15 +321,14 @@ def _bytes_or_path(image: Mapping[str, Any]) -> bytes | str | None:
     return image.get("path") if data is None else data
 
 
-def _check_readable(stream: NativeFile, group: pq.RowGroupMetaData) -> None:
+def _check_readable(stream: NativeFile) -> None:
     """Tell a storage that does not answer from bytes that are wrong: only the latter are the rows' own problem.
 
+    The whole file is read: asked which bytes are a row group's, pyarrow ends the process where the footer is damaged.
+
     Raises:
-        OSError: the bytes of the row group cannot be read.
+        OSError: the bytes of the file cannot be read.
     """
-    for index in range(group.num_columns):
-        column = group.column(index)
-        stream.seek(column.dictionary_page_offset or column.data_page_offset)
-        left = column.total_compressed_size
-        while left > 0 and (piece := stream.read(min(left, _PIECE_BYTES))):
-            left -= len(piece)
+    stream.seek(0)
+    while stream.read(_PIECE_BYTES):
+        pass

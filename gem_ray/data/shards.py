@@ -106,7 +106,8 @@ def _as_gmner(post: Post) -> Post:
 def shard_rows(
     filesystem: fs.FileSystem, file: str, wanted: np.ndarray | None = None, columns: Columns | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of one shard with the types that it has; a cell that cannot be read is named in `ERROR_FIELD`.
+    """The rows of one shard with the types that it has; a cell that cannot be read is named in `ERROR_FIELD`,
+    an image in `IMAGE_ERROR_FIELD`.
 
     Args:
         filesystem: what the shard is on.

@@ -25,8 +25,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ConflictError(Exception):
-    """A conditional write found another version than it expected; nothing was written."""
+class ConflictError(RuntimeError):
+    """A conditional write of a name found another version than it expected; nothing was written."""
+
+    def __str__(self) -> str:
+        """A sentence."""
+        return f"{self.args[0]} was changed by another process meanwhile; start again"
 
 
 class Storage:

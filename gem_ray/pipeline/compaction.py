@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gem_ray.data.damage import DamagedError
 from gem_ray.data.output import PublishedFile, merged_name
 from gem_ray.data.storage import Storage
-from gem_ray.pipeline.staging import StagedFile, read_ids, read_rows, rows_once
+from gem_ray.pipeline.staging import StagedFile, read_ids, read_staged_rows, rows_once
 from gem_ray.records import ANNOTATION_SCHEMA, Status
 from gem_ray.tally import Tally
 
@@ -128,18 +127,10 @@ def _read_back(storage: Storage, task: Merge, status: Status, tally: Tally) -> M
     return MergedFile(PublishedFile(_file_name(task, status), len(ids), size, tally.to_dict()), ids)
 
 
-def _staged_rows(storage: Storage, name: str) -> pa.Table:
-    try:
-        return read_rows(storage, name)
-    except DamagedError as error:
-        storage.delete(name)
-        raise OSError(f"{name} was damaged, and is deleted; start again to do its rows anew: {error}") from error
-
-
 def _row_groups(storage: Storage, task: Merge) -> Iterator[pa.Table]:
     collected: list[pa.Table] = []
     for name, rows in zip(task.sources, task.rows, strict=True):
-        table = _staged_rows(storage, name).select(ANNOTATION_SCHEMA.names).cast(ANNOTATION_SCHEMA)
+        table = read_staged_rows(storage, name).select(ANNOTATION_SCHEMA.names).cast(ANNOTATION_SCHEMA)
         collected.append(table if rows.all() else table.filter(pa.array(rows)))
         if sum(each.num_rows for each in collected) >= _ROW_GROUP_ROWS:
             yield pa.concat_tables(collected)

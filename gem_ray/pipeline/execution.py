@@ -174,7 +174,8 @@ class RayExecutor:
         return self._ledger
 
     def _run_error(self, error: RayError) -> RunError:
-        reason = self.work().failure or str(getattr(error, "cause", None) or error)
+        cause = getattr(error, "cause", None) or error
+        reason = self.work().failure or str(cause).strip() or repr(cause)
         return RunError(reason.strip().splitlines()[0])  # the rest is Ray's frames and advice
 
 

@@ -197,6 +197,11 @@ def _is_dead_here(holder: Mapping[str, Any]) -> bool:
 
 
 def _message(output: str, holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return (
+            f"{output}/{_FILE} is not there, as {socket.gethostname()} sees it: the output was deleted, or is a folder "
+            "that the nodes do not share"
+        )
     return (
         f"another process is annotating to {output} (process {holder.get('pid')} on {holder.get('host')}); "
         "wait for it, or choose another output"

@@ -26,6 +26,7 @@ from pyarrow import fs
 from gem_ray.atomic import name_of_partial
 from gem_ray.data.output import (
     RUN_FACTS,
+    RUN_ID,
     RUNS,
     SUCCESS,
     Publication,
@@ -87,7 +88,7 @@ class OutputFolder:
     def forget_runs_before(self, run_id: str) -> None:
         """Delete the folders of earlier runs. The manifest goes first: without it a run is none."""
         for earlier in self.storage.folders(RUNS):
-            if earlier < run_id:
+            if RUN_ID.fullmatch(earlier) and earlier < run_id:
                 self.storage.delete(f"{RUNS}/{earlier}/manifest.json")
                 self.storage.delete_folder(f"{RUNS}/{earlier}")
 

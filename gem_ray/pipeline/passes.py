@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pyarrow import fs
 
+from gem_ray.pipeline.staging import read_staged_rows
 from gem_ray.records import Post
 
 if TYPE_CHECKING:
@@ -25,9 +24,9 @@ _ROWS_AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A Parquet file of `PASS_SCHEMA`, and the least and greatest id in it."""
+    """A staged file of `PASS_SCHEMA`, and the least and greatest id in it."""
 
-    path: str
+    name: str
     first: int
     last: int
 
@@ -36,21 +35,21 @@ class PassResults:
     """The rows that an earlier pass wrote.
 
     Args:
-        filesystem: what the files are on.
+        storage: of the output.
         files: the files, in the order of their first rows.
         again: stages that the next pass runs again; what went wrong in them is forgotten.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, files: Sequence[ResultFile], again: Collection[str]) -> None:
-        self._filesystem = filesystem
+    def __init__(self, storage: Storage, files: Sequence[ResultFile], again: Collection[str]) -> None:
+        self._storage = storage
         self._files = files
         self._again = again
 
     @classmethod
     def of(cls, storage: Storage, files: Sequence[StagedFile], again: Collection[str]) -> PassResults:
         """What is staged; the ids stay here, as the results travel with every task that reads posts."""
-        results = [ResultFile(storage.path(file.name), int(file.ids.min()), int(file.ids.max())) for file in files]
-        return cls(storage.filesystem, sorted(results, key=lambda file: file.first), again)
+        results = [ResultFile(file.name, int(file.ids.min()), int(file.ids.max())) for file in files]
+        return cls(storage, sorted(results, key=lambda file: file.first), again)
 
     def merged(self, file: InputFile, posts: Iterator[Post]) -> Iterator[Post]:
         """Posts of an input file as the earlier pass left them, with their images as the input has them.
@@ -82,9 +81,9 @@ class PassResults:
 
     def _read(self, file: ResultFile, first: int, last: int) -> pa.Table:
         """The rows of a result file with ids in a range, sorted by them."""
-        inside = [("row_id", ">=", first), ("row_id", "<=", last)]
-        table = pq.read_table(file.path, filesystem=self._filesystem, filters=inside, partitioning=None)
-        return table.sort_by("row_id")
+        table = read_staged_rows(self._storage, file.name)
+        ids = table["row_id"]
+        return table.filter(pc.and_(pc.greater_equal(ids, first), pc.less_equal(ids, last))).sort_by("row_id")
 
 
 def _rows_of(tables: Sequence[pa.Table], ids: Sequence[int]) -> dict[int, dict[str, Any]]:

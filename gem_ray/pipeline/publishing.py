@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gem_ray.data.damage import DamagedError, parsed
-from gem_ray.data.output import ANNOTATIONS, SUCCESS, Publication, PublishedFile, live_files, merged_name
+from gem_ray.data.output import ANNOTATIONS, RUN_ID, SUCCESS, Publication, PublishedFile, live_files, merged_name
 from gem_ray.data.parquet import rows_in_footer
 from gem_ray.data.storage import as_json, side_by_side
 from gem_ray.pipeline.staging import is_rows, read_ids
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gem_ray.pipeline.lease import LeaseClaim
     from gem_ray.pipeline.output_folder import OutputFolder
 
-_OF_RUN = re.compile(r"status=\w+/part-(?P<run>\d{8}T\d{6}-[0-9a-f]{8})-[gpr]\d+-[^/]+\.parquet")
+_OF_RUN = re.compile(rf"status=\w+/part-(?P<run>{RUN_ID.pattern})-[gpr]\d+-[^/]+\.parquet")
 _NAMED = 5  # files in a message
 
 
@@ -78,16 +78,21 @@ def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
     stale = [name for name in _own(directory, there) if name not in live]
     moves = {name: merged_name(folder.run_id, group, name) for name, group in live.items()}
     moves = {n: source for n, source in moves.items() if source in waiting and there.get(n) != sizes[n]}
-    is_short = any(there.get(name) != sizes[name] for name in live)
+    is_short = not live or any(there.get(name) != sizes[name] for name in live)
     if stale or is_short:
         with claim.checked():
             storage.delete(SUCCESS)
-    for name in stale:
+
+    def delete(name: str) -> None:
         with claim.checked():
             storage.delete(f"{ANNOTATIONS}/{name}")
-    for name, source in moves.items():
+
+    def move(name: str) -> None:
         with claim.checked():
-            storage.move(source, f"{ANNOTATIONS}/{name}")
+            storage.move(moves[name], f"{ANNOTATIONS}/{name}")
+
+    side_by_side(delete, stale)  # all of them first, so that no row is there twice
+    side_by_side(move, list(moves))  # in S3 each is a copy, and a fresh run may have thousands
     for group in {path.removeprefix(f"{folder.merged}/").partition("/")[0] for path in waiting} & published.keys():
         with claim.checked():
             storage.delete_folder(f"{folder.merged}/{group}")
@@ -117,9 +122,25 @@ def _is_whole(storage: Storage, file: PublishedFile) -> bool:
 
 
 def ids_of_files(storage: Storage, names: list[str]) -> np.ndarray:
-    """The ids of the rows in files of `annotations/`, `(N,)` int64, sorted."""
-    ids = side_by_side(partial(read_ids, storage), [f"{ANNOTATIONS}/{name}" for name in names])
+    """The ids of the rows in files of `annotations/`, `(N,)` int64, sorted.
+
+    Raises:
+        DamagedError: a file whose footer is whole is damaged all the same; the message says what to do.
+        OSError: a file cannot be read.
+    """
+    ids = side_by_side(partial(_ids_of_file, storage), [f"{ANNOTATIONS}/{name}" for name in names])
     return np.sort(np.concatenate([np.array([], np.int64), *ids]))
+
+
+def _ids_of_file(storage: Storage, name: str) -> np.ndarray:
+    try:
+        return read_ids(storage, name)
+    except DamagedError as error:
+        reason = str(error).partition("\n")[0]
+        raise DamagedError(
+            f"{storage.path(name)} is damaged: {reason}; delete it, and start without --only-problems, which does its "
+            "rows again"
+        ) from error
 
 
 def lost_ids(

@@ -209,7 +209,9 @@ class _Run:
         return files
 
     def _begin(self) -> RunFolder:
-        is_empty = not has_annotations(self.directory.storage)
+        storage, live = self.directory.storage, self.directory.live_run()
+        on_their_way = storage.files(live.merged) if live else {}  # to `annotations/`
+        is_empty = not (on_their_way or has_annotations(storage))
         files = self._count(self.listing.shards)
         if not any(file.rows for file in files):
             raise ValueError(
@@ -232,9 +234,9 @@ class _Run:
             earlier_runs=sorted(self.directory.all_runs()),
         )
         with self.claim.checked():
+            if is_empty:
+                folder.make_live()  # which counts from the moment in which the run has a manifest
             folder.begin(manifest)
-        if is_empty:
-            folder.make_live()
         return folder
 
     def _new_run_id(self, now: datetime) -> str:
@@ -255,11 +257,12 @@ class _Run:
         tally = tally_of(published)
         if manifest.rows != tally.rows:
             raise RunError(f"{manifest.rows} posts went in and {tally.rows} rows came out. This is a bug.")
-        facts = None if done.annotated else self.directory.summary()  # those of another run may be of another version
-        earlier = RunSummary.from_dict(facts) if facts else None
+        facts = self.directory.summary() or {}
+        is_own = facts.get("run_id") == folder.run_id  # those of another run may be of another version
+        earlier = RunSummary.from_dict(facts) if is_own and not done.annotated else None
         left_out = [asdict(each) for each in self.listing.left_out_by_reason()]
         unread = [{"file": file.path, "reason": file.unread, "rows": file.unread_rows} for file in manifest.unread]
-        if earlier is not None and (earlier.run_id, earlier.tally) == (folder.run_id, tally):
+        if earlier is not None and earlier.tally == tally:
             now = replace(earlier, left_out=left_out, unread=unread)
             if now != earlier:
                 self._write_facts(now)

@@ -7,6 +7,7 @@ run has finished are left out while reading: Ray's own filter would fetch their 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -136,7 +137,10 @@ def _check_unchanged(filesystem: fs.FileSystem, file: InputFile) -> None:
     """
     now = stored_file(filesystem, file.path)
     if now.unreadable is not None or not is_same(file, now):
-        raise ValueError(f"{file.path} was changed or removed during the run; put it back and start again")
+        raise ValueError(
+            f"{file.path} was changed or removed during the run, as {socket.gethostname()} sees it; put it back and "
+            "start again"
+        )
 
 
 def _post(reader: InputReader, file: InputFile, position: int, row: dict[str, Any]) -> Post:

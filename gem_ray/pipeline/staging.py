@@ -120,15 +120,23 @@ def read_ids(storage: Storage, name: str) -> np.ndarray:
         DamagedError: the file's bytes are wrong.
         OSError: they cannot be read.
     """
-    return read_rows(storage, name, [ID_COLUMN])[ID_COLUMN].to_numpy()
+    return _read_rows(storage, name, [ID_COLUMN])[ID_COLUMN].to_numpy()
 
 
-def read_rows(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Table:
-    """The rows in a Parquet file, or some of their columns.
+def read_staged_rows(storage: Storage, name: str) -> pa.Table:
+    """The rows in a staged file.
 
     Raises:
-        DamagedError, OSError: as `read_ids`.
+        OSError: they cannot be read, or the file was damaged; then it is deleted.
     """
+    try:
+        return _read_rows(storage, name)
+    except DamagedError as error:
+        storage.delete(name)
+        raise OSError(f"{name} was damaged, and is deleted; start again to do its rows anew: {error}") from error
+
+
+def _read_rows(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Table:
     path = storage.path(name)
 
     def read() -> pa.Table:

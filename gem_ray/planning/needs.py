@@ -126,7 +126,7 @@ def _files(path: Path) -> dict[str, int]:
     """The files of a local model that are loaded, with their bytes."""
     if path.is_file():
         return {"": path.stat().st_size}
-    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    names = [file.relative_to(path).as_posix() for file in model_paths.files_of(path)]
     loaded = hub.loaded_files(names, lambda name: (path / name).read_text(encoding="utf-8"))
     return {name: (path / name).stat().st_size for name in sorted(loaded)}
 

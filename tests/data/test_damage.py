@@ -13,7 +13,8 @@ import pytest
 
 from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.damage import DamagedError, parsed
-from gem_ray.data.parquet import parquet_rows
+from gem_ray.data.parquet import count_parquet_rows, parquet_rows
+from gem_ray.data.prepare import ERROR_FIELD
 
 
 class FailingOnce(io.BytesIO):
@@ -95,3 +96,24 @@ def test_what_fails_twice_though_its_bytes_are_there_is_damaged(content: bytes, 
         parsed(Flaky(content, 0), "a", failing(2))
     with pytest.raises(OSError, match="SLOW_DOWN"):
         parsed(Flaky(content, 1), "a", failing(2))
+
+
+def test_with_any_bit_wrong_a_file_is_refused_or_has_every_row_once() -> None:
+    """Pages that end early are rows that cannot be read, and no footer ends the process."""
+    stream = io.BytesIO()
+    table = pa.table({"post_id": ["1", "2", "3"], "text": ["a", None, "c"]})
+    pq.write_table(table, stream, compression="none", use_dictionary=False, row_group_size=2)
+    content = stream.getvalue()
+    refused, early = 0, 0
+    for place in range(4, len(content) - 8):
+        damaged = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        try:
+            count = count_parquet_rows(pa.BufferReader(damaged), {})
+        except (pa.ArrowException, OSError, ValueError):
+            refused += 1
+            continue
+        rows = list(parquet_rows(pa.BufferReader(damaged), None, {}))
+        assert [position for position, _ in rows] == list(range(count))
+        early += any("fewer rows than its footer" in row.get(ERROR_FIELD, "") for _, row in rows)
+    assert refused
+    assert early

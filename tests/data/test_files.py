@@ -35,6 +35,7 @@ def test_a_path_is_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b?.txt").write_bytes(b"here")
     assert read("a b?.txt") == read(tmp_path / "a b?.txt") == read(f"file://{tmp_path}/a%20b%3F.txt") == b"here"
+    assert open_filesystem(f"file://{tmp_path}//posts/.")[1] == str(tmp_path / "posts")
 
 
 @pytest.mark.parametrize(("key", "path"), [("", ""), ("/", ""), ("/posts/", "/posts"), ("/a b%20+", "/a b%20+")])

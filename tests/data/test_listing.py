@@ -201,35 +201,43 @@ def test_keys_in_s3_with_empty_components_are_named(s3):
     assert remark.endswith(": /y.parquet, b//z.parquet")
 
 
+ENTRIES = ["file", "folder"]
+NAMED_ENTRIES = ["loop", "out", "file out", "nothing", "pipe", "name", "file link", "hidden"]
+
+
 @settings(max_examples=40)
-@given(st.lists(st.sampled_from(["file", "folder", "loop", "out", "nothing", "pipe", "name", "file link"]), max_size=6))
+@given(st.lists(st.sampled_from([*ENTRIES, *NAMED_ENTRIES]), max_size=6))
 def test_every_entry_of_a_folder_is_read_once_or_named(kinds):
-    """Links that lead in circles, or nowhere, pipes, and names that are no text."""
+    """Links that lead in circles, into hidden folders, or nowhere, pipes, and names that are no text."""
     with tempfile.TemporaryDirectory() as name:
         folder, elsewhere = Path(name) / "in", Path(name) / "elsewhere"
         put(folder, "first.parquet", parquet_bytes())
         put(elsewhere, "x.parquet", parquet_bytes())
+        put(Path(name), "one.parquet", parquet_bytes())
         read = {"first.parquet"}
         for number, kind in enumerate(kinds):
             path = folder / f"{number}.parquet"
             if kind in ("file", "folder"):
                 put(folder, path.name if kind == "file" else f"{number}/x.parquet", parquet_bytes())
+            elif kind == "hidden":
+                put(folder, f".store/{number}/x.parquet", parquet_bytes())
+                path.symlink_to(f".store/{number}/x.parquet")
             elif kind == "name":
                 Path(os.fsdecode(os.fsencode(f"{folder}/{number}") + b"\xff.parquet")).write_bytes(b"x")
             elif kind == "pipe":
                 os.mkfifo(path)
             else:
                 targets = {"loop": folder, "out": elsewhere, "nothing": folder / "gone", "file link": "first.parquet"}
-                path.symlink_to(targets[kind])
-            if kind in ("file", "folder"):
+                path.symlink_to(targets.get(kind, Path(name) / "one.parquet"))
+            if kind in ("file", "folder", "hidden") or (kind not in kinds[:number] and kind == "file out"):
                 read.add(path.name if kind != "folder" else f"{number}/x.parquet")
         listing = list_shards(folder)
         found = [path.removeprefix(f"{folder}/") for path in listing.paths]
         outside = [path for path in found if path not in read]
         assert len(outside) == ("out" in kinds)  # a folder is read once, by whichever link
         assert set(found) - set(outside) == read
-        named = [kind for kind in kinds if kind in ("loop", "out", "nothing", "pipe", "name", "file link")]
-        assert len(listing.left_out) == len(named) - ("out" in kinds)
+        named = [kind for kind in kinds if kind in NAMED_ENTRIES]  # of hidden ones the file that the link leads to
+        assert len(listing.left_out) == len(named) - ("out" in kinds) - ("file out" in kinds)
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):

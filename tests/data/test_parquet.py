@@ -100,6 +100,19 @@ def test_bytes_that_are_no_text_spoil_only_their_own_row(tmp_path):
     assert "text cannot be read" in bad.problems[0].message
 
 
+@pytest.mark.parametrize(
+    ("column", "kinds"), [("image_uri", ["image_unreadable"]), ("image", ["image_unreadable"]), ("gold", ["bad_gold"])]
+)
+def test_a_post_is_degraded_for_an_image_and_none_the_worse_for_gold_that_cannot_be_read(tmp_path, column, kinds):
+    text = pa.array([b"\xff"]).view(pa.string())
+    cells = pa.StructArray.from_arrays([pa.nulls(1, pa.binary()), text], ["bytes", "path"])
+    values = {"post_id": ["1"], "text": ["good"], column: cells if column == "image" else text}
+    pq.write_table(pa.table(values), tmp_path / "a.parquet")
+    [post] = read_posts(tmp_path)
+    assert [problem.kind for problem in post.problems] == kinds
+    assert post.status == ("ok" if column == "gold" else "degraded")
+
+
 REFUSED = {
     r"has no column post_id, text \(perhaps .*--map post_id=id,text=tweet`\)\. Its columns: id, tweet": {
         "id": ["1"], "tweet": ["a"]

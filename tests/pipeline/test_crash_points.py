@@ -601,17 +601,67 @@ def test_late_end_of_a_run_does_not_say_what_the_output_no_longer_is(
     assert json.loads((world.output / SUCCESS).read_text())["rows"] == len(published_rows(world)) == 7
 
 
-@pytest.mark.parametrize("gone", ["annotations", "status=ok"])
+@pytest.mark.parametrize(
+    ("gone", "options"), [("annotations", {}), ("status=ok", {}), ("annotations", {"fresh": True})]
+)
 def test_output_that_lost_files_does_not_say_that_it_is_complete(
-    gone: str, tmp_path: Path, use: Callable[[World], World], monkeypatch: pytest.MonkeyPatch
+    gone: str,
+    options: dict[str, bool],
+    tmp_path: Path,
+    use: Callable[[World], World],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = use(World(tmp_path))
     finished()(world)
     shutil.rmtree(next(world.output.rglob(gone)))
     monkeypatch.setattr(InlineExecutor, "check_models", failing)
     with pytest.raises(RunError):
-        world.annotate()
+        world.annotate(**options)
     assert not (world.output / SUCCESS).exists()
+
+
+def test_published_rows_that_are_not_moved_yet_stay_while_a_fresh_run_is_under_way(
+    tmp_path: Path, use: Callable[[World], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = use(World(tmp_path))
+    world.put(**INPUT)
+    point = itertools.count(1)
+    while not (rows := listed_rows(world)):
+        with suppress(Crash):
+            world.annotate(process=Process(stop_at=next(point)))
+    assert not published_rows(world)
+    monkeypatch.setattr(InlineExecutor, "check_models", failing)
+    with pytest.raises(RunError):
+        world.annotate(fresh=True)
+    assert listed_rows(world) == published_rows(world) == rows
+
+
+def test_first_run_is_the_one_to_read_from_its_beginning(tmp_path: Path, use: Callable[[World], World]) -> None:
+    """Wherever it was killed: otherwise its groups would be seen when all of them are done."""
+    world = use(World(tmp_path))
+    world.put(**INPUT)
+    begin = world.save()
+    found = []
+    for point in range(1, 8):
+        world.restore(begin)
+        with suppress(Crash):
+            world.annotate(process=Process(stop_at=point))
+        run = OutputFolder("out", world.storage()).last_run()
+        found.append(run and run.is_live)
+    assert set(found) == {None, True}
+
+
+def test_facts_of_another_version_do_not_keep_a_run_from_finishing(
+    tmp_path: Path, use: Callable[[World], World]
+) -> None:
+    """They are those of the run before, where a fresh one was killed between its last row and its own facts."""
+    world = use(World(tmp_path))
+    finished()(world)
+    summary = world.output / "run.json"
+    mine = json.loads(summary.read_text())
+    summary.write_text('{"run_id": "20200101T000000-00000000", "rows": 5}')
+    assert world.annotate().annotated == 0
+    assert json.loads(summary.read_text())["run_id"] == mine["run_id"]
 
 
 def failing(*_: Any) -> None:

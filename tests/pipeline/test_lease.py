@@ -77,6 +77,14 @@ def test_output_that_another_process_holds_is_refused_and_free_when_that_ends(ou
     assert len(owners) == 2
 
 
+def test_an_output_that_is_not_there_is_not_said_to_be_another_process(tmp_path: Path) -> None:
+    """It was deleted, or a task runs on a node that does not share the folder."""
+    with Lease(OutputFolder(str(tmp_path))).held() as claim:
+        claim.storage.delete(FILE)
+        with pytest.raises(FileExistsError, match=rf"lease\.json is not there, as {socket.gethostname()} sees it"):
+            claim.check()
+
+
 def test_killed_holder_on_this_machine_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = held_in_another_process(str(tmp_path))
     process.send_signal(signal.SIGKILL)

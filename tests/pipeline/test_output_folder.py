@@ -19,9 +19,11 @@ from gem_ray.data.storage import ConflictError, Storage, open_storage
 from gem_ray.pipeline.identity import check_same, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.output_folder import Manifest, OutputFolder, Round
-from gem_ray.pipeline.publishing import lost_files
+from gem_ray.pipeline.publishing import ids_of_files, lost_files
 from gem_ray.pipeline.source import PostSource
 from gem_ray.pipeline.staging import StagedRows
+
+RUN_IDS = [f"2026010{day}T000000-0123abcd" for day in (1, 2, 3)]
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -84,15 +86,17 @@ def test_what_has_been_decided_stays(output: str) -> None:
 
 def test_last_run_that_is_live_is_the_one_to_read(output: str) -> None:
     directory = OutputFolder(output)
-    for run_id in ("1", "2", "3"):
+    first, second, third = RUN_IDS
+    for run_id in RUN_IDS:
         directory.run(run_id).begin(manifest(run_id))
     assert live_run(directory.storage) is None
     assert annotation_paths(directory.storage) is None
-    directory.run("2").make_live()
-    directory.run("1").make_live()
-    assert live_run(directory.storage) == "2"
-    directory.forget_runs_before("2")
-    assert run_ids(directory.storage) == ["2", "3"]
+    directory.run(second).make_live()
+    directory.run(first).make_live()
+    assert live_run(directory.storage) == second
+    put(directory.storage, "_run/2026-notes/mine")
+    directory.forget_runs_before(second)
+    assert directory.storage.folders("_run") == ["2026-notes", second, third]
 
 
 def test_published_files_are_found_before_and_after_they_are_moved(output: str) -> None:
@@ -104,11 +108,15 @@ def test_published_files_are_found_before_and_after_they_are_moved(output: str) 
     folder.publish("g00000", Publication(files[:1], []))
     folder.publish("p000", Publication(files[1:], [files[0].name]))
     assert live_files(folder.publications()) == {"status=ok/new.parquet": "p000"}
-    waiting = storage.path("_run/1/merged/p000/status=ok/new.parquet")
-    assert annotation_paths(storage) == [waiting]
-    put(storage, "_run/1/merged/p000/status=ok/new.parquet")
-    storage.move("_run/1/merged/p000/status=ok/new.parquet", "annotations/status=ok/new.parquet")
-    assert annotation_paths(storage) == [storage.path("annotations/status=ok/new.parquet")]
+    waiting, moved = "_run/1/merged/p000/status=ok/new.parquet", "annotations/status=ok/new.parquet"
+    put(storage, waiting)
+    assert annotation_paths(storage) == [storage.path(waiting)]
+    storage.move(waiting, moved)
+    assert annotation_paths(storage) == [storage.path(moved)]
+    for name in (waiting, moved):  # in S3 both are there
+        storage.delete(name)
+    with pytest.raises(FileNotFoundError, match=r"annotations/status=ok/new\.parquet is gone"):
+        annotation_paths(storage)
 
 
 def test_rounds_are_kept(output: str) -> None:
@@ -134,7 +142,7 @@ def test_conditional_writes(output: str) -> None:
     storage = open_storage(output)
     first = storage.swap("_run/x", b"1", None)
     assert storage.version("_run/x") == first
-    with pytest.raises(ConflictError):
+    with pytest.raises(ConflictError, match=r"^_run/x was changed by another process meanwhile; start again$"):
         storage.swap("_run/x", b"2", None)
     second = storage.swap("_run/x", b"3", first)
     with pytest.raises(ConflictError):
@@ -170,21 +178,23 @@ def test_a_run_that_takes_the_place_of_another_while_it_is_read_is_read_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = OutputFolder(str(tmp_path))
-    for run_id in ("1", "2"):
+    first, second, _ = RUN_IDS
+    for run_id in (first, second):
         directory.run(run_id).begin(manifest(run_id))
         directory.run(run_id).publish("g00000", Publication([PublishedFile(f"status=ok/{run_id}", 1, 1, {})], []))
-    directory.run("1").make_live()
+        put(directory.storage, f"annotations/status=ok/{run_id}")
+    directory.run(first).make_live()
     read = Storage.read_json
 
     def read_json(storage: Storage, name: str) -> object:
         """The first time: the other run goes live, and the old one is forgotten."""
-        if not directory.run("2").is_live:
-            directory.run("2").make_live()
-            directory.forget_runs_before("2")
+        if not directory.run(second).is_live:
+            directory.run(second).make_live()
+            directory.forget_runs_before(second)
         return read(storage, name)
 
     monkeypatch.setattr(Storage, "read_json", read_json)
-    assert annotation_paths(directory.storage) == [str(tmp_path / "_run/2/merged/g00000/status=ok/2")]
+    assert annotation_paths(directory.storage) == [str(tmp_path / f"annotations/status=ok/{second}")]
 
 
 def test_a_file_with_any_byte_wrong_is_whole_or_damaged_and_stops_nobody(tmp_path: Path) -> None:
@@ -207,6 +217,18 @@ def test_a_file_with_any_byte_wrong_is_whole_or_damaged_and_stops_nobody(tmp_pat
             found.add(bool(lost_files(storage, {"g": facts})))
             assert list(StagedRows(storage, "staged").ids()) in ([1, 2, 3], [])
     assert found == {True, False}
+
+
+def test_a_published_file_with_a_damaged_page_is_named_with_what_to_do(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    path = tmp_path / "annotations" / "x.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"row_id": range(1000)}), path, compression="zstd")
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(500) + content[504:])
+    assert not lost_files(storage, {"g": Publication([PublishedFile("x.parquet", 1000, len(content), {})], [])})
+    with pytest.raises(ValueError, match=r"annotations/x\.parquet is damaged: .*; delete it"):
+        ids_of_files(storage, ["x.parquet"])
 
 
 def test_file_is_no_output(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,3 +61,21 @@ def test_every_row_is_found_in_whatever_files_and_order_the_rows_lie(
     assert all(post.tokens == [post.post_id] for post in merged)
     assert all(post.image_bytes == post.post_id.encode() for post in merged)
     assert not any(post.problems for post in merged)
+
+
+def test_a_damaged_file_of_an_earlier_pass_is_named_and_gone(tmp_path: Path) -> None:
+    """Only some of its columns are damaged, so that its ids say that its rows are done."""
+    write(tmp_path, [list(range(200))])
+    path = tmp_path / "0.parquet"
+    storage = LocalStorage(str(tmp_path))
+    staged = StagedRows(storage, "").files()
+    column = pq.read_metadata(path).row_group(0).column(1)  # `text`
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(content)
+    assert len(StagedRows(storage, "").ids()) == 200
+    results = PassResults.of(storage, staged, again=())
+    with pytest.raises(OSError, match=r"0\.parquet was damaged, and is deleted; start again"):
+        list(results.merged(InputFile("posts", 0, 200, 1, 1), iter([Post("0", "text", row_id=0)])))
+    assert not path.exists()

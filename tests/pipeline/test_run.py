@@ -11,11 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RayTaskError
 
 from gem_ray.annotator import Annotator, models_of
 from gem_ray.config import Config, StagePool
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
+from gem_ray.pipeline.execution import RayExecutor
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.pipeline.tables import annotations_table
@@ -207,3 +209,8 @@ def test_input_inside_the_output_is_refused_and_stays(
         with pytest.raises(ValueError, match=r"keeps its annotations.* keep them apart"):
             annotate_dataset(source, tmp_path / "data", text_config, fresh=fresh)
     assert {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()} == before
+
+
+def test_a_failure_without_words_is_named_by_its_kind(config: Config) -> None:
+    error = RayTaskError("stage", "", MemoryError())
+    assert str(RayExecutor(config)._run_error(error)) == "MemoryError()"

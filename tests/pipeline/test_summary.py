@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 
 from gem_ray.commands.annotate import _about_abstaining
@@ -27,8 +29,8 @@ def tally(status: Status, *posts: Post) -> Tally:
     return Tally.of(pa.concat_tables([table.slice(0, 1), table.slice(1)]), status)
 
 
-def summary(counts: Tally, *overrides: str) -> RunSummary:
-    config = load_config(overrides=overrides).model_dump(mode="json")
+def summary(counts: Tally, config: dict[str, Any] | None = None) -> RunSummary:
+    config = load_config().model_dump(mode="json") if config is None else config
     return RunSummary("r", "posts", "out", "now", 1.0, counts.rows, Account(), 0.2, counts, {}, config)
 
 
@@ -45,13 +47,14 @@ def test_what_was_not_judged_is_counted_apart_from_what_is_not_seen() -> None:
 
 
 def test_real_photos_get_a_sentence_that_says_what_was_not_done_and_what_does_it() -> None:
-    photos = tally(Status.OK, post(None), post(None, None))
-    sentence = _about_abstaining(summary(photos))
+    """Also where `run.json` is of an earlier version, with other keys."""
+    photos, config = tally(Status.OK, post(None), post(None, None)), load_config()
+    sentence = _about_abstaining(summary(photos, {"serving": {"gone": 1}}), config)
     assert sentence is not None
     assert "3 entities tagged by the text alone" in sentence
     assert "48 invented entities" in sentence
     assert sentence.endswith("gem-ray annotate posts OTHER-OUTPUT --preset cpu")
     assert not load_config("cpu").grounder.matcher.model.startswith("nano:")
-    assert _about_abstaining(summary(photos, "grounder.enabled=false")) is None
-    assert _about_abstaining(summary(tally(Status.OK, post(True), post(False)))) is None
-    assert _about_abstaining(summary(tally(Status.DEGRADED, post(None, width=None)))) is None
+    assert _about_abstaining(summary(photos), load_config(overrides=["grounder.enabled=false"])) is None
+    assert _about_abstaining(summary(tally(Status.OK, post(True), post(False))), config) is None
+    assert _about_abstaining(summary(tally(Status.DEGRADED, post(None, width=None))), config) is None
