@@ -145,7 +145,7 @@ def build_stage(
     if pool is not None and spec.reads == "encoded":
         stage.keeps_encoded = bool(pool.later_readers)  # type: ignore[attr-defined]
     if pool is not None and spec.name == LOAD_IMAGE:
-        return GuardedStage(spec.name, lambda posts: stage([post for post in posts if pool.loads(post, config)]))
+        stage.wants = lambda post: pool.loads(post, config)  # type: ignore[attr-defined]
     return GuardedStage(spec.name, stage)
 
 

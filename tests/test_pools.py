@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gem_ray.annotator import build_stage
 from gem_ray.config import Config, ConfigError, PipelineConfig, StagePool, load_config, merge_trees, preset_names
+from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.pipeline.identity import stages_by_pass
 from gem_ray.pools import Pool, passes_of, serving_pools, tagging_pool
 from gem_ray.records import Entity, Post, ProblemKind
@@ -234,6 +236,25 @@ def test_a_pool_loads_the_images_that_its_stages_look_at_and_the_last_one_all_th
     assert all(ground.loads(post, config) for post in posts().values())
     assert {name for name, post in posts().items() if ground.is_needed_by(post, config)} == {"easy", "hard"}
     assert {name for name, post in posts().items() if rerank.is_needed_by(post, config)} == {"hard"}
+
+
+def test_what_an_image_stage_counts_and_waits_for_is_known_in_a_pool_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(fetcher: Fetcher, uri: str) -> bytes:
+        fetcher.fetched["s3_requests"] += 1
+        fetcher.trouble = f"{uri} does not answer"
+        raise ImageError(ProblemKind.IMAGE_UNREADABLE, "no answer")
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    config = load_config(overrides=[FOUR])
+    _tag, rerank, _ground = flat(config)
+    stage = build_stage(find_stage(LOAD_IMAGE), config, pool=rerank)
+    shown = posts()
+    for post in shown.values():
+        post.image_bytes, post.image_uri = None, "s3://bucket/image"
+    stage([*shown.values()])
+    assert [name for name, post in shown.items() if post.lacks_image] == ["hard", "lost"]
+    assert stage.counts == {"s3_requests": 1}
+    assert stage.trouble == "s3://bucket/image does not answer"
 
 
 def test_an_image_goes_on_to_a_pool_of_the_same_pass_that_has_a_use_for_it() -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -189,6 +189,7 @@ class ImageLoader:
 
     Attributes:
         keeps_encoded: a post that names its image gets its bytes too, so that nobody fetches them again.
+        wants: whether the image of a post is loaded at all.
     """
 
     def __init__(self, config: ImageConfig):
@@ -198,6 +199,7 @@ class ImageLoader:
         self._decoding = ThreadPoolExecutor(_DECODED_AT_ONCE)
         self._memory = MemoryBudget(config.max_decoding_bytes)
         self.keeps_encoded = False
+        self.wants: Callable[[Post], bool] = lambda post: True
 
     @classmethod
     def from_config(cls, config: Config) -> ImageLoader:
@@ -215,8 +217,8 @@ class ImageLoader:
         return self._fetcher.trouble
 
     def __call__(self, posts: list[Post]) -> list[Post]:
-        """Load the image of every post that is not rejected and has entities."""
-        self.load_all(post for post in posts if not post.is_rejected and post.entities)
+        """Load the image of every post that is not rejected, has entities, and is wanted."""
+        self.load_all(post for post in posts if not post.is_rejected and post.entities and self.wants(post))
         return posts
 
     def load_all(self, posts: Iterable[Post]) -> None:

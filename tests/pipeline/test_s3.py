@@ -102,3 +102,6 @@ def test_no_row_is_lost_whatever_happens_to_some_requests(
         3: ["image_forbidden"],
         5: ["image_missing"],
     }
+    account = open_storage(f"{bucket}/out").read_json("run.json")["account"]
+    by_address = [row for row in rows[1::2] if row["image_width"]]
+    assert account["requests"] >= account["stage_counts"]["load_image"]["fetched"] >= len(by_address) > 20
