@@ -85,7 +85,7 @@ def test_ctrl_c_leaves_the_job_running_and_a_stop_ends_it_cleanly(head, tmp_path
     out = tmp_path / "out"
     command = ("gem-ray", "submit", "annotate", "--address", head.address, "--", tmp_path / "posts.parquet", out)
     following = head.start(*command, *TEXT_ONLY)
-    wait_until(out.exists)
+    wait_until(lambda: any(out.glob("_run/*/staged/**/*.parquet")))  # while it connects, Ray would end it with a trace
     following.send_signal(signal.SIGINT)
     log, hints = following.communicate(timeout=60)
     job = log.splitlines()[0]
