@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import pyarrow as pa
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 T = TypeVar("T")
 
@@ -41,7 +41,16 @@ def parsed(filesystem: fs.FileSystem, path: str, parse: Callable[[], T]) -> T:
         raise DamagedError(str(error)) from error
 
 
+def read_through(stream: NativeFile) -> None:
+    """Read what is left of a file, to tell a storage that does not answer from bytes that are wrong.
+
+    Raises:
+        OSError: the storage does not hand it out.
+    """
+    while stream.read(_PIECE_BYTES):
+        pass
+
+
 def _read_all(filesystem: fs.FileSystem, path: str) -> None:
     with filesystem.open_input_stream(path, compression=None) as stream:
-        while stream.read(_PIECE_BYTES):
-            pass
+        read_through(stream)

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import NativeFile, types
 
+from gem_ray.data.damage import read_through
 from gem_ray.data.prepare import ERROR_FIELD, IMAGE_ERROR_FIELD
 from gem_ray.records import INPUT_SCHEMA
 
 # Rows carry images: small batches keep memory low.
 _ROWS_PER_BATCH = 64
-_PIECE_BYTES = 8 * 2**20
 _BUFFER_BYTES = 2**20
 _ATTEMPTS = 2  # at a row group whose bytes can all be read: a storage that did not answer is no damage
 _MOST_CHECKS = 8  # of a file's bytes, which may be many, where a row group cannot be read
@@ -66,7 +66,9 @@ def parquet_rows(
                 break
             except (pa.ArrowException, OSError) as error:
                 if checks_left:
-                    _check_readable(stream)
+                    # All of it: asked which bytes are a row group's, pyarrow ends the process on a damaged footer.
+                    stream.seek(0)
+                    read_through(stream)
                     checks_left -= 1
                 reason = f"row group {group} of the file is damaged: {error}"
         else:
@@ -319,16 +321,3 @@ def _converter(field: str, kind: pa.DataType) -> _Convert | None:
 def _bytes_or_path(image: Mapping[str, Any]) -> bytes | str | None:
     data = image.get("bytes")
     return image.get("path") if data is None else data
-
-
-def _check_readable(stream: NativeFile) -> None:
-    """Tell a storage that does not answer from bytes that are wrong: only the latter are the rows' own problem.
-
-    The whole file is read: asked which bytes are a row group's, pyarrow ends the process where the footer is damaged.
-
-    Raises:
-        OSError: the bytes of the file cannot be read.
-    """
-    stream.seek(0)
-    while stream.read(_PIECE_BYTES):
-        pass
