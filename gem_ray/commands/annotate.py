@@ -123,6 +123,8 @@ def annotate(
     _print_summary(summary, settings, output.rstrip("/"), as_json)
     if failure := mass_failure(summary.tally, max_problem_share):
         raise RuntimeError(failure)
+    if failure := mass_failure(summary.newest, max_problem_share):
+        raise RuntimeError(f"of the files that were added last: {failure}")
     if summary.rejected or summary.unread:
         raise typer.Exit(EXIT_REJECTED)
 

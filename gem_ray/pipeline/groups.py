@@ -76,6 +76,12 @@ def cut_groups(manifest: Manifest) -> list[Group]:
     return groups
 
 
+def groups_added_last(manifest: Manifest) -> list[str]:
+    """Names of the groups of the newest files: those of the last `--update`, else all."""
+    first = manifest.files[-manifest.parts[-1]].number
+    return [group.name for group in cut_groups(manifest) if group.files[0].number >= first]
+
+
 class GroupRunner:
     """Annotates groups of a run and decides what is published of them; finished groups are skipped.
 

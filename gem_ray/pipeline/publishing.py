@@ -7,7 +7,7 @@ anywhere and repeated by anybody: it only brings the folder to what has been dec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -173,10 +173,16 @@ def files_with_problems(published: Mapping[str, Publication]) -> list[str]:
     return sorted(name for name in live_files(published) if not name.startswith(f"status={Status.OK}/"))
 
 
-def tally_of(published: Mapping[str, Publication]) -> Tally:
-    """Counts over all live files."""
+def tally_of(published: Mapping[str, Publication], groups: Collection[str] | None = None) -> Tally:
+    """Counts over the live files of all groups and rounds, or of some."""
     live = live_files(published)
-    files = [file for each in published.values() for file in each.files if file.name in live]
+    files = [
+        file
+        for name, each in published.items()
+        if groups is None or name in groups
+        for file in each.files
+        if file.name in live
+    ]
     return sum((Tally.from_dict(file.tally) for file in sorted(files, key=lambda file: file.name)), Tally())
 
 

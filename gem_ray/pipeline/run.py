@@ -19,7 +19,7 @@ from gem_ray.data.output import RUN_FACTS, RUNS, SUCCESS, live_files, run_ids
 from gem_ray.data.storage import ConflictError, as_json
 from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.execution import RayExecutor, RunError
-from gem_ray.pipeline.groups import Group, GroupRunner, cut_groups
+from gem_ray.pipeline.groups import Group, GroupRunner, cut_groups, groups_added_last
 from gem_ray.pipeline.identity import check_apart, check_same, limits_of, new_files, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.lease import Lease, LeaseClaim
@@ -288,7 +288,7 @@ class _Run:
         with self.claim.checked():
             folder.clear()
             self.directory.forget_runs_before(folder.run_id)
-        return summary
+        return replace(summary, newest=tally_of(published, groups_added_last(manifest)))
 
     def _settle_and_check(self, folder: RunFolder) -> None:
         """Make the run's rows the ones to read, and read back that their files are there and whole.

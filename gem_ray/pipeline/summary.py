@@ -27,6 +27,7 @@ class RunSummary:
         models: what made the output, as in its `models` column.
         left_out: files of the input that are not read, by reason.
         unread: files that cannot be read and were skipped: `file`, `reason`, and `rows` where its footer says how many.
+        newest: counts over the rows of the files that came with the last `--update`, else over all; not in `run.json`.
     """
 
     run_id: str
@@ -42,6 +43,7 @@ class RunSummary:
     config: dict[str, Any]
     left_out: list[dict[str, Any]] = field(default_factory=list)
     unread: list[dict[str, Any]] = field(default_factory=list)
+    newest: Tally = field(default_factory=Tally)
 
     @property
     def rows(self) -> int:

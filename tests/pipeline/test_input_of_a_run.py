@@ -14,10 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gem_ray.pipeline.run as run_module
+from gem_ray.commands import annotate as command
 from gem_ray.config import ImageConfig, load_config
 from gem_ray.data.check import check_input
 from gem_ray.data.counting import count_shards
@@ -26,9 +28,11 @@ from gem_ray.evaluation.predictions import check_same_rows, iterate_predictions,
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.pipeline.compaction import merge
 from gem_ray.pipeline.ledger import Progress
+from gem_ray.pipeline.mass_failure import mass_failure
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.pipeline.tables import annotations_table, table_to_posts
+from gem_ray.records import ProblemKind
 
 CONFIG = load_config(overrides=["reranker.enabled=false", "grounder.enabled=false"])
 
@@ -119,6 +123,42 @@ def test_skipped_files_are_counted_and_named(tmp_path: Path, caplog: pytest.LogC
     # Nothing is asked for again, and nothing is forgotten.
     assert annotate(tmp_path).unread == summary.unread
     assert annotate(tmp_path, update=True).annotated == 0
+
+
+class SomeFail(InlineExecutor):
+    """Posts whose text says so lose their images."""
+
+    def run_pass(self, source: Any, config: Any, origin: Any, pools: Any, sink: Any, *rest: Any) -> None:
+        for task in source.get_read_tasks(1):
+            for table in task():
+                posts = table_to_posts(table)
+                for post in posts:
+                    if post.text.startswith("fails"):
+                        post.fail("load_image", ProblemKind.IMAGE_MISSING, "it is gone")
+                sink.write([annotations_table(posts, origin.run_id, origin.models)])
+
+
+def test_new_files_that_failed_are_not_hidden_by_the_many_good_rows_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "RayExecutor", SomeFail)
+    put(tmp_path / "in" / "monday.parquet", ["fine"] * 40)
+    assert annotate(tmp_path).newest.rows == 40
+    put(tmp_path / "in" / "tuesday.parquet", ["fails", "fails, too", "fine"])
+    put(tmp_path / "in" / "wednesday.parquet", ["fails"])
+    for options in ({"update": True}, {}):  # the next start says so again
+        summary = annotate(tmp_path, **options)
+        assert (summary.rows, summary.newest.rows, summary.newest.problems["image_missing"]) == (44, 4, 3)
+        assert mass_failure(summary.tally, 0.5) is None
+    context = typer.Context(typer.main.get_command(command.app), obj={"json_logs": False})
+    arguments = [context, str(tmp_path / "in"), str(tmp_path / "out")]
+    overrides = ["reranker.enabled=false", "grounder.enabled=false"]
+    with pytest.raises(RuntimeError, match="of the files that were added last: 3 of 4 posts"):
+        command.annotate(*arguments, set_=overrides, max_problem_share=0.5)
+    monkeypatch.setattr(run_module, "RayExecutor", InlineExecutor)
+    again = annotate(tmp_path, only_problems=True)
+    assert sum(again.tally.problems.values()) == 0
+    assert again.newest.problems.total() == 0
 
 
 def test_a_mended_file_is_taken_in_by_update_under_a_new_number(tmp_path: Path) -> None:
