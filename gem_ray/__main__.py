@@ -1,5 +1,5 @@
 """`python -m gem_ray`: the command `gem-ray`, where its script is not on the path."""
 
-from gem_ray.cli import main
+from gem_ray.cli import command
 
-main()
+command()

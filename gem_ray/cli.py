@@ -12,6 +12,7 @@ import typer
 
 from gem_ray.commands import annotate, check, config, evaluate, export, models, reranker, review, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
+from gem_ray.process_exit import exit_code_kept
 from gem_ray.redaction import RedactingFormatter, redacted
 
 app = typer.Typer(
@@ -48,6 +49,12 @@ def _common(
     handler.setFormatter(RedactingFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     context.obj = {"json_logs": json_logs}
+
+
+def command() -> None:
+    """The process `gem-ray`: `main`, and its exit code."""
+    with exit_code_kept():
+        main()
 
 
 def main() -> None:

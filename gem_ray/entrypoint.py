@@ -7,6 +7,7 @@ import sys
 
 from gem_ray.cli import main
 from gem_ray.commands.options import EXIT_REJECTED
+from gem_ray.process_exit import exit_code_kept
 
 _BEFORE_COMMAND = ("--debug", "--json-logs", "--verbose", "-v")  # options of `gem-ray` itself
 
@@ -29,10 +30,11 @@ def run_job(*command: str, stopped: str = "stopped") -> None:
         *command,
         *(argument for argument in own if argument not in _BEFORE_COMMAND),
     ]
-    try:
-        main()
-    except SystemExit as end:
-        if end.code == signal.SIGTERM:
-            sys.exit(stopped)
-        if end.code != EXIT_REJECTED:
-            raise
+    with exit_code_kept():
+        try:
+            main()
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:
+                sys.exit(stopped)
+            if end.code != EXIT_REJECTED:
+                raise

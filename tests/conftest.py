@@ -25,6 +25,8 @@ from uuid import uuid4
 import pytest
 from hypothesis import settings
 
+from gem_ray.process_exit import skip_native_exit
+
 # The same examples in every run, however long one takes; `pytest --hypothesis-profile default` looks for new ones.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
@@ -38,6 +40,16 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 _REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
 _START_RAY = {"local_ray", "service", "service_with_vllm"}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
+
+
+_exit_codes: list[int] = []
+skip_native_exit(lambda: _exit_codes[-1] if _exit_codes else None)  # tests start Ray again and again
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """The exit code of the process."""
+    _exit_codes.append(int(exitstatus))
 
 
 @pytest.hookimpl(tryfirst=True)

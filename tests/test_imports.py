@@ -46,6 +46,7 @@ LAYERS = [
         "plurals",
         "tally",
         "look",
+        "process_exit",
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},

@@ -87,7 +87,7 @@ def test_ctrl_c_leaves_the_job_running_and_a_stop_ends_it_cleanly(head, tmp_path
     following = head.start(*command, *TEXT_ONLY)
     wait_until(lambda: any(out.glob("_run/*/staged/**/*.parquet")))  # while it connects, Ray would end it with a trace
     following.send_signal(signal.SIGINT)
-    log, hints = following.communicate(timeout=60)
+    log, hints = following.communicate(timeout=180)
     job = log.splitlines()[0]
     assert following.returncode == 130
     assert "the job goes on" in hints
