@@ -38,6 +38,11 @@ PINNED = [
     ("ray.serve.context:_get_serve_request_context", "__call__"),
     ("ray.serve.context:_set_request_context", "__call__"),
     ("ray.serve._private.client:ServeControllerClient", "deploy_apps"),
+    ("ray.serve._private.http_util:MessageQueue", "__call__"),
+    ("ray.serve._private.http_util:MessageQueue", "close"),
+    ("ray.serve._private.http_util:MessageQueue", "get_messages_nowait"),
+    ("ray.serve._private.http_util:MessageQueue", "wait_for_message"),
+    ("ray.serve._private.proxy:MessageQueue", "__call__"),
 ]
 
 
@@ -113,3 +118,9 @@ def test_a_name_that_is_gone_is_missed():
 @pytest.mark.parametrize("owner", [ray.init, RayParams])  # a node of a `Cluster` takes those of `RayParams`
 def test_ray_takes_settings_of_its_own_processes(owner: Any):
     assert SYSTEM_CONFIG in inspect.getsource(owner)
+
+
+def test_a_proxy_makes_its_queues_of_the_name_that_we_replace():
+    from ray.serve._private.proxy import HTTPProxy
+
+    assert "= MessageQueue()" in inspect.getsource(HTTPProxy)

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gem_ray.ray_private.serve import hand_over_bodies_in_parts
 from gem_ray.serving.access import REQUEST_ID
 from gem_ray.serving.heap import give_freed_memory_back
 from gem_ray.serving.problems import ProblemError
@@ -31,6 +32,7 @@ FIRST_PART_S = 10.0  # for the end of a body, or for its first `GATHER_BYTES`
 MAX_HELD = 1024  # requests whose first part is not there; each holds less than `GATHER_BYTES`
 GATHER_BYTES = 64 * 2**10
 GATHER_S = 2.0  # less than any body may pause
+CALL_BYTES = 256 * 2**10  # of a body with one call: large ones took megabytes, and others waited for twice as long
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 # What Serve reads from any client: how long a request may take, whether it goes on without its client, which replica
 # gets it.
@@ -280,7 +282,8 @@ def _scattered(seconds: float) -> float:
 
 
 def middlewares() -> list[Middleware]:
-    """Prepare the process of a proxy before it starts: its heap, and the protocol, for which Serve has no option."""
+    """Prepare the process of a proxy before it starts: its heap, and what Serve has no option for."""
     give_freed_memory_back()
+    hand_over_bodies_in_parts(CALL_BYTES)
     auto.AutoHTTPProtocol = LimitedProtocol
     return [Middleware(GatherBody), Middleware(CleanHeaders)]  # the last one is outermost

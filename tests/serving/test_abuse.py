@@ -14,6 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from http.client import HTTPResponse
+from itertools import cycle
 
 import httpx
 import pytest
@@ -23,6 +24,7 @@ from ray.serve._private import constants
 
 from gem_ray.benchmarks.abuse import FORM, hostile_bodies, hostile_forms
 from gem_ray.config import ServingConfig
+from gem_ray.ray_private.serve import BodyQueue
 from gem_ray.serving import bodies, proxy, uploads
 from gem_ray.serving.bodies import _JsonCounter
 from gem_ray.serving.flow import BusyError
@@ -201,6 +203,43 @@ def test_a_body_that_comes_byte_by_byte_is_cut_off(api, short_first_parts):
             except TimeoutError:
                 connection.sendall(b" ")
         assert time.monotonic() - started < 3
+
+
+@given(sizes=st.lists(st.integers(0, 300), max_size=20), pauses=st.lists(st.booleans(), min_size=1, max_size=8))
+def test_a_body_comes_to_the_ingress_in_order_and_in_bounded_parts(sizes, pauses):
+    """Whoever is faster, client or ingress; and the proxy holds no more of it than a part."""
+    part, largest = 256, max(sizes, default=0)
+    sent = [{"type": "http.request", "body": bytes([n]) * size} for n, size in enumerate(sizes)]
+    sent.append({"type": "http.disconnect"})
+    put, got = 0, []
+
+    async def client(queue, pausing):
+        nonlocal put
+        for message in sent:
+            await queue(message)
+            put += len(message.get("body", b""))
+            if next(pausing):
+                await asyncio.sleep(0)
+        queue.close()
+
+    async def ingress(queue, pausing):
+        while not got or got[-1]["type"] != "http.disconnect":
+            await queue.wait_for_message()
+            handed = queue.get_messages_nowait()
+            assert sum(len(message.get("body", b"")) for message in handed) < part + largest
+            got.extend(handed)
+            assert put - sum(len(message.get("body", b"")) for message in got) < part + largest
+            if next(pausing):
+                await asyncio.sleep(0)
+
+    async def scenario():
+        queue = BodyQueue(part)
+        await asyncio.wait_for(asyncio.gather(client(queue, cycle(pauses)), ingress(queue, cycle(pauses[::-1]))), 10)
+        await queue.wait_for_message()  # at once, as no more come
+        assert queue.get_messages_nowait() == []
+
+    asyncio.run(scenario())
+    assert got == sent
 
 
 def gathering(app, receive, send=None):
