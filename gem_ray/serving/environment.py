@@ -8,6 +8,8 @@ import secrets
 # Deployments call each other by gRPC, in one thread of each process: a third less CPU time in the ingress on two cores.
 _FAST_CALLS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # With images: the limits of requests bound a call, not the 4 MiB of gRPC.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }

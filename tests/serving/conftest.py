@@ -197,9 +197,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     values = nano_values()
     values["applications"][0]["args"] |= {
         "text": {"max_chars": 2000},
-        "image": {"max_bytes": 1_000_000, "max_pixels": 10_000_000},
+        "image": {"max_bytes": 9_000_000, "max_pixels": 10_000_000},
         "serving": {
-            "max_body_bytes": 3_000_000,
+            "max_body_bytes": 16_000_000,
             "max_batch_posts": 32,
             "max_in_flight": MAX_IN_FLIGHT,
             "health_check_s": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import time
@@ -10,7 +11,9 @@ from importlib import resources
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from gem_ray.data.tokenize import tokenize
@@ -35,6 +38,27 @@ def in_json(post, **fields):
 def told(row):
     """What does not differ from one request to the next."""
     return {name: value for name, value in row.items() if name not in ("post_id", "seconds")}
+
+
+def photo(most_bytes):
+    """A PNG of noise, almost as large as allowed."""
+    side = int((most_bytes * 0.99 / 3) ** 0.5)
+    encoded = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(encoded, "PNG")
+    assert 0.95 * most_bytes < len(encoded.getvalue()) <= most_bytes
+    return encoded.getvalue()
+
+
+@pytest.mark.parametrize("share", [0.5, 1])  # gRPC by itself takes 4 MiB
+def test_images_as_large_as_the_limits_say_are_annotated(service, shown, share):
+    image = photo(int(service.client.get("/v1/limits").json()["max_image_bytes"] * share))
+    form = {"data": {"text": shown.text}, "files": {"image": ("a.png", image, "image/png")}}
+    post = {"text": shown.text, "image": base64.b64encode(image).decode()}
+    for path, body in [("", form), ("", {"json": post}), ("/batch", {"json": {"posts": [post]}})]:
+        answer = service.client.post(f"/v1/annotate{path}", **body)
+        assert answer.status_code == 200, answer.text
+        row = answer.json()["annotations"][0] if path else answer.json()
+        assert (row["status"], row["problems"]) == ("ok", [])
 
 
 def test_a_form_and_json_give_the_same_answer(service, shown):
@@ -198,9 +222,9 @@ def batch_of(count):
         ("/v1/annotate", {"json": {"text": TEXT}, "params": {"heatmaps": "perhaps"}}, 422),
         ("/v1/annotate", {"files": {"text": ("t", b"a file")}}, 422),
         ("/v1/annotate", {"data": {"text": TEXT, "image": "no file"}, "files": {"tokens": (None, "x")}}, 422),
-        ("/v1/annotate", {"data": {"text": TEXT}, "files": {"image": ("i", b"\0" * 1_000_001)}}, 413),
-        ("/v1/annotate", {"json": {"text": TEXT, "image": base64.b64encode(b"\0" * 1_000_001).decode()}}, 413),
-        ("/v1/annotate", {"json": {"text": "a" * 3_000_000}}, 413),
+        ("/v1/annotate", {"data": {"text": TEXT}, "files": {"image": ("i", b"\0" * 9_000_001)}}, 413),
+        ("/v1/annotate", {"json": {"text": TEXT, "image": base64.b64encode(b"\0" * 9_000_001).decode()}}, 413),
+        ("/v1/annotate", {"json": {"text": "a" * 16_000_000}}, 413),
         ("/v1/annotate/batch", {"json": {"posts": []}}, 422),
         ("/v1/annotate/batch", {"json": batch_of(33)}, 413),
         ("/v1/annotate/batch", {"data": {"text": TEXT}, "files": {"image": ("i", b"")}}, 415),
