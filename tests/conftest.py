@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import struct
 import threading
@@ -35,6 +36,9 @@ settings.load_profile("steady")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray's processes export their metrics every ten seconds, which tests that read them would wait for.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
+
+# A shell that runs the suite in the background has it ignore Ctrl-C, and with it every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
