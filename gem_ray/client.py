@@ -15,6 +15,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -310,10 +312,20 @@ class _Requests:
         return self._pause_s(attempt)
 
     def _pause_s(self, attempt: int, retry_after: str = "") -> float:
-        asked = float(retry_after) if retry_after.isdecimal() else 0.0
+        asked = _seconds_of(retry_after)
         usual = _FIRST_PAUSE_S * 2 ** min(attempt, _DOUBLED)
         # Half of it random, so that clients that were refused together do not come back together.
         return min(max(usual, asked) * random.uniform(1, 1.5), self._max_pause_s)
+
+
+def _seconds_of(retry_after: str) -> float:
+    """Of a `Retry-After`: seconds, or a date, as proxies send it (RFC 9110, section 10.2.3); 0 for anything else."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError):  # a date without a time zone, or none at all
+        return 0.0
 
 
 class Client(_Requests):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import runpy
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import fields
+from email.utils import format_datetime, formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from inspect import isawaitable
@@ -25,7 +27,7 @@ from hypothesis import strategies as st
 
 import gem_ray
 from gem_ray import client as client_module
-from gem_ray.client import Annotation, ClientError, Limits
+from gem_ray.client import Annotation, Client, ClientError, Limits
 from gem_ray.data.shards import write_posts
 from gem_ray.serving import messages
 from gem_ray.taxonomy import FMNERG_TREE
@@ -218,6 +220,21 @@ def test_the_service_says_how_long_to_wait(flaky):
     flaky.plan += [(429, {"Retry-After": "1"}), (200, {})]
     flaky.client.taxonomy()
     assert flaky.times[1] - flaky.times[0] >= 1
+
+
+def test_a_proxy_may_say_until_when(flaky):
+    began, now = time.monotonic(), time.time()
+    until = math.ceil(now) + 1
+    flaky.plan += [(429, {"Retry-After": formatdate(until, usegmt=True)}), (429, {"Retry-After": "soon"}), (200, {})]
+    flaky.client.taxonomy()
+    assert flaky.times[1] - began > until - now - 0.1
+    assert flaky.times[2] - flaky.times[1] < 1  # what nobody can read is passed over
+
+
+@given(st.one_of(st.text(), st.datetimes().map(format_datetime)))
+def test_no_answer_makes_a_pause_longer_than_allowed(retry_after):
+    with Client("http://127.0.0.1:9", max_pause_s=3) as client:
+        assert 0 < client._pause_s(0, retry_after) <= 3
 
 
 def test_there_is_an_end_to_trying(flaky):
