@@ -271,7 +271,8 @@ def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str,
                 found += too_large(pool, config, fleet)
         passes.append(PassPlan(tuple(pools) if found else allocate(pools, fleet.count, cpus), cores))
         problems += found
-    notes = [*_notes(config, planned), *_slow_dtypes(fleet, planned), *([] if problems else _unused(passes, fleet))]
+    of_cards = [*_parts_of_cards(fleet), *_slow_dtypes(fleet, planned)]
+    notes = [*_notes(config, planned), *of_cards, *([] if problems else _unused(passes, fleet))]
     return Plan(fleet, cpus, tuple(passes), tuple(problems), under, tuple(notes))
 
 
@@ -284,6 +285,18 @@ def _unused(passes: Sequence[PassPlan], fleet: Fleet) -> Iterator[str]:
         bounded = [pool.name for pool in one.pools if pool.placement.num_gpus and pool.actors == pool.most]
         remedy = f": raise max_actors of {', '.join(bounded)} under `pipeline.pools`" if bounded else ""
         yield f"pass {number} leaves {cards.unused} of {fleet.count} cards unused{remedy}"
+
+
+def _parts_of_cards(fleet: Fleet) -> Iterator[str]:
+    """A card of less memory than it is sold with is a part of one, and slower, too."""
+    if fleet.is_assumed or len(fleet.kinds) != 1:
+        return
+    _, name, card = fleet.kinds[0]
+    if card is not None and fleet.memory_gb < card.memory_gb:
+        yield (
+            f"{name} has {card.memory_gb:g} GB and is planned with its whole speed: a part of one (MIG) is a card of "
+            f"its own, --card {name}-part:memory={fleet.memory_gb:g},tflops=…"
+        )
 
 
 def _slow_dtypes(fleet: Fleet, passes: Sequence[Sequence[PlannedPool]]) -> Iterator[str]:

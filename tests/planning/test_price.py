@@ -440,6 +440,17 @@ def test_more_actors_than_the_cards_hold_are_answered_with_fewer(pool: str) -> N
     make_plan(merged_config(config, plan.advice), gpus=3, card="h100").check()
 
 
+def test_a_part_of_a_card_is_not_taken_for_the_whole() -> None:
+    (note,) = make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=40, card="h100").notes
+    assert "h100 has 80 GB and is planned with its whole speed" in note
+    described = note.rpartition("--card ")[2].replace("…", "424")
+    assert not make_plan(load_config("one-gpu"), gpus=1, card=described).notes
+    assert not make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=80, card="h100").notes
+    assert not make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=40).notes
+    mixed = make_plan(load_config("one-gpu"), gpus="1xh100+1xl4").notes
+    assert not any("whole speed" in note for note in mixed)
+
+
 def test_cards_that_nobody_uses_are_said() -> None:
     notes = make_plan(load_config("one-gpu"), gpus=4, card="rtx-4090").notes
     assert "pass 2 leaves 3 of 4 cards unused: raise max_actors of ground under `pipeline.pools`" in notes
