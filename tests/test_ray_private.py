@@ -34,6 +34,7 @@ PINNED = [
     ("ray.data.dataset:Dataset", "_logical_plan"),
     ("ray.data._internal.logical.interfaces:LogicalPlan", "dag"),
     ("ray.data._internal.logical.operators:StreamingRepartition", "ray_remote_args"),
+    ("ray.data._internal.logical.operators:MapBatches", "ray_remote_args"),
     ("ray.serve.context:_get_global_client", "__call__"),
     ("ray.serve.context:_get_serve_request_context", "__call__"),
     ("ray.serve.context:_set_request_context", "__call__"),

@@ -26,7 +26,7 @@ from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_tabl
 from gem_ray.pipeline.watching import WatchedStage
 from gem_ray.planning.allocation import Cards
 from gem_ray.pools import CPUS_FOR_TASKS
-from gem_ray.ray_private.data import set_cpus
+from gem_ray.ray_private.data import set_remote_args
 from gem_ray.records import Post
 from gem_ray.stages import LOAD_IMAGE
 from gem_ray.tally import Tally
@@ -69,7 +69,7 @@ def build_graph(
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks), num_cpus=_READING_CPUS)
     rows = config.pipeline.rows_per_block or _rows_per_block(source.rows, pools)
     dataset = dataset.repartition(target_num_rows_per_block=rows)
-    set_cpus(dataset, WRITING_CPUS)  # it would wait for a whole CPU while reading holds the last one
+    set_remote_args(dataset, num_cpus=WRITING_CPUS)  # it would wait for a whole CPU while reading holds the last one
     for pool in pools:
         placement = pool.placement
         actors = _actors(pool, pools, config, blocks=-(-source.rows // rows))
@@ -83,6 +83,10 @@ def build_graph(
             batch_size=placement.batch_size,
             batch_format="pyarrow",
         )
+        if not placement.num_gpus and ray.cluster_resources().get("GPU"):
+            # Ray Data spreads actors over all nodes, where they take the CPUs that actors with a card need. By Ray's
+            # default, what needs no card is on a node with cards only where no other has room.
+            set_remote_args(dataset, scheduling_strategy="DEFAULT")
     return dataset
 
 

@@ -33,6 +33,6 @@ def send_actors_by_value() -> None:
     ActorPoolMapOperator._data_context_ref = property(lambda operator: operator.data_context)
 
 
-def set_cpus(dataset: Any, num_cpus: float) -> None:
-    """CPUs of a dataset's last operator, for those whose method has no argument for it, as `repartition`."""
-    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = num_cpus
+def set_remote_args(dataset: Any, **arguments: Any) -> None:
+    """How Ray runs a dataset's last operator, for what its method has no argument, or none that lasts."""
+    dataset._logical_plan.dag.ray_remote_args.update(arguments)
