@@ -41,7 +41,6 @@ function headersNow() {
 }
 
 const TITLES = {
-  401: "This service asks for an API key",
   403: "This service may not be used from here",
   413: "That is more than this service takes",
   415: "This service does not take that kind of file",
@@ -53,6 +52,11 @@ const TITLES = {
 
 function failure(response, problem) {
   const { status } = response;
+  if (status === 401) {
+    return apiKey
+      ? new Failure(status, "The service does not know this API key", "Compare it with the one that you were given.")
+      : new Failure(status, "This service asks for an API key", "Whoever runs it can give you one.");
+  }
   const mayPass = status === 408 || status === 429 || status >= 500;
   const retryAfter = waitOf(response.headers.get("Retry-After")) ?? (mayPass ? 0 : null);
   const title = TITLES[status] || (status >= 500 ? "Something went wrong in the service" : problem.title)

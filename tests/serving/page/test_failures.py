@@ -69,8 +69,13 @@ def test_a_service_with_keys_asks_for_one(page):
     page.fill("#text", "Paris")
     page.press("#text", "Control+Enter")
     page.get_by_label("API key").wait_for()
+    assert "asks for an API key" in page.inner_text("#error")
     assert page.evaluate("document.activeElement.id") == "key"
-    page.keyboard.type("sesame")
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    page.locator("#error", has_text="does not know this API key").wait_for()
+    assert page.evaluate("document.activeElement.id") == "key"
+    page.fill("#key", "sesame")
     page.keyboard.press("Enter")
     page.locator("mark", has_text="Paris").wait_for()
     assert page.get_by_label("API key").is_hidden()
