@@ -288,7 +288,8 @@ class _Run:
         with self.claim.checked():
             folder.clear()
             self.directory.forget_runs_before(folder.run_id)
-        return replace(summary, newest=tally_of(published, groups_added_last(manifest)))
+        added = manifest.parts[1:]  # without any, all files are the newest, and they have been counted
+        return replace(summary, newest=tally_of(published, groups_added_last(manifest)) if added else tally)
 
     def _settle_and_check(self, folder: RunFolder) -> None:
         """Make the run's rows the ones to read, and read back that their files are there and whole.

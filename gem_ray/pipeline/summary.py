@@ -27,7 +27,8 @@ class RunSummary:
         models: what made the output, as in its `models` column.
         left_out: files of the input that are not read, by reason.
         unread: files that cannot be read and were skipped: `file`, `reason`, and `rows` where its footer says how many.
-        newest: counts over the rows of the files that came with the last `--update`, else over all; not in `run.json`.
+        newest: counts over the rows of the files that came with the last `--update`, without those that were done again
+            since; over all rows if no files were added. Not in `run.json`.
     """
 
     run_id: str

@@ -32,7 +32,7 @@ FIRST_PART_S = 10.0  # for the end of a body, or for its first `GATHER_BYTES`
 MAX_HELD = 1024  # requests whose first part is not there; each holds less than `GATHER_BYTES`
 GATHER_BYTES = 64 * 2**10
 GATHER_S = 2.0  # less than any body may pause
-CALL_BYTES = 256 * 2**10  # of a body with one call: large ones took megabytes, and others waited for twice as long
+CALL_BYTES = 256 * 2**10  # of a body in one call: while megabytes are handed over, nobody else is answered
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 # What Serve reads from any client: how long a request may take, whether it goes on without its client, which replica
 # gets it.
