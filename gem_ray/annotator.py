@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.clock import BusyClock
 from gem_ray.confidence import Confidence
 from gem_ray.model_references import describe_models, load_unchanged
+from gem_ray.process_start import quick_start
 from gem_ray.records import Post, ProblemKind
 from gem_ray.rerank.uncertainty import UncertaintyFilter
 from gem_ray.stages import LOAD_IMAGE, StageSpec, active_stages
@@ -26,23 +25,6 @@ Stage = Callable[[list[Post]], list[Post]]
 # than mark every later post as failed. Named, not imported: they belong to vLLM and to torch.
 _FATAL = ("EngineDeadError", "EngineDiedError", "AcceleratorError")
 _MESSAGE_CHARS = 300
-
-
-@contextmanager
-def without_scikit_learn() -> Iterator[None]:
-    """Let what is imported inside believe that scikit-learn is not there.
-
-    transformers imports it wherever it is installed, for one metric that nothing here uses: a second of CPU time in
-    every process.
-    """
-    if "sklearn" in sys.modules:
-        yield
-        return
-    sys.modules["sklearn"] = None  # type: ignore[assignment]  # the import system's way to say so
-    try:
-        yield
-    finally:
-        del sys.modules["sklearn"]
 
 
 class GuardedStage:
@@ -140,7 +122,7 @@ def build_stage(
         FileNotFoundError: one of its models is not there.
         ModelChangedError: one of its models is not what it must be.
     """
-    with without_scikit_learn():
+    with quick_start():
         stage = spec.build(config) if models is None else load_unchanged([spec], config, models, spec.build)
     if pool is not None and spec.reads == "encoded":
         stage.keeps_encoded = bool(pool.later_readers)  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from pyarrow import fs
 
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
+from gem_ray.ray_private.core import start_local_ray
 from gem_ray.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def run(name: str, *arguments: object) -> str:
 def local_ray(s3: Any) -> Iterator[None]:
     """A Ray that knows the S3 server; one of other tests may not."""
     ray.shutdown()
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start_local_ray(num_cpus=6)
     yield
     ray.shutdown()
 

@@ -47,6 +47,7 @@ LAYERS = [
         "tally",
         "look",
         "process_exit",
+        "process_start",
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},

@@ -23,6 +23,8 @@ _EXECUTION = "ray.data._internal.execution"
 _ACTOR_POOL = f"{_EXECUTION}.operators.actor_pool_map_operator:ActorPoolMapOperator"
 _BACKPRESSURE = f"{_EXECUTION}.backpressure_policy:DownstreamCapacityBackpressurePolicy"
 PINNED = [
+    ("ray._private:worker", "_global_node"),
+    ("ray._private.node:Node", "kill_monitor"),
     (_BACKPRESSURE, "OBJECT_STORE_BUDGET_UTIL_THRESHOLD"),
     (f"{_EXECUTION}.execution_callback:ExecutionCallback", "on_execution_step"),
     (f"{_EXECUTION}.streaming_executor:StreamingExecutor", "_topology"),

@@ -25,7 +25,7 @@ from gem_ray.planning.estimate import RunEstimate, estimate
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.probe import probe
 from gem_ray.planning.workload import TWEETS, Workload
-from gem_ray.ray_private.core import SYSTEM_CONFIG
+from gem_ray.ray_private.core import SYSTEM_CONFIG, start_local_ray
 
 _PRICE = 2.0  # of an hour of a card
 _NOISE = 0.2
@@ -148,14 +148,7 @@ def _run(
     actors: dict[int, int] = defaultdict(int)
     for pool in pools:
         actors[pool.placement.pass_number] += pool.actors
-    ray.init(
-        num_cpus=_CPUS,
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        **{SYSTEM_CONFIG: _KEEP_WORKERS},
-    )
+    start_local_ray(num_cpus=_CPUS, num_gpus=gpus, **{SYSTEM_CONFIG: _KEEP_WORKERS})
     try:
         diary: Any = ray.remote(num_cpus=0)(Diary).remote(dict(actors))
         sleeping = sleeper({pool.name: (pool.seconds or 0.0) * stretch for pool in pools}, diary, _NOISE)

@@ -26,6 +26,7 @@ from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_tabl
 from gem_ray.pipeline.watching import WatchedStage
 from gem_ray.planning.allocation import Cards
 from gem_ray.pools import CPUS_FOR_TASKS
+from gem_ray.process_start import quick_start
 from gem_ray.ray_private.data import set_remote_args
 from gem_ray.records import Post
 from gem_ray.stages import LOAD_IMAGE
@@ -201,6 +202,7 @@ class PoolActor:
     constructor does not end: the actor gets no batches, and keeps its place so that none is put there again.
     """
 
+    @quick_start()
     def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
         self._name = uuid.uuid4().hex
         self._ledger = ledger

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import ray
 from ray.data import DataContext
@@ -25,6 +24,7 @@ from gem_ray.planning.cards import GIB
 from gem_ray.planning.model_facts import is_known
 from gem_ray.planning.plan import make_plan
 from gem_ray.pools import CPUS_FOR_TASKS, passes_of
+from gem_ray.ray_private.core import start_local_ray
 from gem_ray.ray_private.data import ForgetBlocks, always_bound_queues, send_actors_by_value
 from gem_ray.stages import active_stages
 
@@ -71,14 +71,13 @@ def ray_session(config: Config) -> Iterator[None]:
 
 
 def _start(config: Config) -> None:
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **quiet)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         return
     give_token_without_home()
     reserved = max(math.ceil(_reserved(config)["CPU"]), os.cpu_count() or 1)
     cpus = max(_MIN_CPUS, reserved + CPUS_FOR_TASKS + _SPARE_CPUS)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    start_local_ray(num_cpus=cpus)
 
 
 def give_token_without_home() -> None:

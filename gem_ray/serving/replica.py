@@ -19,6 +19,7 @@ from ray import serve
 from gem_ray.annotator import GuardedStage, build_stage, models_of
 from gem_ray.clock import BatchClock
 from gem_ray.config import Config, FilterConfig, ReplicaPool
+from gem_ray.process_start import quick_start
 from gem_ray.prometheus import StageMetrics
 from gem_ray.records import Post
 from gem_ray.serving.calls import Answer
@@ -96,6 +97,7 @@ class PoolReplica:
         config: models, batch sizes and threads.
     """
 
+    @quick_start()
     def __init__(self, pool: Pool[ReplicaPool], config: Config) -> None:
         import torch
 

@@ -23,6 +23,7 @@ from gem_ray.annotator import models_of
 from gem_ray.config import Config, ConfigError, ReplicaPlacement
 from gem_ray.planning.allocation import Cards
 from gem_ray.pools import serving_pools
+from gem_ray.ray_private.core import start_local_ray
 from gem_ray.ray_private.serve import deploy
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.schemas import ours
@@ -155,7 +156,7 @@ def _start(placements: Sequence[ReplicaPlacement]) -> None:
     """
     reserved = sum(each.num_cpus * each.max_replicas for each in placements)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved) + _SPARE_CPUS)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    start_local_ray(num_cpus=cpus)
     shares = sorted((each.num_gpus for each in placements for _ in range(each.min_replicas)), reverse=True)
     there = int(ray.cluster_resources().get("GPU", 0))
     cards = Cards(there)

@@ -22,6 +22,7 @@ from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.pipeline.watching import WatchedStage
+from gem_ray.ray_private.core import start_local_ray
 from gem_ray.records import Entity, Post, Status
 from gem_ray.stages import StageSpec
 
@@ -30,7 +31,7 @@ GOOD_POSTS = 24
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start_local_ray(num_cpus=4)
     yield
     ray.shutdown()
 

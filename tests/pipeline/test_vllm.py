@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 import ray
@@ -16,8 +18,9 @@ pytest.importorskip("vllm")
 from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
-from gem_ray.pipeline.progress import Reading
+from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.ray_private.core import start_local_ray
 
 pytestmark = pytest.mark.vllm
 
@@ -29,7 +32,7 @@ def ray_for_vllm() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        start_local_ray(num_cpus=4)
         yield
         ray.shutdown()
 
@@ -81,17 +84,23 @@ def plain(ray_for_vllm: None, posts: Path, tmp_path_factory: pytest.TempPathFact
 def test_run_whose_engine_is_killed_ends_with_every_row_once(
     ray_for_vllm: None, posts: Path, plain: Path, tmp_path: Path
 ) -> None:
-    killed: list[int] = []
     others = engines()
+    killed = tmp_path / "killed"
 
-    def kill_once(reading: Reading) -> None:
-        if 0 < reading.done < reading.total and not killed:
-            (engine,) = engines() - others
-            engine.kill()
-            killed.append(reading.done)
+    class KillsItsEngine(PoolActor):
+        """Once, before the run's second batch."""
 
-    annotate_dataset(posts, tmp_path / "out", config_of("reranker.engine=vllm"), progress=kill_once)
-    assert killed
+        calls = itertools.count()
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            if next(self.calls) == 1 and not killed.exists():
+                killed.touch()
+                (engine,) = engines()
+                engine.kill()
+            return super().__call__(table)
+
+    annotate_dataset(posts, tmp_path / "out", config_of("reranker.engine=vllm"), actor=KillsItsEngine)
+    assert killed.exists()
     assert rows_of(tmp_path / "out") == rows_of(plain)
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["statuses"]["ok"] == POSTS
