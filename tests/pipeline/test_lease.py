@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -253,7 +255,17 @@ def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_p
     write_texts(tmp_path / "posts", 3_000)
     settings = ["reranker.enabled=false", "grounder.enabled=false", "pipeline.rows_per_block=20"]
     storage = OutputFolder(str(tmp_path / "out")).storage
-    there: list[int] = []
+    taken, there = tmp_path / "taken", list[int]()
+
+    class WaitsUntilItIsTaken(PassThrough):
+        """From the fifth batch on, so that something is left to write."""
+
+        calls = itertools.count()
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            while next(self.calls) >= 4 and not taken.exists():
+                time.sleep(0.05)
+            return table
 
     def staged_rows() -> int:
         return sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").rglob("staged/**/*.parquet"))
@@ -261,6 +273,7 @@ def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_p
     def take(reading: Reading) -> None:
         if not there and staged_rows():
             storage.write(FILE, json.dumps({"owner": "another", "host": "elsewhere", "pid": 1}).encode())
+            taken.touch()
             before = -1
             while before < (rows := staged_rows()):  # what was being written still comes
                 before = rows
@@ -269,7 +282,11 @@ def test_run_that_has_lost_the_output_writes_nothing_more(local_ray: None, tmp_p
 
     with pytest.raises(FileExistsError, match=r"another process .* on elsewhere"):
         annotate_dataset(
-            tmp_path / "posts", tmp_path / "out", load_config(overrides=settings), actor=PassThrough, progress=take
+            tmp_path / "posts",
+            tmp_path / "out",
+            load_config(overrides=settings),
+            actor=WaitsUntilItIsTaken,
+            progress=take,
         )
     assert 0 < there[0] == staged_rows() < 3_000
     assert not has_annotations(storage)
