@@ -22,8 +22,6 @@ from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.pipeline.tables import annotations_table
 from gem_ray.records import ANNOTATION_SCHEMA, Entity, Post, ProblemKind
 
-pytestmark = pytest.mark.alone
-
 
 def gem_ray(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gem_ray", *map(str, arguments)]

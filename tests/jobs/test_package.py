@@ -9,8 +9,6 @@ from ray._private.runtime_env.packaging import create_package
 
 from gem_ray.cluster.submit import PACKAGE_LIMIT, job_environment
 
-pytestmark = pytest.mark.alone
-
 SOURCE = ("gem_ray/__init__.py", "gem_ray/data/files.py", "gem_ray/presets/nano.yaml", "jobs/annotate.py")
 LEFT_BEHIND = (
     "gem_ray/__pycache__/a.pyc",

@@ -13,8 +13,6 @@ import pytest
 from gem_ray.cluster.submit import Job, commands_for
 from gem_ray.commands.options import same_command
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[2]
 
 
