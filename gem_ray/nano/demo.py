@@ -63,11 +63,11 @@ def run_demo(
     console.print(
         f"    {counted(summary.rows, 'post')} in {summary.seconds:.0f} s, {summary.rows_per_second:.1f} a second"
     )
-    console.print("[bold]3/4[/] scoring, and annotating again without the reranker")
+    console.print("[bold]3/4[/] scoring, and annotating again without the reranker what it was asked about")
     gold, whole = list(read_gold(shards)), list(read_predictions(out))
     systems = {
         _WHOLE: whole,
-        "without reranker": _annotate_without_reranker(config, shards),
+        "without reranker": _without_reranker(config, shards, whole),
         "without grounder": [without_grounder(post) for post in whole],
     }
     comparison = compare(gold, systems)
@@ -105,10 +105,14 @@ def without_grounder(post: Post) -> Post:
     return replace(post, entities=[replace(entity, **nothing) for entity in post.entities])
 
 
-def _annotate_without_reranker(config: Config, shards: Path) -> list[Post]:
+def _without_reranker(config: Config, shards: Path, whole: Sequence[Post]) -> list[Post]:
+    """The posts of a run as they were without the reranker: those about which it was asked are annotated again."""
     reranker = config.reranker.model_copy(update={"enabled": False})
     annotator = Annotator.from_config(config.model_copy(update={"reranker": reranker}))
-    return annotator.annotate(list(read_posts(str(shards))))
+    asked = {post.post_id for post in whole if any(entity.reranked for entity in post.entities)}
+    again = annotator.annotate([post for post in read_posts(str(shards)) if post.post_id in asked])
+    changed = {post.post_id: post for post in again}
+    return [changed.get(post.post_id, post) for post in whole]
 
 
 def _write_comparison(comparison: Comparison, path: Path) -> None:

@@ -7,8 +7,6 @@ import pytest
 from gem_ray.data.generated import generate
 from gem_ray.nano.demo import compare
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.mark.parametrize("unseen_names", [0.0, 0.5])
 def test_known_and_unseen_names_are_scored_apart_where_there_are_both(unseen_names):
