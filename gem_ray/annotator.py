@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.clock import BusyClock
 from gem_ray.confidence import Confidence
+from gem_ray.data.prepare import check_fields
 from gem_ray.model_references import describe_models, load_unchanged
 from gem_ray.process_start import quick_start
 from gem_ray.records import Post, ProblemKind
@@ -183,15 +184,25 @@ class Annotator:
         """
         return cls([build_stage(spec, config) for spec in active_stages(config)])
 
-    def annotate(self, posts: list[Post]) -> list[Post]:
+    def annotate(self, posts: Iterable[Post]) -> list[Post]:
         """Annotate posts in place.
 
         Args:
-            posts: as `prepare.post_from_row` or a reader gives them.
+            posts: of a reader, or made by hand. A wrong field is the post's problem, as in a row of an input.
 
         Returns:
             The same posts, in the same order.
+
+        Raises:
+            TypeError: something else than posts.
         """
+        if isinstance(posts, Post):
+            raise TypeError("annotate takes a list of posts: annotate([post])")
+        posts = list(posts)
+        for post in posts:
+            if not isinstance(post, Post):
+                raise TypeError(f"annotate takes posts, not {type(post).__name__}: Post('some-id', 'some text')")
+            check_fields(post)
         for stage in self.stages:
             stage(posts)
         return posts

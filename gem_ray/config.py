@@ -627,7 +627,7 @@ def preset_names() -> list[str]:
 
 
 def load_config(
-    preset: str = DEFAULT_PRESET, file: Path | None = None, overrides: Iterable[str] = (), **sections: Any
+    preset: str = DEFAULT_PRESET, file: Path | str | None = None, overrides: Iterable[str] = (), **sections: Any
 ) -> Config:
     """A preset, then a YAML file over it, then `key.path=value` overrides, then keyword sections.
 
@@ -640,10 +640,10 @@ def load_config(
         raise ConfigError(f"unknown preset {preset!r}; {nearest(preset, preset_names())}")
     values = _read_mapping(resources.files("gem_ray") / "presets" / f"{preset}.yaml")
     if file is not None:
-        if not file.is_file():
+        if not (path := Path(file)).is_file():
             raise ConfigError(f"there is no config file {file}")
-        values = merge_trees(values, _read_mapping(file))
-    for override in overrides:
+        values = merge_trees(values, _read_mapping(path))
+    for override in (overrides,) if isinstance(overrides, str) else overrides:
         values = merge_trees(values, _parse_override(override))
     return parse_config(merge_trees(values, sections))
 

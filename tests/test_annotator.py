@@ -7,9 +7,12 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gem_ray.annotator import Annotator, GuardedStage, models_of
 from gem_ray.config import ConfigError, load_config
@@ -42,6 +45,64 @@ def _assert_same_decisions(one: list[dict], other: list[dict]) -> None:
         for name in numbers:
             left, right = (math.nan if each[name] is None else each[name] for each in (mine, theirs))
             assert left == pytest.approx(right, rel=2.001 * GRAIN, nan_ok=True)
+
+
+class Seen:
+    """Keeps the posts that it was given."""
+
+    def __init__(self) -> None:
+        self.posts: list[Post] = []
+
+    def __call__(self, posts: list[Post]) -> list[Post]:
+        self.posts += posts
+        return posts
+
+
+def test_posts_of_an_iterator_are_annotated_and_given_back() -> None:
+    """`read_posts` is one: its posts must not be lost between two stages."""
+    first, second = Seen(), Seen()
+    posts = Annotator([GuardedStage("first", first), GuardedStage("second", second)]).annotate(
+        Post(str(number), "in Lyon") for number in range(3)
+    )
+    assert [post.post_id for post in posts] == ["0", "1", "2"]
+    assert first.posts == second.posts == posts
+
+
+@pytest.mark.parametrize("wrong", [Post("1", "in Lyon"), "in Lyon", ["in Lyon"], [{"post_id": "1", "text": "in Lyon"}]])
+def test_what_is_no_list_of_posts_is_refused_with_what_to_give(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"annotate\(\[post\]\)|not (str|dict): Post\("):
+        Annotator([]).annotate(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "message"),
+    [
+        ({"text": None}, Status.REJECTED, "text is missing"),
+        ({"text": float("nan")}, Status.REJECTED, "text is missing"),
+        ({"text": b"in Lyon"}, Status.REJECTED, "text is bytes, not a string"),
+        ({"tokens": "in Lyon"}, Status.REJECTED, "tokens is str, not a list of strings"),
+        ({"knowledge": 3}, Status.REJECTED, "knowledge is int, not a string"),
+        ({"image_bytes": Image.new("RGB", (8, 8))}, Status.DEGRADED, "image is Image, not bytes"),
+        (
+            {"image": Image.new("RGB", (8, 8))},
+            Status.DEGRADED,
+            "Post.image is Image, not an array of (height, width, 3)",
+        ),
+        ({"image_uri": Path("a.jpg")}, Status.DEGRADED, "image_uri is PosixPath, not a string of valid Unicode"),
+        ({"post_id": 7, "tokens": np.array(["in", "Lyon"])}, Status.OK, None),
+        ({"text": np.str_("in Lyon"), "tokens": None, "image": np.ones((8, 8, 3), np.uint8)}, Status.OK, None),
+    ],
+)
+def test_a_wrong_field_of_a_post_made_by_hand_is_named(wrong: dict[str, Any], status: Status, message: str) -> None:
+    seen = Seen()
+    fields: dict[str, Any] = {"post_id": "1", "text": "in Lyon"} | wrong
+    (post,) = Annotator([GuardedStage("tag", seen)]).annotate([Post(**fields)])
+    assert post.status is status
+    assert [problem.message.partition(":")[0] for problem in post.problems] == ([message] if message else [])
+    assert seen.posts == [post]
+    assert isinstance(post.post_id, str)
+    assert isinstance(post.text, str)
+    assert isinstance(post.tokens, list)
 
 
 def entity(fine: str) -> Entity:
@@ -179,7 +240,8 @@ def test_annotator_runs_its_stages_in_order_on_the_same_posts() -> None:
 
     posts = [Post("1", "a"), Post("2", "b")]
     names = ("prepare", "tag", "ground")
-    assert Annotator([GuardedStage(name, says(name)) for name in names]).annotate(posts) is posts
+    annotated = Annotator([GuardedStage(name, says(name)) for name in names]).annotate(posts)
+    assert [id(post) for post in annotated] == [id(post) for post in posts]
     assert [post.tokens for post in posts] == [["prepare", "tag", "ground"]] * 2
 
 

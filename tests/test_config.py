@@ -44,6 +44,7 @@ def test_overrides_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert config.image.max_bytes == 1000
     assert config.image.max_side == preset.image.max_side  # the neighbour of what the file sets stays
     assert load_config() == preset  # nothing leaks into the next one
+    assert load_config(file=str(file), overrides="filter.k=2").filter == FilterConfig(gamma=0.4, k=2)  # in Python
 
 
 def test_sections_can_be_given_as_models():

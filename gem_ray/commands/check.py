@@ -63,8 +63,9 @@ def check(
 
 
 def _print(found: InputCheck) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from gem_ray.look.console import table_console
 
     for reason in found.refused:
         typer.secho(f"refused: {reason}", fg="red")
@@ -96,4 +97,4 @@ def _print(found: InputCheck) -> None:
     for what, counts in parts:
         for name, count in Counter(counts).most_common(_SHOWN):
             table.add_row(f"{what}: {name}", f"{count:,}", f"{count / sample.posts:.0%}")
-    Console().print(table)
+    table_console().print(table)

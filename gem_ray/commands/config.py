@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from gem_ray.config import ConfigError
     from gem_ray.config_keys import Setting
 
-_WIDTH = 200  # of redirected output
-
 app = typer.Typer()
 
 
@@ -80,20 +78,19 @@ def _is_below(path: str, section: str) -> bool:
 
 
 def _print(rows: list[tuple[str, Setting, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from gem_ray.look.console import table_console
 
     table = Table("key", "value", "type", "what it does", box=None, padding=(0, 2, 0, 0))
     for path, key, value in rows:
         style = "bold" if value != key.default else ""
         plain = [each.replace("`", "") for each in (key.type, key.meaning)]
         table.add_row(Text(path, style), Text(key.text(value), style), *map(Text, plain))
-    console = Console()
+    console = table_console()
     if console.is_terminal:
         table.caption, table.caption_justify = "bold: not the default of the code", "left"
-    else:
-        console = Console(width=_WIDTH)
     console.print(table)
 
 

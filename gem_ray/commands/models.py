@@ -20,10 +20,10 @@ def list_(preset: PresetOption = "nano", config: ConfigOption = None, set_: SetO
 
     Sizes are of what is loaded, not of whole repositories; ≈ marks those computed because the hub cannot be asked.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from gem_ray.config import load_config
+    from gem_ray.look.console import table_console
     from gem_ray.planning.needs import models_needed
 
     needs = list(models_needed(load_config(preset, config, set_ or ())))
@@ -38,7 +38,7 @@ def list_(preset: PresetOption = "nano", config: ConfigOption = None, set_: SetO
             (need.revision or "")[:12],
             need.place,
         )
-    console = Console(width=None if Console().is_terminal else 240)
+    console = table_console()
     console.print(table)
     total = sum(need.size or 0 for need in needs if need.place == "missing")
     console.print(f"to fetch: {'' if all(need.is_exact for need in needs) else '≈ '}{total / 1e9:.2f} GB")

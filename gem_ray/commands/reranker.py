@@ -28,17 +28,16 @@ def reranker_tables(
     set_: SetOption = None,
 ) -> None:
     """Compare reranker and tagger by entropy (Figure 5), over K (Figure 6), and with other images or none."""
-    from rich.console import Console
-
     from gem_ray.config import load_config
     from gem_ray.data.files import whole_text
     from gem_ray.evaluation.rerank_tables import measure_reranker
+    from gem_ray.look.console import table_console
 
     settings = load_config(preset, config, set_ or ())
     result = measure_reranker(labelled_posts(data, split, images, settings.labels), settings)
     with whole_text(out / "reranker.json") as file:
         file.write(json.dumps(result, indent=2) + "\n")
-    console = Console()
+    console = table_console()
     console.print(
         f"{counted(result['entities'], 'entity', 'entities')}, {result['hard_entities']} with H > {result['gamma']:g}"
     )

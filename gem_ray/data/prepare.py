@@ -43,6 +43,25 @@ def post_from_row(row: Mapping[str, Any]) -> Post:
             return post
     if isinstance(row.get(IMAGE_ERROR_FIELD), str):
         post.fail(_STAGE, ProblemKind.IMAGE_UNREADABLE, _encodable(row[IMAGE_ERROR_FIELD]))
+    _fill(post, row)
+    post.gold = _gold(row, post)
+    if not post.is_rejected:
+        _check_text(post)
+    return post
+
+
+def check_fields(post: Post) -> None:
+    """Hold a post that somebody made by hand to what `post_from_row` promises, by its own values."""
+    if post.is_rejected:
+        return
+    _fill(post, vars(post) | {"image": post.image_bytes})
+    if post.image is not None and getattr(post.image, "shape", ())[2:] != (3,):
+        message = f"Post.image is {_type(post.image)}, not an array of (height, width, 3): give image_bytes instead"
+        post.fail(_STAGE, ProblemKind.IMAGE_UNREADABLE, message)
+        post.image = None
+
+
+def _fill(post: Post, row: Mapping[str, Any]) -> None:
     post.post_id = _post_id(row, post)
     post.tokens = _tokens(row, post)
     post.text = _string(row, "text", post) or ""
@@ -55,10 +74,6 @@ def post_from_row(row: Mapping[str, Any]) -> Post:
     post.knowledge = _string(row, "knowledge", post)
     post.image_bytes = _image(row, post)
     post.image_uri = _image_uri(row, post)
-    post.gold = _gold(row, post)
-    if not post.is_rejected:
-        _check_text(post)
-    return post
 
 
 def row_from_post(post: Post) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from gem_ray.data.files import whole_file, whole_text
 from gem_ray.evaluation.calibration import Bin, Calibration, Threshold
 from gem_ray.evaluation.shares import Share
+from gem_ray.look.console import table_console
 from gem_ray.look.pages import percent
 from gem_ray.look.plots import INK, LINE, QUIET, SERIES, Series, dress, new_figure
 
@@ -29,7 +30,7 @@ _THRESHOLD_STROKES = {"configured": ":", "budget": "--", "crossing": "-"}
 
 def print_calibration(calibration: Calibration, console: Console | None = None) -> None:
     """Print the bins, and what each threshold means."""
-    console = console or Console()
+    console = console or table_console()
     console.print(bin_table(calibration))
     console.print(threshold_table(calibration))
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from gem_ray.data.files import whole_text
 from gem_ray.evaluation.metrics import ScoreReport, Scores
 from gem_ray.evaluation.significance import Difference
+from gem_ray.look.console import table_console
 from gem_ray.look.pages import percent
 from gem_ray.plurals import counted
 
@@ -66,7 +67,7 @@ def comparison_table(reports: Mapping[str, ScoreReport], title: str = "F1") -> T
 
 def print_scores(report: ScoreReport, console: Console | None = None) -> None:
     """Print the score table, and the categories' where there is more than one."""
-    console = console or Console()
+    console = console or table_console()
     console.print(score_table(report))
     if len(report.per_category) > 1:
         console.print(category_table(report))
@@ -74,7 +75,7 @@ def print_scores(report: ScoreReport, console: Console | None = None) -> None:
 
 def print_comparison(reports: Mapping[str, ScoreReport], title: str = "F1", console: Console | None = None) -> None:
     """Print the comparison table."""
-    (console or Console()).print(comparison_table(reports, title))
+    (console or table_console()).print(comparison_table(reports, title))
 
 
 def print_differences(differences: Mapping[str, Difference], other: str, console: Console | None = None) -> None:
@@ -87,7 +88,7 @@ def print_differences(differences: Mapping[str, Difference], other: str, console
         figures = percent(found.first), percent(found.second), f"{100 * found.value:+.2f}", interval
         table.add_row(TASK_TITLES[name], *figures, f"{found.p_value:.4f}")
     table.caption = "paired bootstrap over posts"
-    (console or Console()).print(table)
+    (console or table_console()).print(table)
 
 
 def write_scores(report: ScoreReport, path: Path, differences: Mapping[str, Difference] | None = None) -> None:

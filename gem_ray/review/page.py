@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gem_ray.evaluation.score_report import TASK_TITLES
+from gem_ray.look.console import table_console
 from gem_ray.look.pages import page, percent
 from gem_ray.plurals import counted
 from gem_ray.review.certificate import Certificate, ClaimVerdict
@@ -37,7 +38,7 @@ def render_certificate(certificate: Certificate) -> str:
 
 def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
     """Print scores, claims, and what is to be said about them."""
-    console = console or Console()
+    console = console or table_console()
     frame = certificate.review.facts.frame
     title = (
         f"{counted(certificate.checked, 'checked post')} of {certificate.planned:,}, for {counted(frame.posts, 'post')}"
