@@ -27,7 +27,8 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
 _CLIENT_LEFT = 499  # no status of HTTP; nginx has it in its logs
 _GAUGES_S = 1.0
-_UNKNOWN = "other"  # so that whoever scans for paths makes no series of each
+_UNKNOWN = "other"  # so that whoever scans for paths, or tries methods, makes no series of each
+_METHODS = ("GET", "HEAD", "OPTIONS", "POST")
 
 
 class Access:
@@ -101,7 +102,8 @@ class Access:
         caller, endpoint = state.get("caller"), state.get("endpoint") or _UNKNOWN
         key = (caller and caller.key) or ""
         method = scope["method"]
-        self._requests.inc(1, {"endpoint": endpoint, "method": method, "status": str(status), "key": key})
+        known = method if method in _METHODS else _UNKNOWN
+        self._requests.inc(1, {"endpoint": endpoint, "method": known, "status": str(status), "key": key})
         self._seconds.observe(seconds, {"endpoint": endpoint})
         if self._log is not None:
             peer = scope.get("client")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import re
 from collections.abc import AsyncGenerator
@@ -157,6 +158,7 @@ def _parse(model: type[_Model], body: bytes) -> _Model:
 
 
 def _values(body: bytes) -> Any:
+    body = body.removeprefix(codecs.BOM_UTF8)  # files of Windows programs begin with it; RFC 8259 lets it be ignored
     try:
         return from_json(body)
     except ValueError:
@@ -182,18 +184,22 @@ class _PostForm(MultiPartParser):
         self._names: set[str] = set()
         self._has_ended = False
 
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        name, is_file = self._current_part.field_name, self._current_part.file is not None
+        if name not in PostIn.model_fields:
+            raise MultiPartException(f"{name[:_SHOWN_CHARS]!r} is no field")
+        if (name == "image") != is_file:
+            kind = "text, not a file" if is_file else "a file, with a filename"
+            raise MultiPartException(f"{name}: the part must be {kind}")
+        if name in self._names and name != "tokens":
+            raise MultiPartException(f"{name}: given twice")
+        self._names.add(name)
+
     def on_part_end(self) -> None:
         if self._current_part.file is None:
             self._current_part.data.decode()  # Starlette itself would take what is no UTF-8 for Latin-1
         super().on_part_end()
-        name, value = self.items[-1]
-        if name not in PostIn.model_fields:
-            raise MultiPartException(f"{name[:_SHOWN_CHARS]!r} is no field")
-        if (name == "image") != isinstance(value, UploadFile):
-            raise MultiPartException(f"{name}: the part must be {'a file' if name == 'image' else 'text, not a file'}")
-        if name in self._names and name != "tokens":
-            raise MultiPartException(f"{name}: given twice")
-        self._names.add(name)
 
     def on_end(self) -> None:
         self._has_ended = True

@@ -54,6 +54,8 @@ def test_requests_are_counted_by_endpoint_status_and_key(counted, endpoint, monk
         for number in range(20):
             api.client.get(f"/wp-{number}.php")
         api.client.head("/v1/annotate", headers=headers)
+        for method in ("PUT", "PROPFIND", "M-SEARCH"):
+            api.client.request(method, "/healthz")
     requests = {
         tuple(dict(labels).values()): count
         for (name, *labels), count in ((k, v) for k, v in counted.items() if isinstance(k, tuple))
@@ -65,6 +67,7 @@ def test_requests_are_counted_by_endpoint_status_and_key(counted, endpoint, monk
         ("/v1/annotate", "POST", "401", ""): 1,
         ("other", "GET", "404", ""): 20,
         ("/v1/annotate", "HEAD", "405", "newsroom"): 1,
+        ("/healthz", "other", "405", ""): 3,
     }
     assert counted["gem_ray_http_seconds", ("endpoint", "/v1/annotate")] == 5
 

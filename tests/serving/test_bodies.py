@@ -193,6 +193,13 @@ def test_what_is_no_json_is_said_to_be_none(api, assert_problem, body):
     assert assert_problem(answer, 422)["detail"]
 
 
+@pytest.mark.parametrize("text", [TEXT, f"{TEXT} {EMOJI}"])
+def test_a_file_of_json_may_come_from_any_editor(api, text):
+    body = json.dumps({"text": text}, ensure_ascii=False).encode("utf-8-sig")
+    answer = api.client.post("/v1/annotate", content=body, headers={"Content-Type": "application/json"})
+    assert answer.json()["text"] == text
+
+
 KIND = {"Content-Type": "multipart/form-data; boundary=y"}
 
 
@@ -215,6 +222,13 @@ def test_only_utf_8_is_read(api, assert_problem, charset):
 def test_a_form_that_is_no_utf_8_is_not_guessed_at(api, assert_problem):
     form = part("text", "Zürich und Köln".encode()[:-4] + b"\xff") + b"--y--\r\n"
     assert "UTF-8" in assert_problem(api.client.post("/v1/annotate", content=form, headers=KIND), 422)["detail"]
+
+
+def test_an_image_that_is_sent_as_a_text_is_told_what_it_lacks(api, assert_problem):
+    """As .NET's `ByteArrayContent` comes without a name; it is no text in a wrong encoding."""
+    form = part("text", TEXT.encode()) + part("image", b"\x89PNG and so on") + b"--y--\r\n"
+    answer = api.client.post("/v1/annotate", content=form, headers=KIND)
+    assert "image: the part must be a file, with a filename" in assert_problem(answer, 422)["detail"]
 
 
 @settings(max_examples=60)
