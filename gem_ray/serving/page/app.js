@@ -25,7 +25,6 @@ async function setImage(file) {
 
 function removeImage() {
   image = null;
-  $("file").value = "";
   $("file-name").textContent = "";
   $("change").hidden = $("remove").hidden = true;
   hideImage();
@@ -33,6 +32,7 @@ function removeImage() {
 }
 
 function clearAll() {
+  tried = null;
   cancel();
   if (document.querySelector(".totals")) clearResult();
   clearFacts();
@@ -66,6 +66,7 @@ function countCharacters() {
 
 async function run() {
   if (running) return;
+  tried = null;
   const post = postNow();
   const refusal = refusalOf(post.text);
   if (refusal) {
@@ -213,7 +214,7 @@ async function offerExamples() {
   }));
 }
 
-let tried = null; // the example that was clicked last
+let tried = null; // the example that is on its way, until something else is done to the post
 
 async function tryExample(example) {
   tried = example;
@@ -243,8 +244,15 @@ function listen() {
     $("status").textContent = "Cancelled.";
     return undefined;
   });
+  $("annotate").addEventListener("click", (event) => {
+    if (event.detail > 1) event.preventDefault(); // a double click does not cancel what it has begun
+  });
+  $("form").addEventListener("input", () => { tried = null; });
   $("text").addEventListener("input", countCharacters);
-  $("file").addEventListener("change", () => takeFile($("file").files));
+  $("file").addEventListener("change", () => {
+    takeFile($("file").files);
+    $("file").value = ""; // or the same file, chosen after another was dropped, would be no change
+  });
   $("file").addEventListener("keydown", (event) => { // some browsers open it by the space bar alone
     if (event.key !== "Enter" || event.ctrlKey || event.metaKey) return;
     event.preventDefault();

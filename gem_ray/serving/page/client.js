@@ -79,14 +79,23 @@ export const fetchImage = async (name) => (await ask(name)).blob();
 
 /** Annotate a post: { text, caption, knowledge, tokens, image }, where all but the text may be empty, and the image is a
     `File` or null. */
-export function annotate(post, signal) {
+export async function annotate(post, signal) {
   const boundary = `gem-ray-${Math.random().toString(36).slice(2)}`;
   const part = (name, value) => [`--${boundary}\r\nContent-Disposition: form-data; name="${name}"\r\n\r\n`, value, "\r\n"];
   const parts = fieldsOf(post).flatMap(([name, value]) => part(name, value));
-  if (post.image) parts.push(...part('image"; filename="image', post.image));
+  if (post.image) parts.push(...part('image"; filename="image', await bytesOf(post.image)));
   // A `FormData` would send each line feed as two characters: offsets and answers would not be those of the text.
   const body = new Blob([...parts, `--${boundary}--\r\n`], { type: `multipart/form-data; boundary=${boundary}` });
   return call("v1/annotate?heatmaps=true", { method: "POST", body, signal });
+}
+
+/** Read before it is sent: a file that has changed since it was chosen would end the request as a lost network does. */
+async function bytesOf(file) {
+  try {
+    return await file.arrayBuffer();
+  } catch {
+    throw new Failure(0, "The image cannot be read", "Its file has changed or is gone, or it is a folder. Choose it again.");
+  }
 }
 
 /** Pairs of name and text; each token is one. */

@@ -34,6 +34,55 @@ def test_an_image_can_be_dropped_or_pasted(page, kind, target, annotate, post):
     assert annotate(page, post.text)["image_width"] == 320
 
 
+def choose(page, file):
+    """As a person does: the browser itself decides whether that is a change."""
+    browser = page.context.new_cdp_session(page)
+    root = browser.send("DOM.getDocument")["root"]["nodeId"]
+    node = browser.send("DOM.querySelector", {"nodeId": root, "selector": "#file"})
+    browser.send("DOM.setFileInputFiles", {"files": [str(file)], **node})
+
+
+def test_the_same_file_can_be_chosen_after_another_was_dropped(page, files, post):
+    for _ in range(2):
+        choose(page, files / "gen-7-000197.jpg")
+        page.locator("#file-name", has_text="gen-7-000197.jpg").wait_for()
+        transfer(page, "drop", "main", post.image_bytes)
+        page.locator("#file-name", has_text="dropped.jpg").wait_for()
+
+
+def hold(page, requests):
+    """Keeps a request; what is given back waits until it comes."""
+    held = []
+    page.route(requests, lambda route: held.append(route))
+
+    def wait():
+        while not held:
+            page.wait_for_timeout(10)
+        return held[0]
+
+    return wait
+
+
+def test_a_double_click_annotates(page):
+    held = hold(page, "**/v1/annotate*")
+    page.fill("#text", "Paris")
+    page.dblclick("#annotate")
+    held().continue_()
+    page.locator("mark", has_text="Paris").wait_for()
+
+
+def test_an_example_that_comes_late_does_not_replace_what_was_written_meanwhile(page):
+    held = hold(page, "**/*.jpg")
+    page.locator(".example:has(img)").first.click()
+    route = held()
+    page.fill("#text", "mine")
+    with page.expect_response("**/*.jpg"):
+        route.continue_()
+    page.wait_for_timeout(200)
+    assert page.input_value("#text") == "mine"
+    assert page.inner_text("#file-name") == ""
+
+
 def test_a_dropped_link_is_not_fetched_but_explained(page):
     transfer(page, "drop", "main", text="https://example.org/photo.jpg")
     assert "save the image" in page.inner_text("#error")

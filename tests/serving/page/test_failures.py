@@ -112,6 +112,20 @@ def test_a_lost_network_is_explained_and_the_request_can_be_repeated(page):
     assert page.inner_text("#error") == ""
 
 
+def test_a_file_that_has_gone_since_it_was_chosen_is_no_lost_network(page, files, tmp_path, annotate):
+    image = tmp_path / "image.jpg"
+    image.write_bytes((files / "gen-7-000197.jpg").read_bytes())
+    page.set_input_files("#file", image)
+    page.locator("#file-name", has_text="image.jpg").wait_for()
+    image.unlink()
+    page.fill("#text", "Paris")
+    page.press("#text", "Control+Enter")
+    page.locator("#error", has_text="The image cannot be read").wait_for()
+    assert page.get_by_role("button", name="Try again").count() == 0
+    page.click("#remove")
+    assert annotate(page, "Paris")["status"] == "degraded"
+
+
 def test_what_would_be_refused_is_not_sent(page):
     sent = []
     page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
