@@ -8,7 +8,9 @@ are. Where confidences explain nothing the coefficients go to 0, and it is the H
 
 Variances are those of the linearised ratios (Särndal et al., §5.5), stratum by stratum with the finite population
 correction. Intervals are Wilson's with the effective sample size (Korn and Graubard 1998; Franco, Little, Louis and
-Slud 2019): they stay within 0 and 1, and have a width where no error was found.
+Slud 2019): they stay within 0 and 1, and have a width where no error was found. Where errors were found in a few posts
+only, strata without one have no variance, whatever the others hide: posts then count as one observation each, as they
+do without any error.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from gem_ray.review.design import Order, allocation
 MEASURES = ("precision", "recall", "f1")
 CONFIDENCE = 0.95
 FEWEST = 20  # checked posts; normal approximations of fewer mean nothing
+_FEW = 10  # posts with an error, or with anything right: with fewer of them an estimated variance says nothing
 
 # Normal approximations of ratios cover a little less than they say: in simulated audits of 60 to 500 posts, 93 to 96 %
 # instead of 95 %. So intervals are made at a slightly higher level than they promise.
@@ -86,6 +89,7 @@ class Estimate:
         high: its other end.
         always: the interval that holds at all times at once, however often one looks (see `always_factor`).
         residuals: `(n,)` linearised; their weighted sum is the error of the estimate.
+        telling: checked posts that say how much it varies.
     """
 
     value: float | None
@@ -93,6 +97,7 @@ class Estimate:
     high: float
     always: tuple[float, float]
     residuals: np.ndarray = field(repr=False)
+    telling: int = 0
 
     @property
     def half_width(self) -> float:
@@ -131,10 +136,12 @@ def estimate(checks: Checks) -> dict[str, dict[str, Estimate]]:
     }
     return {
         task: {
-            measure: _ratio(checks, float(totals[number]), residuals[:, number], *sides[measure])
+            measure: _ratio(
+                checks, float(totals[number]), residuals[:, number], *sides[measure], _telling(checks, right, measure)
+            )
             for measure in MEASURES
         }
-        for number, task in enumerate(checks.right)
+        for number, (task, right) in enumerate(checks.right.items())
     }
 
 
@@ -190,8 +197,7 @@ def posts_for_width(checks: Checks, measure: Estimate, half_width: float) -> int
     return _first_enough(
         checks,
         lambda posts: (
-            _half(_interval(checks, measure.value or 0.0, variance(checks, measure.residuals, posts), posts))
-            <= half_width
+            _half(_interval(checks, measure, variance(checks, measure.residuals, posts), posts)) <= half_width
         ),
     )
 
@@ -223,7 +229,7 @@ def claim_settled(
     if measure.value is None:
         return None
     spread = variance(checks, measure.residuals) if spread is None else spread
-    low, high = _interval(checks, measure.value, spread, posts, always_factor(posts or len(checks), checks.planned))
+    low, high = _interval(checks, measure, spread, posts, always_factor(posts or len(checks), checks.planned))
     if low >= at_least:
         return True
     return False if high < at_least else None
@@ -276,37 +282,57 @@ def _regression_estimates(checks: Checks, columns: np.ndarray) -> tuple[np.ndarr
     return totals, found - known @ coefficients
 
 
+def _telling(checks: Checks, right: np.ndarray, measure: str) -> int:
+    """Checked posts that say how much a measure varies: those with an error, or with something right, if fewer.
+
+    Of strata in which others are left to be checked: what was found in the rest is no estimate but known.
+    """
+    is_open = (checks.checked < checks.order.sizes)[checks.stratum]
+    known = checks.predicted if isinstance(checks.predicted, np.ndarray) else checks.auxiliary[:, -1]
+    spurious, missed = known > right, checks.gold > right
+    wrong = {"precision": spurious, "recall": missed, "f1": spurious | missed}[measure]
+    return int(min(wrong[is_open].sum(), (right > 0)[is_open].sum()))
+
+
 def _ratio(
-    checks: Checks, total: float, residuals: np.ndarray, denominator: float, denominator_residuals: np.ndarray
+    checks: Checks,
+    total: float,
+    residuals: np.ndarray,
+    denominator: float,
+    denominator_residuals: np.ndarray,
+    telling: int,
 ) -> Estimate:
     if denominator <= 0:
-        nothing = np.zeros(len(checks))
-        return Estimate(None, 0.0, 1.0, (0.0, 1.0), nothing)
+        return Estimate(None, 0.0, 1.0, (0.0, 1.0), np.zeros(len(checks)))
     value = min(1.0, max(0.0, total / denominator))
     linearised = (residuals - value * denominator_residuals) / denominator
     spread = variance(checks, linearised)
-    low, high = _interval(checks, value, spread)
-    always = _interval(checks, value, spread, factor=always_factor(len(checks), checks.planned))
-    return Estimate(value, low, high, always, linearised)
+    found = Estimate(value, value, value, (value, value), linearised, telling)
+    low, high = _interval(checks, found, spread)
+    always = _interval(checks, found, spread, factor=always_factor(len(checks), checks.planned))
+    return replace(found, low=low, high=high, always=always)
 
 
 def _interval(
-    checks: Checks, value: float, spread: float, posts: float | None = None, factor: float | None = None
+    checks: Checks, measure: Estimate, spread: float, posts: float | None = None, factor: float | None = None
 ) -> tuple[float, float]:
     """Wilson's interval with the sample size that a variance `spread` is worth.
 
     Args:
         checks: say how many degrees of freedom there are.
-        value: of the ratio.
+        measure: has a value.
         spread: its variance.
         posts: checked ones; those of `checks` if None.
         factor: standard errors in half the interval of a normal mean; if None, those of 95 %.
     """
-    posts = len(checks) if posts is None else posts
+    value, posts = measure.value or 0.0, len(checks) if posts is None else posts
     if posts >= checks.order.sizes.sum():
         return value, value
     t = _student(_Z if factor is None else factor, _freedom(checks) * posts / len(checks))
-    size = value * (1 - value) / spread if spread > 0 and 0 < value < 1 else _posts_worth(checks, posts)
+    size = _posts_worth(checks, posts)
+    if spread > 0 and 0 < value < 1:
+        by_variance = value * (1 - value) / spread
+        size = min(size, by_variance) if measure.telling * posts < _FEW * len(checks) else by_variance
     middle = (value + t**2 / (2 * size)) / (1 + t**2 / size)
     half = t / (1 + t**2 / size) * math.sqrt(value * (1 - value) / size + (t / (2 * size)) ** 2)
     return min(value, max(0.0, middle - half)), max(value, min(1.0, middle + half))

@@ -106,6 +106,27 @@ def test_where_hardly_anything_is_wrong_intervals_still_hold_the_truth(error):
     assert all(found["half_width"] > 0.01 for found in covered.values())
 
 
+@pytest.mark.parametrize("error", [0.1, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_small_run_with_few_errors_intervals_hold_what_they_promise(kind, error):
+    """A stratum that is checked wholly has no variance, and another in which no error was found has none either."""
+    covered = audit(known_run(60, seed=2, error=error), kind, 40, 300)["mner"]
+    assert all(found["coverage"] >= 0.94 for found in covered.values()), covered
+
+
+def test_a_first_error_does_not_make_the_interval_narrower():
+    known = known_run(600, seed=2, error=0.0)
+    order = draw(known.population.spread, Design("uncertainty", 4, 0))
+    checks = known.checks(order, 60)
+    first = int(np.argmax(checks.right["mner"] > 0))
+    wrong = checks.right["mner"] - (np.arange(60) == first)
+    without, with_one = estimate(checks)["mner"], estimate(replace(checks, right={"mner": wrong}))["mner"]
+    for measure in MEASURES:
+        assert with_one[measure].low < without[measure].low
+        assert with_one[measure].half_width >= without[measure].half_width
+        assert with_one[measure].always[0] < without[measure].always[0]
+
+
 def test_confidences_and_strata_save_posts():
     """Fewer posts than a simple random sample, which is scored by its mentions alone, for the same width."""
     plain, ours = audit(KNOWN, "uniform", 150, 60, (1,))["mner"], audit(KNOWN, "uncertainty", 120, 60)["mner"]
