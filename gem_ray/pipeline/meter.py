@@ -132,14 +132,15 @@ class Meter:
         return self._earlier + own
 
     def _own(self, work: Progress) -> Account:
+        now = time.perf_counter()
         account = Account(
             starts=1,
-            seconds=time.perf_counter() - self._began,
+            seconds=now - self._began,
             annotated=work.tally.rows,
             stage_seconds=dict(work.stage_seconds),
             stage_counts={stage: dict(counts) for stage, counts in work.stage_counts.items()},
             pools=dict(work.pools),
-            unit_seconds=self._unit_seconds,
+            unit_seconds=self._unit_seconds + self._units * (now - self._counted),
         )
         return account.at(self._limits.money(account.unit_seconds, account.requests))
 

@@ -72,7 +72,7 @@ class PlannedPool:
     @property
     def is_timed(self) -> bool:
         """False for a pool that only waits for an endpoint, whose speed is not this plan's."""
-        return bool(self.need.models) or self.seconds is not None
+        return bool(self.need.models or self.need.unknown) or self.seconds is not None
 
     @property
     def gpu_shares(self) -> list[float]:

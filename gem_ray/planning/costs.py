@@ -335,9 +335,10 @@ def _rerank(asked: _Asked) -> Need:
     size = BYTES[settings.dtype]
     # Nobody is asked about an entity without an image.
     hard, with_hard = work.hard * work.with_images, work.with_hard * work.with_images
+    prompt = work.prompt_tokens + (config.filter.k - USUAL_CANDIDATES) * _TOKENS_OF_A_CANDIDATE
     if settings.engine == "text":
         longest = stacks.llama(facts.shape, settings.positions(0))
-        usual = stacks.llama(facts.shape, work.prompt_tokens + work.caption_tokens)
+        usual = stacks.llama(facts.shape, prompt + work.caption_tokens)
         reader = _model(
             facts,
             "rerank",
@@ -346,13 +347,13 @@ def _rerank(asked: _Asked) -> Need:
             settings.batch_size,
             activations=settings.batch_size * size * (longest.activations + _logits(facts.shape)),
             flops=hard * usual.flops,
+            tokens=prompt + work.caption_tokens,
         )
         return Need((reader,))
     images, text = stacks.vision(facts.shape["vision_config"]), facts.shape["text_config"]
     language = partial(stacks.llama, text)
     image_tokens = images.tokens - 1
     positions = settings.positions(image_tokens)
-    prompt = work.prompt_tokens + (config.filter.k - USUAL_CANDIDATES) * _TOKENS_OF_A_CANDIDATE
     whole, shared = language(image_tokens + prompt), language(prompt)
     model = partial(_model, facts, "rerank", "reranker", settings.dtype)
     # A post's questions share the image's prefix.

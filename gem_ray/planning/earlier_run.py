@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gem_ray.config import Config, ConfigError, parse_config
+from gem_ray.config import Config, ConfigError, StagePool, parse_config
 from gem_ray.model_references import reference_at
+from gem_ray.planning.costs import pool_need
 from gem_ray.planning.workload import SEEN_SHARE, TWEETS, Workload, entropies_with, fetched_images, loaded_share
-from gem_ray.pools import passes_of
+from gem_ray.pools import Pool, passes_of
 from gem_ray.records import ProblemKind
-from gem_ray.stages import LOAD_IMAGE, active_stages
+from gem_ray.stages import LOAD_IMAGE, StageSpec
 
 _WITHOUT_IMAGE = (
     ProblemKind.IMAGE_MISSING,
@@ -28,7 +29,7 @@ def read_run(run: Path, config: Config) -> tuple[Workload, dict[str, float]]:
     Args:
         run: its `run.json`.
         config: of the run that is planned. Stages that have other models there, or that run on cards here and on CPUs
-            there, have no seconds.
+            there, have no seconds; those with another share of a card, or that are asked for more, have others.
 
     Returns:
         The posts, with the hard entities of the γ that the run had; and the seconds, of `load_image` in a pool that
@@ -51,23 +52,20 @@ def _workload(facts: dict[str, Any], then: Config, source: str) -> Workload:
     with_images = 1 - min(1.0, sum(facts["problems"].get(kind, 0) for kind in _WITHOUT_IMAGE) / rows)
     judged = entities - facts["not_judged"]
     seen_share = facts["grounded"] / judged if judged else SEEN_SHARE
-    scale = entities / rows / usual.entities * with_images * seen_share / SEEN_SHARE
     hard_share = facts["hard"] / entities if entities else 0.0
     work = replace(
         usual,
         entities=entities / rows,
         with_entities=min(1.0, usual.with_entities * entities / rows / usual.entities),
         with_images=with_images,
-        with_boxes=min(1.0, usual.with_boxes * scale),
-        with_other_boxes=min(1.0, usual.with_other_boxes * scale),
-        person_prompts=usual.person_prompts * scale,
         hard=usual.hard_share * entities / rows,
         entropies=entropies_with(hard_share, facts["gamma"]),
         gamma=facts["gamma"],
         source=source,
         is_measured=True,
         assumed=("with_entities", "megapixels"),
-    ).with_hard_share(hard_share)
+    )
+    work = work.with_hard_share(hard_share).with_seen_share(seen_share)
     captions = then.knowledge.captioner is not None
     fetched = fetched_images(passes_of(then), work, captions) * account["annotated"]
     return replace(work, s3_images=min(1.0, account["requests"] / fetched) if fetched else 0.0)
@@ -78,19 +76,58 @@ def _seconds(account: dict[str, Any], work: Workload, then: Config, now: Config)
     loaded = sum(loaded_share(pool, work) for pools in passes_of(then) for pool in pools)
     if LOAD_IMAGE in taken and loaded:
         taken[LOAD_IMAGE] *= work.with_entities / loaded
-    same = _placed_models(then).items() & _placed_models(now).items()
-    return {stage: taken[stage] for stage, _ in same if stage in taken}
+    before, after = _placed_stages(then, work), _placed_stages(now, work)
+    same = [stage for stage in taken if stage in before and stage in after and before[stage].is_like(after[stage])]
+    return {stage: before[stage].seconds_of(taken[stage], after[stage]) for stage in same}
 
 
-def _placed_models(config: Config) -> dict[str, tuple[Any, ...]]:
-    """Of each active stage, its models, and whether it runs on cards."""
-    on_cards = {
-        spec.name: pool.placement.num_gpus > 0 for pools in passes_of(config) for pool in pools for spec in pool.stages
-    }
+@dataclass(frozen=True)
+class _Placed:
+    """A stage in a configuration, as far as it decides how fast the stage is.
+
+    Attributes:
+        kind: its models, and what computes them.
+        share: of a card; 1 without one.
+        flops: of its models, for a post.
+        cpu_seconds: of a core beside a card, for a post.
+    """
+
+    kind: tuple[Any, ...]
+    share: float
+    flops: float
+    cpu_seconds: float
+
+    def is_like(self, other: _Placed) -> bool:
+        """Whether the speed of one says something of the other's."""
+        return self.kind == other.kind and (self.flops > 0) >= (other.flops > 0)
+
+    def seconds_of(self, taken: float, other: _Placed) -> float:
+        """What the other takes for a post, of which this one has taken some seconds: a share of a card is that share of
+        its speed.
+        """
+        on_cpus = min(taken, self.cpu_seconds)
+        scale = self.share / other.share * (other.flops / self.flops if self.flops else 1.0)
+        return (taken - on_cpus) * scale + (on_cpus * other.cpu_seconds / self.cpu_seconds if on_cpus else 0.0)
+
+
+def _placed_stages(config: Config, work: Workload) -> dict[str, _Placed]:
     return {
-        spec.name: (
-            on_cards[spec.name] and spec.has_model,
-            *(reference_at(config, key) for key in spec.models(config).values()),
-        )
-        for spec in active_stages(config)
+        spec.name: _placed(spec, pool, config, work)
+        for pools in passes_of(config)
+        for pool in pools
+        for spec in pool.stages
     }
+
+
+def _placed(spec: StageSpec, pool: Pool[StagePool], config: Config, work: Workload) -> _Placed:
+    placement = pool.placement
+    need = pool_need([spec.name], config, placement.batch_size, work=work)
+    gpus = placement.num_gpus if spec.has_model else 0
+    kind = (
+        None if gpus or not spec.has_model else placement.threads,
+        len(need.engines),
+        *((model.role, model.dtype) for model in need.models),
+        *(reference_at(config, key) for key in spec.models(config).values()),
+    )
+    flops = sum(model.flops for model in need.models)
+    return _Placed(kind, min(1.0, gpus or 1.0), flops, need.cpu_seconds if gpus else 0.0)

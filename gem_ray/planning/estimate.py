@@ -202,7 +202,8 @@ def _assumptions(plan: Plan) -> Iterator[Assumption]:
     for pool in (pool for one in plan.passes for pool in one.pools):
         if pool.source == "measured" and pool.seconds:
             is_same = not pool.placement.num_gpus
-            source = "an earlier run" if is_same else "an earlier run, on the cards that it had"
+            source = work.source if work.is_measured else "an earlier run"
+            source += "" if is_same else ", on the cards that it had"
             yield Assumption(f"seconds of an actor for a post in {pool.name}", pool.seconds, source, is_same)
         for model in pool.need.models if pool.source == "estimate" else ():
             if model.flops:

@@ -20,6 +20,25 @@ class UnknownModelError(ConfigError):
     """A model of which a plan cannot say what it needs; the message says what is missing."""
 
 
+class Shape(dict[str, Any]):
+    """A model's `config.json`, complete.
+
+    Args:
+        key: of the configuration, for the message.
+        values: of the file.
+
+    Raises:
+        UnknownModelError: when it is asked for what models of another architecture have.
+    """
+
+    def __init__(self, key: str, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self._key = key
+
+    def __missing__(self, name: str) -> Any:
+        raise UnknownModelError(f"{self._key}: the model has no {name} in its config.json: it is of another kind")
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a plan needs of a model.
@@ -27,13 +46,13 @@ class ModelFacts:
     Attributes:
         name: short, for a table.
         parameters: weights in its files.
-        shape: its `config.json`, complete.
+        shape: its `config.json`.
         source: where both are from.
     """
 
     name: str
     parameters: int
-    shape: dict[str, Any]
+    shape: Shape
     source: str
 
 
@@ -55,14 +74,16 @@ def model_facts(key: str, reference: str, like: str, built_like: dict[str, str])
         shape = read_shape(path)
         if "num_attention_heads" in shape:  # keys and values are grouped only where it is said
             shape = {"num_key_value_heads": shape["num_attention_heads"], **shape}
-        return ModelFacts(name, count_parameters(path), merge_trees(PUBLISHED[like].shape, shape), "its files")
+        return ModelFacts(
+            name, count_parameters(path), Shape(key, merge_trees(PUBLISHED[like].shape, shape)), "its files"
+        )
     published = find_published(reference)
     if published is not None:
-        return ModelFacts(name, published.parameters, published.shape, published.source)
+        return ModelFacts(name, published.parameters, Shape(key, published.shape), published.source)
     stand_in = built_like.get(reference)
     published = find_published(stand_in) if stand_in else None
     if published is not None:
-        return ModelFacts(name, published.parameters, published.shape, f"not there yet; as {stand_in}")
+        return ModelFacts(name, published.parameters, Shape(key, published.shape), f"not there yet; as {stand_in}")
     raise UnknownModelError(
         f"{key}: there is no model at {reference!r}, and it is none of the published models whose size is known; "
         f"get it, or say what it will be built like: "

@@ -257,10 +257,7 @@ def make_plan(
 
 def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str, float], work: Workload) -> Plan:
     under = work.under(config)
-    seconds = dict(measured)
-    if "rerank" in seconds and work.is_measured and work.hard:  # it was asked for other entities
-        seconds["rerank"] *= under.hard / work.hard
-    planned = [[_planned(pool, config, fleet, seconds, under) for pool in pools] for pools in passes_of(config)]
+    planned = [[_planned(pool, config, fleet, measured, under) for pool in pools] for pools in passes_of(config)]
     passes: list[PassPlan] = []
     problems: list[str] = []
     cores = cpus if cpus or fleet.count else os.cpu_count()  # without cards, this machine
@@ -317,6 +314,10 @@ def _notes(config: Config, passes: Sequence[Sequence[PlannedPool]]) -> Iterator[
     for spec in active_stages(config):
         if spec.has_model and not is_known(spec.name):
             yield f"not in it: the stage {spec.name}, of which the plan does not know what it needs"
+    reranker = config.reranker
+    if reranker.enabled and reranker.engine == "endpoint" and reranker.endpoint is not None:
+        where = redacted(reranker.endpoint.base_url)
+        yield f"not in it: the reranker, {reranker.endpoint.model} behind {where}, and its speed"
     explainer = config.knowledge.explainer
     if explainer is not None and explainer.engine == "endpoint":
         published = find_published(explainer.model)

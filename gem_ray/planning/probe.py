@@ -69,7 +69,9 @@ def probe(path: str, config: Config, posts: int = POSTS, columns: Columns | None
     is_timed = not any(pool.placement.num_gpus for pool in pools)
     tagging = [spec for spec in tagging_stages(config) if spec.name != "knowledge"]
     specs = active_stages(config) if is_timed else tagging
-    on_cpu = config if is_timed else config.model_copy(update={"device": "cpu"})
+    # A run measures γ for a budget; here its share is known without.
+    as_asked = config.model_copy(update={"filter": config.filter.model_copy(update={"max_share": None})})
+    on_cpu = as_asked if is_timed else as_asked.model_copy(update={"device": "cpu"})
     sizes = [len(each.text) for each in sample]
     megapixels = [size for post in sample if (size := _megapixels(post)) is not None]
     captioned, explained = (
@@ -89,6 +91,8 @@ def probe(path: str, config: Config, posts: int = POSTS, columns: Columns | None
     work = replace(_workload(sample, sizes, megapixels, path), captioned=captioned, explained=explained)
     if not is_timed and config.knowledge.explainer is not None:
         work = replace(work, text_tokens=work.text_tokens + round((1 - explained) * work.answer_tokens))
+    if "rerank" in seconds and work.hard:
+        seconds["rerank"] *= work.under(config).hard / work.hard
     return Probe(work, seconds if is_timed else {})
 
 
@@ -126,8 +130,7 @@ def _workload(posts: list[Post], sizes: list[int], megapixels: list[float], path
     if entities:
         entropies = np.asarray(np.quantile([entity.entropy for entity in entities], np.linspace(0, 1, _QUANTILES)))
     with_images = sum(post.image_bytes is not None or post.image_uri is not None for post in posts) / count
-    scale = per_post / usual.entities * with_images
-    return replace(
+    work = replace(
         usual,
         entities=per_post,
         with_entities=sum(bool(post.entities) for post in posts) / count,
@@ -135,16 +138,19 @@ def _workload(posts: list[Post], sizes: list[int], megapixels: list[float], path
         with_hard=sum(any(entity.hard for entity in post.entities) for post in posts) / count,
         with_images=with_images,
         s3_images=sum((post.image_uri or "").startswith("s3://") for post in posts) / count,
-        with_boxes=min(1.0, usual.with_boxes * scale),
-        with_other_boxes=min(1.0, usual.with_other_boxes * scale),
-        person_prompts=usual.person_prompts * scale,
         megapixels=float(np.mean(megapixels)) if megapixels else usual.megapixels,
-        text_tokens=round((np.mean(sizes) + np.mean([len(post.knowledge or "") for post in posts])) / 4) + 1,
         entropies=tuple(map(float, entropies)),
         source=f"{count} posts of {path}",
         is_measured=True,
         assumed=() if megapixels else ("megapixels",),
     )
+    knowledge = [len(post.knowledge or "") for post in posts]
+    return work.with_seen_share().with_texts(_subwords(sizes) + 1, _subwords(knowledge))
+
+
+def _subwords(sizes: Sequence[int]) -> int:
+    """Of an average text, by the characters of each."""
+    return round(float(np.mean(sizes)) / 4)
 
 
 def _megapixels(post: Post) -> float | None:

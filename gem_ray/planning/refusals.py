@@ -44,7 +44,7 @@ _SMALLER: dict[str, list[tuple[str, Any]]] = {
         ("grounder.matcher.dtype", "bfloat16"),
         ("grounder.matcher.batch_size", 8),
         ("grounder.matcher.image_batch_size", 1),
-        ("grounder.boxes.sam.model", "sam_vit_b_01ec64.pth"),
+        ("grounder.boxes.sam.model", "facebook/sam-vit-base"),
     ],
 }
 _WITHOUT: dict[str, list[tuple[str, Any]]] = {
@@ -253,17 +253,17 @@ def without(stages: Sequence[str], config: Config) -> Config:
 def _reduced(
     stages: Sequence[str], batch_size: int, config: Config, card: float
 ) -> tuple[Config, list[tuple[str, Any]]] | None:
-    memory = pool_need(stages, config, batch_size, int(card)).memory
+    need = pool_need(stages, config, batch_size, int(card))
     changes: list[tuple[str, Any]] = []
     for key, value in [change for name in stages for change in _SMALLER.get(name, ())]:
-        if memory <= USABLE * card:
+        if need.memory <= USABLE * card:
             break
         changed = _changed(config, key, value)
-        less = pool_need(stages, changed, batch_size, int(card)).memory
-        if less < memory:
-            config, memory = changed, less
+        less = pool_need(stages, changed, batch_size, int(card))
+        if less.memory < need.memory and less.unknown == need.unknown:
+            config, need = changed, less
             changes.append((key, value))
-    return (config, changes) if memory <= USABLE * card else None
+    return (config, changes) if need.memory <= USABLE * card else None
 
 
 def _changed(config: Config, key: str, value: Any) -> Config:

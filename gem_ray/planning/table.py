@@ -81,8 +81,7 @@ def _sizes(model: ModelNeed, pool: PlannedPool) -> list[str]:
 
 def _lines(plan: Plan, expected: RunEstimate | None) -> Iterator[str]:
     yield ""
-    where = f"{plan.gpus} × {plan.gpu_memory_gb:g} GB" if plan.gpus else "CPUs"
-    yield f"on {where}" + (f" (speed of {plan.card})" if plan.card else "") + "; memory in GiB, of an actor;"
+    yield f"on {_where(plan)}; memory in GiB, of an actor;"
     yield f"total: with {gib(PROCESS_OVERHEAD)} for the process and the largest activations of the pool"
     for number, one in enumerate(plan.passes, start=1):
         pools = " → ".join(" + ".join(pool.stages) for pool in one.pools)
@@ -103,6 +102,14 @@ def _lines(plan: Plan, expected: RunEstimate | None) -> Iterator[str]:
     yield f"bottleneck: {plan.limit}{rate}"
     if expected is not None:
         yield from _expected(expected)
+
+
+def _where(plan: Plan) -> str:
+    if not plan.gpus:
+        return "CPUs"
+    if len(plan.fleet.kinds) > 1:
+        return f"{plan.card}, of which the smallest has {plan.gpu_memory_gb:g} GB"
+    return f"{plan.gpus} × {plan.gpu_memory_gb:g} GB" + (f" (speed of {plan.card})" if plan.card else "")
 
 
 def _what_says_speeds(plan: Plan) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 USUAL_CANDIDATES = 5  # with which prompts were measured
 SEEN_SHARE = 0.402  # of the 11,779 gold entities in FMNERG's training tweets
+TWEET_TOKENS = 22  # of 16 words, 4 characters to a subword
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Workload:
         with_other_boxes: the same, persons aside, for whom the text prompt goes first.
         person_prompts: categories of seen persons in a post.
         megapixels: of an image, before it is reduced; assumed.
-        text_tokens: subwords of a tweet and of its knowledge: 16 words and 570 characters there, 4 to a subword.
+        text_tokens: subwords of a tweet and of its knowledge, which has 570 characters there.
         caption_tokens: assumed; a batch goes on until its longest caption is done.
         prompt_tokens: of the reranker's prompt without the image, with a tweet of 16 words and five candidates;
             estimated.
@@ -107,6 +108,27 @@ class Workload:
         most = min(self.with_entities, share * self.entities)
         with_hard = self.with_hard * scale if self.with_hard else self.with_entities * (1 - (1 - share) ** each)
         return replace(self, hard=share * self.entities, with_hard=min(most, with_hard))
+
+    def with_seen_share(self, share: float = SEEN_SHARE) -> Workload:
+        """The same posts with that share of their entities seen: none of a post without an image."""
+        usual, most = TWEETS, self.judged
+        scale = self.entities / usual.entities * self.with_images * share / SEEN_SHARE
+        return replace(
+            self,
+            with_boxes=min(most, usual.with_boxes * scale),
+            with_other_boxes=min(most, usual.with_other_boxes * scale),
+            person_prompts=usual.person_prompts * scale,
+        )
+
+    def with_texts(self, tokens: int, knowledge_tokens: int) -> Workload:
+        """The same posts with longer or shorter texts, of which every prompt holds one."""
+        more = tokens - TWEET_TOKENS
+        return replace(
+            self,
+            text_tokens=tokens + knowledge_tokens,
+            prompt_tokens=self.prompt_tokens + more,
+            question_tokens=self.question_tokens + more,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

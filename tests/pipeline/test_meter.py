@@ -180,6 +180,15 @@ def test_a_killed_and_resumed_run_has_the_account_of_an_undisturbed_one(start, t
     assert account_of(OutputFolder(str(tmp_path)).run("20261201T000000-00000000")) == resumed
 
 
+def test_cards_are_paid_for_until_the_end_of_a_start(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, _, go = start(RunLimits(price=3.0))
+    go(10)
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: 1010.9)
+    account = meter.save()
+    assert account.unit_seconds == pytest.approx(4 * account.seconds) == pytest.approx(4 * 10.9)
+    assert account.money == pytest.approx(3.0 * account.unit_seconds / 3600)
+
+
 def test_the_meter_shows_rate_time_left_and_cost_at_the_end(start) -> None:
     meter, _, go = start(RunLimits(price=3.0))
     go(100)

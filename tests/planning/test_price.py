@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,20 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.hub import HubReference
 from gem_ray.model_paths import resolve
 from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.summary import RunSummary
 from gem_ray.planning.advice import changes_that_fit, merged_config
 from gem_ray.planning.cards import CARDS, GIB, LIST_PRICES, Fleet, find_card
+from gem_ray.planning.costs import pool_need
 from gem_ray.planning.cpu_costs import decoding_seconds, image_seconds
 from gem_ray.planning.earlier_run import read_run
 from gem_ray.planning.estimate import RunEstimate, estimate
 from gem_ray.planning.model_facts import count_parameters
 from gem_ray.planning.plan import Plan, make_plan
 from gem_ray.planning.probe import Probe
+from gem_ray.planning.refusals import _SMALLER
 from gem_ray.planning.table import print_plan
 from gem_ray.planning.workload import HEAVY, LIGHT, SEEN_SHARE, TWEETS, Workload
 from gem_ray.stages import active_stages
@@ -44,6 +48,7 @@ WITHOUT_HALF_OF_THE_IMAGES = replace(
     person_prompts=TWEETS.person_prompts / 2,
 )
 MEASURED = Workload(entropies=TWEETS.entropies, source="400 posts", is_measured=True)
+LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 RERANKED = ["reranker.enabled=true", "reranker.adapter=models/lora"]
 
 
@@ -90,6 +95,79 @@ def test_the_price_is_known_where_no_entity_is_hard(preset: str, nothing_is_hard
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+SHARES_OF_POSTS = st.floats(0.05, 1)
+WORKS = st.builds(
+    lambda each, with_entities, hard, with_hard, with_images, megapixels: replace(
+        MEASURED,
+        entities=each * with_entities,
+        with_entities=with_entities,
+        hard=hard * each * with_entities,
+        with_hard=with_hard * min(1.0, hard * each) * with_entities,
+        with_images=with_images,
+        s3_images=with_images / 2,
+        megapixels=megapixels,
+    ).with_seen_share(),
+    st.floats(1, 5),
+    *[SHARES_OF_POSTS] * 4,
+    st.floats(0.05, 20),
+)
+DEARER: dict[str, Callable[[dict[str, Any], float], dict[str, Any]]] = {
+    "more posts": lambda given, by: {"posts": math.ceil(given["posts"] * by)},
+    "more candidates": lambda given, by: {"k": given["k"] + 3},
+    "a larger budget": lambda given, by: {"max_share": min(1.0, given["max_share"] * by)},
+    "larger images": lambda given, by: {"work": replace(given["work"], megapixels=given["work"].megapixels * by)},
+    "more images": lambda given, by: {
+        "work": replace(given["work"], with_images=min(1.0, given["work"].with_images * by)).with_seen_share()
+    },
+    "more entities": lambda given, by: {
+        "work": replace(
+            given["work"], entities=given["work"].entities * by, hard=given["work"].hard * by
+        ).with_seen_share()
+    },
+    "longer texts": lambda given, by: {"work": given["work"].with_texts(math.ceil(22 * by), 143)},
+    "a slower card": lambda given, by: {"tflops": given["tflops"] / by},
+    "fewer cards": lambda given, by: {"cards": given["cards"] - 1},
+    "fewer CPUs": lambda given, by: {"cpus": given["cpus"] - 1},
+    "a higher price": lambda given, by: {"price": given["price"] * by},
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    change=st.sampled_from([*DEARER]),
+    by=st.floats(1.01, 4),
+    preset=st.sampled_from(["one-gpu", "cluster"]),
+    engine=st.sampled_from(["vllm", "transformers"]),
+    mode=st.sampled_from(["score", "generate"]),
+    given_=st.fixed_dictionaries(
+        {
+            "posts": st.integers(1, 10**8),
+            "k": st.integers(1, 8),
+            "max_share": SHARES_OF_POSTS,
+            "work": WORKS,
+            "tflops": st.floats(50, 1000),
+            "cards": st.integers(4, 12),
+            "cpus": st.integers(8, 60),
+            "price": st.floats(0.1, 10),
+        }
+    ),
+)
+def test_what_makes_a_run_dearer_makes_it_no_cheaper_and_no_faster(
+    change: str, by: float, preset: str, engine: str, mode: str, given_: dict[str, Any]
+) -> None:
+    def found(posts: int, k: int, max_share: float, tflops: float, cards: int, **more: Any) -> RunEstimate:
+        asked = [f"reranker.engine={engine}", f"reranker.mode={mode}", f"filter.k={k}", f"filter.max_share={max_share}"]
+        config = load_config(preset, overrides=[*RERANKED, *ROOMY, "pipeline.pools.rerank.num_gpus=0.85", *asked])
+        return expected(config, f"{cards}xmine:memory=79,tflops={tflops},bandwidth=3000", posts=posts, **more)
+
+    usual, dearer = found(**given_), found(**given_ | DEARER[change](given_, by))
+    assert dearer.hours >= usual.hours * (1 - 1e-9)
+    assert dearer.hours_range >= tuple(hours * (1 - 1e-9) for hours in usual.hours_range)
+    assert dearer.money >= usual.money * (1 - 1e-9) or change == "fewer cards"
+    if change == "a higher price":
+        assert dearer.money == pytest.approx(by * usual.money)
+
+
 def test_posts_that_ask_nothing_of_the_models_have_a_price_too() -> None:
     """Each pass takes as long as it takes to start."""
     nothing = {"prepare": 0.0, "tag": 0.0, "load_image": 0.0, "ground": 0.0}
@@ -108,9 +186,12 @@ def test_the_range_follows_gamma() -> None:
         assert work.under(load_config(overrides=["filter.gamma=3.2"])).hard_share == 0
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_the_price_rises_with_the_number_of_candidates(engine: str) -> None:
-    costs = [expected(reranked(f"reranker.engine={engine}", f"filter.k={k}")).money for k in (2, 5, 10)]
+@pytest.mark.parametrize(
+    "overrides",
+    [["reranker.engine=vllm"], ["reranker.engine=transformers"], ["reranker.engine=text", f"reranker.model={LLAMA}"]],
+)
+def test_the_price_rises_with_the_number_of_candidates(overrides: list[str]) -> None:
+    costs = [expected(reranked(*overrides, f"filter.k={k}")).money for k in (2, 5, 10)]
     assert costs[0] < costs[1] < costs[2]
 
 
@@ -451,6 +532,11 @@ def test_a_part_of_a_card_is_not_taken_for_the_whole() -> None:
     assert not any("whole speed" in note for note in mixed)
 
 
+def test_mixed_cards_are_not_said_to_be_all_as_small_as_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(make_plan(load_config("cluster"), gpus="8xl40s+4xa10g"))
+    assert "on 8xl40s+4xa10g, of which the smallest has 24 GB;" in capsys.readouterr().out
+
+
 def test_cards_that_nobody_uses_are_said() -> None:
     notes = make_plan(load_config("one-gpu"), gpus=4, card="rtx-4090").notes
     assert "pass 2 leaves 3 of 4 cards unused: raise max_actors of ground under `pipeline.pools`" in notes
@@ -576,6 +662,61 @@ def test_speeds_of_an_earlier_run_are_those_of_its_models_and_its_cards(tmp_path
     assert found is not None
     (ground,) = [each for each in found.assumptions if each.what.endswith("for a post in ground")]
     assert (ground.source, ground.is_measured) == ("an earlier run, on the cards that it had", False)
+
+
+@pytest.mark.parametrize("stage", ["tag", "ground"])
+def test_a_share_of_a_card_is_that_share_of_the_speed_that_an_earlier_run_had(stage: str, tmp_path: Path) -> None:
+    """What all actors of a card do together does not depend on how many they are."""
+    whole, quarter = (
+        load_config("cluster", overrides=[f"pipeline.pools.{stage}.num_gpus={gpus}"]) for gpus in (1, 0.25)
+    )
+    run = a_run(tmp_path, whole)
+    taken, shared = (read_run(run, config)[1][stage] for config in (whole, quarter))
+    assert taken == pytest.approx(1)
+    on_cpus = pool_need([stage], whole, 64, work=read_run(run, whole)[0]).cpu_seconds
+    assert shared == pytest.approx(4 * (1 - on_cpus) + on_cpus)
+
+
+def test_speeds_of_an_earlier_run_follow_what_is_asked_of_the_models(tmp_path: Path) -> None:
+    run = a_run(tmp_path, reranked())
+
+    def seconds(*overrides: str) -> dict[str, float]:
+        return read_run(run, reranked(*overrides))[1]
+
+    asked = [seconds(f"filter.k={k}")["rerank"] for k in (2, 5, 10)]
+    assert asked == sorted(asked)
+    assert asked[1] == pytest.approx(1)
+    assert seconds("filter.gamma=1.5")["rerank"] < 0.8
+    assert seconds("reranker.mode=generate")["rerank"] < 1
+    for other in ("reranker.engine=transformers", "reranker.dtype=float32"):
+        assert seconds().keys() - seconds(other).keys() == {"rerank"}
+    on_cpus = a_run(tmp_path, load_config())
+    assert "tag" in read_run(on_cpus, load_config())[1]
+    threads = load_config(overrides=["pipeline.pools.tag.threads=2"])
+    assert "tag" not in read_run(on_cpus, threads)[1]
+    # Nobody was asked about anything, which says nothing of how fast the reranker is.
+    nothing_hard = a_run(tmp_path, reranked("filter.gamma=3.2"), hard=0, gamma=3.2)
+    assert "rerank" not in read_run(nothing_hard, reranked())[1]
+
+
+def test_a_model_that_is_not_known_has_no_price_either() -> None:
+    config = reranked("reranker.model=somebody/some-llava")
+    plan = make_plan(config, gpus=8, card="h100")
+    assert plan.posts_per_hour is None
+    assert any("somebody/some-llava" in note for note in plan.notes)
+    other = reranked(f"reranker.model={LLAMA}")
+    assert any("no vision_config" in note for note in make_plan(other, gpus=8, card="h100").notes)
+
+
+def test_the_models_of_an_advice_can_be_had() -> None:
+    """A name of the published table is none of the hub."""
+    for changes in _SMALLER.values():
+        for key, value in changes:
+            if key.endswith(".model"):
+                assert HubReference.parse(value).repo == value
+    text = load_config("one-gpu", overrides=[*RERANKED, "reranker.engine=text", f"reranker.model={LLAMA}"])
+    (problem,) = make_plan(text, gpus=1, gpu_memory_gb=12).problems
+    assert "llava" not in problem
 
 
 def test_the_planned_configuration_fixes_what_engines_cache() -> None:

@@ -13,6 +13,7 @@ from gem_ray.config import load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.planning.cards import CARDS
+from gem_ray.planning.estimate import estimate
 from gem_ray.planning.plan import make_plan
 from gem_ray.planning.probe import probe
 from gem_ray.planning.workload import TWEETS
@@ -39,6 +40,32 @@ def test_shares_are_those_of_the_posts_and_stages_without_a_card_are_timed(tmp_p
     assert work.under(config).hard_share == pytest.approx(work.hard_share, abs=0.05)  # of 21 quantiles
     assert set(found.seconds) == {"prepare", "tag", "load_image"}
     assert found.seconds["tag"] > 0
+
+
+def test_prompts_are_as_long_as_the_texts_and_only_images_have_boxes(tmp_path: Path) -> None:
+    posts = [replace(post, text=f"{post.text} {words}") for post in generate(8, seed=5) for words in ("", "so " * 400)]
+    for number, post in enumerate(posts):
+        post.post_id = str(number)
+        post.image_bytes = post.image_bytes if number < 2 else None
+    write_posts(posts[::2], tmp_path / "short", per_shard=8)
+    write_posts(posts[1::2], tmp_path / "long", per_shard=8)
+    short, long = (probe(str(tmp_path / name), load_config("cluster")).work for name in ("short", "long"))
+    for name in ("text_tokens", "prompt_tokens", "question_tokens"):
+        assert getattr(long, name) - getattr(short, name) == pytest.approx(300, abs=2)
+    assert max(short.with_boxes, short.with_other_boxes) <= short.with_images
+
+
+def test_a_budget_of_hard_entities_is_planned_as_a_run_takes_it(tmp_path: Path) -> None:
+    write_posts(list(generate(8, seed=5)), tmp_path, per_shard=8)
+    config = load_config(overrides=["grounder.enabled=false", "filter.max_share=0.0"])
+    found = probe(str(tmp_path), config)
+    assert found.seconds["rerank"] == 0
+    assert found.work.under(config).hard == 0
+    plan = make_plan(config, measured=found.seconds, work=found.work)
+    expected = estimate(lambda *_: plan, plan, POSTS, POSTS, None)
+    assert expected is not None
+    sources = {each.source for each in expected.assumptions if each.what.startswith("seconds of an actor")}
+    assert sources == {found.work.source}
 
 
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
