@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
 from gem_ray.commands import annotate, check, config, evaluate, export, models, reranker, review, serve, shards, train
-from gem_ray.commands.options import EXIT_FAILED, EXIT_USAGE
+from gem_ray.commands.options import EXIT_FAILED, EXIT_TERMINATED, EXIT_USAGE
 from gem_ray.process_exit import exit_code_kept
 from gem_ray.redaction import RedactingFormatter, redacted
+from gem_ray.standard_streams import prepare_streams
 
 app = typer.Typer(
     name="gem-ray",
@@ -54,16 +55,19 @@ def _common(
 def command() -> None:
     """The process `gem-ray`: `main`, and its exit code."""
     with exit_code_kept():
-        main()
+        try:
+            main()
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:  # which Ray makes an exit with that code
+                raise SystemExit(EXIT_TERMINATED) from None
+            raise
 
 
 def main() -> None:
     """Run the command; errors that a user can mend are a sentence, not a traceback."""
     from gem_ray.config import ConfigError
 
-    for stream in (sys.stdout, sys.stderr):  # a terminal that has no `–` or `γ` shows `?`; nothing is lost for it
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    prepare_streams()
     if not sys.stderr.isatty():  # bars of transformers and the hub would fill a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -238,3 +238,34 @@ def test_a_terminal_that_lacks_characters_loses_no_scores(tmp_path: Path, encodi
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "scores.json").read_text())["posts"] == 2
+
+
+ENDS = {
+    "stopped": "raise SystemExit(15)",  # what Ray makes of SIGTERM
+    "finished": "return SimpleNamespace(tally=Tally(), newest=Tally(), rejected=1, unread=[])",
+}
+
+
+@pytest.mark.parametrize(("end", "code"), [("stopped", 143), ("finished", 3)])
+def test_a_run_that_is_stopped_says_how_it_continues_and_one_that_nobody_reads_is_done(end: str, code: int) -> None:
+    run = f"""
+from types import SimpleNamespace
+import gem_ray.pipeline.run
+from gem_ray.cli import command
+from gem_ray.commands import annotate
+from gem_ray.tally import Tally
+
+def run(*_, **__):
+    {ENDS[end]}
+
+def tell(*_):
+    raise BrokenPipeError
+
+gem_ray.pipeline.run.annotate_dataset = run
+annotate._print_summary = tell
+command()
+"""
+    command = [sys.executable, "-c", run, "annotate", "in", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "finished rows are in out" in done.stderr) == (code, end == "stopped")
+    assert "Traceback" not in done.stderr

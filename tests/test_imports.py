@@ -48,6 +48,7 @@ LAYERS = [
         "look",
         "process_exit",
         "process_start",
+        "standard_streams",
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},

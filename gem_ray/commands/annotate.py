@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -116,11 +117,14 @@ def annotate(
             limits=limits,
             progress=progress,
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ray makes SIGTERM the latter
         begun = ["--fresh"] * fresh + ["--update"] * update
         typer.echo(f"\nstopped; finished rows are in {output}, and {same_command(begun)} continues", err=True)
+        if isinstance(stop, SystemExit):
+            raise
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    _print_summary(summary, settings, output.rstrip("/"), as_json)
+    with suppress(BrokenPipeError):  # who read it has gone (`| head -1`); the run is finished all the same
+        _print_summary(summary, settings, output.rstrip("/"), as_json)
     if failure := mass_failure(summary.tally, max_problem_share):
         raise RuntimeError(failure)
     if failure := mass_failure(summary.newest, max_problem_share):

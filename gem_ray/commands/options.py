@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gem_ray.records import Post
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED = 1, 2, 3
-EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # as a shell reports Ctrl-C and SIGTERM
 
 MAX_PROBLEM_SHARE = 0.5  # of posts with problems of one kind, over which `annotate` fails
 

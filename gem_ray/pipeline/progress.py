@@ -158,8 +158,7 @@ def reporting(
     with nullcontext(report) if report else _bar(title) as show:
         with polling(partial(_show, show, read), every_s):
             yield
-        last = read()
-        show(replace(last, done=last.total, seconds_left=0.0, cost_at_end=None, waiting_for=None, under_way=None))
+        _show(show, lambda: _at_end(read()))
 
 
 def _show(report: OnReading, read: Callable[[], Reading]) -> None:
@@ -167,6 +166,10 @@ def _show(report: OnReading, read: Callable[[], Reading]) -> None:
         report(read())
     except Exception:  # of one report; the next one may succeed, and the run continues without
         logger.warning("progress is not known", exc_info=True)
+
+
+def _at_end(last: Reading) -> Reading:
+    return replace(last, done=last.total, seconds_left=0.0, cost_at_end=None, waiting_for=None, under_way=None)
 
 
 def json_lines(every_s: float = 10) -> OnReading:

@@ -16,7 +16,7 @@ from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.ledger import Ledger
-from gem_ray.pipeline.progress import reader, reporting
+from gem_ray.pipeline.progress import Reading, reader, reporting
 from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.records import Status
 from gem_ray.tally import Tally
@@ -118,3 +118,13 @@ def test_progress_goes_on_after_a_poll_that_failed() -> None:
             time.sleep(0.01)
     assert told[:3] == [2, 3, 4]
     assert told[-1] == 100
+
+
+def test_progress_that_cannot_be_told_at_the_end_fails_nothing() -> None:
+    """Whoever read it may have gone, or the disk of a log may be full, after hours of work."""
+
+    def tell(reading: Reading) -> None:
+        raise OSError("no space left")
+
+    with reporting(tell, reader(lambda: 100, 100)):
+        pass
