@@ -69,10 +69,14 @@ class RayExecutor:
 
         Raises:
             ValueError: the actors ask for more CPUs or GPUs than there are.
+            RunError: Ray gave up, whatever it was doing.
         """
         with ray_session(self._config):
             self._ledger = Ledger(run_id, max_problem_share)
-            yield
+            try:
+                yield
+            except RayError as error:
+                raise self._run_error(error) from error
             self._done, self._ledger = self._ledger.read(), None
 
     def check_models(self, config: Config, models: dict[str, str]) -> None:
@@ -116,7 +120,7 @@ class RayExecutor:
             meanwhile: is called now and then, until all rows are written.
 
         Raises:
-            RunError: a stage or a file gave up, or another process has taken the output.
+            RayError: a stage or a file gave up, or another process has taken the output; `session` says it.
         """
         dataset = build_graph(source, config, origin.models, pools, self._started, self._actor)
         if number is None:
@@ -126,34 +130,18 @@ class RayExecutor:
         try:
             with polling(meanwhile, _PUBLISHING_S):
                 dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
-        except RayError as error:
-            raise self._run_error(error) from error
         finally:
             self._started.end_pass()
 
     def merge(self, storage: Storage, merges: Sequence[Merge]) -> list[MergedFile]:
-        """Merge staged files, in parallel.
-
-        Raises:
-            RunError: a file gave up.
-        """
-        try:
-            merged = ray.get([_merge_in_task.remote(storage, each) for each in merges])
-        except RayError as error:
-            raise self._run_error(error) from error
+        """Merge staged files, in parallel."""
+        merged = ray.get([_merge_in_task.remote(storage, each) for each in merges])
         return [file for files in merged for file in files]
 
     def entropies(self, source: PostSource, config: Config, models: dict[str, str]) -> np.ndarray:
-        """The entropy in nats of every entity that the tagger finds in posts, `(N,)`.
-
-        Raises:
-            RunError: a stage or a file gave up.
-        """
+        """The entropy in nats of every entity that the tagger finds in posts, `(N,)`."""
         dataset = build_graph(source, config, models, [tagging_pool(config)], self._started, self._actor)
-        try:
-            rows = dataset.map_batches(entropies_of, batch_format="pyarrow", batch_size=None).take_all()
-        except RayError as error:
-            raise self._run_error(error) from error
+        rows = dataset.map_batches(entropies_of, batch_format="pyarrow", batch_size=None).take_all()
         return np.array([row["entropy"] for row in rows])
 
     def work(self) -> Progress:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gem_ray.pipeline.account import PoolTime
@@ -314,7 +314,7 @@ class Ledger:
         """The book as it stands; where it is gone for good, as it was last read here, with that for a failure."""
         try:
             self._last = ray.get(self._book.read.remote())
-        except RayActorError as error:
+        except RayError as error:
             gone = f"the process that counts the run's work is gone and could not be started again: {error}"
             self._last = replace(self._last, failure=self._last.failure or gone.partition("\n")[0])
         return self._last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import ray
 
 from gem_ray.benchmarks.memory import write_texts
 from gem_ray.config import Config
+from gem_ray.pipeline import execution
 from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.run import RunError, annotate_dataset
@@ -95,3 +97,19 @@ def test_tries_are_counted_by_node_and_a_pool_that_works_goes_on(local_ray: None
     for _ in range(5):
         ray.get(ledger._book.failed_load.remote("ground", "one", "broken"))
     assert ledger.read().failure is None
+
+
+def test_a_check_of_the_models_that_is_killed_ends_the_run_with_a_sentence(
+    local_ray: None, text_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a kernel that is out of memory."""
+
+    def die(*_: Any) -> None:
+        os._exit(9)
+
+    monkeypatch.setattr(execution, "_check_models", die)
+    monkeypatch.setattr(execution, "stages_to_check", lambda config: ["rerank"])
+    executor = execution.RayExecutor(text_config)
+    with pytest.raises(RunError, match=r"died|crashed") as failure, executor.session("run"):
+        executor.check_models(text_config, {})
+    assert "\n" not in str(failure.value)
