@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import NativeFile, fs
@@ -39,6 +40,21 @@ def parsed(filesystem: fs.FileSystem, path: str, parse: Callable[[], T]) -> T:
         return parse()
     except UNPARSED as error:
         raise DamagedError(str(error)) from error
+
+
+def json_object(content: bytes, path: str) -> dict[str, Any]:
+    """The object in a JSON file that this product wrote.
+
+    Raises:
+        DamagedError: there is none.
+    """
+    try:
+        facts = json.loads(content)
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from None
+    if not isinstance(facts, dict):
+        raise DamagedError(f"{path} is damaged: it holds no JSON object")
+    return facts
 
 
 def read_through(stream: NativeFile) -> None:

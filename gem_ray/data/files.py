@@ -20,6 +20,8 @@ from gem_ray.s3 import S3Uri, list_objects, open_bucket
 Inode = tuple[int, int]  # device and inode
 
 _NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_NO_TEXT = "its name is not UTF-8"
+_NO_TARGET = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # of a link, whoever may follow it
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
     """
     uri = str(location)
     if "://" not in uri:
-        return fs.LocalFileSystem(), str(Path(location).absolute())
+        path = str(Path(location).absolute())
+        if (named := _as_text(path)) != path:
+            raise ValueError(f"{named}: {_NO_TEXT}, and Arrow cannot open it; rename it")
+        return fs.LocalFileSystem(), path
     if uri.startswith("file://"):
         filesystem, path = fs.FileSystem.from_uri(uri)
         return filesystem, str(Path(path))
@@ -154,13 +159,19 @@ def _walk(root: str, listed: set[Inode]) -> Iterator[StoredFile]:
             yield from (_local_file(f"{folder}/{name}") for name in files)
 
 
+def _as_text(path: str) -> str:
+    """A path of this machine, with bytes that are not UTF-8 spelled out."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _local_file(path: str) -> StoredFile:
-    named = os.fsencode(path).decode(errors="backslashreplace")
-    if named != path:
-        return StoredFile(named, 0, 0, unreadable="its name is not UTF-8")
+    if (named := _as_text(path)) != path:
+        return StoredFile(named, 0, 0, unreadable=_NO_TEXT)
     try:
         facts = os.stat(path)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NO_TARGET:
+            raise
         return StoredFile(path, 0, 0, unreadable="a link to nothing")
     is_file = stat.S_ISREG(facts.st_mode)
     return StoredFile(

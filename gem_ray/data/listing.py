@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
+from gem_ray.data.damage import json_object
 from gem_ray.data.files import Inode, StoredFile, links_again, list_files
 from gem_ray.data.formats import (
     HEAD_BYTES,
@@ -234,8 +234,8 @@ def _check_markers(filesystem: fs.FileSystem, root: str, files: list[StoredFile]
     for marker in (file.path for file in files if file.path.rpartition("/")[2] == MARKER):
         folder = marker.rpartition("/")[0]
         with filesystem.open_input_stream(marker) as stream:
-            facts = json.loads(stream.read())
-        if not facts["complete"]:
+            facts = json_object(stream.read(), marker)
+        if not facts.get("complete"):
             raise ValueError(
                 f"the shards in {folder} are not complete: `gem-ray shards` has not finished. If it was "
                 "stopped, remove the folder and run it again"

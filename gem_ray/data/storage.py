@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 from pyarrow import fs
 
+from gem_ray.data.damage import json_object
 from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.redaction import redacted
 from gem_ray.s3 import S3Uri, client
@@ -64,9 +66,13 @@ class Storage:
             return None
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The facts in a file; None if it is not there."""
+        """The facts in a file; None if it is not there.
+
+        Raises:
+            DamagedError: it holds none.
+        """
         content = self.read(name)
-        return None if content is None else json.loads(content)
+        return None if content is None else json_object(content, self.path(name))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, over one of the same name."""
@@ -146,9 +152,15 @@ class LocalStorage(Storage):
         return _digest(content)
 
     def move(self, source: str, target: str) -> None:
-        """A rename."""
+        """A rename; a copy where `annotations/` is on another disk."""
         Path(self.path(target)).parent.mkdir(parents=True, exist_ok=True)
-        Path(self.path(source)).replace(self.path(target))
+        try:
+            Path(self.path(source)).replace(self.path(target))
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            with self.writing(target) as path:
+                self.filesystem.copy_file(self.path(source), path)
 
     def delete_folder(self, name: str) -> None:
         """As `Storage.delete_folder`."""

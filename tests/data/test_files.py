@@ -58,6 +58,11 @@ def test_what_is_no_location_is_refused_without_repeating_secrets(uri):
     assert "secret" not in str(caught.value)
 
 
+def test_a_path_that_arrow_cannot_open_is_named(tmp_path):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/a\\xff: its name is not UTF-8"):
+        open_filesystem(f"{tmp_path}/" + os.fsdecode(b"a\xff"))
+
+
 def test_a_location_cannot_choose_the_server():
     with pytest.raises(ValueError, match="AWS_ENDPOINT_URL") as caught:
         open_filesystem("s3://bucket/key?endpoint_override=evil.test&secret_key=secret")

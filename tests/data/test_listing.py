@@ -145,6 +145,14 @@ def test_shards_whose_writer_was_killed_are_refused_wherever_it_was(tmp_path, wr
         write_posts(posts_of(1), tmp_path / "s")
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])
+def test_a_marker_that_is_damaged_is_named(tmp_path, content):
+    write_posts(posts_of(1), tmp_path / "s")
+    (tmp_path / "s" / MARKER).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/s(/{MARKER} is damaged: | are not complete)"):
+        list_shards(tmp_path)
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_what_fails_leaves_nothing_and_can_be_repeated(tmp_path, request, is_there, where):
@@ -202,7 +210,19 @@ def test_keys_in_s3_with_empty_components_are_named(s3):
 
 
 ENTRIES = ["file", "folder"]
-NAMED_ENTRIES = ["loop", "out", "file out", "nothing", "pipe", "name", "file link", "hidden"]
+NAMED_ENTRIES = [
+    "loop",
+    "out",
+    "file out",
+    "nothing",
+    "pipe",
+    "name",
+    "file link",
+    "hidden",
+    "itself",
+    "in a file",
+    "long",
+]
 
 
 @settings(max_examples=40)
@@ -227,7 +247,8 @@ def test_every_entry_of_a_folder_is_read_once_or_named(kinds):
             elif kind == "pipe":
                 os.mkfifo(path)
             else:
-                targets = {"loop": folder, "out": elsewhere, "nothing": folder / "gone", "file link": "first.parquet"}
+                targets = {"loop": folder, "out": elsewhere, "nothing": folder / "gone", "file link": "first.parquet",
+                           "itself": path.name, "in a file": "first.parquet/x", "long": "x" * 300}  # fmt: skip
                 path.symlink_to(targets.get(kind, Path(name) / "one.parquet"))
             if kind in ("file", "folder", "hidden") or (kind not in kinds[:number] and kind == "file out"):
                 read.add(path.name if kind != "folder" else f"{number}/x.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from gem_ray.data.shards import write_posts
 from gem_ray.data.storage import ConflictError, Storage, open_storage
 from gem_ray.pipeline.identity import check_same, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
+from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.output_folder import Manifest, OutputFolder, Round
 from gem_ray.pipeline.publishing import ids_of_files, lost_files
 from gem_ray.pipeline.source import PostSource
@@ -151,6 +153,34 @@ def test_conditional_writes(output: str) -> None:
     with pytest.raises(ConflictError):
         storage.swap("_run/missing", b"5", second)
     assert storage.read("_run/missing") is None
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run_id": "2026', b"[]", b"\xff"])
+def test_facts_that_are_damaged_are_named(tmp_path: Path, content: bytes) -> None:
+    directory = OutputFolder(str(tmp_path))
+    directory.run(RUN_IDS[0]).begin(manifest(RUN_IDS[0]))
+    put(directory.storage, f"_run/{RUN_IDS[0]}/manifest.json", content)
+    put(directory.storage, "_run/lease.json", content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/_run/{RUN_IDS[0]}/manifest\.json is damaged: "):
+        OutputFolder(str(tmp_path)).run(RUN_IDS[0]).manifest()
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/_run/lease\.json is damaged: "), Lease(directory).held():
+        pass
+
+
+def test_annotations_may_be_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.replace
+
+    def refuse(source: Path, target: str) -> Path:
+        if Path(target).parent != source.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    storage = open_storage(str(tmp_path))
+    put(storage, "_run/1/merged/g00000/x.parquet", b"rows")
+    storage.move("_run/1/merged/g00000/x.parquet", "annotations/status=ok/x.parquet")
+    assert storage.read("annotations/status=ok/x.parquet") == b"rows"
+    assert list(storage.files("annotations")) == ["annotations/status=ok/x.parquet"]
 
 
 def test_write_that_fails_leaves_what_was_there(output: str) -> None:
