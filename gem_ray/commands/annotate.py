@@ -156,7 +156,7 @@ def plan(
     ] = None,
     map_: MapOption = None,
     like: Annotated[
-        Path | None, typer.Option(help="`run.json` of an earlier run, for its posts and its speed.", exists=True)
+        str | None, typer.Option(help="`run.json` of an earlier run, also on S3, for its posts and its speed.")
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="JSON file to write; `-` prints JSON alone.")] = None,
 ) -> None:

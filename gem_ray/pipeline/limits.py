@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from gem_ray.config import ConfigError
+from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.progress import Reading
@@ -63,6 +64,12 @@ class RunLimits:
             f"the budget of {self.budget:,.2f} is spent: earlier starts have cost {cost or 0.0:,.2f}; the same command "
             "with a larger --budget continues"
         )
+
+    def uncounted(self, starts: int) -> str | None:
+        """What the budget leaves out, after so many earlier starts without a price; None where it counts all."""
+        if self.budget is None or not starts:
+            return None
+        return f"the budget of {self.budget:,.2f} does not count {counted(starts, 'earlier start')} without --price"
 
     def exceeded(self, reading: Reading) -> str | None:
         """Why the run must end now; None while it may go on."""

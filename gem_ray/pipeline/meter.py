@@ -55,6 +55,8 @@ class Meter:
         self._began = began
         self._trouble = trouble
         self._earlier = account_of(folder)
+        if left_out := limits.uncounted(self._earlier.unpriced_starts):
+            logger.warning(left_out)
         self._name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
         self._unit_seconds = 0.0
         self._units = 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_ray.config import Config, ConfigError, StagePool, parse_config
+from gem_ray.data.files import open_filesystem
 from gem_ray.model_references import reference_at
 from gem_ray.planning.costs import pool_need
 from gem_ray.planning.workload import SEEN_SHARE, TWEETS, Workload, entropies_with, fetched_images, loaded_share
@@ -23,11 +24,11 @@ _WITHOUT_IMAGE = (
 )
 
 
-def read_run(run: Path, config: Config) -> tuple[Workload, dict[str, float]]:
+def read_run(run: str | Path, config: Config) -> tuple[Workload, dict[str, float]]:
     """What an average post was, and seconds of an actor for a post, by stage.
 
     Args:
-        run: its `run.json`.
+        run: its `run.json`, a path or an `s3://` URI.
         config: of the run that is planned. Stages that have other models there, or that run on cards here and on CPUs
             there, have no seconds; those with another share of a card, or that are asked for more, have others.
 
@@ -39,7 +40,9 @@ def read_run(run: Path, config: Config) -> tuple[Workload, dict[str, float]]:
         ConfigError: it is no such file, or that run annotated nothing.
     """
     try:
-        facts = json.loads(run.read_text(encoding="utf-8"))
+        filesystem, path = open_filesystem(run)
+        with filesystem.open_input_stream(path) as stream:
+            facts = json.loads(stream.read())
         then = parse_config(facts["config"])
         work = _workload(facts, then, f"the {facts['rows']:,} posts of {run}")
         return work, _seconds(facts["account"], work, then, config)

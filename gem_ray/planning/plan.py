@@ -157,8 +157,10 @@ class Plan:
         return [one for one in self.passes if any(pool.is_timed for pool in one.pools)]
 
     def _slowest(self) -> list[PlannedPool]:
-        """The slowest pool of each pass, but for one that only waits for an endpoint; empty if one is not known."""
-        timed = self._timed()
+        """The slowest pool of each pass, but for one that only waits for an endpoint; empty if one is not known, or if
+        nothing can run.
+        """
+        timed = [] if self.problems else self._timed()
         slowest = [one.bottleneck for one in timed if one.bottleneck]
         return slowest if len(slowest) == len(timed) else []
 
@@ -181,7 +183,7 @@ class Plan:
             "gpu_memory_gb": self.gpu_memory_gb,
             "card": self.card,
             "cpus": self.cpus,
-            "passes": [_pass_dict(each) for each in self.passes],
+            "passes": [_pass_dict(each, fits=not self.problems) for each in self.passes],
             "bottleneck": self.limit,
             "posts_per_hour": self.posts_per_hour,
             "gpu_hours_per_million_posts": self.gpu_hours_per_million,
@@ -189,7 +191,7 @@ class Plan:
             "notes": list(self.notes),
             "advice": self.advice,
             "workload": self.work.to_dict(),
-            "config": self.overlay(),
+            "config": None if self.problems else self.overlay(),
         }
 
 
@@ -197,7 +199,7 @@ def _seconds(pool: PlannedPool) -> float:
     return pool.seconds_per_post or 0.0
 
 
-def _pass_dict(one: PassPlan) -> dict[str, Any]:
+def _pass_dict(one: PassPlan, fits: bool) -> dict[str, Any]:
     pools = [
         {
             "name": each.name,
@@ -208,13 +210,13 @@ def _pass_dict(one: PassPlan) -> dict[str, Any]:
             **each.placement.model_dump(),
             "stages": list(each.stages),
             "actors": each.actors,
-            "posts_per_second": each.posts_per_second,
+            "posts_per_second": each.posts_per_second if fits else None,
             "source": each.source,
             "cpu_seconds_per_post": each.cpu_seconds,
         }
         for each in one.pools
     ]
-    return {"stages": one.stages, "pools": pools, "posts_per_second": one.posts_per_second}
+    return {"stages": one.stages, "pools": pools, "posts_per_second": one.posts_per_second if fits else None}
 
 
 def make_plan(

@@ -13,6 +13,7 @@ from gem_ray.config import Config, StagePool, parse_config
 from gem_ray.planning.allocation import Cards, PlannedPool
 from gem_ray.planning.cards import CARDS, GIB, Fleet
 from gem_ray.planning.costs import EngineNeed, Need, pool_need
+from gem_ray.plurals import counted
 from gem_ray.pools import CPUS_FOR_TASKS, Pool
 from gem_ray.stages import active_stages
 
@@ -148,7 +149,7 @@ def too_many(
         asked = ", ".join(f"{pool.name} {pool.actors} × {pool.placement.num_gpus:g}" for pool in pools)
         needed = Cards.needed([share for pool in pools for share in pool.gpu_shares])
         remedy = _more_passes(passes, config, gpus)
-        yield f"pass {number} needs {needed} GPUs or more ({asked}); --gpus says {gpus}. {remedy}"
+        yield f"pass {number} needs {counted(needed, 'GPU')} or more ({asked}); --gpus says {gpus}. {remedy}"
     reserved = CPUS_FOR_TASKS + sum(pool.cpus for pool in pools)
     if cpus is not None and reserved > cpus:
         yield (

@@ -286,6 +286,15 @@ def test_the_run_ends_at_its_budget_whichever_start_has_spent_it(start) -> None:
     assert "the budget of 1.00 is spent, with 600 of 1,000 posts done" in work.reason
 
 
+def test_a_budget_says_which_starts_it_does_not_count(start, caplog: pytest.LogCaptureFixture) -> None:
+    for limits in (RunLimits(), RunLimits(price=3.0, budget=9.0)):
+        assert not caplog.records
+        meter, _, go = start(limits)
+        go(5)
+        meter.save()
+    assert "the budget of 9.00 does not count 1 earlier start without --price" in caplog.text
+
+
 def test_a_run_that_ended_at_its_budget_goes_on_with_a_larger_one(
     local_ray: None, text_config: Config, tmp_path: Path
 ) -> None:

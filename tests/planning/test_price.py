@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.data.storage import open_storage
 from gem_ray.hub import HubReference
 from gem_ray.model_paths import resolve
 from gem_ray.pipeline.account import Account
@@ -395,7 +396,8 @@ def test_cards_may_be_mixed_or_described() -> None:
         with pytest.raises(ConfigError, match="--gpus takes"):
             Fleet.parse(wrong, None, None)
     slow, mixed, fast = (
-        make_plan(load_config("cluster"), gpus).posts_per_hour for gpus in ("12xa10g", "8xl40s+4xa10g", "12xl40s")
+        make_plan(load_config("cluster", overrides=ROOMY), gpus).posts_per_hour
+        for gpus in ("12xa10g", "8xl40s+4xa10g", "12xl40s")
     )
     assert slow < mixed < fast
 
@@ -501,7 +503,7 @@ def test_a_fleet_of_thousands_of_cards_is_planned() -> None:
     plan = make_plan(load_config("cluster", overrides=free), gpus=3000, card="h100")
     assert sum(pool.actors * pool.placement.num_gpus for pool in plan.passes[0].pools) == pytest.approx(3000, abs=1)
     many = load_config("cluster", overrides=["pipeline.pools.ground={min_actors: 9000, max_actors: 9000}"])
-    assert "pass 1 needs 1801 GPUs or more" in make_plan(many, gpus=8, card="h100").problems[0]
+    assert "pass 1 needs 1,801 GPUs or more" in make_plan(many, gpus=8, card="h100").problems[0]
 
 
 @pytest.mark.parametrize(
@@ -619,6 +621,25 @@ def test_a_finished_run_says_what_its_posts_were(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(wrong)
         with pytest.raises(ConfigError, match=r"--like: .* is no run\.json"):
             read_run(tmp_path / "run.json", config)
+    with pytest.raises(ConfigError, match=r"--like: .* is no run\.json"):
+        read_run(tmp_path, config)
+
+
+def test_a_finished_run_may_be_on_s3(s3: Any, tmp_path: Path) -> None:
+    config = load_config()
+    file = a_run(tmp_path, config)
+    bucket = s3.bucket("runs")
+    open_storage(bucket).write("run.json", file.read_bytes())
+    work, seconds = read_run(f"{bucket}/run.json", config)
+    assert (work.entities, seconds) == (2, read_run(file, config)[1])
+
+
+def test_what_does_not_fit_has_no_speed_and_no_configuration() -> None:
+    plan = make_plan(load_config("cluster"), gpus=8, gpu_memory_gb=16, card="h100")
+    assert plan.problems
+    facts = plan.to_dict()
+    assert (facts["posts_per_hour"], facts["bottleneck"], facts["config"]) == (None, None, None)
+    assert {each["posts_per_second"] for one in facts["passes"] for each in (one, *one["pools"])} == {None}
 
 
 def test_what_a_run_says_of_hard_entities_is_followed_to_another_gamma_and_then_assumed(tmp_path: Path) -> None:
