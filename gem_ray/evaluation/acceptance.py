@@ -60,8 +60,8 @@ def certify(
     down, each at level `delta`, until one cannot be shown to keep the promise. As each is tested only if all before it
     have passed, the probability that any that passed is wrong is at most `delta`. One test is the exact binomial one:
     that so few errors, or fewer, would occur if the precision were just too low. The first threshold that is tested has
-    an eighth of all entities above it, and no fewer than can pass without an error: with fewer, a single error more
-    would end the row. How many entities there are above a threshold does not hang on labels.
+    an eighth of all entities above it, of no fewer posts than can pass without an error: with fewer, a single error
+    more would end the row. How many there are above a threshold does not hang on labels.
 
     Errors of one post come together; so many entities say as much as fewer independent ones, see `independent`.
     The labelled posts must be like those to come, and none may have been used to fit what is tested.
@@ -75,12 +75,12 @@ def certify(
     """
     values, outcomes = np.asarray(confidences, np.float64), np.asarray(right, bool)
     owners = np.unique(np.asarray(posts), return_inverse=True)[1]
-    first = max(fewest_entities(precision, delta), len(outcomes) // _FIRST)
+    fewest = fewest_posts(precision, delta)
     found, shown = Acceptance(precision, delta, None, 0, 0, len(outcomes), 0.0), (0, 0)
     for threshold in THRESHOLDS:
         accepted: np.ndarray = values >= threshold
         count, hits = int(accepted.sum()), int(outcomes[accepted].sum())
-        if count < first:
+        if count < len(outcomes) // _FIRST or len(np.unique(owners[accepted])) < fewest:
             continue
         errors, total = independent(outcomes[accepted], owners[accepted])
         if binomial_cdf(errors, total, 1 - precision) > delta:
@@ -93,7 +93,8 @@ def independent(right: np.ndarray, owners: np.ndarray) -> tuple[int, int]:
     """Errors and number of the independent entities that would say as much (Korn and Graubard 1998).
 
     The number is divided by the design effect: how many times larger the variance of the share of right ones is for
-    whole posts than for single entities; never below 1. Rounded to the safe side.
+    whole posts than for single entities; never below 1. Without an error nobody knows it: then a post says as much as
+    one entity. Rounded to the safe side.
 
     Args:
         right: (N,) bool.
@@ -103,13 +104,15 @@ def independent(right: np.ndarray, owners: np.ndarray) -> tuple[int, int]:
     sizes = np.bincount(owners)
     residuals = np.bincount(owners, weights=right)[sizes > 0] - share * sizes[sizes > 0]
     spread, clusters = share * (1 - share) * count, len(residuals)
-    effect = (residuals**2).sum() * clusters / (clusters - 1) / spread if spread > 0 and clusters > 1 else 1.0
+    effect = (
+        (residuals**2).sum() * clusters / (clusters - 1) / spread if spread > 0 and clusters > 1 else count / clusters
+    )
     total = math.floor(count / max(1.0, effect))
     return min(total, math.ceil(total * (1 - share) - 1e-9)), total
 
 
-def fewest_entities(precision: float, delta: float) -> int:
-    """Without a single error, how many entities it takes to show a precision: 59 for 0.95 and 0.05."""
+def fewest_posts(precision: float, delta: float) -> int:
+    """Without a single error, how many posts with entities it takes to show a precision: 59 for 0.95 and 0.05."""
     return math.ceil(math.log(delta) / math.log(precision)) if 0 < precision < 1 else 1
 
 

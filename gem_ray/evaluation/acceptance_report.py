@@ -10,7 +10,7 @@ import yaml
 
 from gem_ray.config import AcceptanceConfig, Config, PromiseConfig, RoutingConfig
 from gem_ray.data.files import whole_text
-from gem_ray.evaluation.acceptance import Acceptance, certify, fewest_entities
+from gem_ray.evaluation.acceptance import Acceptance, certify, fewest_posts
 from gem_ray.evaluation.confidences import judge_confidences
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.model_paths import describe as describe_model
@@ -32,8 +32,8 @@ def certify_posts(posts: Iterable[Post], config: Config, precision: float, delta
     if found.threshold is None:
         raise EvaluationError(
             f"no confidence promises a precision of {precision:g} with probability {1 - delta:g} from these "
-            f"{len(judged)} entities; at least {fewest_entities(precision, delta)} without an error are needed above "
-            "it: label more posts, or ask for less"
+            f"{len(judged)} entities; at least {fewest_posts(precision, delta)} posts with some above it, and "
+            "without an error, are needed: label more posts, or ask for less"
         )
     return found
 

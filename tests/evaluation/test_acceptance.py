@@ -15,7 +15,7 @@ from gem_ray.evaluation.acceptance import (
     THRESHOLDS,
     binomial_cdf,
     certify,
-    fewest_entities,
+    fewest_posts,
     independent,
     lower_bound,
 )
@@ -37,8 +37,8 @@ def test_the_lower_bound_is_that_of_clopper_and_pearson(one: int, other: int, de
     assert lower_bound(right, total, delta) == pytest.approx(expected, abs=1e-6)
 
 
-def test_fewest_entities_are_those_that_show_it_without_an_error() -> None:
-    count = fewest_entities(0.95, 0.05)
+def test_fewest_posts_are_those_that_show_it_without_an_error() -> None:
+    count = fewest_posts(0.95, 0.05)
     assert count == 59
     assert binomial_cdf(0, count, 0.05) <= 0.05 < binomial_cdf(0, count - 1, 0.05)
 
@@ -72,7 +72,17 @@ def test_entities_that_are_right_or_wrong_together_count_as_one() -> None:
     together = independent(np.repeat(right, 3), np.repeat(np.arange(400), 3))
     assert alone[1] == pytest.approx(400, abs=3)
     assert together[1] == pytest.approx(400, abs=3)
-    assert independent(np.ones(9, bool), np.zeros(9, int)) == (0, 9)
+    assert independent(np.ones(9, bool), np.zeros(9, int)) == (0, 1)
+    assert independent(np.ones(9, bool), np.arange(9) // 3) == (0, 3)
+
+
+@pytest.mark.parametrize(("count", "alike"), [(1, 60), (10, 6), (20, 6), (30, 3), (100, 2)])
+def test_few_posts_with_many_entities_promise_nothing_that_does_not_hold(count: int, alike: int) -> None:
+    """Nine posts of ten are right, and nobody can see in posts without an error that theirs come together."""
+    random, owners = np.random.default_rng(5), np.repeat(np.arange(count), alike)
+    found = [certify(np.full(count * alike, 0.99), (random.random(count) < 0.9)[owners], owners, 0.95, 0.05)
+             for _ in range(200)]  # fmt: skip
+    assert np.mean([each.threshold is not None for each in found]) <= 0.05
 
 
 def test_no_threshold_is_found_where_nothing_can_be_promised() -> None:
@@ -124,5 +134,5 @@ def test_what_was_found_is_a_piece_of_a_configuration(
 
 def test_a_promise_that_cannot_be_kept_is_refused_with_what_it_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptance_report, "judge_confidences", lambda posts, config: judged(2000, 5))
-    with pytest.raises(EvaluationError, match=r"at least 59 without an error.*label more posts"):
+    with pytest.raises(EvaluationError, match=r"at least 59 posts .* without an error, are needed: label more posts"):
         acceptance_report.certify_posts([], load_config(), 0.95, 0.05)
