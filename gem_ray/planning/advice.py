@@ -20,8 +20,9 @@ _LEAST_CPUS = 0.01
 def changes_that_fit(config: Config, fleet: Fleet, cpus: int | None = None) -> dict[str, Any] | None:
     """What to lay over a configuration so that it fits on cards; None if nothing was found.
 
-    Models are made smaller where one is larger than a card, or left out; a vLLM engine gets what it needs, each pool
-    the share that it holds, and pools that do not fit beside each other passes of their own.
+    Models are made smaller where one is larger than a card; stages that do not fit on one together get pools of their
+    own, and a stage that does not fit alone is left out, or what it can do without; a vLLM engine gets what it needs,
+    each pool the share that it holds, and pools that do not fit beside each other passes of their own.
 
     Args:
         config: that does not fit.
@@ -32,10 +33,10 @@ def changes_that_fit(config: Config, fleet: Fleet, cpus: int | None = None) -> d
     if on_cards and not fleet.count:
         return None
     card = fleet.memory
-    fitting = config
-    for pool in on_cards:
+    fitting = _taken_apart(config, card)
+    for pool in _on_cards(fitting):
         names = [spec.name for spec in pool.stages]
-        reduced = smaller(names, pool.placement.batch_size, fitting, card) or without(names, fitting)
+        reduced = smaller(names, pool.placement.batch_size, fitting, card) or without(pool, fitting, card)
         fitting = _with_engines(pool, reduced, card)
     if on_cards:
         fitting = _in_passes(_with_actors(_with_shares(fitting, card), fleet.count), fleet.count)
@@ -51,6 +52,22 @@ def merged_config(config: Config, changes: dict[str, Any]) -> Config:
 
 def _on_cards(config: Config) -> list[Pool[StagePool]]:
     return [pool for pools in passes_of(config) for pool in pools if pool.placement.num_gpus]
+
+
+def _taken_apart(config: Config, card: float) -> Config:
+    """A pool for each stage with a model of those pools that do not fit on a card, however small their models are."""
+    values = config.model_dump(mode="json")
+    pools: list[dict[str, Any]] = []
+    large = {
+        id(pool.placement): [spec.name for spec in pool.stages if spec.has_model]
+        for pool in _on_cards(config)
+        if smaller([spec.name for spec in pool.stages], pool.placement.batch_size, config, card) is None
+    }
+    for placement, listed in zip(config.pipeline.pools, values["pipeline"]["pools"], strict=True):
+        names = large.get(id(placement))
+        pools += [listed | {"stages": [name]} for name in names] if names else [listed]
+    values["pipeline"]["pools"] = pools
+    return parse_config(values)
 
 
 def _with_engines(pool: Pool[StagePool], config: Config, card: float) -> Config:

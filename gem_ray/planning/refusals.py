@@ -215,7 +215,7 @@ def _apart(pool: PlannedPool, config: Config, card: float) -> list[StagePool]:
         is_first = not pools or pools[-1].pass_number < listed.pass_number
         start = listed.pass_number + (0 if is_first else 1)
         for number, name in enumerate(names, start=start):
-            share = rounded_up(shares[name])
+            share = max(listed.num_gpus, rounded_up(shares[name]))  # less of a card is slower
             pools.append(listed.model_copy(update={"stages": [name], "num_gpus": share, "pass_number": number}))
         shift = start + len(names) - listed.pass_number
     return pools
@@ -244,10 +244,19 @@ def smaller(stages: Sequence[str], batch_size: int, config: Config, card: float)
     return found[0] if found else None
 
 
-def without(stages: Sequence[str], config: Config) -> Config:
-    """A configuration without what can be left out of stages."""
-    for key, value in [change for name in stages for change in _WITHOUT.get(name, ())]:
-        config = _changed(config, key, value)
+def without(pool: Pool[StagePool], config: Config, card: float) -> Config:
+    """A configuration without the first thing that is enough for a pool to fit on a card, if its models are as small as
+    they can be; without all that can be left out where nothing alone is enough.
+    """
+    names = {spec.name for spec in pool.stages}
+    changes = [change for spec in pool.stages for change in _WITHOUT.get(spec.name, ())]
+    for change in changes:
+        changed = _changed(config, *change)
+        active = [spec.name for spec in active_stages(changed) if spec.name in names]
+        if reduced := smaller(active, pool.placement.batch_size, changed, card):
+            return reduced
+    for change in changes:
+        config = _changed(config, *change)
     return config
 
 

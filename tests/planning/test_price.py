@@ -590,6 +590,31 @@ def test_who_takes_the_advice_has_a_plan_that_fits(
     assert not make_plan(merged_config(config, changed), gpus=cards, gpu_memory_gb=memory_gb).problems
 
 
+IN_PROCESS = f"knowledge.explainer={{engine: vllm, model: {LLAMA}, dtype: bfloat16}}"
+TOGETHER = "pipeline.pools=[{stages: [knowledge, tag, rerank, ground], num_gpus: 1, batch_size: 32}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        ([*CAPTIONED[:1], *RERANKED, TOGETHER], {}),
+        ([*CAPTIONED[:1], IN_PROCESS], {"captioner": None}),
+        ([IN_PROCESS, *RERANKED, TOGETHER], {}),
+    ],
+)
+def test_advice_leaves_out_nothing_that_fits_on_a_card_alone(overrides: list[str], left_out: dict[str, None]) -> None:
+    config = load_config("one-gpu", overrides=overrides)
+    plan = make_plan(config, gpus=1, gpu_memory_gb=24)
+    assert plan.advice is not None
+    taken = merged_config(config, plan.advice)
+    assert [spec.name for spec in active_stages(taken)] == [spec.name for spec in active_stages(config)]
+    assert left_out.items() <= plan.advice.get("knowledge", {}).items()
+    assert bool(taken.knowledge.explainer) == bool(config.knowledge.explainer)
+    advised = make_plan(taken, gpus=1, gpu_memory_gb=24)
+    advised.check()
+    assert all(pool.placement.num_gpus == 1 for one in advised.passes for pool in one.pools) or left_out
+
+
 def test_without_cards_there_is_no_advice() -> None:
     assert changes_that_fit(load_config("one-gpu"), Fleet()) is None
 
