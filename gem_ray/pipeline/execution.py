@@ -149,8 +149,13 @@ class RayExecutor:
         return self._ledger.read() if self._ledger else self._done
 
     def units(self) -> float:
-        """What is paid for at the moment: the cards of the cluster, used or not; machines, where there are none."""
-        return ray.cluster_resources().get("GPU", 0.0) or float(sum(node["Alive"] for node in ray.nodes()))
+        """What is paid for at the moment: the cards of the cluster, used or not; machines, where nobody wants any.
+
+        A cluster that has yet to start its nodes with cards has none.
+        """
+        cards = float(ray.cluster_resources().get("GPU", 0.0))
+        wants_cards = any(pool.placement.num_gpus for pools in passes_of(self._config) for pool in pools)
+        return cards if cards or wants_cards else float(sum(node["Alive"] for node in ray.nodes()))
 
     def stop(self, reason: str) -> None:
         """End the run as soon as a batch or a block does; what is written stays."""

@@ -270,7 +270,7 @@ def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str,
                 found += too_large(pool, config, fleet)
         passes.append(PassPlan(tuple(pools) if found else allocate(pools, fleet.count, cpus), cores))
         problems += found
-    of_cards = [*_parts_of_cards(fleet), *_slow_dtypes(fleet, planned)]
+    of_cards = [*_parts_of_cards(fleet), *_larger_than_sold(fleet), *_slow_dtypes(fleet, planned)]
     notes = [*_notes(config, planned), *of_cards, *([] if problems else _unused(passes, fleet))]
     return Plan(fleet, cpus, tuple(passes), tuple(problems), under, tuple(notes))
 
@@ -296,6 +296,13 @@ def _parts_of_cards(fleet: Fleet) -> Iterator[str]:
             f"{name} has {card.memory_gb:g} GB and is planned with its whole speed: a part of one (MIG) is a card of "
             f"its own, --card {name}-part:memory={fleet.memory_gb:g},tflops=…"
         )
+
+
+def _larger_than_sold(fleet: Fleet) -> Iterator[str]:
+    """A card that is planned with more memory than it has, perhaps by mistake."""
+    for _, name, card in fleet.kinds:
+        if card is not None and fleet.memory_gb > card.memory_gb:
+            yield f"{name} is sold with {card.memory_gb:g} GB, and planned with the {fleet.memory_gb:g} of --gpu-memory"
 
 
 def _slow_dtypes(fleet: Fleet, passes: Sequence[Sequence[PlannedPool]]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.pipeline import ledger
 from gem_ray.pipeline import meter as meter_module
 from gem_ray.pipeline.account import Account, PoolTime
+from gem_ray.pipeline.execution import RayExecutor
 from gem_ray.pipeline.groups import GroupRunner
 from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.ledger import Progress
@@ -178,6 +179,18 @@ def test_a_killed_and_resumed_run_has_the_account_of_an_undisturbed_one(start, t
     assert undisturbed.money == pytest.approx(3.0 * 4 * 100 / 3600)
     assert undisturbed.bottleneck == "ground"
     assert account_of(OutputFolder(str(tmp_path)).run("20261201T000000-00000000")) == resumed
+
+
+def test_a_cluster_that_waits_for_its_cards_costs_nothing_and_one_without_costs_its_machines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there: dict[str, float] = {}
+    monkeypatch.setattr("gem_ray.pipeline.execution.ray.cluster_resources", lambda: there)
+    monkeypatch.setattr("gem_ray.pipeline.execution.ray.nodes", lambda: [{"Alive": True}, {"Alive": False}])
+    with_cards, without = (RayExecutor(load_config(preset)) for preset in ("cluster", "nano"))
+    assert (with_cards.units(), without.units()) == (0, 1)
+    there["GPU"] = 8.0
+    assert (with_cards.units(), without.units()) == (8, 8)
 
 
 def test_cards_are_paid_for_until_the_end_of_a_start(start, monkeypatch: pytest.MonkeyPatch) -> None:

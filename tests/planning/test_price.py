@@ -530,6 +530,8 @@ def test_a_part_of_a_card_is_not_taken_for_the_whole() -> None:
     assert not make_plan(load_config("one-gpu"), gpus=1, card=described).notes
     assert not make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=80, card="h100").notes
     assert not make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=40).notes
+    (note,) = make_plan(load_config("one-gpu"), gpus=1, gpu_memory_gb=80, card="a100-40gb").notes
+    assert note == "a100-40gb is sold with 40 GB, and planned with the 80 of --gpu-memory"
     mixed = make_plan(load_config("one-gpu"), gpus="1xh100+1xl4").notes
     assert not any("whole speed" in note for note in mixed)
 

@@ -78,14 +78,26 @@ def test_a_config_that_names_no_host_listens_on_this_machine_alone(tmp_path, htt
     assert file_schema(tmp_path / "x.yaml").http_options.host == "127.0.0.1"
 
 
-@pytest.mark.parametrize(("name", "gpus", "memory_gb"), [("one-gpu", 1, 24), ("cluster", 2, 80)])
-def test_the_plan_finds_room_for_every_replicas_models_in_its_share_of_a_card(name, gpus, memory_gb):
-    config = load_config(**args_of(FOLDER / f"{name}.yaml"))
+@pytest.mark.parametrize("reranker", [False, True])
+@pytest.mark.parametrize(
+    ("name", "gpus", "card"),
+    [
+        ("one-gpu", 1, "a10g"),
+        ("one-gpu", 1, "l4"),
+        ("one-gpu", 1, "rtx-3090"),
+        ("one-gpu", 1, "rtx-4090"),
+        ("cluster", 2, "a100-80gb"),
+        ("cluster", 2, "h100"),
+    ],
+)
+def test_the_plan_finds_room_for_every_replicas_models_in_its_share_of_a_card(name, gpus, card, reranker):
+    asked = [f"reranker={{enabled: {reranker}, adapter: models/reranker-lora}}"]
+    config = load_config(**args_of(FOLDER / f"{name}.yaml"), overrides=asked)
     config.pipeline.pools = [  # all at once, as replicas are
         StagePool(stages=pool.stages, num_gpus=pool.num_gpus, batch_size=pool.batch_size)
         for pool in config.serving.pools
     ]
-    make_plan(config, gpus, memory_gb).check()
+    make_plan(config, gpus, card=card).check()
 
 
 def test_what_is_no_serve_config_is_named(tmp_path):
