@@ -93,6 +93,11 @@ def read_corrections(export: Path, review: Review) -> Corrections:
             corrected[row_id] = _corrected(known[row_id], task["data"], annotation["result"], review.facts.label_set)
         except ValueError as error:
             wrong.append(f"task {task.get('id')} (post {known[row_id].post_id!r}): {error}")
+        except (AttributeError, KeyError, TypeError) as error:
+            what = f"{type(error).__name__} {error}"
+            wrong.append(
+                f"task {task.get('id')} (post {known[row_id].post_id!r}): a region is broken, save it anew: {what}"
+            )
     if wrong:
         more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         listed = "\n".join(wrong[:_SHOWN])

@@ -127,6 +127,16 @@ def test_a_first_error_does_not_make_the_interval_narrower():
         assert with_one[measure].always[0] < without[measure].always[0]
 
 
+@pytest.mark.parametrize(("seed", "posts"), [(0, 32), (5, 50)])  # where regression gives 0.9999999999999998
+def test_where_everything_is_right_the_estimate_is_one_and_the_interval_has_a_width(seed, posts):
+    known = known_run(600, seed=seed, error=0.0)
+    checks = known.checks(draw(known.population.spread, Design.of_size("uniform", posts, seed)), posts)
+    for found in estimate(checks)["mner"].values():
+        assert (found.value, found.high) == (1.0, 1.0)
+        assert found.low < 0.95
+        assert claim_settled(checks, found, 1.0) is None
+
+
 def test_confidences_and_strata_save_posts():
     """Fewer posts than a simple random sample, which is scored by its mentions alone, for the same width."""
     plain, ours = audit(KNOWN, "uniform", 150, 60, (1,))["mner"], audit(KNOWN, "uncertainty", 120, 60)["mner"]

@@ -206,6 +206,9 @@ def test_the_last_annotation_counts_and_skipped_ones_do_not(review, tasks, expor
             ],
             "related to no span",
         ),
+        (lambda text: [{"type": "labels", "value": {"start": 0, "end": 4, "labels": ["city"]}}], "region is broken"),
+        (lambda text: [region(4, 12, text) | {"value": {"labels": ["city"]}}], "region is broken.*start"),
+        (lambda text: [region(4, 12, text) | {"value": None}], "region is broken"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_gold_is_named_with_its_task(review, tasks, export, change, message):
