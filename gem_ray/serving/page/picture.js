@@ -67,13 +67,16 @@ export function clearBoxes() {
 export function showBoxes(answer) {
   clearBoxes();
   if (!answer.image_width) return;
-  if (!size) { // an image that this browser cannot show: the boxes stand on an empty ground of its shape
+  const upright = [answer.image_width, answer.image_height];
+  if (String(size) !== String(upright)) { // the boxes stand on an empty ground of its shape
+    if (size) $("file-name").append("; this browser does not turn it upright");
     $("pixels").width = $("pixels").height = 1;
-    size = [answer.image_width, answer.image_height];
+    size = upright;
+    decoded = false;
     setStage();
   }
   const mentions = answer.entities.map((mention, index) => ({ mention, index }));
-  $("boxes").append(...drawBoxes([answer.image_width, answer.image_height], mentions));
+  $("boxes").append(...drawBoxes(upright, mentions));
   placeTags($("stage"));
 }
 keepTags($("stage"));

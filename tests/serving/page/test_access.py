@@ -221,6 +221,14 @@ def test_nothing_sticks_out_sideways(visit, width, annotate, post):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_at_400_percent_the_picture_does_not_cover_what_is_read(visit, annotate, post):
+    """320 × 256 pixels: WCAG 2.2, 1.4.10."""
+    page = visit(viewport={"width": 320, "height": 256})
+    annotate(page, post.text, post.image_bytes)
+    page.locator(".mention").last.scroll_into_view_if_needed()
+    assert page.locator(".pictured").evaluate("node => node.getBoundingClientRect().bottom") < 128
+
+
 @pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1440)])
 def test_axe_finds_nothing(visit, scheme, width, annotate, post):
     page = visit(color_scheme=scheme, viewport={"width": width, "height": 900})

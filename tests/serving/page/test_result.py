@@ -102,6 +102,20 @@ def test_photos_are_shown_upright_and_reduced(page, annotate):
     assert "3000 × 1500" in page.inner_text("#file-name")
 
 
+def test_boxes_lie_over_no_picture_that_the_browser_shows_turned(page, annotate, post):
+    """Chromium takes no notice of what a WebP's EXIF says about its sides."""
+    stored, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(post.image_bytes)).rotate(90, expand=True).save(stored, "WEBP", exif=exif, lossless=True)
+    answer = annotate(page, post.text, stored.getvalue())
+    assert (answer["image_width"], answer["image_height"]) == (320, 240)
+    ((left, top, right, bottom),) = rectangles(page, "#pixels")
+    assert (right - left) / (bottom - top) == pytest.approx(320 / 240, rel=0.01)
+    assert page.evaluate("document.getElementById('pixels').width") == 1
+    assert "does not turn it upright" in page.inner_text("#file-name")
+    assert page.locator("[data-download='annotation.png']").count() == 0
+
+
 def test_an_image_that_is_decoded_late_does_not_replace_one_that_was_chosen_after_it(page):
     page.evaluate(
         """() => {
