@@ -189,16 +189,18 @@ class _PostForm(MultiPartParser):
         name, is_file = self._current_part.field_name, self._current_part.file is not None
         if name not in PostIn.model_fields:
             raise MultiPartException(f"{name[:_SHOWN_CHARS]!r} is no field")
-        if (name == "image") != is_file:
-            kind = "text, not a file" if is_file else "a file, with a filename"
-            raise MultiPartException(f"{name}: the part must be {kind}")
+        if is_file and name != "image":
+            raise MultiPartException(f"{name}: the part must be text, not a file")
         if name in self._names and name != "tokens":
             raise MultiPartException(f"{name}: given twice")
         self._names.add(name)
 
     def on_part_end(self) -> None:
-        if self._current_part.file is None:
-            self._current_part.data.decode()  # Starlette itself would take what is no UTF-8 for Latin-1
+        part = self._current_part
+        if part.file is None:
+            if part.field_name == "image" and part.data:
+                raise MultiPartException("image: the part must be a file, with a filename")
+            part.data.decode()  # Starlette itself would take what is no UTF-8 for Latin-1
         super().on_part_end()
 
     def on_end(self) -> None:
@@ -220,14 +222,14 @@ async def _from_form(request: Request) -> PostIn:
     except UnicodeError:
         raise ProblemError(422, "the form is not in UTF-8") from None
     try:
-        # Where no file was chosen, there is an empty one, and where nothing was written, an empty text.
+        # Where no file was chosen, there is an empty file or text, and where nothing was written, an empty text.
         values: dict[str, Any] = {
             name: given
             for name, value in form.multi_items()
             if name != "tokens" and (given := await value.read() if isinstance(value, UploadFile) else value)
         }
-        if "tokens" in form:
-            values["tokens"] = form.getlist("tokens")
+        if any(tokens := form.getlist("tokens")):
+            values["tokens"] = tokens
     finally:
         await form.close()
     return _checked(PostIn, values)

@@ -74,8 +74,18 @@ class ProblemLine(BaseModel):
 
 
 def _post_form(post: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: _in_a_form(field) for name, field in post["properties"].items()}
     image = {"type": "string", "format": "binary", "description": "an encoded image, as a file"}
-    return post | {"title": "PostForm", "properties": post["properties"] | {"image": image}}
+    return post | {"title": "PostForm", "properties": fields | {"image": image}}
+
+
+def _in_a_form(field: dict[str, Any]) -> dict[str, Any]:
+    """A form holds no null; an empty field is one that is not given. By itself, Swagger UI makes up words to send."""
+    if "anyOf" not in field:
+        return field
+    (kind,) = (each for each in field["anyOf"] if each != {"type": "null"})
+    empty = {"default": [] if kind["type"] == "array" else ""}
+    return {name: value for name, value in (field | kind | empty).items() if name not in ("anyOf", "minLength")}
 
 
 def add_openapi(api: FastAPI) -> None:

@@ -224,6 +224,15 @@ def test_a_form_that_is_no_utf_8_is_not_guessed_at(api, assert_problem):
     assert "UTF-8" in assert_problem(api.client.post("/v1/annotate", content=form, headers=KIND), 422)["detail"]
 
 
+def test_an_empty_field_of_a_form_is_one_that_is_not_given(api):
+    form = part("text", TEXT.encode()) + b"".join(part(name, b"") for name in FIELDS[1:]) + b"--y--\r\n"
+    answer = api.client.post("/v1/annotate", content=form, headers=KIND)
+    assert answer.status_code == 200, answer.text
+    row = answer.json()
+    assert (len(row["post_id"]), row["tokens"], row["caption"], row["knowledge"]) == (32, TEXT.split(), None, None)
+    assert [problem["kind"] for problem in row["problems"]] == ["image_missing"]
+
+
 def test_an_image_that_is_sent_as_a_text_is_told_what_it_lacks(api, assert_problem):
     """As .NET's `ByteArrayContent` comes without a name; it is no text in a wrong encoding."""
     form = part("text", TEXT.encode()) + part("image", b"\x89PNG and so on") + b"--y--\r\n"

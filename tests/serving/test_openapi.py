@@ -68,6 +68,14 @@ def test_every_body_and_field_says_what_it_is(document):
     assert [(name, field) for name, field, each in fields if not each.get("description")] == []
 
 
+def test_a_form_is_a_post_whose_fields_are_never_null(document):
+    post, form = (document["components"]["schemas"][name]["properties"] for name in ("PostIn", "PostForm"))
+    assert form.keys() == post.keys()
+    assert "null" in str(post)
+    assert "null" not in str(form)
+    assert {name for name, field in form.items() if not field.get("default", True)} == form.keys() - {"text", "image"}
+
+
 def test_what_is_sent_has_an_example_that_is_answered(api, document):
     for method, path, operation in operations(document):
         if method == "post":
