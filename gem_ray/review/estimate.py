@@ -151,10 +151,16 @@ def difference(checks: Checks, first: Estimate, second: Estimate) -> Estimate:
     if first.value is None or second.value is None:
         return Estimate(None, -1.0, 1.0, (-1.0, 1.0), np.zeros(len(checks)))
     value, residuals = second.value - first.value, second.residuals - first.residuals
-    deviation = math.sqrt(variance(checks, residuals))
-    half = _student(_Z, _freedom(checks)) * deviation
-    always = always_factor(len(checks), checks.planned) * deviation
-    return Estimate(value, value - half, value + half, (value - always, value + always), residuals)
+    spread, size, freedom = variance(checks, residuals), _posts_worth(checks, len(checks)), _freedom(checks)
+    is_open = len(checks) < checks.order.sizes.sum()
+
+    def half(factor: float) -> float:
+        """As Wilson's, with a term for posts that differ where none that was checked does."""
+        t = _student(factor, freedom)
+        return t * math.sqrt(spread + (t / (2 * size)) ** 2) if is_open else 0.0
+
+    once, always = half(_Z), half(always_factor(len(checks), checks.planned))
+    return Estimate(value, value - once, value + once, (value - always, value + always), residuals)
 
 
 def fewest_posts(checks: Checks) -> int:

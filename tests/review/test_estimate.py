@@ -213,6 +213,27 @@ def test_nothing_predicted_means_no_precision_and_not_a_perfect_one():
     assert {(each.low, each.high) for each in found.values()} == {(0.0, 1.0)}
 
 
+@pytest.mark.parametrize("changed", [0.0, 0.003, 0.03])
+def test_the_difference_of_runs_that_hardly_differ_has_a_width_that_holds_it(changed):
+    known, rng = known_run(600, seed=3), np.random.default_rng(4)
+    first = known.right["mner"]
+    second = np.where(rng.random(600) < changed, np.maximum(0, first - 1), first)
+    truth = 2 * (second.sum() - first.sum()) / (known.predicted + known.gold.sum())
+    inside = 0
+    for seed in range(100):
+        order = draw(known.population.spread, Design.of_size("uncertainty", 60, seed))
+        checks = known.checks(order, 60)
+        then = replace(
+            checks,
+            right={"mner": second[order.posts[:60]]},
+            predicted=known.population.mentions[order.posts[:60]].astype(float),
+        )
+        found = difference(checks, estimate(checks)["mner"]["f1"], estimate(then)["mner"]["f1"])
+        assert found.half_width > 0.01
+        inside += found.low <= truth <= found.high
+    assert inside >= 95
+
+
 def test_the_difference_of_two_runs_is_sharper_than_the_two_scores():
     """The second run is right about twenty mentions more; what it predicts elsewhere is not known."""
     order = draw(KNOWN.population.spread, Design.of_size("uncertainty", 200, 0))
