@@ -28,6 +28,7 @@ from gem_ray.serving.problems import ProblemError
 HEAD_TIMEOUT_S = 10.0
 MAX_HEAD_BYTES = 64 * 2**10
 MAX_PIPELINED = 16  # requests of a connection that wait for the answer to the one before
+MAX_CHUNKS = 4096  # of a body in one read: 256 KiB of single bytes would hold everybody up for a tenth of a second
 FIRST_PART_S = 10.0  # for the end of a body, or for its first `GATHER_BYTES`
 MAX_HELD = 1024  # requests whose first part is not there; each holds less than `GATHER_BYTES`
 GATHER_BYTES = 64 * 2**10
@@ -86,12 +87,14 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._head_bytes = 0
         self._is_in_body = False
+        self._chunks = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
         """Another head has its time from its first byte; what still comes of a body that was refused, as well."""
         self._head_bytes += len(data)
+        self._chunks = 0
         super().data_received(data)
         if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._expect_head()
@@ -116,6 +119,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """What comes between two pieces of a body is limited as a head is, and so is what comes behind the last."""
         self._head_bytes = 0
+        self._chunks += 1
+        if self._chunks > MAX_CHUNKS:
+            raise ValueError(f"more than {MAX_CHUNKS} chunks come at once")
         super().on_body(body)
 
     def on_message_complete(self) -> None:

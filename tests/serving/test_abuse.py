@@ -526,6 +526,22 @@ def test_what_comes_behind_or_between_the_pieces_of_a_body_is_not_kept(api, star
         assert sent < 8 * MIB  # what the sockets hold besides
 
 
+@pytest.mark.parametrize(("size", "is_read"), [(1, False), (64, True), (4096, True)])
+def test_a_body_in_single_bytes_is_not_read_to_its_end(api, size, is_read):
+    """Each chunk costs as much, however small: such bodies would hold everybody up."""
+    chunk = b"%x\r\n%s\r\n" % (size, b" " * size)
+    body = json.dumps({"text": TEXT}).encode()
+    last = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with api.connect(CHUNKED.replace(b"Host", b"Content-Type: application/json\r\nHost")) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(chunk * (2 * MIB // len(chunk)) + last)
+        try:
+            status = first_line(connection)
+        except ConnectionError:
+            status = b""
+        assert (status == b"HTTP/1.1 200 OK") == is_read, status
+
+
 @pytest.mark.parametrize("repeated", [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", POST % 2 + b"{}"])
 def test_requests_of_a_connection_that_wait_for_their_turn_are_few(api, monkeypatch, repeated):
     """uvicorn would keep all that come: thousands in each part that it reads, and it reads on with every answer."""
