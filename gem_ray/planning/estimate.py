@@ -198,6 +198,8 @@ def _assumptions(plan: Plan) -> Iterator[Assumption]:
     ):
         is_measured = work.is_measured and name not in work.assumed
         source = f"{TWEETS.source}; {work.source}" if name in work.assumed else work.source
+        if name == "hard" and work.has_budget:
+            is_measured, source = True, "as filter.max_share gives it"
         yield Assumption(what, value, source, is_measured)
     for pool in (pool for one in plan.passes for pool in one.pools):
         if pool.source == "measured" and pool.seconds:

@@ -45,6 +45,7 @@ class Workload:
         answer_tokens: of its answer: 570 characters, as above.
         entropies: quantiles of the entities' entropies in nats, evenly spaced; empty: not known.
         gamma: at which `hard` was counted, where the entropies are only shaped like those of tweets; else `None`.
+        has_budget: whether as many entities are hard as the configuration's budget lets through.
         source: where these figures are from.
         is_measured: on the posts of the run, or of one like it.
         assumed: names of figures that were not, although the others were.
@@ -71,6 +72,7 @@ class Workload:
     answer_tokens: int = 143
     entropies: tuple[float, ...] = ()
     gamma: float | None = None
+    has_budget: bool = False
     source: str = "tweets of FMNERG, each with an image"
     is_measured: bool = False
     assumed: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ class Workload:
         """The same posts with as many hard entities as γ or the budget lets through, if their entropies are known."""
         share, work = self.hard_share, self
         if config.filter.max_share is not None:
-            share = config.filter.max_share
+            share, work = config.filter.max_share, replace(self, has_budget=True)
         elif self.gamma == config.filter.gamma:
             return self
         elif self.entropies and config.routing.threshold is None:

@@ -75,6 +75,8 @@ def test_the_price_falls_with_the_budget_of_hard_entities() -> None:
     costs = [expected(reranked(f"filter.max_share={share}")).money for share in (0.8, 0.4, 0.15)]
     assert costs == sorted(costs, reverse=True)
     assert costs[2] < 0.6 * costs[0]
+    (share,) = [each for each in expected(reranked("filter.max_share=0.4")).assumptions if "are hard" in each.what]
+    assert (share.value, share.source) == (0.4, "as filter.max_share gives it")
 
 
 def test_the_price_falls_with_gamma() -> None:
