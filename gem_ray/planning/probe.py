@@ -78,6 +78,8 @@ def probe(path: str, config: Config, posts: int = POSTS, columns: Columns | None
         sum(bool((text or "").strip()) for text in texts) / len(sample)
         for texts in ([post.caption for post in sample], [post.knowledge for post in sample])
     )
+    # Before a stage fetches them; the bytes that a post brings win over its URI.
+    on_s3 = sum(post.image_bytes is None and (post.image_uri or "").startswith("s3://") for post in sample)
     placement = pools[0].placement
     usual = torch.get_num_threads()
     # Side by side, as actors are: cores that work together are slower than one alone.
@@ -88,7 +90,8 @@ def probe(path: str, config: Config, posts: int = POSTS, columns: Columns | None
         seconds = _run(sets, sample, min(pool.placement.batch_size for pool in pools))
     finally:
         torch.set_num_threads(usual)
-    work = replace(_workload(sample, sizes, megapixels, path), captioned=captioned, explained=explained)
+    work = _workload(sample, sizes, megapixels, path)
+    work = replace(work, captioned=captioned, explained=explained, s3_images=on_s3 / len(sample))
     if not is_timed and config.knowledge.explainer is not None:
         work = replace(work, text_tokens=work.text_tokens + round((1 - explained) * work.answer_tokens))
     if "rerank" in seconds and work.hard:
@@ -137,7 +140,6 @@ def _workload(posts: list[Post], sizes: list[int], megapixels: list[float], path
         hard=sum(entity.hard for entity in entities) / count,
         with_hard=sum(any(entity.hard for entity in post.entities) for post in posts) / count,
         with_images=with_images,
-        s3_images=sum((post.image_uri or "").startswith("s3://") for post in posts) / count,
         megapixels=float(np.mean(megapixels)) if megapixels else usual.megapixels,
         entropies=tuple(map(float, entropies)),
         source=f"{count} posts of {path}",

@@ -55,6 +55,18 @@ def test_prompts_are_as_long_as_the_texts_and_only_images_have_boxes(tmp_path: P
     assert max(short.with_boxes, short.with_other_boxes) <= short.with_images
 
 
+@pytest.mark.parametrize("preset", ["nano", "one-gpu"])
+def test_images_that_a_post_brings_are_not_asked_for_in_s3(preset: str, tmp_path: Path) -> None:
+    posts = list(generate(8, seed=5))
+    for number, post in enumerate(posts):
+        post.image_uri = f"s3://bucket/{number}.jpg"
+        post.image_bytes = post.image_bytes if number < 6 else None
+    write_posts(posts, tmp_path, per_shard=8)
+    off = ["reranker.enabled=false", "grounder.enabled=false"]
+    work = probe(str(tmp_path), load_config(preset, overrides=off)).work
+    assert (work.s3_images, work.with_images) == (0.25, 1)
+
+
 def test_a_budget_of_hard_entities_is_planned_as_a_run_takes_it(tmp_path: Path) -> None:
     write_posts(list(generate(8, seed=5)), tmp_path, per_shard=8)
     config = load_config(overrides=["grounder.enabled=false", "filter.max_share=0.0"])
