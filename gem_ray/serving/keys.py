@@ -85,16 +85,15 @@ class ApiKeys:
 
 
 def _parse(text: str) -> dict[bytes, str]:
-    lines = [line.strip() for line in text.splitlines()]
     names = {}
-    for line in lines:
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         if not line or line.startswith("#"):
             continue
         found = _LINE.fullmatch(line)
         if found is None:
             raise ConfigError(
-                "API keys are given as their SHA-256, 64 hex digits a line, and a name if you like; `gem-ray new-key` "
-                "makes one"
+                f"API keys, line {number}: a key is given as its SHA-256, 64 hex digits, and a name of at most 64 "
+                "letters, digits and .@+-_ if you like; `gem-ray new-key` makes such a line"
             )
         names[bytes.fromhex(found[1])] = found[2] or found[1][:8].lower()
     return names

@@ -92,8 +92,8 @@ def test_what_is_no_hash_is_named(tmp_path):
     file = tmp_path / "keys"
     with pytest.raises(ConfigError, match="cannot be read"):
         ApiKeys.from_config(ServingConfig(api_keys_file=file))
-    file.write_text(KEY)
-    with pytest.raises(ConfigError, match="64 hex digits") as caught:
+    file.write_text(f"# of the newsroom\n{HASH}\n{KEY}\n")
+    with pytest.raises(ConfigError, match=r"line 3: .* 64 hex digits") as caught:
         ApiKeys.from_config(ServingConfig(api_keys_file=file))
     assert KEY not in str(caught.value)
 
