@@ -599,4 +599,5 @@ def _detail(answer: httpx.Response) -> str:
         problem = answer.json()
         return f"{problem['status']} {problem['title']}: {problem['detail']}"
     except _WRONG:  # from a proxy in between, or from Serve itself
-        return f"the service answered {answer.status_code}"
+        there = f": go to {answer.next_request.url}; is base_url right?" if answer.next_request else ""
+        return f"the service answered {answer.status_code}{there}"

@@ -412,6 +412,17 @@ def test_statuses_that_pass_are_tried_again(against, status):
         assert client.taxonomy() == {}
 
 
+def test_a_redirection_is_told(against):
+    """From http to https, mostly; what was posted is not sent elsewhere."""
+    there = {"Location": "https://service/v1/annotate"}
+    with (
+        against(lambda _: httpx.Response(301, headers=there, html="<h1>Moved</h1>")) as client,
+        pytest.raises(ClientError, match=r"301: go to https://service/v1/annotate; is base_url right\?") as caught,
+    ):
+        client.annotate(TEXT)
+    assert caught.value.status == 301
+
+
 def test_a_client_may_try_for_days(against, monkeypatch):
     monkeypatch.setattr("gem_ray.client._FIRST_PAUSE_S", 0.5)
     answers = [httpx.Response(503)] * 2000 + [httpx.Response(200, json={"coarse": {}})]
