@@ -91,25 +91,25 @@ class _Placed:
     Attributes:
         kind: its models, and what computes them.
         share: of a card; 1 without one.
-        flops: of its models, for a post.
+        asked: of it for a post: operations of its models, or entities of a reranker behind an endpoint.
         cpu_seconds: of a core beside a card, for a post.
     """
 
     kind: tuple[Any, ...]
     share: float
-    flops: float
+    asked: float
     cpu_seconds: float
 
     def is_like(self, other: _Placed) -> bool:
         """Whether the speed of one says something of the other's."""
-        return self.kind == other.kind and (self.flops > 0) >= (other.flops > 0)
+        return self.kind == other.kind and (self.asked > 0) >= (other.asked > 0)
 
     def seconds_of(self, taken: float, other: _Placed) -> float:
         """What the other takes for a post, of which this one has taken some seconds: a share of a card is that share of
         its speed.
         """
         on_cpus = min(taken, self.cpu_seconds)
-        scale = self.share / other.share * (other.flops / self.flops if self.flops else 1.0)
+        scale = self.share / other.share * (other.asked / self.asked if self.asked else 1.0)
         return (taken - on_cpus) * scale + (on_cpus * other.cpu_seconds / self.cpu_seconds if on_cpus else 0.0)
 
 
@@ -131,6 +131,9 @@ def _placed(spec: StageSpec, pool: Pool[StagePool], config: Config, work: Worklo
         len(need.engines),
         *((model.role, model.dtype) for model in need.models),
         *(reference_at(config, key) for key in spec.models(config).values()),
+        *spec.hosted(config).values(),
     )
-    flops = sum(model.flops for model in need.models)
-    return _Placed(kind, min(1.0, gpus or 1.0), flops, need.cpu_seconds if gpus else 0.0)
+    asked = sum(model.flops for model in need.models)
+    if spec.name == "rerank" and not need.models:
+        asked = work.under(config).hard
+    return _Placed(kind, min(1.0, gpus or 1.0), asked, need.cpu_seconds if gpus else 0.0)

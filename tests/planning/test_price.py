@@ -749,6 +749,17 @@ def test_speeds_of_an_earlier_run_follow_what_is_asked_of_the_models(tmp_path: P
     assert "rerank" not in read_run(nothing_hard, reranked())[1]
 
 
+def test_speeds_of_an_endpoint_follow_its_model_and_its_questions(tmp_path: Path) -> None:
+    def asked(model: str, *overrides: str) -> Config:
+        endpoint = f"reranker={{engine: endpoint, endpoint: {{base_url: http://127.0.0.1:9/v1, model: {model}}}}}"
+        return load_config(overrides=[endpoint, *overrides])
+
+    run = a_run(tmp_path, asked("one"))
+    assert read_run(run, asked("one"))[1]["rerank"] == pytest.approx(1)
+    assert read_run(run, asked("one", "filter.max_share=0.05"))[1]["rerank"] == pytest.approx(0.2)
+    assert "rerank" not in read_run(run, asked("two"))[1]
+
+
 def test_a_model_that_is_not_known_has_no_price_either() -> None:
     config = reranked("reranker.model=somebody/some-llava")
     plan = make_plan(config, gpus=8, card="h100")
