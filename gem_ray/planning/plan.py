@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gem_ray.config import Config, ConfigError, StagePool
+from gem_ray.config import Config, ConfigError, EndpointConfig, StagePool
 from gem_ray.planning.advice import changes_that_fit, merged_config
 from gem_ray.planning.allocation import Cards, PlannedPool, Source, allocate
 from gem_ray.planning.cards import Fleet
@@ -16,6 +16,7 @@ from gem_ray.planning.cpu_costs import CARRYING_SECONDS, decoding_seconds
 from gem_ray.planning.published import find_published
 from gem_ray.planning.refusals import gib, too_large, too_many
 from gem_ray.planning.workload import TWEETS, Workload, decoded_share, loaded_share
+from gem_ray.plurals import counted
 from gem_ray.pools import Pool, passes_of
 from gem_ray.redaction import redacted
 from gem_ray.stages import LOAD_IMAGE, active_stages
@@ -271,7 +272,7 @@ def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str,
         passes.append(PassPlan(tuple(pools) if found else allocate(pools, fleet.count, cpus), cores))
         problems += found
     of_cards = [*_parts_of_cards(fleet), *_larger_than_sold(fleet), *_slow_dtypes(fleet, planned)]
-    notes = [*_notes(config, planned), *of_cards, *([] if problems else _unused(passes, fleet))]
+    notes = [*_notes(config, planned, under), *of_cards, *([] if problems else _unused(passes, fleet))]
     return Plan(fleet, cpus, tuple(passes), tuple(problems), under, tuple(notes))
 
 
@@ -317,7 +318,7 @@ def _slow_dtypes(fleet: Fleet, passes: Sequence[Sequence[PlannedPool]]) -> Itera
             )
 
 
-def _notes(config: Config, passes: Sequence[Sequence[PlannedPool]]) -> Iterator[str]:
+def _notes(config: Config, passes: Sequence[Sequence[PlannedPool]], work: Workload) -> Iterator[str]:
     for message in dict.fromkeys(each for pools in passes for pool in pools for each in pool.need.unknown):
         yield f"not in it: {message}"
     for spec in active_stages(config):
@@ -325,14 +326,21 @@ def _notes(config: Config, passes: Sequence[Sequence[PlannedPool]]) -> Iterator[
             yield f"not in it: the stage {spec.name}, of which the plan does not know what it needs"
     reranker = config.reranker
     if reranker.enabled and reranker.engine == "endpoint" and reranker.endpoint is not None:
-        where = redacted(reranker.endpoint.base_url)
-        yield f"not in it: the reranker, {reranker.endpoint.model} behind {where}, and its speed"
+        yield _left_out("reranker", reranker.endpoint, work.hard * work.with_images)
     explainer = config.knowledge.explainer
     if explainer is not None and explainer.engine == "endpoint":
-        published = find_published(explainer.model)
-        weights = f", {gib(2 * published.parameters)} GiB of weights in half precision" if published else ""
-        where = redacted(explainer.base_url)
-        yield f"not in it: the explainer, {explainer.model} behind {where}{weights}, and its speed"
+        yield _left_out("explainer", explainer, 1 - work.explained)
+
+
+def _left_out(role: str, endpoint: EndpointConfig, questions: float) -> str:
+    """What a plan leaves out of a model behind an endpoint, which is asked so many questions about a post."""
+    published = find_published(endpoint.model)
+    weights = f", {gib(2 * published.parameters)} GiB of weights in half precision" if published else ""
+    where = redacted(endpoint.base_url)
+    return (
+        f"not in it: the {role}, {endpoint.model} behind {where}{weights}, its speed, and the price of its answers: "
+        f"about {counted(round(1000 * questions), 'question')} for a thousand posts"
+    )
 
 
 def _planned(

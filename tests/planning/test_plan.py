@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from gem_ray.planning.model_facts import count_parameters, read_shape
 from gem_ray.planning.plan import Plan, PlanError, make_plan
 from gem_ray.planning.published import PUBLISHED
 from gem_ray.planning.table import print_plan
+from gem_ray.planning.workload import TWEETS
 from gem_ray.pools import passes_of
 from gem_ray.stages import STAGES, StageSpec
 from gem_ray.tagger.checkpoint import load_tagger
@@ -671,6 +673,12 @@ def test_an_explainer_behind_an_endpoint_is_noted_and_not_planned() -> None:
     explainer = "knowledge.explainer={base_url: http://127.0.0.1:9/v1, model: meta-llama/Meta-Llama-3-8B-Instruct}"
     plan = make_plan(load_config(overrides=[explainer]))
     assert "15.0 GiB" in plan.notes[0]
+    assert plan.notes[0].endswith("about 1,000 questions for a thousand posts")
+    reranker = "reranker={engine: endpoint, endpoint: {base_url: http://me:secret@127.0.0.1:9/v1, model: one}}"
+    for work, questions in ((TWEETS, "1,314"), (replace(TWEETS, with_images=0.5), "657")):
+        (note,) = make_plan(load_config(overrides=[reranker]), work=work).notes
+        assert "the reranker, one behind http://***@127.0.0.1:9/v1, its speed" in note
+        assert f"about {questions} questions" in note
 
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
