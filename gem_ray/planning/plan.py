@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from gem_ray.planning.published import find_published
 from gem_ray.planning.refusals import gib, too_large, too_many
 from gem_ray.planning.workload import TWEETS, Workload, decoded_share, loaded_share
 from gem_ray.plurals import counted
-from gem_ray.pools import Pool, passes_of
+from gem_ray.pools import CPUS_FOR_TASKS, Pool, passes_of
 from gem_ray.redaction import redacted
 from gem_ray.stages import LOAD_IMAGE, active_stages
 
@@ -55,6 +56,13 @@ class PassPlan:
     def cpu_seconds(self) -> float:
         """Of a core, for a post: what the pools and the way between them take."""
         return CARRYING_SECONDS + sum(pool.cpu_seconds for pool in self.pools)
+
+    @property
+    def cpus_needed(self) -> int:
+        """So many that the slowest pool need not wait for them: what actors and tasks reserve, or what they compute."""
+        reserved = CPUS_FOR_TASKS + sum(pool.cpus for pool in self.pools)
+        seconds = _seconds(self.bottleneck) if self.bottleneck else 0.0
+        return math.ceil(round(max(reserved, self.cpu_seconds / seconds if seconds else 0.0), 6))
 
     @property
     def is_cpu_bound(self) -> bool:
@@ -113,6 +121,11 @@ class Plan:
     def gpu_memory_gb(self) -> float:
         """Of the smallest card, as it is sold."""
         return self.fleet.memory_gb
+
+    @property
+    def cpus_needed(self) -> int | None:
+        """CPUs with which no pass waits for them; `None` if it does not fit."""
+        return None if self.problems else max(one.cpus_needed for one in self.passes)
 
     @property
     def card(self) -> str | None:
@@ -184,6 +197,7 @@ class Plan:
             "gpu_memory_gb": self.gpu_memory_gb,
             "card": self.card,
             "cpus": self.cpus,
+            "cpus_needed": self.cpus_needed,
             "passes": [_pass_dict(each, fits=not self.problems) for each in self.passes],
             "bottleneck": self.limit,
             "posts_per_hour": self.posts_per_hour,

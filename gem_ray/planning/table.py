@@ -95,6 +95,8 @@ def _lines(plan: Plan, expected: RunEstimate | None) -> Iterator[str]:
         return
     is_whole = not any(pool.need.unknown for one in plan.passes for pool in one.pools)
     yield "verdict: it fits" + ("" if is_whole else ", as far as the models are known")
+    if plan.gpus and plan.cpus is None and plan.cpus_needed:
+        yield f"CPUs: {plan.cpus_needed:,}, so that the cards need not wait for them"
     if plan.limit is None:
         yield f"bottleneck: not known; {_what_says_speeds(plan)}--like RUN takes an earlier run's speeds"
         return

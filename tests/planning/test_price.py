@@ -543,6 +543,22 @@ def test_mixed_cards_are_not_said_to_be_all_as_small_as_the_smallest(capsys: pyt
     assert "on 8xl40s+4xa10g, of which the smallest has 24 GB;" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("preset", ["cluster", "one-gpu"])
+@pytest.mark.parametrize("gpus", ["1xh100", "8xl40s", "3xh200+2xh100"])
+def test_a_plan_needs_as_many_cpus_as_it_says(preset: str, gpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(cpus: int | None) -> Plan:
+        return make_plan(load_config(preset), gpus=gpus, cpus=cpus)
+
+    free = planned(None)
+    assert free.cpus_needed is not None
+    enough, fewer = planned(free.cpus_needed), planned(free.cpus_needed - 1)
+    assert enough.posts_per_hour == pytest.approx(free.posts_per_hour)
+    assert fewer.problems or fewer.posts_per_hour < enough.posts_per_hour
+    print_plan(free)
+    assert f"CPUs: {free.cpus_needed}," in capsys.readouterr().out
+    assert free.to_dict()["cpus_needed"] == free.cpus_needed
+
+
 def test_cards_that_nobody_uses_are_said() -> None:
     notes = make_plan(load_config("one-gpu"), gpus=4, card="rtx-4090").notes
     assert "pass 2 leaves 3 of 4 cards unused: raise max_actors of ground under `pipeline.pools`" in notes
