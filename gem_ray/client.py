@@ -45,7 +45,7 @@ _DOUBLED = 20  # times; by then it is a week
 _FRAME = ('{"posts":[', "]}")
 _NDJSON = "application/x-ndjson"
 # A proxy that the environment names has no way to this machine, and posts and keys for it are none of its business.
-_NO_PROXY = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
+_WITHOUT_PROXY = ("localhost", "127.0.0.1", "::1")
 _SHOWN_POSITIONS = 5
 _WRONG = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading an answer raises that is not one of gem-ray's."""
@@ -283,7 +283,14 @@ class _Requests:
         headers = {"Authorization": f"Bearer {_checked(api_key)}"} if api_key else {}
         if auth and headers:
             raise ValueError("give an api_key, or a name and password in base_url, not both: one header holds them")
-        self._http = self._transport(base_url=url, headers=headers, auth=auth, timeout=timeout_s, mounts=_NO_PROXY)
+        self._http = self._transport(
+            base_url=url,
+            headers=headers,
+            auth=auth,
+            timeout=timeout_s,
+            trust_env=url.host not in _WITHOUT_PROXY,
+            verify=httpx.create_ssl_context(),  # which heeds the environment, also on this machine
+        )
         self._retries = retries
         self._max_pause_s = max_pause_s
 

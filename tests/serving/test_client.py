@@ -396,8 +396,9 @@ def test_posts_that_the_service_is_too_busy_for_are_asked_for_again(against, sta
     assert (answers[2].text == "c") if times == 1 else (answers[2].status == status)
 
 
-def test_no_proxy_stands_between_programs_of_one_machine(make, flaky, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_no_proxy_stands_between_programs_of_one_machine(make, flaky, monkeypatch, proxy):
+    monkeypatch.setenv("HTTP_PROXY", proxy)  # httpx alone knows none of SOCKS
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     flaky.plan += [(200, {})]
