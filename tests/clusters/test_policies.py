@@ -98,3 +98,12 @@ def test_head_ends_only_nodes_of_its_own_cluster_and_gives_only_the_workers_role
     assert policy["ec2:TerminateInstances"]["Condition"] == {"StringEquals": own}
     worker = aws["available_node_types"]["gpu"]["node_config"]["IamInstanceProfile"]["Name"]
     assert policy["iam:PassRole"]["Resource"].endswith(f":role/{worker}")
+
+
+def test_head_starts_no_other_machines_than_the_workers(clusters):
+    """Its jobs run whatever they are sent; other types cost many times as much."""
+    aws = yaml.safe_load((clusters / "aws.yaml").read_text())
+    wanted = {"ec2:InstanceType": aws["available_node_types"]["gpu"]["node_config"]["InstanceType"]}
+    launching = [s for s in statements(clusters / "aws-head-policy.json") if "ec2:RunInstances" in listed(s["Action"])]
+    of_instances = [s for s in launching if any(":instance/" in resource for resource in listed(s["Resource"]))]
+    assert [each["Condition"] for each in of_instances] == [{"StringEquals": wanted}]
