@@ -103,7 +103,7 @@ def _lines(plan: Plan, expected: RunEstimate | None) -> Iterator[str]:
     rate = f"; about {_rounded(plan.posts_per_hour)} posts an hour" if plan.posts_per_hour else ""
     yield f"bottleneck: {plan.limit}{rate}"
     if expected is not None:
-        yield from _expected(expected)
+        yield from _expected(expected, plan)
 
 
 def _where(plan: Plan) -> str:
@@ -122,7 +122,7 @@ def _what_says_speeds(plan: Plan) -> str:
     return "" if on_cards else "--probe INPUT times what runs on CPUs, "
 
 
-def _expected(expected: RunEstimate) -> Iterator[str]:
+def _expected(expected: RunEstimate, plan: Plan) -> Iterator[str]:
     low, high = expected.hours_range
     cards = f", {_rounded(expected.gpu_hours)} GPU-hours" if expected.gpu_hours else ""
     requests = f", {_rounded(expected.requests)} S3 requests for images" if expected.requests else ""
@@ -137,7 +137,8 @@ def _expected(expected: RunEstimate) -> Iterator[str]:
         yield f"cost: about {_rounded(expected.money)}{currency} ({_rounded(least)} to {_rounded(most)})"
     elif expected.gpu_hours:
         yield "cost: not known; no list price is stored for these cards, --price says what an hour of one costs"
-    for what, hours in (("card", expected.hours_with_one_more_card), ("CPU", expected.hours_with_one_more_cpu)):
+    card = f"card ({plan.fleet.kinds[0][1]})" if len(plan.fleet.kinds) > 1 else "card"
+    for what, hours in ((card, expected.hours_with_one_more_card), ("CPU", expected.hours_with_one_more_cpu)):
         if hours is not None:
             yield f"one {what} more: about {_rounded(hours)} hours"
     yield "it rests on:"

@@ -353,7 +353,8 @@ def test_a_probe_reads_columns_with_other_names(monkeypatch: pytest.MonkeyPatch)
     [
         ("--gpus 8 --card h100", [" dollars (", "price of an hour, in dollars: 55 (assumed: AWS p5.48xlarge, 8 cards"]),
         ("--gpus 8 --card h100 --price 2", ["cost: about", "price of an hour: 16 (measured: as given)"]),
-        ("--gpus 8 --card b200", ["cost: not known", "--price"]),
+        ("--gpus 8 --card b200", ["cost: not known", "--price", "one card more: about"]),
+        ("--gpus 1xl40s+2xh100", ["one card (l40s) more: about"]),
         ("--gpus 8 --card h100 --posts 1", ["1 post: about 0.0", ", 0.0000", " hours of a core"]),
     ],
 )
