@@ -51,8 +51,8 @@ def certify_tagger(posts: Iterable[Post], config: Config, precision: float, delt
 def describe(found: Acceptance) -> str:
     """In a sentence."""
     return (
-        f"with probability {1 - found.delta:g}, at least {found.precision:.0%} of the entities with a confidence "
-        f"from {found.threshold:g} on are right: {found.share:.1%} of all; of the labelled ones, "
+        f"with probability {1 - found.delta:g}, at least {100 * found.precision:g} % of the entities with a confidence "
+        f"from {found.threshold:g} on are right: {100 * found.share:.1f} % of all; of the labelled ones, "
         f"{found.right} of {found.accepted} are"
     )
 

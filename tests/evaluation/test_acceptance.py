@@ -108,6 +108,12 @@ def judged(count: int, error_every: int) -> list[JudgedConfidence]:
     return [JudgedConfidence(str(n), 0.99 if n % 2 else 0.4, n % (2 * error_every) != 1) for n in range(count)]
 
 
+@pytest.mark.parametrize(("precision", "said"), [(0.999, "99.9 %"), (0.955, "95.5 %")])
+def test_no_more_is_said_than_was_promised(precision: float, said: str) -> None:
+    found = certify(np.full(5000, 0.99), np.ones(5000, bool), range(5000), precision, 0.05)
+    assert f"at least {said} of the entities" in acceptance_report.describe(found)
+
+
 @pytest.mark.parametrize(("section", "reranks"), [("acceptance", True), ("routing", False)])
 def test_what_was_found_is_a_piece_of_a_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, reranks: bool
@@ -124,7 +130,9 @@ def test_what_was_found_is_a_piece_of_a_configuration(
     found = certify([], config, 0.95, 0.05)
     assert asked == [reranks]
     assert (found.threshold, found.share) == (0.5, 0.5)  # 0.4 is below the lowest threshold that is tried
-    assert "980 of 1000 are" in acceptance_report.describe(found)
+    said = acceptance_report.describe(found)
+    assert "at least 95 % of the entities" in said
+    assert "980 of 1000 are" in said
     stored = acceptance_report.write_promises(acceptance_report.promised(found, section, config), tmp_path)
     settings = getattr(load_config(file=stored), section)
     assert (settings.threshold, settings.precision, settings.delta) == (0.5, 0.95, 0.05)
