@@ -37,7 +37,7 @@ def read_run(run: str | Path, config: Config) -> tuple[Workload, dict[str, float
         loads the images of all posts with entities.
 
     Raises:
-        ConfigError: it is no such file, or that run annotated nothing.
+        ConfigError: it is no such file, or that run annotated nothing; or the files of a model cannot be read.
     """
     try:
         filesystem, path = open_filesystem(run)
@@ -45,9 +45,12 @@ def read_run(run: str | Path, config: Config) -> tuple[Workload, dict[str, float
             facts = json.loads(stream.read())
         then = parse_config(facts["config"])
         work = _workload(facts, then, f"the {facts['rows']:,} posts of {run}")
-        return work, _seconds(facts["account"], work, then, config)
+        taken = _taken(facts["account"], work, then)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         raise ConfigError(f"--like: {run} is no run.json of a run that annotated posts") from None
+    before, after = _placed_stages(then, work), _placed_stages(config, work)
+    same = [stage for stage in taken if stage in before and stage in after and before[stage].is_like(after[stage])]
+    return work, {stage: before[stage].seconds_of(taken[stage], after[stage]) for stage in same}
 
 
 def _workload(facts: dict[str, Any], then: Config, source: str) -> Workload:
@@ -74,14 +77,13 @@ def _workload(facts: dict[str, Any], then: Config, source: str) -> Workload:
     return replace(work, s3_images=min(1.0, account["requests"] / fetched) if fetched else 0.0)
 
 
-def _seconds(account: dict[str, Any], work: Workload, then: Config, now: Config) -> dict[str, float]:
+def _taken(account: dict[str, Any], work: Workload, then: Config) -> dict[str, float]:
+    """Seconds of an actor for a post, by stage."""
     taken = {stage: seconds / account["annotated"] for stage, seconds in account["stage_seconds"].items()}
     loaded = sum(loaded_share(pool, work) for pools in passes_of(then) for pool in pools)
     if LOAD_IMAGE in taken and loaded:
         taken[LOAD_IMAGE] *= work.with_entities / loaded
-    before, after = _placed_stages(then, work), _placed_stages(now, work)
-    same = [stage for stage in taken if stage in before and stage in after and before[stage].is_like(after[stage])]
-    return {stage: before[stage].seconds_of(taken[stage], after[stage]) for stage in same}
+    return taken
 
 
 @dataclass(frozen=True)

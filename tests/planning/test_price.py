@@ -669,6 +669,10 @@ def test_a_finished_run_says_what_its_posts_were(tmp_path: Path) -> None:
             read_run(tmp_path / "run.json", config)
     with pytest.raises(ConfigError, match=r"--like: .* is no run\.json"):
         read_run(tmp_path, config)
+    (tmp_path / "empty").mkdir()
+    broken = load_config(overrides=[f"tagger.model={tmp_path / 'empty'}"])
+    with pytest.raises(ConfigError, match=r"the size of .*empty is not known"):
+        read_run(a_run(tmp_path, config), broken)
 
 
 def test_a_finished_run_may_be_on_s3(s3: Any, tmp_path: Path) -> None:
