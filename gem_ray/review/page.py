@@ -78,11 +78,12 @@ def notes(certificate: Certificate) -> list[str]:
         said.append(f"{counted(frame.empty, 'post')} of the run without text are not counted.")
     if frame.left_out:
         said.append(f"{counted(frame.left_out, 'post')} of earlier reviews are left out: this is about all others.")
-    if not certificate.review.facts.blind:
-        said.append(
-            "The checkers saw the predictions, and may have let some pass that they would not have made: "
-            "a sample drawn with --blind shows how many."
-        )
+    said.append(
+        "The checkers did not see the predictions."
+        if certificate.review.facts.blind
+        else "The checkers saw the predictions, and may have let some pass that they would not have made: "
+        "a sample drawn with --blind shows how many."
+    )
     said += [f"{remark}: {count:,}." for remark, count in certificate.remarks.items()]
     if certificate.differences:
         said.append(

@@ -313,6 +313,15 @@ def test_posts_behind_a_gap_do_not_count(review, tasks, export):
     assert any("2 checked posts behind it do not count" in note for note in notes(certificate))
 
 
+@pytest.mark.parametrize(
+    ("blind", "said"), [(True, "did not see the predictions"), (False, "saw the predictions, and")]
+)
+def test_a_certificate_says_whether_the_checkers_saw_the_predictions(review, tasks, export, blind, said):
+    shown = replace(review, facts=replace(review.facts, blind=blind))
+    certificate = certify(shown, read_corrections(export(list(map(checked, tasks))), shown))
+    assert any(said in note for note in notes(certificate))
+
+
 def test_one_checked_post_is_refused_with_what_is_missing(review, tasks, export):
     made = [checked(tasks[0]), *map(unchecked, tasks[1:2]), *map(checked, tasks[2:])]
     with pytest.raises(ValueError, match=r"1 of the posts are checked: .* at least 20; .* 'post-32', number 2"):
