@@ -24,6 +24,11 @@ _NO_TEXT = "its name is not UTF-8"
 _NO_TARGET = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # of a link, whoever may follow it
 
 
+def is_key_for_arrow(path: str) -> bool:
+    """Whether Arrow can open an object of S3: it knows no empty components, and takes `a/../b` for `b`."""
+    return not any(part in ("", ".", "..") for part in path.split("/"))
+
+
 @dataclass(frozen=True)
 class StoredFile:
     """A file as its storage lists it.
@@ -69,9 +74,9 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
     if "?" in uri:
         raise ValueError(f"{uri.partition('?')[0]}: leave out the `?…`; AWS_ENDPOINT_URL names another server")
     place = S3Uri.parse(uri)
-    if "//" in place.path:
+    if not is_key_for_arrow(place.path):
         raise ValueError(
-            f"s3://{place.path}: Arrow cannot open keys with an empty component (`//`); rename the objects"
+            f"s3://{place.path}: Arrow cannot open keys with an empty component (`//`), `.` or `..`; rename the objects"
         )
     return open_bucket(place), place.path
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from gem_ray.data.damage import json_object
-from gem_ray.data.files import Inode, StoredFile, links_again, list_files
+from gem_ray.data.files import Inode, StoredFile, is_key_for_arrow, links_again, list_files
 from gem_ray.data.formats import (
     HEAD_BYTES,
     TAR_SUFFIXES,
@@ -44,7 +44,7 @@ _TABLES = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table", "_spark_met
 _HIDDEN = "hidden by a `_` or `.` in front"
 _OTHER_KIND = "of another kind, by its suffix"
 _AGAIN = "a link to a file that is listed already"
-_EMPTY_COMPONENT = "its key has an empty component (`//`), which Arrow cannot open"
+_NO_KEY = "its key has an empty component (`//`), `.` or `..`, which Arrow cannot open"
 _METADATA = "metadata of the tar beside it: no columns post_id and text"
 _UNKNOWN = "neither Parquet nor tar, by its first bytes"
 
@@ -189,8 +189,8 @@ def _note(left_out: dict[str, str], path: str, reason: str | None) -> bool:
 
 def _reason_of_name(path: str, root: str) -> str | None:
     relative = path.removeprefix(f"{root}/")
-    if "//" in path:
-        return _EMPTY_COMPONENT
+    if not is_key_for_arrow(path.removeprefix("/")):
+        return _NO_KEY
     if is_hidden(PurePosixPath(relative)) or "__MACOSX" in relative:
         return _HIDDEN
     return _OTHER_KIND if format_of_name(path) is None and is_other_name(path) else None

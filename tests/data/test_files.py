@@ -44,9 +44,10 @@ def test_a_path_in_s3_is_the_bucket_and_the_key_as_written(s3, key, path):
     assert open_filesystem(f"{bucket}{key}")[1] == f"{bucket_of(bucket)}{path}"
 
 
-def test_a_location_with_an_empty_component_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"s3://bucket/a//b: .*empty"):
-        open_filesystem("s3://bucket/a//b/")
+@pytest.mark.parametrize("key", ["a//b", "a/../b", "./b", "b/.."])
+def test_a_location_that_arrow_takes_for_another_is_refused_by_name(key):
+    with pytest.raises(ValueError, match=rf"s3://bucket/{key}: .*empty"):
+        open_filesystem(f"s3://bucket/{key}/")
 
 
 @pytest.mark.parametrize(

@@ -198,15 +198,15 @@ def test_a_shard_that_is_gone_is_missed(tmp_path):
     assert len(list_shards(tmp_path).shards) == 2
 
 
-def test_keys_in_s3_with_empty_components_are_named(s3):
+def test_keys_in_s3_that_arrow_cannot_open_are_named(s3):
     bucket = s3.bucket("posts")
-    for key in ("a/x.parquet", "a//y.parquet", "a/b//z.parquet"):
+    for key in ("a/x.parquet", "a//y.parquet", "a/b//z.parquet", "a/b/../x.parquet"):
         s3.put(f"{bucket}/{key}", parquet_bytes())
     listing = list_shards(f"{bucket}/a")
     assert [path.partition("/")[2] for path in listing.paths] == ["a/x.parquet"]
     [remark] = listing.remarks()
-    assert remark.startswith("2 files are not read (its key has an empty component (`//`)")
-    assert remark.endswith(": /y.parquet, b//z.parquet")
+    assert remark.startswith("3 files are not read (its key has an empty component (`//`)")
+    assert remark.endswith(": /y.parquet, b/../x.parquet, b//z.parquet")
 
 
 ENTRIES = ["file", "folder"]
