@@ -41,6 +41,9 @@ class ProblemKind(StrEnum):
     FILTERED = "filtered"  # a stage of the user's own has left the post out
 
 
+# Of a problem's message: it often quotes what the data brought, which may be millions of characters.
+_MESSAGE_CHARS = 1000
+
 _REJECTING = (ProblemKind.BAD_RECORD, ProblemKind.TEXT_TOO_LONG, ProblemKind.FILTERED)
 
 
@@ -243,8 +246,11 @@ class Post:
         return any(problem.kind.startswith("image_") or problem.stage == LOAD_IMAGE for problem in self.problems)
 
     def fail(self, stage: str, kind: ProblemKind, message: str) -> None:
-        """Record a problem; credentials in the message, as of an image's address, are cut out."""
-        self.problems.append(Problem(stage, kind, redacted(message)))
+        """Record a problem; credentials in the message, as of an image's address, are cut out, and its end if long."""
+        # Twice: credentials are looked for in more than is kept, so that none is cut in two and not found.
+        message = redacted(message[: 10 * _MESSAGE_CHARS])
+        is_long = len(message) > _MESSAGE_CHARS
+        self.problems.append(Problem(stage, kind, message[: _MESSAGE_CHARS - 1] + "…" if is_long else message))
 
     def annotation(self) -> dict[str, Any]:
         """The output row, without `run_id` and `models`, as plain Python values of `ANNOTATION_SCHEMA`."""

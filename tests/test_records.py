@@ -178,3 +178,13 @@ def test_gold_is_read_from_the_plain_values_of_its_column():
     assert gold_from_rows(through_arrow["gold"]) == expected
     assert gold_from_rows([]) == []  # annotated, and nothing there
     assert gold_from_rows(None) is None  # not annotated
+
+
+def test_a_message_is_bounded_whatever_it_quotes_and_keeps_no_part_of_a_password():
+    post = Post("1", "Lyon")
+    post.fail("load_image", ProblemKind.IMAGE_UNREADABLE, f"{'x' * 5_000_000} could not be read")
+    post.fail("load_image", ProblemKind.IMAGE_UNREADABLE, f"{'x' * 980} https://user:secret-word@host/ is not there")
+    long, short = (problem.message for problem in post.problems)
+    assert len(long) == len(short) == 1000
+    assert long.endswith("x…")
+    assert "sec" not in short

@@ -16,6 +16,7 @@ from gem_ray.tagger.recipe import KnowledgeSource, TaggerDesign
 from gem_ray.tagger.shapes import case_of, cases_of, input_shapes
 
 _SPECIAL_TOKENS = 2  # [CLS] and the [SEP] after the text
+_MOST_OF_SUBWORD = 100  # characters; the tokenizer takes 130 times the memory of what it is given
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class SubwordEncoder:
             return_offsets_mapping=self.design.word_shapes,
             verbose=False,
         )
-        sources = [knowledge_text(post, self.design.knowledge) for post in posts]
+        most = self.max_length * _MOST_OF_SUBWORD
+        sources = [knowledge_text(post, self.design.knowledge)[:most] for post in posts]
         knowledge = self.tokenizer(
             sources,
             add_special_tokens=False,

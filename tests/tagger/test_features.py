@@ -54,6 +54,17 @@ def test_knowledge_is_cut_and_the_text_is_not(encoder_folder: Path) -> None:
     assert pieces(features, full.input_ids) == "[CLS] the singer said in london from paris and [SEP]"
 
 
+@pytest.mark.parametrize("word", ["paris ", "antidisestablishmentarianism ", "\u200b"])
+def test_no_more_knowledge_is_tokenised_than_can_be_read(encoder_folder: Path, word: str) -> None:
+    features = SubwordEncoder(load_tokenizer(encoder_folder), max_length=10)
+    given: list[str] = []
+    tokenizer = features.tokenizer
+    features.tokenizer = lambda texts, **options: given.extend(texts) or tokenizer(texts, **options)  # type: ignore
+    (much,) = features.subwords([make("the singer", word * 1_000_000)])
+    assert max(map(len, given)) <= 1000
+    assert much == features.subwords([make("the singer", word * 500)])[0]
+
+
 def test_a_text_longer_than_the_input_is_read_in_windows_of_whole_words(encoder_folder: Path) -> None:
     features = SubwordEncoder(load_tokenizer(encoder_folder), max_length=6)
     post = make("the singers nyork said tweets in london from tweetingerssssss")
