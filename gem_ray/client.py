@@ -371,7 +371,7 @@ class Client(_Requests):
             text: of the post.
             image: encoded, or the path of a file.
             heatmaps: give the heat map of each entity that is seen.
-            fields: `post_id`, `tokens`, `caption`, `knowledge`, `image_url`.
+            fields: `post_id`, `tokens`, `caption`, `knowledge`, `image_url`; what is `None` or NaN is not sent.
 
         Raises:
             ClientError: the service refused, could not be reached, or gave an answer that is none of gem-ray's.
@@ -570,12 +570,17 @@ def _checked(api_key: str) -> str:
 
 
 def _body(post: Mapping[str, Any]) -> str:
-    values = {name: value for name, value in post.items() if value is not None}
+    values = {name: value for name, value in post.items() if not _is_missing(value)}
     image = values.get("image")
     if image is not None:
         data = Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
         values["image"] = base64.b64encode(data).decode("ascii")
     return json.dumps(values)
+
+
+def _is_missing(value: Any) -> bool:
+    """`None`, or NaN, as rows of pandas have it."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _body_at(position: int, post: Mapping[str, Any]) -> str:

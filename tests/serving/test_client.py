@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import httpx
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -456,6 +457,21 @@ def test_posts_are_taken_a_request_at_a_time_and_what_was_answered_is_kept(again
     with against(handler) as client, pytest.raises(ClientError, match="post at 4 cannot be sent") as caught:
         client.annotate_batch([*islice(posts(), 4), {"text": "4", "image": "/there/is/none"}])
     assert len(caught.value.answered) == 3
+
+
+def test_what_is_missing_in_rows_of_pandas_is_not_sent(against):
+    sent = []
+
+    def handler(request):
+        if request.method == "GET":
+            return httpx.Response(200, json=LIMITS)
+        sent.extend(json.loads(request.content)["posts"])
+        return httpx.Response(200, json={"annotations": [ROW] * 2})
+
+    rows = pd.DataFrame({"text": ["Paris", "Rome"], "caption": [None, "a view"], "image_url": [float("nan")] * 2})
+    with against(handler) as client:
+        client.annotate_batch(rows.to_dict("records"))
+    assert sent == [{"text": "Paris"}, {"text": "Rome", "caption": "a view"}]
 
 
 SECRET = "SECRET"
