@@ -225,6 +225,21 @@ def whole_text(file: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
+def told_as_one_text() -> Iterator[None]:
+    """Errors of the system as their sentence alone: Ray Data puts its advice where they keep the name of the file.
+
+    Raises:
+        OSError: the block failed so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.args[0] if error.args else "", str):
+            raise
+        raise OSError(str(error)) from error
+
+
+@contextmanager
 def naming_what_is_written(filesystem: fs.FileSystem, path: str) -> Iterator[None]:
     """Name a file in errors of a full disk and of missing rights: neither the system nor Arrow does.
 

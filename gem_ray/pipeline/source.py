@@ -20,7 +20,7 @@ from pyarrow import fs
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from gem_ray.data.files import stored_file
+from gem_ray.data.files import stored_file, told_as_one_text
 from gem_ray.data.prepare import drop_oversized_image, post_from_row
 from gem_ray.data.shards import ROWS_BITS, shard_rows
 from gem_ray.pipeline.inputs import InputFile, InputReader, chunks, is_same
@@ -112,12 +112,13 @@ def _positions(file: InputFile, wanted: np.ndarray | None) -> np.ndarray | None:
 def _read_blocks(reader: InputReader, reads: Sequence[_Read], earlier: PassResults | None) -> Iterator[pa.Table]:
     files = {read.file.number: read.file for read in reads}
     posts = chain.from_iterable(_read_posts(reader, read, earlier) for read in reads)
-    while block := list(islice(posts, _ROWS_AT_A_TIME)):
-        # What leaves here is staged while the file is still being read, and staged rows are final: a file that is the
-        # old one now was so when these rows were read.
-        for number in sorted({(post.row_id or 0) >> ROWS_BITS for post in block}):
-            _check_unchanged(reader.filesystem, files[number])
-        yield posts_to_table(block)
+    with told_as_one_text():
+        while block := list(islice(posts, _ROWS_AT_A_TIME)):
+            # What leaves here is staged while the file is still being read, and staged rows are final: a file that is
+            # the old one now was so when these rows were read.
+            for number in sorted({(post.row_id or 0) >> ROWS_BITS for post in block}):
+                _check_unchanged(reader.filesystem, files[number])
+            yield posts_to_table(block)
 
 
 def _read_posts(reader: InputReader, read: _Read, earlier: PassResults | None) -> Iterator[Post]:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from ray.data import Datasink
 
 from gem_ray.data.damage import DamagedError, parsed
+from gem_ray.data.files import told_as_one_text
 from gem_ray.data.storage import Storage, side_by_side
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class StagingSink(Datasink[None]):
 
         Raises:
             FileExistsError: another process has taken the output.
+            OSError: the rows cannot be written.
         """
         tables = [block for block in blocks if block.num_rows]
         if not tables:
@@ -56,8 +58,9 @@ class StagingSink(Datasink[None]):
         table = pa.concat_tables(tables).select(self._schema.names).cast(self._schema)
         firsts = np.array(sorted(self._folders))
         places = np.searchsorted(firsts, table[ID_COLUMN].to_numpy(), side="right") - 1
-        for place in np.unique(places):
-            self._write(table.filter(pa.array(places == place)), self._folders[int(firsts[place])])
+        with told_as_one_text():
+            for place in np.unique(places):
+                self._write(table.filter(pa.array(places == place)), self._folders[int(firsts[place])])
 
     def _write(self, table: pa.Table, folder: str) -> None:
         self._claim.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from gem_ray.data.generated import generate
 from gem_ray.data.listing import list_shards
 from gem_ray.data.shards import count_rows, read_posts, write_posts
 from gem_ray.pipeline.inputs import InputReader, count_input
+from gem_ray.pipeline.lease import Lease
+from gem_ray.pipeline.output_folder import OutputFolder
 from gem_ray.pipeline.source import PostSource
-from gem_ray.pipeline.tables import table_to_posts
+from gem_ray.pipeline.staging import StagingSink
+from gem_ray.pipeline.tables import TRANSIT_SCHEMA, table_to_posts
 from gem_ray.records import Post
 
 
@@ -173,3 +177,23 @@ def test_an_object_of_s3_is_known_by_its_etag_and_not_by_its_time(s3: Any) -> No
     for other in (replace(file, etag="other"), replace(file, path=f"{file.path}.gone")):
         with pytest.raises(ValueError, match="was changed or removed"):
             posts_of(PostSource(reader, [other]))
+
+
+@pytest.mark.parametrize("what", ["read", "written"])
+def test_a_file_that_fails_is_named_though_ray_adds_words_to_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Ray Data appends its advice to the first argument that is a text, or as a last one, where the name was."""
+    write_posts([Post("1", "Lyon")], tmp_path / "in")
+    source = open_source(tmp_path / "in")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/disk/file")
+
+    name = "source.stored_file" if what == "read" else "staging.pq.write_table"
+    monkeypatch.setattr(f"gem_ray.pipeline.{name}", fail)
+    with Lease(OutputFolder(str(tmp_path / "out"))).held() as claim:
+        sink = StagingSink({0: "staged"}, TRANSIT_SCHEMA, claim)
+        with pytest.raises(OSError, match="/disk/file") as failure:
+            sink.write(table for task in source.get_read_tasks(1) for table in task())
+    assert failure.value.args == ("[Errno 5] Input/output error: '/disk/file'",)
