@@ -13,6 +13,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gem_ray.pipeline.session import give_token_without_home
+from gem_ray.ray_private.core import connect_to_ray
 from gem_ray.records import Post
 
 if TYPE_CHECKING:
@@ -80,9 +81,11 @@ def _on_workers(
 ) -> dict[str, Any]:
     """Uses the Ray of this process, else the cluster that `RAY_ADDRESS` names, else a local Ray."""
     if not ray.is_initialized():
-        if "RAY_ADDRESS" not in os.environ:
+        if address := os.environ.get("RAY_ADDRESS"):
+            connect_to_ray(address)
+        else:
             give_token_without_home()
-        ray.init(log_to_driver=False)
+            ray.init(log_to_driver=False)
     storage = out.resolve() / "ray-train"  # Ray's own state; models and checkpoints go to `out` directly
     trainer = TorchTrainer(
         _train_on_worker,

@@ -24,7 +24,7 @@ from gem_ray.planning.cards import GIB
 from gem_ray.planning.model_facts import is_known
 from gem_ray.planning.plan import make_plan
 from gem_ray.pools import CPUS_FOR_TASKS, passes_of
-from gem_ray.ray_private.core import start_local_ray
+from gem_ray.ray_private.core import connect_to_ray, start_local_ray
 from gem_ray.ray_private.data import ForgetBlocks, always_bound_queues, send_actors_by_value
 from gem_ray.stages import active_stages
 
@@ -72,7 +72,7 @@ def ray_session(config: Config) -> Iterator[None]:
 
 def _start(config: Config) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        connect_to_ray(address)
         return
     give_token_without_home()
     reserved = max(math.ceil(_reserved(config)["CPU"]), os.cpu_count() or 1)

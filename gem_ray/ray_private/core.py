@@ -1,8 +1,11 @@
-"""Private names of Ray's core."""
+"""How a process gets its Ray, and private names of Ray's core."""
 
 from __future__ import annotations
 
 import logging
+import re
+import socket
+import time
 from typing import Any
 
 import ray
@@ -10,6 +13,28 @@ from ray._private import worker
 
 SYSTEM_CONFIG = "_system_config"
 """Argument of `ray.init`, and of the head of a `ray.cluster_utils.Cluster`: settings of Ray's own processes."""
+
+_ANSWERS_WITHIN_S = 10.0  # while a head is being replaced, say
+
+
+def connect_to_ray(address: str) -> None:
+    """Connect to the Ray at an address, quiet.
+
+    Raises:
+        ConnectionError: nothing answers there. Ray itself would go on trying for minutes.
+    """
+    place = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address)  # not `auto`, and no `ray://`
+    until = time.monotonic() + _ANSWERS_WITHIN_S
+    while place:
+        try:
+            socket.create_connection((place[1], int(place[2])), timeout=_ANSWERS_WITHIN_S).close()
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                reason = error.strerror or error
+                raise ConnectionError(f"no Ray answers at {address}, which RAY_ADDRESS names: {reason}") from None
+            time.sleep(0.5)
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def start_local_ray(**arguments: Any) -> None:

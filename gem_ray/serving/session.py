@@ -23,7 +23,7 @@ from gem_ray.annotator import models_of
 from gem_ray.config import Config, ConfigError, ReplicaPlacement
 from gem_ray.planning.allocation import Cards
 from gem_ray.pools import serving_pools
-from gem_ray.ray_private.core import start_local_ray
+from gem_ray.ray_private.core import connect_to_ray, start_local_ray
 from gem_ray.ray_private.serve import deploy
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.schemas import ours
@@ -78,7 +78,7 @@ def serving(schema: ServeDeploySchema) -> Iterator[Served]:
             models_of(config)  # Serve would try to start a replica without its model over and over
         _start([placement for config in configs for placement in _placements(config)])
     elif not ray.is_initialized():
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        connect_to_ray(address)
     # One event loop: Serve keeps the handle to the ingress, which lives on the loop that has first used it.
     with asyncio.Runner() as runner:
         try:

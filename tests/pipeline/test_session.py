@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from gem_ray.config import load_config
 from gem_ray.pipeline import session
 from gem_ray.planning.plan import PlanError
+from gem_ray.ray_private.core import connect_to_ray
 
 ON_A_CARD = ["knowledge.captioner=null", "reranker.enabled=false", "grounder.enabled=false"]
 
@@ -61,3 +63,26 @@ def test_without_a_home_a_local_ray_gets_a_token_of_its_own(monkeypatch: pytest.
     assert len(token) == 64
     session.give_token_without_home()
     assert environment["RAY_AUTH_TOKEN"] == token  # Ray reads it once in a process
+
+
+def test_an_address_at_which_no_ray_answers_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gem_ray.ray_private.core._ANSWERS_WITHIN_S", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with (
+            pytest.raises(ConnectionError, match=f"no Ray answers at {address}, .*refused"),
+            session.ray_session(load_config()),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1", "127.0.0.1:{}", "localhost:{}"])
+def test_what_is_no_silent_address_is_left_to_ray(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("ray.init", lambda address, **_: asked.append(address))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = address.format(server.getsockname()[1])
+        connect_to_ray(address)
+    assert asked == [address]
