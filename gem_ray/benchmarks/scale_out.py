@@ -14,7 +14,7 @@ from gem_ray.benchmarks.memory import write_texts
 from gem_ray.benchmarks.standins import Diary, SleptBatch, sleeper
 from gem_ray.config import Config, load_config
 from gem_ray.pipeline.run import annotate_dataset
-from gem_ray.ray_private.core import SYSTEM_CONFIG
+from gem_ray.ray_private.core import SYSTEM_CONFIG, connect_to_ray
 
 _GPUS_PER_NODE = 8
 _BATCHES_PER_ACTOR = 8  # of a group
@@ -44,7 +44,7 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float, groups: int
     write_texts(folder / "posts", rows, per_file=per_group // _FILES_PER_GROUP)
     cluster = start_cluster(gpus)
     try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        connect_to_ray(cluster.address)
         diary: Any = ray.remote(num_cpus=0)(Diary).remote({1: gpus})
         actor = sleeper({"ground": batch_seconds / _ROWS_PER_BATCH}, diary)
         started = time.time()

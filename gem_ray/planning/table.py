@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gem_ray.look.console import table_console
 from gem_ray.planning.allocation import PlannedPool
 from gem_ray.planning.costs import PROCESS_OVERHEAD, ModelNeed, is_known
 from gem_ray.planning.estimate import RunEstimate
@@ -16,7 +16,7 @@ from gem_ray.planning.plan import PassPlan, Plan
 from gem_ray.planning.refusals import gib
 from gem_ray.plurals import counted
 
-_WIDTH = 100
+_WIDTH = 100  # of redirected output: what the table needs; sentences are wrapped there
 _MODEL_WIDTH = 22
 _COLUMNS = ("weights", "activ.", "KV", "total", "GPUs", "actors", "batch", "posts/s", "source")
 
@@ -28,9 +28,7 @@ def print_plan(plan: Plan, expected: RunEstimate | None = None) -> None:
         plan: also one that cannot run.
         expected: how long it will take, and what it will cost.
     """
-    terminal = Console()
-    # Redirected output has no width of its own: what the table needs.
-    console = terminal if terminal.is_terminal else Console(width=_WIDTH)
+    console = table_console(_WIDTH)
     console.print(_table(plan))
     for line in _lines(plan, expected):
         console.print(Text(line))

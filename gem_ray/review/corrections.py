@@ -89,15 +89,13 @@ def read_corrections(export: Path, review: Review) -> Corrections:
         raise ValueError(f"{export} has no task of the review {review.path}: the tasks' `row_id` are none of its posts")
     corrected, wrong = {}, []
     for row_id, (task, annotation) in chosen.items():
+        where = f"task {task.get('id')} (post {known[row_id].post_id!r})"
         try:
             corrected[row_id] = _corrected(known[row_id], task["data"], annotation["result"], review.facts.label_set)
         except ValueError as error:
-            wrong.append(f"task {task.get('id')} (post {known[row_id].post_id!r}): {error}")
+            wrong.append(f"{where}: {error}")
         except (AttributeError, KeyError, TypeError) as error:
-            what = f"{type(error).__name__} {error}"
-            wrong.append(
-                f"task {task.get('id')} (post {known[row_id].post_id!r}): a region is broken, save it anew: {what}"
-            )
+            wrong.append(f"{where}: a region is broken, save it anew: {type(error).__name__} {error}")
     if wrong:
         more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         listed = "\n".join(wrong[:_SHOWN])

@@ -14,6 +14,7 @@ from gem_ray.benchmarks.scale_out import start_cluster
 from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import load_config
 from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.ray_private.core import connect_to_ray
 
 pytestmark = pytest.mark.alone
 ACTORS = 3
@@ -23,7 +24,7 @@ ACTORS = 3
 def cluster() -> Iterator[None]:
     """A head with CPUs, and two nodes with cards and one CPU each."""
     cluster = start_cluster(gpus=9)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    connect_to_ray(cluster.address)
     yield
     ray.shutdown()
     cluster.shutdown()
