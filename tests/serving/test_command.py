@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -192,13 +193,19 @@ def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(comma
         headers = {"Authorization": f"Bearer {key}"}
         batch = {"posts": [{"text": f"{TEXT} {index}"} for index in range(30)]}
         assert httpx.post(url, json=batch).status_code == 401
-        with ThreadPoolExecutor(2) as pool:
-            asked = [pool.submit(httpx.post, url, json=batch, headers=headers, timeout=60) for _ in range(2)]
-            time.sleep(0.3)
+        headers["Accept"] = "application/x-ndjson"
+        with ExitStack() as stack:
+            asked = [
+                stack.enter_context(httpx.stream("POST", url, json=batch, headers=headers, timeout=60))
+                for _ in range(2)
+            ]
+            lines = [answer.iter_lines() for answer in asked]
+            begun = [next(each) for each in lines]
             process.send_signal(signal.SIGTERM)
-            answers = [each.result() for each in asked]
-        assert [answer.status_code for answer in answers] == [200, 200]
-        assert all(len(answer.json()["annotations"]) == 30 for answer in answers)
+            rows = [json.loads(line) for first, rest in zip(begun, lines, strict=True) for line in (first, *rest)]
+        assert [answer.status_code for answer in asked] == [200, 200]
+        assert Counter(row["index"] for row in rows) == dict.fromkeys(range(30), 2)
+        assert {row["status"] for row in rows} == {"ok"}
         assert process.wait(60) == 0
     finally:
         process.kill()
