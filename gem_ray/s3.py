@@ -20,6 +20,8 @@ _OBJECT_ATTEMPTS = 5
 
 _ANONYMOUS = "anonymous@"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_BAD_TOKENS = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "400")  # the last: HEAD has no code
+_UNKNOWN_TO_ARROW = ("assume-role", "login")  # botocore's names for ways to credentials
 _AWS_HOST = re.compile(r"s3[a-z0-9.-]*\.amazonaws\.com(\.cn)?")
 
 
@@ -85,10 +87,12 @@ def open_bucket(uri: S3Uri) -> RetryingFileSystem:
 
     Raises:
         FileNotFoundError: there is no such bucket.
-        PermissionError: it may not be listed.
+        PermissionError: it may not be listed, or Arrow does not understand the profile.
         ConnectionError: S3 cannot be asked.
     """
     s3 = _client_of(uri)
+    if not uri.anonymous:
+        _check_profile(uri.bucket)
     url = s3.meta.endpoint_url
     endpoint = None if _AWS_HOST.fullmatch(urlsplit(url).hostname or "") else url
     region = s3.meta.region_name or "us-east-1"
@@ -157,12 +161,36 @@ def list_objects(uri: S3Uri, is_file: bool) -> Iterator[tuple[str, tuple[int, in
                 if not entry["Key"].endswith("/"):
                     yield f"{uri.bucket}/{entry['Key']}", _facts(entry, entry["Size"])
     except ClientError as error:
-        is_forbidden = error.response["ResponseMetadata"]["HTTPStatusCode"] in (401, 403)
-        raise (PermissionError if is_forbidden else ConnectionError)(
+        raise (PermissionError if is_refusal(error) else ConnectionError)(
             f"s3://{uri.path} cannot be listed: {error}"
         ) from None
     except BotoCoreError as error:
         raise ConnectionError(f"s3://{uri.path} cannot be listed: {error}") from None
+
+
+def is_refusal(error: Any) -> bool:
+    """True if S3 has refused a request of boto3's for who sent it; a token that is too old is a bad request there."""
+    answer = error.response
+    status, code = answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"]
+    return status in (401, 403) or (status == 400 and code in _BAD_TOKENS)
+
+
+def _check_profile(bucket: str) -> None:
+    """Refuse credentials that boto3 finds and Arrow does not: it would send its requests without any.
+
+    Raises:
+        PermissionError: the profile assumes a role, or is that of `aws login`.
+    """
+    import boto3
+
+    session = boto3.session.Session()
+    found = session.get_credentials()
+    if found is not None and found.method in _UNKNOWN_TO_ARROW:
+        raise PermissionError(
+            f"s3://{bucket}: Arrow, which reads and writes the files, cannot use the profile {session.profile_name} "
+            f"({found.method}). Give it by another profile, named by AWS_PROFILE, with the line\n"
+            f"  credential_process = aws configure export-credentials --profile {session.profile_name} --format process"
+        )
 
 
 def _facts(entry: Mapping[str, Any], size: int) -> tuple[int, int, str]:
@@ -184,10 +212,10 @@ def _client_of(uri: S3Uri) -> Any:
             f"AWS_PROFILE, or write s3://{_ANONYMOUS}{uri.bucket} to read what is public"
         ) from None
     except ClientError as error:
-        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+        code = error.response["Error"]["Code"]
         if code == "NoSuchBucket":
             raise FileNotFoundError(f"there is no bucket s3://{uri.bucket} at {s3.meta.endpoint_url}") from None
-        if status in (401, 403):
+        if is_refusal(error):
             raise PermissionError(
                 f"s3://{uri.bucket}/{prefix} may not be listed ({code}): check the credentials and their policy"
             ) from None

@@ -41,7 +41,7 @@ os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-_REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied")}
+_REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied"), "expired": (400, b"ExpiredToken")}
 _START_RAY = {"local_ray", "service", "service_with_vllm"}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
 
@@ -133,8 +133,9 @@ class FaultyS3:
         endpoint: the proxy's URL.
         upstream: the server's URL.
         share: of the requests that fail, from 0 to 1.
-        kinds: faults to choose from: `slow_down` (503), `forbidden` (403), `reset` (before anything is done), `cut`
-            (a reset midway through the answer), `stall` (midway through the answer, for `stall_s` seconds).
+        kinds: faults to choose from: `slow_down` (503), `forbidden` (403), `expired` (400: the token is too old),
+            `reset` (before anything is done), `cut` (a reset midway through the answer), `stall` (midway through the
+            answer, for `stall_s` seconds).
         plan: what happens to the next requests, by kind, before chance decides.
         stall_s: length of a stall, in seconds.
         counts: faults so far by kind, and `passed`.

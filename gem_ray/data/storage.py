@@ -19,7 +19,7 @@ from pyarrow import fs
 from gem_ray.data.damage import json_object
 from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.redaction import redacted
-from gem_ray.s3 import S3Uri, client
+from gem_ray.s3 import S3Uri, client, is_refusal
 
 _THREADS = 16
 
@@ -305,7 +305,7 @@ def _as_os_errors(path: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        if _status(error) in (401, 403):
+        if is_refusal(error):
             code, action = error.response["Error"]["Code"], error.operation_name
             raise PermissionError(
                 f"s3://{path} may not be read or written ({code} for {action}): check the credentials and their policy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, RayError, RayTaskError
 
 from gem_ray.config import ConfigError
 from gem_ray.model_check import check_models, stages_to_check
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from gem_ray.pipeline.staging import StagingSink
     from gem_ray.stages import StageSpec
 
+logger = logging.getLogger(__name__)
+
 _MERGING_CPUS = 0.1  # so little that a group is merged while the next one is read
+_MOST_CHECKS = 4  # of the models, as often as Ray begins a task whose nodes are gone
 _PUBLISHING_S = 10.0  # between two looks whether a group can be published
 
 
@@ -91,12 +95,17 @@ class RayExecutor:
             return
         gpus = max(pool.placement.num_gpus for pools in passes_of(config) for pool in pools)
         check = ray.remote(num_cpus=WRITING_CPUS, num_gpus=gpus, max_retries=0)(_check_models)
-        try:
-            ray.get(check.remote(stages, config, models))
-        except RayTaskError as error:
-            if isinstance(error.cause, ConfigError):
-                raise error.cause from None
-            raise RunError(f"a model cannot be loaded: {error.cause}") from None
+        for tries_left in reversed(range(_MOST_CHECKS)):
+            try:
+                return ray.get(check.remote(stages, config, models))
+            except RayTaskError as error:
+                if isinstance(error.cause, ConfigError):
+                    raise error.cause from None
+                raise RunError(f"a model cannot be loaded: {error.cause}") from None
+            except NodeDiedError:  # taken back, which says nothing of the models; downloading them takes minutes
+                if not tries_left:
+                    raise
+                logger.warning("the node on which models were checked is gone; they are checked on another one")
 
     def run_pass(
         self,

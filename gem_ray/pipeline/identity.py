@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from posixpath import normpath
+from posixpath import dirname, normpath
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.config import affecting
@@ -164,7 +164,8 @@ def check_apart(input: str, listing: Listing, directory: OutputFolder) -> None:
     if _is_inside(output, root, is_local) or (is_local and _is_found(output, listing)):
         raise ValueError(f"the output {directory.output} is in the input {input}, and would be read as posts; {_APART}")
     own = [f"{output}/{ANNOTATIONS}", f"{output}/{RUNS}"]
-    for path in (root, *(_real(shard, is_local) for shard in listing.paths)):
+    # Folders of files, not the files: an input may have a hundred thousand, and each takes a dozen looks at the disk.
+    for path in (root, *{dirname(_real(shard, is_local)) for shard in listing.paths}):
         if any(_is_inside(path, folder, is_local) for folder in own):
             raise ValueError(
                 f"the input {path} is where the output {directory.output} keeps its annotations, and would be replaced "

@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import json
 import os
 import pickle
 import subprocess
@@ -17,6 +18,7 @@ from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.data.storage import open_storage
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.records import Post
+from gem_ray.s3 import S3Uri, list_objects
 
 CONTENT = bytes(range(256)) * 8000
 
@@ -161,6 +163,42 @@ def test_a_profile_gives_server_and_credentials(s3, tmp_path):
     )
     answer = subprocess.run([sys.executable, "-c", code, uri], env=environment, capture_output=True, text=True)
     assert (answer.stdout, answer.returncode) == ("content", 0), answer.stderr
+
+
+def test_a_profile_that_arrow_does_not_understand_is_refused_with_one_that_it_does(s3, tmp_path, monkeypatch):
+    """Arrow sends requests without credentials where a profile assumes a role, and is told `No response body`."""
+    uri = s3.put(f"{s3.bucket('data')}/file", CONTENT)
+    keys = {"Version": 1, "AccessKeyId": "testing", "SecretAccessKey": "testing"}
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    (tmp_path / "config").write_text(
+        "[profile role]\nrole_arn = arn:aws:iam::123456789012:role/posts\nsource_profile = base\n"
+        f"[profile process]\ncredential_process = cat {tmp_path}/keys.json\n"
+    )
+    (tmp_path / "credentials").write_text("[base]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "role")
+    with pytest.raises(PermissionError, match=r"profile role \(assume-role\).*\n.*export-credentials --profile role"):
+        open_filesystem(uri)
+    monkeypatch.setenv("AWS_PROFILE", "process")
+    assert read(uri) == CONTENT
+
+
+def test_an_expired_token_is_said_to_be_refused(s3, faulty_s3):
+    bucket = s3.bucket("data")
+    storage = open_storage(bucket)
+    attempts = {
+        "may not be listed \\(ExpiredToken\\)": lambda: open_filesystem(bucket),
+        "cannot be listed.*ExpiredToken": lambda: list(list_objects(S3Uri.parse(bucket), is_file=False)),
+        "ExpiredToken for PutObject.*check the credentials": lambda: storage.swap("name", b"content", None),
+        "400 for HeadObject.*check the credentials": lambda: storage.version("name"),
+    }
+    for message, attempt in attempts.items():
+        faulty_s3.plan = ["expired"] * 2  # where HEAD is refused, boto3 asks for the bucket's region
+        with pytest.raises(PermissionError, match=message):
+            attempt()
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import ray
+from ray.exceptions import NodeDiedError
 
 from gem_ray.benchmarks.memory import write_texts
 from gem_ray.config import Config
@@ -113,3 +115,24 @@ def test_a_check_of_the_models_that_is_killed_ends_the_run_with_a_sentence(
     with pytest.raises(RunError, match=r"died|crashed") as failure, executor.session("run"):
         executor.check_models(text_config, {})
     assert "\n" not in str(failure.value)
+
+
+def test_a_node_that_is_taken_back_while_models_are_checked_ends_no_run(
+    text_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spot node that is gone says nothing of the models; where every node goes, the run ends."""
+    outcomes: list[Exception | None] = [NodeDiedError("taken back"), NodeDiedError("taken back"), None]
+
+    def get(_: None) -> None:
+        if outcome := outcomes.pop(0):
+            raise outcome
+
+    monkeypatch.setattr(execution, "stages_to_check", lambda config: ["rerank"])
+    monkeypatch.setattr(execution.ray, "remote", lambda **_: lambda _: SimpleNamespace(remote=lambda *_: None))
+    monkeypatch.setattr(execution.ray, "get", get)
+    executor = execution.RayExecutor(text_config)
+    executor.check_models(text_config, {})
+    assert not outcomes
+    outcomes = [NodeDiedError("taken back")] * 10
+    with pytest.raises(NodeDiedError):
+        executor.check_models(text_config, {})
