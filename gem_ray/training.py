@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from gem_ray.atomic import atomic_file
 from gem_ray.config import ConfigError
+from gem_ray.model_files import CONFIDENCE_FILE
 from gem_ray.recipes import Recipe
+
+# Of every checkpoint, in the order in which `transformers.Trainer` writes them; it finishes none in one step.
+_PARTS = ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
 
 OnLoss = Callable[[int, float], None]
 """Is told a step, and the mean loss since the last report."""
@@ -49,6 +54,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path, **particular: Any) -> 
 def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may_begin: bool) -> str | None:
     """Find the last checkpoint; for a new training, record its recipe and inputs.
 
+    What a kill has left half written or half removed is no checkpoint, and is removed.
+
     Args:
         folder: of `transformers.Trainer`'s checkpoints.
         recipe: of the training.
@@ -68,9 +75,35 @@ def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may
                 "the same, another output folder, or remove the checkpoints"
             )
     elif may_begin:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(this, indent=2), encoding="utf-8")
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        shutil.rmtree(folder, ignore_errors=True)  # of a training that was done, and killed while it removed this
+        with atomic_file(file) as partial:
+            partial.write_text(json.dumps(this, indent=2), encoding="utf-8")
+    else:
+        return None
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if _is_whole(checkpoint):
+            whole.append(checkpoint)
+        elif may_begin:
+            shutil.rmtree(checkpoint)
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if last is None else str(last)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Every part is there; the last one, which others are written before, to its end."""
+    if not all(any(checkpoint.glob(part)) for part in _PARTS):
+        return False
+    try:
+        json.loads((checkpoint / _PARTS[-1]).read_bytes())
+    except (OSError, ValueError):  # another worker may be removing it
+        return False
+    return True
+
+
+def forget_calibration(out: Path) -> None:
+    """Remove what an earlier model of a directory was told of its confidence: it is not that of the new weights."""
+    (out / CONFIDENCE_FILE).unlink(missing_ok=True)
 
 
 class LossReports(TrainerCallback):

@@ -33,7 +33,7 @@ from gem_ray.grounding.pairs import EpochOrder, PairCollator, PairsOfPosts
 from gem_ray.grounding.trace import MATCH
 from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
-from gem_ray.training import LossReports, OnLoss, last_checkpoint, training_arguments
+from gem_ray.training import LossReports, OnLoss, forget_calibration, last_checkpoint, training_arguments
 
 _CHECKPOINTS, _ACCURACY = "checkpoints", "eval_accuracy"
 
@@ -88,6 +88,7 @@ def train_matcher(
         "base": content_hash(folder),
     }
     trainer.train(resume_from_checkpoint=last_checkpoint(out / _CHECKPOINTS, settings, inputs, may_begin=True))
+    forget_calibration(out)
     model.save_pretrained(out)
     texts.tokenizer.save_pretrained(out)
     BlipImageProcessorPil.from_pretrained(folder).save_pretrained(out)

@@ -33,7 +33,7 @@ from gem_ray.rerank.prompts import PromptFormat
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.samples import IGNORED, CandidateRule, EntitySamples, SampleEncoder
 from gem_ray.taxonomy import LABEL_SETS
-from gem_ray.training import LossReports, OnLoss, last_checkpoint, training_arguments
+from gem_ray.training import LossReports, OnLoss, forget_calibration, last_checkpoint, training_arguments
 
 # A plain list of names would also match the vision tower, whose adapters vLLM does not serve.
 LORA_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -94,6 +94,7 @@ def train_reranker(
     if trainer.is_world_process_zero():
         # What a reader of the adapter can look for; the path on this machine would tell them nothing.
         model.peft_config["default"].base_model_name_or_path = folder.name if Path(base).exists() else base
+        forget_calibration(out)
         model.save_pretrained(str(out), save_embedding_layers=False)
         (out / "README.md").unlink()  # peft's empty model card
         shutil.rmtree(out / _CHECKPOINTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +79,7 @@ def save_tagger(
         recipe: how the model was trained, to be stored with it.
     """
     out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / _ADAPTER, ignore_errors=True)  # an earlier tagger's
     config = TaggerFileConfig(
         labels=model.labels.name,
         alpha=model.alpha,

@@ -24,7 +24,7 @@ from gem_ray.tagger.scores import one_line, score_with_and_without_knowledge
 from gem_ray.tagger.trainer import VALUE, TaggerTrainer, TrainingProgress
 from gem_ray.tagger.views import TrainingViews
 from gem_ray.taxonomy import LABEL_SETS
-from gem_ray.training import last_checkpoint
+from gem_ray.training import forget_calibration, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def train_tagger(
     if not trainer.is_world_process_zero():
         return report
     base = settings.encoder if settings.on_base_encoder else None
+    forget_calibration(out)
     save_tagger(objective.averaged, features.tokenizer, out, base, settings)
     report["dev"] = score_with_and_without_knowledge(load_tagger(out)[0].to(trainer.args.device), dev, features)
     write_card(out, settings, report, len(views), len(dev))

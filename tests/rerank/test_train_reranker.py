@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.config import ConfigError
 from gem_ray.data.generated import generate
+from gem_ray.model_files import CONFIDENCE_FILE
 from gem_ray.recipes import recipe_names
 from gem_ray.rerank.candidates import StoredCandidates
 from gem_ray.rerank.llava import load_llava
@@ -123,6 +124,12 @@ def test_resumed_training_gives_the_same_weights(base, posts, recipe, tmp_path, 
     _assert_equal(_weights(tmp_path / "whole"), _weights(tmp_path / "resumed"))
     assert resumed == whole
     assert not (tmp_path / "resumed" / "checkpoints").exists()
+
+
+def test_the_confidence_of_an_earlier_adapter_is_forgotten(base, posts, recipe, tmp_path):
+    (tmp_path / CONFIDENCE_FILE).write_text("of other weights")
+    train_reranker(posts, str(base), tmp_path, recipe.model_copy(update={"epochs": 1}))
+    assert not (tmp_path / CONFIDENCE_FILE).exists()
 
 
 def test_checkpoints_hold_the_adapter_alone(base, posts, recipe, tmp_path):

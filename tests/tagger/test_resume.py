@@ -69,6 +69,48 @@ def test_resumed_training_gives_the_same_weights(
     assert [epoch["dev"] for epoch in resumed["epochs"]] == [epoch["dev"] for epoch in whole["epochs"]]
 
 
+def _last_checkpoint(out: Path) -> Path:
+    return max((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def _cut_the_last_part(checkpoint: Path) -> None:
+    file = checkpoint / "trainer_state.json"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda checkpoint: [(checkpoint / part).unlink() for part in ("trainer_state.json", "rng_state.pth")],
+        _cut_the_last_part,
+        lambda checkpoint: (checkpoint / "optimizer.pt").unlink(),  # killed while it is removed
+    ],
+)
+def test_a_kill_while_a_checkpoint_is_written_or_removed_costs_that_one_alone(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    train_tagger(posts, posts, tmp_path / "whole", settings)
+    with pytest.raises(KilledError):
+        train_tagger(posts, posts, tmp_path / "resumed", settings, kill_at(8))
+    spoil(_last_checkpoint(tmp_path / "resumed"))
+    steps: list[int] = []
+    train_tagger(posts, posts, tmp_path / "resumed", settings, lambda progress: steps.append(progress.step))
+    assert min(steps) == 5  # after the one before
+    one, other = (load_tagger(tmp_path / name)[0].state_dict() for name in ("whole", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_left_of_the_checkpoints_of_a_training_that_was_done_is_not_resumed(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path
+) -> None:
+    with pytest.raises(KilledError):
+        train_tagger(posts, posts, tmp_path, settings, kill_at(8))
+    (tmp_path / "checkpoints" / "begun.json").unlink()  # killed while it removed the folder
+    steps: list[int] = []
+    train_tagger(posts, posts, tmp_path, settings.changed(epochs=1), lambda progress: steps.append(progress.step))
+    assert steps == [1, 2, 3, 4]
+
+
 def test_training_with_accumulated_gradients_is_resumed_too(
     settings: TaggerTraining, posts: list[Post], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
+from gem_ray.model_files import CONFIDENCE_FILE
 from gem_ray.records import GoldEntity, Post
 from gem_ray.tagger.checkpoint import load_encoder, load_tagger
 from gem_ray.tagger.features import Batch, SubwordEncoder, load_tokenizer
@@ -163,6 +164,20 @@ def test_an_adapter_learns_and_is_merged_or_kept_apart(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file() is on_base
     if on_base:
         assert (tmp_path / "model.safetensors").stat().st_size < 60_000  # heads and CRFs alone
+
+
+def test_nothing_of_an_earlier_tagger_is_left_in_its_folder(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path
+) -> None:
+    settings = settings.changed(on_base_encoder=True)
+    train_tagger(posts, posts, tmp_path / "again", settings.changed(lora={"rank": 4}))
+    (tmp_path / "again" / CONFIDENCE_FILE).write_text("of other weights")
+    for name in ("again", "new"):
+        train_tagger(posts, posts, tmp_path / name, settings)
+    again, new = ({file.name for file in (tmp_path / name).iterdir()} for name in ("again", "new"))
+    assert again == new
+    one, other = (load_tagger(tmp_path / name)[0].state_dict() for name in ("again", "new"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
