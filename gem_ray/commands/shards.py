@@ -98,7 +98,9 @@ def shards_csv(
 
 @app.command("folder", epilog="Example: `gem-ray shards folder pictures/ posts/`")
 def shards_folder(
-    folder: Annotated[Path, typer.Argument(help="Images, and a text file of the same name beside each.", exists=True)],
+    folder: Annotated[
+        Path, typer.Argument(help="Images, and a text file of the same name beside each.", exists=True, file_okay=False)
+    ],
     out: OutArgument,
     per_shard: PerShardOption = 1000,
 ) -> None:

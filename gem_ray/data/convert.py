@@ -29,13 +29,15 @@ from gem_ray.strict import load_json
 _MAX_CELL_CHARACTERS = 2**31 - 1  # texts have their own limit; below the module's, records are cut in pieces
 _SEPARATORS = ",;\t|"
 _HEAD_BYTES = 64
-_OPENERS: dict[str | None, Callable[[Path], Any]] = {
-    None: lambda file: file.open("rb"),
+_UNPACKERS: dict[str | None, Callable[[IO[bytes]], Any]] = {
+    None: lambda stream: stream,
     "gzip": gzip.open,
     "bz2": bz2.open,
     "xz": lzma.open,
-    "zstd": lambda file: pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"),
+    "zstd": lambda stream: pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd"),
 }
+# In place of a carriage return in a cell, at which `csv` would end the record; no decoder gives this character.
+_RETURN = "\udc0d"
 
 
 def from_jsonl(file: Path, embed_images: bool = True, columns: Columns | None = None) -> Iterator[Post]:
@@ -52,7 +54,7 @@ def from_jsonl(file: Path, embed_images: bool = True, columns: Columns | None = 
     Raises:
         ValueError: the file is not text, begins as an array and is not one, or has objects over several lines.
     """
-    with _reading(file), _open_text(file) as lines:
+    with _text(file) as lines:
         posts = (_post(renamed(row, columns or {}), file, number) for number, row in _json_rows(lines, file))
         yield from embedded(posts, file.parent) if embed_images else posts
 
@@ -73,7 +75,7 @@ def from_csv(
         ValueError: the header has no `post_id`, or neither `text` nor `tokens`, or a name twice; or a quote is out of
             its place, so that nobody can tell where records end.
     """
-    with _reading(file), _open_text(file, newline="") as text:
+    with _text(file, newline="") as text:
         posts = (_post(row, file, line) for line, row in _csv_rows(text, file, columns or {}, has_quotes))
         yield from embedded(posts, file.parent) if embed_images else posts
 
@@ -133,34 +135,25 @@ def embedded(posts: Iterable[Post], folder: Path, config: ImageConfig | None = N
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Name a file that is damaged further on than where `_open_text` looks."""
-    try:
-        yield
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-
-
-def _open_text(file: Path, newline: str | None = None) -> TextIO:
+def _text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     """A file's text, unpacked if it is compressed, without a byte order mark.
 
+    The file is opened once: what a pipe has given it does not give again.
+
     Raises:
-        ValueError: the file is binary.
+        ValueError: the file is binary, or damaged.
     """
-    with file.open("rb") as stream:
-        opener = _OPENERS[compression_of(stream.read(_HEAD_BYTES))]
     try:
-        with opener(file) as stream:
-            head: bytes = stream.read(_HEAD_BYTES)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+        with file.open("rb") as packed:
+            binary = io.BufferedReader(_UNPACKERS[compression_of(packed.peek(_HEAD_BYTES))](packed))
+            head = binary.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+            is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            if b"\0" in head and not is_utf16:
+                raise ValueError(f"{file} is not a text file: its first {len(head)} bytes hold zeros")
+            encoding, errors = ("utf-16", "strict") if is_utf16 else ("utf-8-sig", "surrogateescape")
+            yield io.TextIOWrapper(binary, encoding, errors, newline=newline)
+    except (UnicodeDecodeError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if b"\0" in head and not is_utf16:
-        raise ValueError(f"{file} is not a text file: its first {len(head)} bytes hold zeros")
-    binary: IO[bytes] = opener(file)
-    if is_utf16:
-        return io.TextIOWrapper(binary, "utf-16", newline=newline)
-    return io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline=newline)
 
 
 def _json_rows(lines: TextIO, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -208,8 +201,9 @@ def _object(value: Any, what: str = "the item") -> dict[str, Any]:
 def _csv_rows(text: TextIO, file: Path, columns: Columns, has_quotes: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     """Records with the numbers of their last lines."""
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    header, separator = _header(text.readline(), file, columns)
-    lines = _Quotes(text)
+    lines = _Quotes(_lines(text))
+    header, separator = _header(next(lines, ""), file, columns)
+    lines.taken()
     reader = (
         csv.reader(lines, delimiter=separator, strict=True)
         if has_quotes
@@ -232,6 +226,24 @@ def _csv_rows(text: TextIO, file: Path, columns: Columns, has_quotes: bool) -> I
         if cells:
             yield reader.line_num + 1, _record(header, cells)
         begin = reader.line_num + 2
+
+
+def _lines(text: TextIO) -> Iterator[str]:
+    """A file's lines, which end as the first does: with a line feed, or where that has none, a carriage return.
+
+    pandas and others write a carriage return in a cell without quotes where lines end with a line feed.
+    """
+    first = text.readline()
+    yield first
+    begin = ""
+    for line in text:
+        if line.endswith("\r") and not first.endswith("\r"):
+            begin += line[:-1] + _RETURN
+        else:
+            yield begin + line
+            begin = ""
+    if begin:
+        yield begin.removesuffix(_RETURN)
 
 
 class _Quotes:
@@ -277,9 +289,11 @@ def _header(line: str, file: Path, columns: Columns) -> tuple[list[str], str]:
 
 
 def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
-    if len(cells) > len(header):
-        return {ERROR_FIELD: "the record has more cells than the header", **values}
+    values: dict[str, Any] = {
+        name: cell.replace(_RETURN, "\r") for name, cell in zip(header, cells, strict=False) if cell
+    }
+    if len(cells) > len(header) or any(header[len(cells) :]):
+        return {ERROR_FIELD: f"the record has {len(cells)} cells, and the header {len(header)}", **values}
     if values.get("tokens", "").startswith(("['", '["')):
         return {ERROR_FIELD: "tokens are separated by spaces, and these are a written list", **values, "tokens": None}
     if "tokens" in values:
@@ -290,7 +304,7 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
 def _post(row: Mapping[str, Any], file: Path, line: int) -> Post:
     values = dict(row)
     if isinstance(values.get("image"), str):
-        values["image_uri"] = values.pop("image")
+        values["image_uri"] = values.pop("image") or values.get("image_uri")
     post = post_from_row(values)
     post.post_id = post.post_id or f"{file.name}:{line}"
     return post

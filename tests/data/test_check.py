@@ -168,6 +168,12 @@ def test_shards_name_the_images_that_cannot_be_used(tmp_path: Path):
     assert "1 post with a problem; 0 cannot be annotated" in done.output
 
 
+def test_a_file_is_no_folder_without_images(tmp_path: Path):
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    done = CliRunner().invoke(app, ["shards", "folder", str(tmp_path / "images.zip"), str(tmp_path / "out")])
+    assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)
+
+
 def test_what_annotate_would_give_up_is_said(tmp_path: Path):
     write_posts([Post("1", "Lyon"), Post("2", " "), Post("3", " ")], tmp_path / "p")
     assert "67% of the sample cannot be annotated: see --max-problem-share of annotate" in run_check(tmp_path / "p")[1]

@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import os
+from threading import Thread
 
 import pyarrow as pa
 import pytest
@@ -123,26 +124,27 @@ def test_a_folder_of_shards_can_be_written_again(folder, tmp_path):
     assert list(read_posts(tmp_path / "shards")) == written
 
 
-CELLS = st.text(st.sampled_from('ab",;\n\t|é '), max_size=6).map(lambda text: f"x{text}x")
+CELLS = st.text(st.sampled_from('ab",;\n\r\t|é '), max_size=6).map(lambda text: f"x{text}x")
 RECORDS = st.lists(CELLS, min_size=1, max_size=5)
 
 
-def csv_of(texts, separator=",", quoting=csv.QUOTE_MINIMAL):
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter=separator, quoting=quoting)
+def csv_of(texts, separator=",", quoting=csv.QUOTE_MINIMAL, ends="\r\n"):
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, delimiter=separator, quoting=quoting, lineterminator=ends)
     writer.writerows([("post_id", "text"), *enumerate(texts)])
     return buffer.getvalue()
 
 
 @settings(max_examples=100)
 @given(RECORDS, st.sampled_from(",;\t|"), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
-       st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), st.sampled_from([bytes, gzip.compress, bz2.compress,
+       st.sampled_from(["\n", "\r\n"]), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+       st.sampled_from([bytes, gzip.compress, bz2.compress,
        lzma.compress, lambda data: pa.compress(data, "zstd", asbytes=True)]))  # fmt: skip
 def test_records_come_back_whatever_separates_encodes_and_packs_them(
-    tmp_path_factory, texts, separator, quoting, encoding, pack
+    tmp_path_factory, texts, separator, quoting, ends, encoding, pack
 ):
     file = tmp_path_factory.mktemp("csv") / "posts.csv"
-    file.write_bytes(pack(csv_of(texts, separator, quoting).encode(encoding)))
+    file.write_bytes(pack(csv_of(texts, separator, quoting, ends).encode(encoding)))
     posts = list(from_csv(file))
     assert [(post.post_id, post.text) for post in posts] == [(str(n), text) for n, text in enumerate(texts)]
 
@@ -162,6 +164,30 @@ def test_a_stray_quote_forges_and_swallows_no_record(tmp_path_factory, texts, qu
             list(from_csv(file))
     else:
         assert posts == [(str(number), text.replace('"', "")) for number, text in enumerate(texts)]
+
+
+def test_records_may_end_with_carriage_returns_alone(tmp_path):
+    (tmp_path / "posts.csv").write_bytes(b'post_id,text\r1,"a\rb"\r2,c')
+    assert [post.text for post in from_csv(tmp_path / "posts.csv")] == ["a\rb", "c"]
+
+
+def test_a_record_with_fewer_cells_than_names_is_rejected(tmp_path):
+    (tmp_path / "posts.csv").write_text("post_id,text,image_uri,\n1,Lyon,\n2,cut o")
+    whole, cut = from_csv(tmp_path / "posts.csv")
+    assert whole.problems == []
+    assert cut.problems[0].message == "the record has 2 cells, and the header 4"
+
+
+def test_an_empty_image_hides_no_address(tmp_path):
+    (tmp_path / "posts.jsonl").write_text('{"post_id": "1", "text": "a", "image": "", "image_uri": "https://b/c.jpg"}')
+    [post] = from_jsonl(tmp_path / "posts.jsonl")
+    assert post.image_uri == "https://b/c.jpg"
+
+
+def test_damaged_utf_16_is_named(tmp_path):
+    (tmp_path / "posts.jsonl").write_bytes('{"post_id": "1", "text": "a"}'.encode("utf-16") + b"\0")
+    with pytest.raises(ValueError, match=r"/posts\.jsonl is damaged: "):
+        list(from_jsonl(tmp_path / "posts.jsonl"))
 
 
 def test_quotes_can_be_characters(tmp_path):
@@ -292,6 +318,17 @@ def test_a_packed_file_that_is_cut_is_refused_by_name(tmp_path, read, pack):
     (tmp_path / "posts").write_bytes(packed[: len(packed) - 20])
     with pytest.raises(ValueError, match=r"/posts is damaged: "):
         list(read(tmp_path / "posts"))
+
+
+@pytest.mark.parametrize("read", PACKED)
+@pytest.mark.parametrize("pack", [bytes, *PACKERS])
+def test_a_pipe_gives_all_its_rows(tmp_path, read, pack):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = Thread(target=pipe.write_bytes, args=(pack(PACKED[read].encode()),), daemon=True)
+    writer.start()
+    assert [post.post_id for post in read(pipe)] == list(map(str, range(9000)))
+    writer.join(timeout=10)
 
 
 def test_an_array_may_follow_empty_lines(tmp_path):
