@@ -206,7 +206,7 @@ def _fits(field: str, kind: pa.DataType) -> bool:
     if types.is_null(kind):
         return True
     if field == "tokens":
-        return _is_list(kind) and _is_text(kind.value_type)
+        return _is_list(kind) and (types.is_null(kind.value_type) or _is_text(kind.value_type))
     if field == "image":
         return _is_bytes(kind) or _is_image_struct(kind)
     if field == "post_id":
@@ -222,12 +222,15 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    if types.is_dictionary(kind):
+        return _is_bytes(kind.value_type)
     is_binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
     return is_binary or types.is_fixed_size_binary(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    is_view = types.is_list_view(kind) or types.is_large_list_view(kind)
+    return is_view or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _is_image_struct(kind: pa.DataType) -> bool:

@@ -19,7 +19,7 @@ from gem_ray.data import shards, twitter10000
 from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.formats import IMAGE_SUFFIXES
-from gem_ray.data.listing import list_shards
+from gem_ray.data.listing import find_shards, list_shards
 from gem_ray.data.output import ANNOTATIONS, RUN_FACTS, InputOfRun, annotation_paths, input_of_run
 from gem_ray.data.storage import Storage, open_storage
 from gem_ray.evaluation.joins import id_by_row, is_named_by_row, matched, with_distinct_ids
@@ -224,9 +224,14 @@ def read_run(path: Path | str) -> dict[str, Any]:
 
 
 def _image_files(folder: Path) -> list[Path]:
+    """Of a folder of images; none of one with shards, where a picture may lie beside them."""
     if not folder.is_dir():
         return []
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    try:
+        return [] if images and find_shards(folder) else images
+    except FileNotFoundError:
+        return images
 
 
 def _open_annotations(path: Path | str) -> ds.Dataset:

@@ -42,6 +42,9 @@ TOKENS = {
     "list": pa.array(WORDS),
     "large_list": pa.array(WORDS, pa.large_list(pa.large_string())),
     "of binary": pa.array([bytes_of(words) for words in WORDS]),
+    "list_view": pa.array(WORDS, pa.list_view(pa.string())),
+    "of dictionary": pa.array([bytes_of(words) for words in WORDS], pa.list_(pa.dictionary(pa.int8(), pa.binary()))),
+    "of nothing": pa.array([[], None, []], pa.list_(pa.null())),
     "null": pa.nulls(3),
 }
 PICTURES = [b"one", None, b"three"]
@@ -50,6 +53,7 @@ IMAGES = {
     "absent": (None, PICTURES[1:2] * 3, [None] * 3),
     "binary": (pa.array(PICTURES), PICTURES, [None] * 3),
     "large_binary": (pa.array(PICTURES, pa.large_binary()), PICTURES, [None] * 3),
+    "dictionary": (pa.array(PICTURES).dictionary_encode(), PICTURES, [None] * 3),
     "hub": (
         pa.array([{"bytes": b"one", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None], HUB),
         [b"one", None, None],
@@ -73,7 +77,7 @@ def test_what_other_tools_write_is_read_as_what_it_means(tmp_path_factory, ids, 
     posts = list(read_posts(file))
     assert [post.post_id for post in posts] == ["1", "2", "3"]
     assert [post.text for post in posts] == TEXTS
-    assert [post.tokens for post in posts] == ([[]] * 3 if tokens in ("absent", "null") else WORDS)
+    assert [post.tokens for post in posts] == ([[]] * 3 if tokens in ("absent", "of nothing", "null") else WORDS)
     assert [post.image_bytes for post in posts] == IMAGES[image][1]
     assert [post.image_uri for post in posts] == IMAGES[image][2]
     assert not any(post.problems for post in posts)

@@ -214,6 +214,13 @@ def test_images_are_read_from_shards_or_from_a_folder_of_files(tmp_path):
     assert list(read_inputs(tmp_path / "files")) == []
 
 
+def test_a_picture_beside_shards_hides_neither_their_images_nor_their_posts(tmp_path):
+    write_posts([Post("a", "text", image_bytes=jpeg())], tmp_path / "posts")
+    (tmp_path / "posts" / "cover.jpg").write_bytes(b"another")
+    assert dict(read_images(tmp_path / "posts", ImageConfig(), {"a", "cover"})) == {"a": jpeg()}
+    assert [post.post_id for post in read_inputs(tmp_path / "posts")] == ["a"]
+
+
 def test_image_uris_lead_only_where_the_configuration_allows(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(jpeg())
