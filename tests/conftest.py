@@ -36,6 +36,8 @@ settings.load_profile("steady")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray's processes export their metrics every ten seconds, which tests that read them would wait for.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
+# vLLM's import would start two processes that compile for a GPU, ten seconds of a core, which fail where none is.
+os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
 
 # A shell that runs the suite in the background has it ignore Ctrl-C, and with it every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -49,6 +49,7 @@ LAYERS = [
         "process_exit",
         "process_start",
         "standard_streams",
+        "vllm_on_cpu",
     },
     {"data"},
     {"knowledge", "tagger", "rerank", "grounding"},

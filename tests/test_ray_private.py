@@ -25,6 +25,7 @@ _BACKPRESSURE = f"{_EXECUTION}.backpressure_policy:DownstreamCapacityBackpressur
 PINNED = [
     ("ray._private:worker", "_global_node"),
     ("ray._private.node:Node", "kill_monitor"),
+    ("ray._private.node:Node", "kill_log_monitor"),
     (_BACKPRESSURE, "OBJECT_STORE_BUDGET_UTIL_THRESHOLD"),
     (f"{_EXECUTION}.execution_callback:ExecutionCallback", "on_execution_step"),
     (f"{_EXECUTION}.streaming_executor:StreamingExecutor", "_topology"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -15,6 +14,7 @@ from gem_ray.knowledge.explainer import ExplainerError, ParsedAnswer, parse_answ
 from gem_ray.knowledge.prompts import ANSWER_FIELD, KnowledgeQuery, chat_messages
 from gem_ray.loading import check_declared
 from gem_ray.turns import turn_at
+from gem_ray.vllm_on_cpu import cpu_options
 
 _SCHEMA = {
     "type": "object",
@@ -66,8 +66,7 @@ class VllmExplainer:
                 enable_prefix_caching=True,
                 # White space between JSON's parts could go on for ever. vLLM takes this of the engine only.
                 structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-                # Without a GPU there is nothing to capture, and compiling takes longer than small models run.
-                enforce_eager=not torch.cuda.is_available(),
+                **cpu_options(),
             )
         if not llm.get_tokenizer().chat_template:
             raise ConfigError(

@@ -208,9 +208,6 @@ class PoolActor:
         self._ledger = ledger
         ledger.begin_actor(self._name, pool.name, pool.placement.num_gpus)
         threading.Thread(target=self._beat, daemon=True).start()
-        import torch
-
-        torch.set_num_threads(pool.placement.threads)
         log_as_json()
         self._clock = BusyClock()
         self._busy_reported = 0.0
@@ -238,6 +235,9 @@ class PoolActor:
             self._ledger.hear(self._name)
 
     def _load(self, models: dict[str, str]) -> list[WatchedStage]:
+        import torch
+
+        torch.set_num_threads(self._pool.placement.threads)
         stages = []
         for spec in self._pool.stages:
             try:

@@ -38,13 +38,15 @@ def connect_to_ray(address: str) -> None:
 
 
 def start_local_ray(**arguments: Any) -> None:
-    """Connect to a new Ray of this machine alone, quiet, without dashboard and autoscaler.
+    """Connect to a new Ray of this machine alone, quiet, without dashboard, autoscaler and log monitor.
 
     The autoscaler's process would take CPU time while actors start, and at the end a second: its GCS is gone by then,
-    which it still wants to tell that it ends, until Ray kills it.
+    which it still wants to tell that it ends, until Ray kills it. The log monitor would read all logs again and again,
+    for drivers that want to print them.
 
     Args:
         arguments: of `ray.init`.
     """
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **arguments)
     worker._global_node.kill_monitor()
+    worker._global_node.kill_log_monitor()

@@ -34,6 +34,7 @@ from gem_ray.rerank.llava import merged
 from gem_ray.rerank.model_positions import model_positions
 from gem_ray.rerank.prompts import PromptFormat
 from gem_ray.turns import turn_at
+from gem_ray.vllm_on_cpu import cpu_options
 
 
 class VllmEngine:
@@ -236,6 +237,5 @@ def _arguments(folder: str, settings: RerankerConfig, max_length: int, adapters:
         disable_log_stats=True,
         # Small, so that little of what prompts share is cut off; the CPU's kernels know no smaller one.
         block_size=16 if torch.cuda.is_available() else 32,
-        # Without a GPU there is nothing to capture, and compiling takes longer than the small models run.
-        enforce_eager=not torch.cuda.is_available(),
+        **cpu_options(),
     )
