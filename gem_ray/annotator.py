@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gem_ray.clock import BusyClock
 from gem_ray.confidence import Confidence
 from gem_ray.data.prepare import check_fields
 from gem_ray.model_references import describe_models, load_unchanged
-from gem_ray.process_start import quick_start
+from gem_ray.process_start import quick_start, refuse_fork
 from gem_ray.records import Post, ProblemKind
 from gem_ray.rerank.uncertainty import UncertaintyFilter
 from gem_ray.stages import LOAD_IMAGE, StageSpec, active_stages
@@ -122,7 +123,9 @@ def build_stage(
     Raises:
         FileNotFoundError: one of its models is not there.
         ModelChangedError: one of its models is not what it must be.
+        RuntimeError: see `refuse_fork`.
     """
+    refuse_fork()
     with quick_start():
         stage = spec.build(config) if models is None else load_unchanged([spec], config, models, spec.build)
     if pool is not None and spec.reads == "encoded":
@@ -170,10 +173,15 @@ class TagStage:
 
 
 class Annotator:
-    """The whole system in one process."""
+    """The whole system in one process. Safe to use from several threads, which take turns."""
 
     def __init__(self, stages: Sequence[GuardedStage]) -> None:
         self.stages = list(stages)
+        self._turn = threading.Lock()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied."""
+        raise TypeError("an Annotator stays in its process: send the Config, and make one there from it")
 
     @classmethod
     def from_config(cls, config: Config) -> Annotator:
@@ -181,6 +189,7 @@ class Annotator:
 
         Raises:
             FileNotFoundError: a model is not there.
+            RuntimeError: see `refuse_fork`.
         """
         return cls([build_stage(spec, config) for spec in active_stages(config)])
 
@@ -195,7 +204,9 @@ class Annotator:
 
         Raises:
             TypeError: something else than posts.
+            RuntimeError: see `refuse_fork`.
         """
+        refuse_fork()
         if isinstance(posts, Post):
             raise TypeError("annotate takes a list of posts: annotate([post])")
         posts = list(posts)
@@ -203,8 +214,9 @@ class Annotator:
             if not isinstance(post, Post):
                 raise TypeError(f"annotate takes posts, not {type(post).__name__}: Post('some-id', 'some text')")
             check_fields(post)
-        for stage in self.stages:
-            stage(posts)
+        with self._turn:
+            for stage in self.stages:
+                stage(posts)
         return posts
 
 

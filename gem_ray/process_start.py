@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,3 +32,23 @@ def quick_start() -> Iterator[None]:
         if is_hidden:
             del sys.modules["sklearn"]
         gc.set_threshold(*usual)
+
+
+_first_loader: int | None = None  # the process that has loaded models, also in those that are forked from it
+
+
+def refuse_fork() -> None:
+    """Call before models are loaded or used.
+
+    A forked process has none of the threads of the one before: it would wait for torch's forever, or crash.
+
+    Raises:
+        RuntimeError: this process was forked from one that had loaded models.
+    """
+    global _first_loader
+    _first_loader = _first_loader or os.getpid()
+    if _first_loader != os.getpid():
+        raise RuntimeError(
+            "this process was forked from one that had loaded models, without the threads that they need: start it "
+            "with multiprocessing.get_context('spawn')"
+        )

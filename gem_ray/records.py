@@ -221,9 +221,9 @@ class Post:
     entities: list[Entity] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     row_id: int | None = None
-    image_bytes: bytes | None = None
+    image_bytes: bytes | None = field(default=None, repr=False)
     image_uri: str | None = None
-    image: np.ndarray | None = None
+    image: np.ndarray | None = field(default=None, repr=False, compare=False)
     gold: list[GoldEntity] | None = None
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import multiprocessing
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -306,3 +308,48 @@ def test_time_of_calls_that_overlap_counts_once():
     for thread in threads:
         thread.join()
     assert 0.1 <= guarded.seconds <= time.perf_counter() - started
+
+
+def test_threads_that_share_an_annotator_take_turns() -> None:
+    """Stages keep what they are computing in their models: heat maps of two threads at once were mixed up."""
+    inside = threading.Lock()
+
+    def stage(posts: list[Post]) -> None:
+        assert inside.acquire(blocking=False)
+        time.sleep(0.05)
+        inside.release()
+
+    annotator = Annotator([GuardedStage("ground", stage)])
+    posts = [Post(str(number), "in Lyon") for number in range(3)]
+    threads = [threading.Thread(target=annotator.annotate, args=([post],)) for post in posts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [post.problems for post in posts] == [[]] * 3
+
+
+@pytest.mark.parametrize("move", [pickle.dumps, copy.deepcopy])
+def test_an_annotator_says_how_to_have_one_in_another_process(move: Callable[[Annotator], object]) -> None:
+    with pytest.raises(TypeError, match="send the Config"):
+        move(Annotator([]))
+
+
+def test_a_process_that_is_forked_from_one_with_models_refuses_to_annotate() -> None:
+    """It lacks the threads of torch, and would wait for them forever."""
+    annotator = Annotator([])
+    annotator.annotate([])
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def annotate() -> None:
+        try:
+            annotator.annotate([])
+        except RuntimeError as error:
+            sender.send(str(error))
+
+    process = context.Process(target=annotate)
+    process.start()
+    assert receiver.poll(30)
+    assert "get_context('spawn')" in receiver.recv()
+    process.join()
