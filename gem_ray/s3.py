@@ -54,7 +54,7 @@ class S3Uri:
 
 
 class RetryingFileSystem(fs.S3FileSystem):
-    """Arrow's file system with patience.
+    """Arrow's file system with patience, which connects as boto3 does on the machine that it is on.
 
     Args:
         region: where the bucket is.
@@ -67,7 +67,7 @@ class RetryingFileSystem(fs.S3FileSystem):
         server = {}
         if endpoint:
             parts = urlsplit(endpoint)
-            server = {"scheme": parts.scheme, "endpoint_override": parts.netloc}
+            server = {"scheme": parts.scheme, "endpoint_override": parts.netloc + parts.path.rstrip("/")}
         super().__init__(
             region=region,
             anonymous=anonymous,
@@ -75,11 +75,25 @@ class RetryingFileSystem(fs.S3FileSystem):
             request_timeout=SILENCE_TIMEOUT_S,
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_FILE_ATTEMPTS),
             **server,
+            **_way_to(endpoint or f"https://s3.{region}.amazonaws.com"),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Arrow's own forgets the retry strategy on the way to another process.
         return type(self), self._arguments
+
+
+def _way_to(url: str) -> dict[str, str]:
+    """The proxy and the file of certificates with which boto3 would ask a server; Arrow itself looks for neither."""
+    import botocore.session
+    from botocore.utils import get_environ_proxies
+
+    way = {}
+    if certificates := botocore.session.get_session().get_config_variable("ca_bundle"):
+        way["tls_ca_file_path"] = certificates
+    if proxy := get_environ_proxies(url).get(urlsplit(url).scheme):
+        way["proxy_options"] = proxy if "://" in proxy else f"http://{proxy}"
+    return way
 
 
 def open_bucket(uri: S3Uri) -> RetryingFileSystem:

@@ -112,10 +112,12 @@ def parse_recipe_settings(overrides: list[str] | None) -> dict[str, Any]:
 
 
 def same_command(arguments: Collection[str]) -> str:
-    """The command that continues one that was stopped: what was begun anew or taken in is part of the run by now.
+    """The command that continues one that was stopped, also while it still counted its input.
+
+    Once there is progress, what was begun anew or taken in is part of the run.
 
     Args:
         arguments: of the command that was stopped.
     """
     flag = next((flag for flag in ("--fresh", "--update") if flag in arguments), None)
-    return f"the same command without {flag}" if flag else "the same command"
+    return f"the same command without {flag} (with it, if no progress was shown yet)" if flag else "the same command"

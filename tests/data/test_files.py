@@ -3,12 +3,20 @@ import hashlib
 import json
 import os
 import pickle
+import ssl
 import subprocess
 import sys
+import threading
 import time
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from pyarrow import fs
 
 import gem_ray.s3
@@ -18,7 +26,7 @@ from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.data.storage import open_storage
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.records import Post
-from gem_ray.s3 import S3Uri, list_objects
+from gem_ray.s3 import RetryingFileSystem, S3Uri, list_objects
 
 CONTENT = bytes(range(256)) * 8000
 
@@ -208,6 +216,82 @@ def test_both_libraries_ask_the_server_that_the_environment_names(s3, faulty_s3,
     monkeypatch.setenv(name, faulty_s3.endpoint)
     assert read(uri) == CONTENT
     assert faulty_s3.counts["passed"] >= 3  # a listing, the size, the content
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A server that has nothing, and knows what it was asked for."""
+
+    paths = []
+
+    class Asked(BaseHTTPRequestHandler):
+        def answer(self):
+            paths.append(self.path)
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET = answer  # noqa: N815
+
+        def log_message(self, *_):
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Asked)
+    server.paths = paths
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def paths_at(server, endpoint):
+    """What an Arrow that was pickled on the way asks of a server: what it looks for is the machine's own."""
+    filesystem = pickle.loads(pickle.dumps(RetryingFileSystem("us-east-1", endpoint, anonymous=True)))
+    server.paths.clear()
+    assert filesystem.get_file_info("bucket/key").type is fs.FileType.NotFound
+    return server.paths
+
+
+def test_a_server_below_a_path_is_asked_there(asked):
+    """As a storage behind a gateway."""
+    endpoint = f"http://127.0.0.1:{asked.server_port}/storage/v1/s3/"
+    assert paths_at(asked, endpoint)[0] == "/storage/v1/s3/bucket/key"
+
+
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_a_proxy_of_the_environment_is_used_where_boto3_would(asked, monkeypatch, scheme):
+    monkeypatch.setenv("http_proxy", f"{scheme}127.0.0.1:{asked.server_port}")
+    assert paths_at(asked, "http://s3.test")[0] == "http://s3.test/bucket/key"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert paths_at(asked, f"http://127.0.0.1:{asked.server_port}")[0] == "/bucket/key"
+
+
+def test_a_certificate_that_the_environment_names_is_trusted(asked, tmp_path, monkeypatch):
+    """A storage of one's own has often a certificate of one's own."""
+    certificate, key = self_signed("localhost")
+    (tmp_path / "certificate.pem").write_bytes(certificate)
+    (tmp_path / "both.pem").write_bytes(certificate + key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    asked.socket = context.wrap_socket(asked.socket, server_side=True)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "certificate.pem"))
+    assert paths_at(asked, f"https://localhost:{asked.server_port}")[0] == "/bucket/key"
+
+
+def self_signed(host):
+    """A certificate and its key, as PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    begin = datetime.now(UTC) - timedelta(days=1)
+    built = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, begin + timedelta(days=2))
+    built = built.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
+    built = built.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    pem = serialization.Encoding.PEM
+    form = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return built.sign(key, hashes.SHA256()).public_bytes(pem), key.private_bytes(pem, *form)
 
 
 def test_without_a_server_of_our_own_the_bucket_says_in_which_region_it_is(s3, monkeypatch):

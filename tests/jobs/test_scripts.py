@@ -64,7 +64,7 @@ def test_who_continues_a_job_does_not_begin_anew(flag: str, monkeypatch: pytest.
         monkeypatch.setattr(sys, "argv", ["annotate.py", *arguments])
         runpy.run_path(str(ROOT / "jobs" / "annotate.py"), run_name="__main__")
         said.append(commands_for("job", "http://head", same_command(arguments)).splitlines()[-1])
-    without = f"the same command without {flag}"
+    without = f"the same command without {flag} (with it, if no progress was shown yet)"
     assert ["without" in each for each in said] == [False, False, True, True]
     assert f"run {without} to resume" in said[2]
     assert f"submit {without}" in said[3]
