@@ -348,6 +348,9 @@ def _reduced(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
+    """By EXIF. Pillow asks XMP too, which browsers and phones do not, and which is often left from before an edit."""
+    for name in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(name, None)
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata say nothing about the pixels

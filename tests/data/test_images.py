@@ -137,6 +137,17 @@ def test_exif_rotation_is_undone_as_pillow_undoes_it(kind, orientation):
     assert difference(decoded.pixels, upright) < 1
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+def test_xmp_turns_no_image_as_it_turns_none_in_browsers(kind):
+    xmp = '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    data = encoded(scene(), kind, **({"pnginfo": info} if kind == "PNG" else {"xmp": xmp.encode()}))
+    assert Image.open(io.BytesIO(data)).getexif()[0x112] == 6
+    decoded = decode_image(data, CONFIG)
+    assert (decoded.width, decoded.height) == scene().size
+
+
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40, b"\0"])
 def test_damaged_exif_is_no_rotation(exif):
     decoded = decode_image(encoded(scene(), "JPEG", exif=exif, quality=95), CONFIG)
