@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gem_ray.records import Post
 
 _SHOWN_REASONS = 5
+_SHOWN_CHARACTERS = 200  # of what stands for an image: an image in base64 is no path either
 
 OutArgument = Annotated[str, typer.Argument(help="Folder for the shards.")]
 EmbedOption = Annotated[bool, typer.Option(help="Put images beside the file into the shards.")]
@@ -138,7 +139,7 @@ def _write_shards(posts: Iterable[Post], out: str, per_shard: int, left_out: Seq
     if left_out:
         more = ", …" if len(left_out) > _SHOWN_REASONS else ""
         names = ", ".join(left_out[:_SHOWN_REASONS])
-        typer.secho(f"files that are neither image nor text, or hidden: {len(left_out)} ({names}{more})", err=True)
+        typer.secho(f"neither image nor text, hidden, or links to folders: {len(left_out)} ({names}{more})", err=True)
     for reason in wrong[:_SHOWN_REASONS]:
         typer.secho(reason, fg="yellow", err=True)
     if wrong:
@@ -156,7 +157,7 @@ def _problem(post: Post) -> str | None:
     if post.problems:
         return post.problems[0].message
     if post.image_uri is not None and "://" not in post.image_uri:
-        return f"there is no image at {post.image_uri} that can be read"
+        return f"there is no image at {post.image_uri[:_SHOWN_CHARACTERS]} that can be read"
     try:
         if post.image_bytes is not None:
             image_suffix(post.image_bytes, ImageConfig())

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import lzma
+import os
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -87,17 +88,18 @@ def from_folder(folder: Path, left_out: list[str] | None = None) -> Iterator[Pos
     others, with the same text, their paths as they are. An image is one by its suffix or its first bytes.
 
     Args:
-        folder: links in it that lead out of it are not followed.
-        left_out: gets the paths of the files that are neither text nor image; hidden ones too.
+        folder: links in it that lead out of it are not followed, nor links to folders.
+        left_out: gets the paths of the files that are neither text nor image; hidden ones and links to folders too.
+
+    Raises:
+        OSError: a folder cannot be listed.
     """
     images: dict[str, list[str]] = {}
     texts: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in _entries(folder):
         relative = path.relative_to(folder)
         name = unicodedata.normalize("NFC", relative.with_suffix("").as_posix())  # macOS writes accents apart
-        if path.is_dir():
-            continue
-        if is_hidden(PurePosixPath(*(part for part in relative.parts if not part.startswith("_")))):
+        if path.is_dir() or is_hidden(PurePosixPath(*(part for part in relative.parts if not part.startswith("_")))):
             _note(left_out, relative)
         elif path.suffix.lower() == ".txt":
             texts.setdefault(name, []).append(path)
@@ -111,6 +113,19 @@ def from_folder(folder: Path, left_out: list[str] | None = None) -> Iterator[Pos
         for number, uri in enumerate(images.get(name, [None]))
     )
     return embedded(posts, folder)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Files in a folder and below, and links to folders; `rglob` would pass over folders that it may not list."""
+
+    def give_up(error: OSError) -> None:
+        raise error
+
+    return sorted(
+        Path(parent, name)
+        for parent, folders, files in os.walk(folder, onerror=give_up)
+        for name in [*files, *(name for name in folders if Path(parent, name).is_symlink())]
+    )
 
 
 def embedded(posts: Iterable[Post], folder: Path, config: ImageConfig | None = None) -> Iterator[Post]:

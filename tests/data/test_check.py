@@ -168,6 +168,12 @@ def test_shards_name_the_images_that_cannot_be_used(tmp_path: Path):
     assert "1 post with a problem; 0 cannot be annotated" in done.output
 
 
+def test_what_is_shown_of_an_image_in_base64_is_short(tmp_path: Path):
+    (tmp_path / "posts.jsonl").write_text(f'{{"post_id": "1", "text": "Lyon", "image": "{"/9j/4AAQ" * 9999}"}}')
+    done = CliRunner().invoke(app, ["shards", "jsonl", str(tmp_path / "posts.jsonl"), str(tmp_path / "out")])
+    assert ("there is no image at /9j/4AAQ" in done.output, len(done.output) < 1000) == (True, True)
+
+
 def test_a_file_is_no_folder_without_images(tmp_path: Path):
     (tmp_path / "images.zip").write_bytes(b"PK")
     done = CliRunner().invoke(app, ["shards", "folder", str(tmp_path / "images.zip"), str(tmp_path / "out")])

@@ -273,6 +273,26 @@ def test_leftovers_of_other_tools_are_no_posts(tmp_path):
     assert sorted(left_out) == sorted(LEFTOVERS)
 
 
+def test_a_linked_folder_is_named_and_one_that_cannot_be_listed_refused(tmp_path, monkeypatch):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text("Paris")
+    (tmp_path / "in" / "a.txt").write_text("Lyon")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "more")
+    left_out = []
+    assert ([post.post_id for post in from_folder(tmp_path / "in", left_out)], left_out) == (["a"], ["more"])
+    scandir = os.scandir
+
+    def deny(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(PermissionError, match="in/sub"):
+        list(from_folder(tmp_path / "in"))
+
+
 def test_entries_of_a_folder_that_are_no_files_or_lead_out_of_it(tmp_path):
     folder = tmp_path / "in"
     (folder / "album.jpg").mkdir(parents=True)
