@@ -12,11 +12,12 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 Image: TypeAlias = bytes | str | os.PathLike[str]
+_Posts: TypeAlias = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]]
 _T = TypeVar("_T")
 _RETRIED = (408, 429, 502, 503, 504)
 _FIRST_PAUSE_S = 0.5
@@ -279,11 +281,13 @@ class _Requests:
         timeout_s: float = 90,
         max_pause_s: float = 30,
     ) -> None:
+        self._arguments = (base_url, api_key, retries, timeout_s, max_pause_s)
         url, auth = _address(base_url)
         headers = {"Authorization": f"Bearer {_checked(api_key)}"} if api_key else {}
         if auth and headers:
             raise ValueError("give an api_key, or a name and password in base_url, not both: one header holds them")
-        self._http = self._transport(
+        self._connect = partial(
+            self._transport,
             base_url=url,
             headers=headers,
             auth=auth,
@@ -291,8 +295,13 @@ class _Requests:
             trust_env=url.host not in _WITHOUT_PROXY,
             verify=httpx.create_ssl_context(),  # which heeds the environment, also on this machine
         )
+        self._http = self._connect()
         self._retries = retries
         self._max_pause_s = max_pause_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it makes connections of its own."""
+        return type(self), self._arguments
 
     def _get(self, path: str) -> httpx.Request:
         return self._http.build_request("GET", path)
@@ -371,7 +380,7 @@ class Client(_Requests):
             text: of the post.
             image: encoded, or the path of a file.
             heatmaps: give the heat map of each entity that is seen.
-            fields: `post_id`, `tokens`, `caption`, `knowledge`, `image_url`; what is `None` or NaN is not sent.
+            fields: `post_id`, `tokens`, `caption`, `knowledge`, `image_url`; what is `None`, NaN or NA is not sent.
 
         Raises:
             ClientError: the service refused, could not be reached, or gave an answer that is none of gem-ray's.
@@ -460,10 +469,11 @@ class Client(_Requests):
 
 
 class AsyncClient(_Requests):
-    """As `Client`, for asyncio."""
+    """As `Client`, for asyncio: in one event loop at a time. Posts may come from an asynchronous generator, too."""
 
     _transport = httpx.AsyncClient
     _http: httpx.AsyncClient
+    _loop: asyncio.AbstractEventLoop | None = None
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -482,7 +492,7 @@ class AsyncClient(_Requests):
         body = await asyncio.to_thread(_body, {"text": text, "image": image} | fields)  # it may read a file
         return await self._ask(self._post("/v1/annotate", body, heatmaps), Annotation.from_json)
 
-    async def annotate_batch(self, posts: Iterable[Mapping[str, Any]], *, heatmaps: bool = False) -> list[Annotation]:
+    async def annotate_batch(self, posts: _Posts, *, heatmaps: bool = False) -> list[Annotation]:
         """As `Client.annotate_batch`."""
         done: list[Annotation] = []
         try:
@@ -494,7 +504,7 @@ class AsyncClient(_Requests):
         return done
 
     async def stream(
-        self, posts: Iterable[Mapping[str, Any]], *, heatmaps: bool = False
+        self, posts: _Posts, *, heatmaps: bool = False
     ) -> AsyncIterator[tuple[int, Annotation | ClientError]]:
         """As `Client.stream`."""
         async for batch in self._batches(posts):
@@ -520,10 +530,12 @@ class AsyncClient(_Requests):
         """As `Client.limits`."""
         return await self._ask(self._get("/v1/limits"), _limits)
 
-    async def _batches(self, posts: Iterable[Mapping[str, Any]]) -> AsyncIterator[_Batch]:
+    async def _batches(self, posts: _Posts) -> AsyncIterator[_Batch]:
         cutter = None
-        for position, post in enumerate(posts):
+        positions = count()
+        async for post in _each(posts):
             cutter = cutter or _Cutter(await self.limits())
+            position = next(positions)
             if full := cutter.add(position, await asyncio.to_thread(_body_at, position, post)):
                 yield full
         if cutter:
@@ -534,6 +546,10 @@ class AsyncClient(_Requests):
         return _understood(lambda: read(answer.json()))
 
     async def _send(self, request: httpx.Request, stream: bool = False) -> httpx.Response:
+        if self._loop is not (loop := asyncio.get_running_loop()):
+            if self._loop and not self._http.is_closed:  # its connections ended with it
+                self._http = self._connect()
+            self._loop = loop
         attempt = 0
         while True:
             try:
@@ -574,17 +590,37 @@ def _body(post: Mapping[str, Any]) -> str:
     image = values.get("image")
     if image is not None:
         data = Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"image is {type(data).__name__}, not the bytes or the path of an image file")
         values["image"] = base64.b64encode(data).decode("ascii")
-    return json.dumps(values)
+    return json.dumps(values, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """The values of an array or of one of its numbers, as rows of pandas have them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be sent in JSON")
 
 
 def _is_missing(value: Any) -> bool:
-    """`None`, or NaN, as rows of pandas have it."""
-    return value is None or (isinstance(value, float) and value != value)
+    """`None`, or NaN or NA, as rows of pandas have it."""
+    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
+
+
+async def _each(posts: _Posts) -> AsyncIterator[Mapping[str, Any]]:
+    if isinstance(posts, AsyncIterable):
+        async for post in posts:
+            yield post
+    else:
+        for post in posts:
+            yield post
 
 
 def _body_at(position: int, post: Mapping[str, Any]) -> str:
     try:
+        if not hasattr(post, "items"):
+            raise TypeError(f"it is {type(post).__name__}, not a mapping with a text; posts are a list of mappings")
         return _body(post)
     except (OSError, *_WRONG) as error:
         raise ClientError(f"the post at {position} cannot be sent: {error}") from error

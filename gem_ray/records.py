@@ -182,7 +182,7 @@ class Entity:
     def from_dict(cls, values: Mapping[str, Any]) -> Entity:
         """The inverse of `to_dict`."""
         values = dict(values)
-        values["candidates"] = [Candidate(**candidate) for candidate in values.get("candidates") or ()]
+        values["candidates"] = [Candidate(**candidate) for candidate in _listed(values.get("candidates"))]
         for name, kind in (("point", Point), ("box", Box), ("heatmap", HeatMap)):
             values[name] = kind(**values[name]) if values.get(name) else None
         return cls(**values)
@@ -270,19 +270,32 @@ class Post:
 
     @classmethod
     def from_annotation(cls, row: Mapping[str, Any]) -> Post:
-        """The inverse of `annotation`; accepts rows read back from the output."""
+        """The inverse of `annotation`; accepts rows read back from the output, also by pandas or Ray Data."""
+        row = {name: None if is_missing(value) else value for name, value in row.items()}
+        width, height = row.get("image_width"), row.get("image_height")
+        problems = _listed(row.get("problems"))
         return cls(
             post_id=row["post_id"],
             text=row["text"],
-            tokens=list(row.get("tokens") or ()),
+            tokens=_listed(row.get("tokens")),
             caption=row.get("caption"),
             knowledge=row.get("knowledge"),
-            image_width=row.get("image_width"),
-            image_height=row.get("image_height"),
-            entities=[Entity.from_dict(entity) for entity in row["entities"] or ()],
-            problems=[Problem(p["stage"], ProblemKind(p["kind"]), p["message"]) for p in row.get("problems") or ()],
+            image_width=None if width is None else int(width),  # pandas has decimals in a column with nulls
+            image_height=None if height is None else int(height),
+            entities=[Entity.from_dict(entity) for entity in _listed(row["entities"])],
+            problems=[Problem(p["stage"], ProblemKind(p["kind"]), p["message"]) for p in problems],
             row_id=row.get("row_id"),
         )
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a row's value is a null: `None`, or NaN or NA, as pandas has it."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
+
+
+def _listed(values: Any) -> list[Any]:
+    """A list's values, none for a null; pandas and Ray Data have arrays, whose truth cannot be asked."""
+    return [] if values is None else list(values)
 
 
 def model_rows(models: Mapping[str, str]) -> list[dict[str, str]]:
@@ -295,7 +308,7 @@ def gold_from_rows(rows: Sequence[Mapping[str, Any]] | None) -> list[GoldEntity]
     if rows is None:
         return None
     return [
-        GoldEntity(row["word_start"], row["word_end"], row["fine"], tuple(Box(**box) for box in row["boxes"] or ()))
+        GoldEntity(row["word_start"], row["word_end"], row["fine"], tuple(Box(**box) for box in _listed(row["boxes"])))
         for row in rows
     ]
 

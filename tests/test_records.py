@@ -1,6 +1,7 @@
 from dataclasses import fields
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -105,6 +106,15 @@ def test_entities_are_stored_as_they_always_were():
     )
 
 
+def test_rows_that_pandas_has_read_are_posts(tmp_path):
+    posts = [_post(), Post("2", "nothing here")]
+    rows = [{**post.annotation(), "run_id": "run", "models": []} for post in posts]
+    pq.write_table(pa.Table.from_pylist(rows, ANNOTATION_SCHEMA), tmp_path / "rows.parquet")
+    table = pd.read_parquet(tmp_path / "rows.parquet")
+    for each in (table, table.convert_dtypes()):
+        assert [Post.from_annotation(row) for row in each.to_dict("records")] == posts
+
+
 def test_logits_are_never_written_and_stay_with_the_entity():
     entity = _seen_entity()
     assert "logits" not in entity.to_dict()
@@ -185,6 +195,8 @@ def test_gold_is_read_from_the_plain_values_of_its_column():
     ).to_pylist()
     expected = [GoldEntity(0, 2, "city", (Box(1, 2, 3, 4),)), GoldEntity(3, 4, "band")]
     assert gold_from_rows(through_arrow["gold"]) == expected
+    pandas = np.array([row | {"boxes": np.array((row["boxes"] or []) * 2)} for row in rows])
+    assert [len(entity.boxes) for entity in gold_from_rows(pandas)] == [2, 0]
     assert gold_from_rows([]) == []  # annotated, and nothing there
     assert gold_from_rows(None) is None  # not annotated
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import pyarrow as pa
 from gem_ray.config import Config, ImageConfig, TextConfig
 from gem_ray.data.fetch import ImageError
 from gem_ray.data.tokenize import has_words, tokenize, word_spans
-from gem_ray.records import GOLD_TYPE, GoldEntity, Post, ProblemKind, gold_from_rows
+from gem_ray.records import GOLD_TYPE, GoldEntity, Post, ProblemKind, gold_from_rows, is_missing
 
 # A reader that meets a row it cannot parse says so here; the rest of the row holds what could be saved.
 ERROR_FIELD = "__error__"
@@ -31,7 +30,7 @@ def post_from_row(row: Mapping[str, Any]) -> Post:
 
     Never raises. A wrong image field leaves a degraded post, any other wrong field a rejected one; wrong gold, which
     only evaluation needs, is left out and named. Columns that are
-    not in `INPUT_SCHEMA` are ignored; NaN, which pandas writes for a missing value, is a missing value.
+    not in `INPUT_SCHEMA` are ignored; NaN and NA, which pandas has for a missing value, are missing values.
     """
     post = Post(post_id="", text="")
     if not isinstance(row, Mapping):
@@ -65,7 +64,7 @@ def _fill(post: Post, row: Mapping[str, Any]) -> None:
     post.post_id = _post_id(row, post)
     post.tokens = _tokens(row, post)
     post.text = _string(row, "text", post) or ""
-    if _is_missing(row.get("text")):
+    if is_missing(row.get("text")):
         if post.tokens:
             post.text = " ".join(post.tokens)
         else:
@@ -184,7 +183,7 @@ def _post_id(row: Mapping[str, Any], post: Post) -> str:
     if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**64:
         return str(int(value))
     post_id = _string(row, "post_id", post)
-    if _is_missing(value):
+    if is_missing(value):
         post.fail(_STAGE, _BAD, "post_id is missing")
     elif post_id is not None and not post_id.strip():
         post.fail(_STAGE, _BAD, "post_id is empty")
@@ -193,7 +192,7 @@ def _post_id(row: Mapping[str, Any], post: Post) -> str:
 
 def _tokens(row: Mapping[str, Any], post: Post) -> list[str]:
     values: Any = row.get("tokens")
-    if _is_missing(values):
+    if is_missing(values):
         return []
     if not _is_list(values):
         post.fail(_STAGE, _BAD, f"tokens is {_type(values)}, not a list of strings")
@@ -209,7 +208,7 @@ def _tokens(row: Mapping[str, Any], post: Post) -> list[str]:
 
 def _string(row: Mapping[str, Any], name: str, post: Post) -> str | None:
     value = row.get(name)
-    if _is_missing(value):
+    if is_missing(value):
         return None
     if not isinstance(value, str):
         post.fail(_STAGE, _BAD, f"{name} is {_type(value)}, not a string")
@@ -222,7 +221,7 @@ def _string(row: Mapping[str, Any], name: str, post: Post) -> str | None:
 
 def _image(row: Mapping[str, Any], post: Post) -> bytes | None:
     value = row.get("image")
-    if _is_missing(value):
+    if is_missing(value):
         return None
     if not isinstance(value, (bytes, bytearray, memoryview)):
         post.fail(_STAGE, ProblemKind.IMAGE_UNREADABLE, f"image is {_type(value)}, not bytes")
@@ -232,7 +231,7 @@ def _image(row: Mapping[str, Any], post: Post) -> bytes | None:
 
 def _image_uri(row: Mapping[str, Any], post: Post) -> str | None:
     value = row.get("image_uri")
-    if _is_missing(value) or (isinstance(value, str) and not value):
+    if is_missing(value) or (isinstance(value, str) and not value):
         return None
     if not isinstance(value, str) or _encodable(value) != value:
         post.fail(_STAGE, ProblemKind.IMAGE_UNREADABLE, f"image_uri is {_type(value)}, not a string of valid Unicode")
@@ -242,7 +241,7 @@ def _image_uri(row: Mapping[str, Any], post: Post) -> str | None:
 
 def _gold(row: Mapping[str, Any], post: Post) -> list[GoldEntity] | None:
     value: Any = row.get("gold")
-    if _is_missing(value):
+    if is_missing(value):
         return None
     try:
         gold = gold_from_rows(value) or []
@@ -252,10 +251,6 @@ def _gold(row: Mapping[str, Any], post: Post) -> list[GoldEntity] | None:
         post.fail(_STAGE, ProblemKind.BAD_GOLD, _encodable(message))
         return None
     return gold
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_list(values: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import pickle
 import runpy
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -469,9 +471,66 @@ def test_what_is_missing_in_rows_of_pandas_is_not_sent(against):
         return httpx.Response(200, json={"annotations": [ROW] * 2})
 
     rows = pd.DataFrame({"text": ["Paris", "Rome"], "caption": [None, "a view"], "image_url": [float("nan")] * 2})
+    for table in (rows, rows.convert_dtypes()):
+        sent.clear()
+        with against(handler) as client:
+            client.annotate_batch(table.to_dict("records"))
+        assert sent == [{"text": "Paris"}, {"text": "Rome", "caption": "a view"}]
+
+
+def test_arrays_and_their_numbers_are_sent_as_their_values(against):
+    """As pandas gives the lists and integers of a Parquet file."""
+    sent = []
+
+    def handler(request):
+        sent.append(json.loads(request.content))
+        return httpx.Response(200, json=ROW)
+
     with against(handler) as client:
-        client.annotate_batch(rows.to_dict("records"))
-    assert sent == [{"text": "Paris"}, {"text": "Rome", "caption": "a view"}]
+        client.annotate("Paris", tokens=np.array(["Paris"]), post_id=np.int64(7))
+    assert sent == [{"text": "Paris", "tokens": ["Paris"], "post_id": 7}]
+
+
+@pytest.mark.parametrize(
+    ("posts", "words"),
+    [
+        ({"text": "Paris"}, "it is str, not a mapping"),
+        (["Paris"], "it is str, not a mapping"),
+        ([{"text": "Paris", "image": np.zeros((4, 4, 3), np.uint8)}], "image is ndarray, not the bytes or the path"),
+        ([{"text": "Paris", "caption": object()}], "object cannot be sent"),
+    ],
+)
+def test_what_is_no_post_is_named(against, posts, words):
+    with against(lambda _: httpx.Response(200, json=LIMITS)) as client, pytest.raises(ClientError, match=words):
+        client.annotate_batch(posts)
+
+
+def test_posts_may_come_from_an_asynchronous_generator(api):
+    async def posts():
+        for number in range(4):
+            yield {"text": TEXT, "post_id": str(number)}
+
+    async def ask():
+        async with gem_ray.AsyncClient(f"http://127.0.0.1:{api.port}", retries=0) as client:
+            batch = await client.annotate_batch(posts())
+            return [each.post_id for each in batch], sorted([index async for index, _ in client.stream(posts())])
+
+    assert asyncio.run(ask()) == (["0", "1", "2", "3"], [0, 1, 2, 3])
+
+
+def test_an_asynchronous_client_outlives_an_event_loop(api):
+    """As in a page or a notebook that calls `asyncio.run` for each question."""
+    client = gem_ray.AsyncClient(f"http://127.0.0.1:{api.port}", retries=0)
+    statuses = [asyncio.run(client.annotate(TEXT)).status for _ in range(3)]
+    assert statuses == ["degraded"] * 3
+
+
+@pytest.mark.parametrize("kind", [gem_ray.Client, gem_ray.AsyncClient])
+def test_a_client_can_go_to_another_process(api, kind):
+    """In the closure of a function that Ray sends to its workers, too."""
+    client = pickle.loads(pickle.dumps(kind(f"http://127.0.0.1:{api.port}", retries=0)))
+    limits = client.limits()
+    assert (asyncio.run(limits) if isawaitable(limits) else limits).max_batch_posts == 3
 
 
 SECRET = "SECRET"
