@@ -20,6 +20,7 @@ from gem_ray.redaction import redacted
 
 _FIRST_PAUSE_S = 0.5
 _MAX_REPLY_BYTES = 2**20
+_THINKS, _THOUGHT = "<think>", "</think>"
 _RETRIED_STATUSES = frozenset({408, 429})  # and every 5xx
 _RETRIED_ERRORS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 
@@ -144,11 +145,28 @@ class ChatClient:
         except httpx.HTTPError as error:
             raise ChatError(self._without_key(f"{type(error).__name__}: {error}")) from None
         if response.is_success:
-            return _message_content(reply)
+            return self._answer(reply)
         status = self._without_key(f"HTTP {response.status_code} {_error_message(reply)}".rstrip())
         if response.status_code in _RETRIED_STATUSES or response.is_server_error:
             raise _TransientError(status, retry_after(response.headers.get("Retry-After", "")))
         raise ChatError(f"{self.model} refused: {status}")
+
+    def _answer(self, reply: bytes) -> str:
+        """What a reply says, without what a reasoning model has thought before it.
+
+        Raises:
+            ChatError: it is no chat completion, or it was cut off before the answer began.
+        """
+        content, is_cut = _message_content(reply)
+        _, ended, answer = content.rpartition(_THOUGHT)
+        if not ended and answer.lstrip().startswith(_THINKS):
+            answer, is_cut = "", True
+        if is_cut and not answer.strip():
+            raise ChatError(
+                f"{self.model} had not begun to answer after max_tokens ({self._config.max_tokens}): allow more, or "
+                "switch its reasoning off"
+            )
+        return answer
 
     def _without_key(self, message: str) -> str:
         # Some endpoints quote the key that they refuse.
@@ -166,21 +184,29 @@ def _read(response: httpx.Response, deadline: float) -> bytes:
     return bytes(reply)
 
 
-def _message_content(reply: bytes) -> str:
+def _message_content(reply: bytes) -> tuple[str, bool]:
+    """The text of a reply, and whether it ends where no more tokens were allowed."""
     try:
-        content = json.loads(reply)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise ChatError("the endpoint's reply is not a chat completion") from None
+        choice = json.loads(reply)["choices"][0]
+        content, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        reason = _error_message(reply)  # some gateways say with status 200 that the model has failed
+        raise ChatError(f"the endpoint's reply is not a chat completion{reason and f': {reason}'}") from None
     if content is not None and not isinstance(content, str):
         raise ChatError("the endpoint's reply is not text")
-    return content or ""
+    return content or "", is_cut
 
 
 def _error_message(reply: bytes) -> str:
-    """What the endpoint says about a refusal, for a person; empty if it does not say it as OpenAI does."""
+    """What the endpoint says about a refusal, for a person; empty if it says nothing in JSON.
+
+    OpenAI has `error.message`, Ollama `error`, FastAPI `detail`, older versions of vLLM `message`.
+    """
     try:
-        return str(json.loads(reply)["error"]["message"])[:200]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        said = json.loads(reply)
+        found = next((said[name] for name in ("error", "detail", "message") if said.get(name)), "")
+        return str(found.get("message", found) if isinstance(found, dict) else found)[:200]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
 
 

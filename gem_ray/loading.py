@@ -12,9 +12,9 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from gem_ray.hub import weight_files
+from gem_ray.model_kind import config_for, read_config
 
 _NAMED = 5  # names in a message; the others are counted
 
@@ -60,8 +60,10 @@ def load_pretrained(model_class: Any, folder: Path, allowed: Allowed = EXACT, **
         arguments: passed on.
 
     Raises:
-        ValueError: weights are missing, unexpected or of another shape; the message names them.
+        ValueError: weights are missing, unexpected or of another shape; the message names them. Or the checkpoint is
+            another architecture's, or quantized.
     """
+    config_for(model_class, folder)
     # Shapes that differ are then reported like the rest, by name.
     model, found = model_class.from_pretrained(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -77,12 +79,12 @@ def check_pretrained(model_class: Any, folder: Path, allowed: Allowed = EXACT) -
         The model, on the device `meta`.
 
     Raises:
-        ValueError: weights are missing, unexpected or of another shape; the message names them.
+        ValueError: as `load_pretrained`.
         FileNotFoundError: the folder holds no weights.
     """
     model, found = model_class.from_pretrained(
         None,
-        config=AutoConfig.from_pretrained(folder),
+        config=config_for(model_class, folder),
         state_dict=weight_shapes(folder),
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -92,21 +94,32 @@ def check_pretrained(model_class: Any, folder: Path, allowed: Allowed = EXACT) -
     return model
 
 
-def check_declared(folder: Path, adapters: Mapping[str, Path] | None = None) -> None:
-    """Check a checkpoint, and adapters of it, against the architecture that its `config.json` names.
+def check_declared(folder: Path) -> Any:
+    """Check a checkpoint against the architecture that its `config.json` names.
 
     What transformers does not know, and what is quantized, whose tensors have other names, is left to its reader.
+
+    Returns:
+        As `check_pretrained`; `None` for what is left to its reader.
 
     Raises:
         ValueError: weights are missing, unexpected or of another shape; the message names them.
         FileNotFoundError: the folder holds no weights.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None or getattr(config, "quantization_config", None):
-        return
-    model = check_pretrained(model_class, folder)
-    for _ in _attached(model, adapters or {}):
+        return None
+    return check_pretrained(model_class, folder)
+
+
+def check_adapters(model: nn.Module, adapters: Mapping[str, Path]) -> None:
+    """Check LoRA adapters, by name, against a model, which is of no use then.
+
+    Raises:
+        ValueError: as `load_adapters`.
+    """
+    for _ in _attached(model, adapters):
         pass  # attaching compares
 
 
@@ -155,17 +168,27 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, Path]) -> Any:
 
 def _attached(model: nn.Module, adapters: Mapping[str, Path]) -> Iterator[tuple[Any, str, dict[str, Tensor]]]:
     """The model under each further adapter, whose weights are still to be loaded and fit."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+    from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, load_peft_weights
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     adapted: Any = None
     for name, folder in adapters.items():
+        if not (folder / "adapter_config.json").is_file() or not any(folder.glob("adapter_model.*")):
+            raise FileNotFoundError(
+                f"{folder} is no adapter: it needs adapter_config.json and adapter_model.safetensors"
+            )
         config = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type != PeftType.LORA:
+            raise ValueError(f"{folder} is an adapter of the kind {config.peft_type}; name a LoRA adapter")
         config.inference_mode = True
         if adapted is None:
             adapted = PeftModel(model, config, adapter_name=name)
         else:
             adapted.add_adapter(name, config)
-        weights = load_peft_weights(str(folder), device="cpu")
+        # Before transformers 4.52, the parts of LLaVA and its like had other names.
+        weights = convert_peft_adapter_state_dict_for_transformers(
+            adapted, config, load_peft_weights(str(folder), device="cpu"), name
+        )
         # Else it would ask the hub for the base's vocabulary.
         expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         compare(expected, weights, folder)
@@ -180,9 +203,13 @@ def weight_shapes(source: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: the folder holds no weights.
+        ValueError: a file cannot be read.
     """
     if source.is_file():
-        return dict(_safetensors_shapes(source)) if source.suffix == ".safetensors" else _pickled_shapes(source)
+        try:
+            return dict(_safetensors_shapes(source)) if source.suffix == ".safetensors" else _pickled_shapes(source)
+        except Exception as error:  # libraries raise anything for half a file, or for a pointer of Git LFS
+            raise ValueError(f"{source} cannot be read as weights ({type(error).__name__}); fetch it again") from error
     if files := weight_files(source):
         return {name: tensor for file in files for name, tensor in weight_shapes(file).items()}
     raise FileNotFoundError(f"{source} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards")

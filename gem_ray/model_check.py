@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gem_ray.config import Config
+from gem_ray.config import Config, ConfigError
 from gem_ray.model_paths import resolve
 from gem_ray.model_references import Key, model_keys, reference_at
 from gem_ray.scope import load_scopes
@@ -40,9 +40,20 @@ def check_models(stages: Sequence[StageSpec], config: Config) -> None:
         if role in CHECKS:
             reference = reference_at(config, key)
             assert reference is not None  # `model_keys` leaves out what is not named
-            CHECKS[role](resolve(reference), config)
+            try:
+                CHECKS[role](resolve(reference), config)
+            except ConfigError:
+                raise
+            except Exception as error:  # libraries raise anything about files that are not what they expect
+                raise ValueError(f"{'.'.join(key)} is {reference}: {_sentence(error)}") from error
     for spec in stages:
         load_scopes(spec.name, config)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says in one line; libraries add lists of all that they know."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
 
 
 def _tagger(folder: Path, config: Config) -> None:
@@ -52,25 +63,40 @@ def _tagger(folder: Path, config: Config) -> None:
 
 
 def _captioner(folder: Path, config: Config) -> None:
-    from transformers import Blip2ForConditionalGeneration
+    from gem_ray.knowledge.captioner import check_captioner
 
-    from gem_ray.loading import check_pretrained
-
-    check_pretrained(Blip2ForConditionalGeneration, folder)
+    check_captioner(folder)
 
 
 def _language_model(folder: Path, config: Config) -> None:
     from gem_ray.loading import check_declared
+    from gem_ray.model_kind import load_tokenizer, read_config, refuse_encoder
 
+    refuse_encoder(read_config(folder), folder)
     check_declared(folder)
+    if not load_tokenizer(folder).chat_template:
+        raise ValueError("it has no chat template; name a model tuned to instructions")
 
 
 def _reranker(folder: Path, config: Config) -> None:
-    from gem_ray.loading import check_declared
+    from gem_ray.loading import check_adapters, check_declared, check_pretrained
+    from gem_ray.model_kind import language_model_class, load_tokenizer
+    from gem_ray.rerank.llava import check_llava
     from gem_ray.rerank.model_positions import model_positions
+    from gem_ray.rerank.prompts import PromptFormat
 
+    settings = config.reranker
     model_positions(folder, config)
-    check_declared(folder, {name: resolve(where) for name, where in config.reranker.adapter_references.items()})
+    if settings.engine == "transformers":
+        model = check_llava(folder)
+    else:
+        load_tokenizer(folder)
+        is_text = settings.engine == "text"
+        model = check_pretrained(language_model_class(folder), folder) if is_text else check_declared(folder)
+    if settings.engine != "text":
+        PromptFormat.of_model(folder, settings.template)
+    if model is not None:
+        check_adapters(model, {name: resolve(where) for name, where in settings.adapter_references.items()})
 
 
 def _matcher(folder: Path, config: Config) -> None:

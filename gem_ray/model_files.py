@@ -38,10 +38,14 @@ class ModelFile(BaseModel):
         try:
             return cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
-            faults = (": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in error.errors())
-            raise ValueError(f"{file} {cls.fault}: {'; '.join(faults)}") from None
+            raise ValueError(f"{file} {cls.fault}: {faults_of(error)}") from None
 
     def save(self, folder: Path) -> None:
         """Write it into a model directory."""
         text = self.model_dump_json(indent=2, exclude_none=True, ensure_ascii=False)
         (folder / self.file_name).write_text(text + "\n", encoding="utf-8")
+
+
+def faults_of(error: ValidationError) -> str:
+    """What is wrong with a file, each key with its fault, in one line."""
+    return "; ".join(": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in error.errors())

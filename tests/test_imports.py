@@ -26,6 +26,7 @@ LAYERS = [
         "hub",
         "model_references",
         "model_files",
+        "model_kind",
         "device",
         "loading",
         "scope",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import replicas
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
 from transformers import AutoModel, BlipConfig, BlipForImageTextRetrieval
@@ -22,7 +22,7 @@ from gem_ray.grounding.grounder import load_matcher
 from gem_ray.grounding.sam import SamSegmenter, load_sam
 from gem_ray.grounding.text_segmenter import load_text_segmenter
 from gem_ray.knowledge.captioner import Captioner
-from gem_ray.loading import check_declared, load_adapters
+from gem_ray.loading import check_adapters, check_declared, load_adapters
 from gem_ray.rerank.engine_text import TextEngine
 from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.llava import load_llava
@@ -217,7 +217,7 @@ def test_a_wrong_tensor_of_an_adapter_is_named(checkpoint: Callable[[str], Path]
     adapters = {"one": tmp_path, "two": tmp_path}
     adapted = load_adapters(load_llava(base), adapters)
     assert set(adapted.peft_config) == set(adapters)
-    check_declared(base, adapters)
+    check_adapters(check_declared(base), adapters)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     for name in sorted(stored)[::3]:
         weights = dict(stored)
@@ -228,7 +228,7 @@ def test_a_wrong_tensor_of_an_adapter_is_named(checkpoint: Callable[[str], Path]
             load_adapters(load_llava(base), adapters)
         assert said in str(caught.value)
         with pytest.raises(ValueError, match=fault) as caught:
-            check_declared(base, adapters)
+            check_adapters(check_declared(base), adapters)
         assert said in str(caught.value)
 
 
@@ -246,6 +246,48 @@ def test_an_adapter_changes_what_the_model_says_and_peft_reads_it_alike(
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     plain = load_llava(base).state_dict()
     assert any(not torch.equal(ours[name], tensor) for name, tensor in plain.items())
+
+
+@pytest.fixture
+def adapter(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """An adapter of `llava` that changes something."""
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    adapted = get_peft_model(load_llava(checkpoint("llava")), LoraConfig(r=4, target_modules=targets))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_with_the_names_of_older_transformers_is_the_same_adapter(
+    checkpoint: Callable[[str], Path], adapter: Path
+) -> None:
+    """Until 4.51, `language_model.model.layers` was what is `model.language_model.layers` now."""
+    base = checkpoint("llava")
+    now = load_adapters(load_llava(base), {"default": adapter}).merge_and_unload().state_dict()
+    file = adapter / "adapter_model.safetensors"
+    old = {name.replace("model.language_model.", "language_model.model."): w for name, w in load_file(file).items()}
+    assert all(name.startswith("base_model.model.language_model.model.layers.") for name in old)
+    save_file(old, file, metadata={"format": "pt"})
+    check_adapters(check_declared(base), {"default": adapter})
+    then = load_adapters(load_llava(base), {"default": adapter}).merge_and_unload().state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in then.items())
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_that_is_no_adapter_is_named(checkpoint: Callable[[str], Path], adapter: Path, file: str) -> None:
+    (adapter / file).unlink()
+    with pytest.raises(FileNotFoundError, match="is no adapter") as caught:
+        check_adapters(check_declared(checkpoint("llava")), {"default": adapter})
+    assert str(adapter) in str(caught.value)
+
+
+def test_adapters_of_other_kinds_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load_llava(checkpoint("llava")), prompts).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        check_adapters(check_declared(checkpoint("llava")), {"default": tmp_path})
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "of another shape"])

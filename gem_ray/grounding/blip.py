@@ -28,9 +28,9 @@ def load_blip(folder: Path, dtype: torch.dtype = torch.float32) -> BlipForImageT
     return _checked(load_pretrained(BlipForImageTextRetrieval, folder, dtype=dtype), folder)
 
 
-def check_blip(folder: Path) -> None:
-    """Check a BLIP without reading its weights; raises what `load_blip` does."""
-    _checked(check_pretrained(BlipForImageTextRetrieval, folder), folder)
+def check_blip(folder: Path) -> BlipForImageTextRetrieval:
+    """Check a BLIP without reading its weights; raises what `load_blip` does, and returns it on the device `meta`."""
+    return _checked(check_pretrained(BlipForImageTextRetrieval, folder), folder)
 
 
 def _checked(model: BlipForImageTextRetrieval, folder: Path) -> BlipForImageTextRetrieval:

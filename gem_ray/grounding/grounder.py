@@ -14,9 +14,8 @@ from gem_ray.config import Config, MatcherConfig
 from gem_ray.grounding.blip import check_blip
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
 from gem_ray.grounding.decision import Decision
-from gem_ray.grounding.matcher import Match, Matcher, MatchQuery
+from gem_ray.grounding.matcher import Match, Matcher, MatchQuery, load_processors
 from gem_ray.grounding.trace import peak
-from gem_ray.loading import check_declared
 from gem_ray.model_paths import resolve
 from gem_ray.noise import settled
 from gem_ray.records import Box, Entity, HeatMap, Point, Post
@@ -42,15 +41,18 @@ def load_matcher(config: Config) -> AnyMatcher:
 
 
 def check_matcher(kind: str, folder: Path) -> None:
-    """Check a matcher's weights without reading them.
+    """Check a matcher without reading its weights.
 
     Raises:
-        ValueError: weights are missing, unexpected or of another shape.
+        ValueError: weights are missing, unexpected or of another shape, or the tokenizer is not the model's.
+        OSError: files are missing.
     """
     if kind == "blip":
-        check_blip(folder)
-    else:
-        check_declared(folder)
+        load_processors(folder, check_blip(folder))
+        return
+    from gem_ray.grounding.other_matchers import check_other_matcher
+
+    check_other_matcher(kind, folder)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from gem_ray.grounding.batches import Batches
 from gem_ray.grounding.blip import encode_images, load_blip
 from gem_ray.grounding.decision import Decision
 from gem_ray.grounding.trace import Target, match_and_trace, middle_upper_layer
+from gem_ray.model_kind import require_words
 from gem_ray.model_paths import resolve
 
 ENC_TOKEN = "[ENC]"
@@ -151,6 +152,19 @@ class ImageProcessor:
         return self.normalize(self.squares(images))
 
 
+def load_processors(folder: Path, model: BlipForImageTextRetrieval) -> tuple[TextProcessor, ImageProcessor]:
+    """What turns queries and images into the input of a model, from its folder.
+
+    Raises:
+        OSError: files are missing.
+        ValueError: the tokenizer or the image's size cannot be the model's.
+    """
+    rows = model.config.text_config.vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    require_words(tokenizer, rows, folder)
+    return TextProcessor(tokenizer, rows), ImageProcessor.from_pretrained(folder)
+
+
 class Matcher:
     """Says how probably each entity is seen in its image, and where.
 
@@ -201,8 +215,7 @@ class Matcher:
         model = load_blip(folder, getattr(torch, settings.dtype)).to(torch_device(config.device))
         return cls(
             model,
-            TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size),
-            ImageProcessor.from_pretrained(folder),
+            *load_processors(folder, model),
             Decision.load(folder).layer if settings.layer is None else settings.layer,
             settings.tokens,
             settings.target,

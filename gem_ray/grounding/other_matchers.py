@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from gem_ray.data.square import fitted, in_image
 from gem_ray.device import torch_device
 from gem_ray.grounding.matcher import Match, MatchQuery
 from gem_ray.grounding.trace import MATCH, NO_MATCH, middle_upper_layer, patch_scores
-from gem_ray.loading import load_pretrained
+from gem_ray.loading import check_pretrained, load_pretrained
+from gem_ray.model_kind import require_words
 from gem_ray.model_paths import resolve
 
 _IMAGE_TOKEN = "<image>"
@@ -71,7 +73,7 @@ class LlavaMatcher:
     def from_config(cls, config: Config) -> LlavaMatcher:
         """Load the model that `grounder.matcher` names; it raises what `load_pretrained` does."""
         settings = config.grounder.matcher
-        model, processor = _load(config, LlavaForConditionalGeneration, LlavaProcessor)
+        model, processor = _load(config)
         return cls(model, processor, settings.layer, settings.batch_size, settings.image_fit)
 
     def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
@@ -139,7 +141,7 @@ class Blip2Matcher:
     def from_config(cls, config: Config) -> Blip2Matcher:
         """Load the model that `grounder.matcher` names; it raises what `load_pretrained` does."""
         settings = config.grounder.matcher
-        model, processor = _load(config, Blip2ForImageTextRetrieval, AutoProcessor)
+        model, processor = _load(config)
         return cls(model, processor, settings.layer, settings.batch_size)
 
     def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
@@ -223,12 +225,30 @@ def _in_batches(
     return [answer for start in range(0, len(queries), size) for answer in match(images, queries[start : start + size])]
 
 
-def _load(config: Config, model_class: Any, processor_class: Any) -> tuple[Any, Any]:
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llava": (LlavaForConditionalGeneration, LlavaProcessor),
+    "blip2": (Blip2ForImageTextRetrieval, AutoProcessor),
+}
+
+
+def check_other_matcher(kind: str, folder: Path) -> None:
+    """Check a matcher without reading its weights; raises what its class does."""
+    _processor(kind, folder, check_pretrained(_CLASSES[kind][0], folder))
+
+
+def _load(config: Config) -> tuple[Any, Any]:
     """The model that `grounder.matcher` names, on its device, and its processor."""
     settings = config.grounder.matcher
     folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
-    model = load_pretrained(model_class, folder, dtype=dtype, attn_implementation="eager")
-    return model.to(torch_device(config.device)), processor_class.from_pretrained(folder)
+    model = load_pretrained(_CLASSES[settings.kind][0], folder, dtype=dtype, attn_implementation="eager")
+    return model.to(torch_device(config.device)), _processor(settings.kind, folder, model)
+
+
+def _processor(kind: str, folder: Path, model: Any) -> Any:
+    processor = _CLASSES[kind][1].from_pretrained(folder)
+    text = model.config.text_config if kind == "llava" else model.config.qformer_config
+    require_words(processor.tokenizer, text.vocab_size, folder)
+    return processor
 
 
 def _checked(layer: int | None, depth: int) -> int:

@@ -108,7 +108,9 @@ def _untrained(file: Path, weights: Mapping[str, torch.Tensor]) -> modeling.Sam:
     """The architecture whose weights a file holds."""
     if _is_own(file):
         values = json.loads((file.parent / "config.json").read_text())
-        values.pop("model_type", None)
+        kind = values.pop("model_type", None)
+        if "global_layers" not in values:
+            raise ValueError(f"{file.parent} is a {kind} model; name a SAM")
         return build_sam(SamSizes(**{**values, "global_layers": tuple(values["global_layers"])}))
     positions = weights.get("image_encoder.pos_embed")
     if positions is None:

@@ -26,6 +26,7 @@ from gem_ray.config import Config, TextSegmenterConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
 from gem_ray.loading import check_pretrained, load_pretrained
+from gem_ray.model_kind import require_words
 from gem_ray.model_paths import resolve
 from gem_ray.noise import GRAIN, settled
 from gem_ray.records import Box
@@ -335,19 +336,26 @@ def load_text_segmenter(config: Config) -> TextSegmenter:
 
     Raises:
         FileNotFoundError: there is no model.
-        ValueError: weights are missing, unexpected or of another shape.
+        ValueError: weights are missing, unexpected or of another shape, or the tokenizer is not the model's.
     """
     section = config.grounder.boxes.text or TextSegmenterConfig()
-    kind, model_class, processor_class = _KINDS[section.kind]
+    kind, model_class, _ = _KINDS[section.kind]
     path = resolve(section.model)
     model = load_pretrained(model_class, path, dtype=getattr(torch, section.dtype))
     model = model.to(torch_device(config.device)).eval()
-    return kind(model, processor_class.from_pretrained(path), section.threshold, section.batch_size)
+    return kind(model, load_text_processor(section.kind, path, model), section.threshold, section.batch_size)
 
 
 def check_text_segmenter(kind: str, folder: Path) -> None:
-    """Check a model's weights without reading them; raises what `load_text_segmenter` does."""
-    check_pretrained(_KINDS[kind][1], folder)
+    """Check a model without reading its weights; raises what `load_text_segmenter` does."""
+    load_text_processor(kind, folder, check_pretrained(_KINDS[kind][1], folder))
+
+
+def load_text_processor(kind: str, folder: Path, model: Any) -> Any:
+    """The processor of a model, from its folder; raises what `load_text_segmenter` does."""
+    processor = _KINDS[kind][2].from_pretrained(folder)
+    require_words(processor.tokenizer, model.config.get_text_config().vocab_size, folder)
+    return processor
 
 
 def _masked(mask: np.ndarray, score: float) -> Instance:

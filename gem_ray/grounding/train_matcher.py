@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     BlipForImageTextRetrieval,
     BlipImageProcessorPil,
     EvalPrediction,
@@ -27,7 +26,7 @@ from gem_ray.data.shards import fingerprint
 from gem_ray.device import torch_device
 from gem_ray.grounding.blip import encode_images, encode_texts, load_blip
 from gem_ray.grounding.decision import Decision, best_threshold
-from gem_ray.grounding.matcher import ImageProcessor, TextProcessor
+from gem_ray.grounding.matcher import ImageProcessor, TextProcessor, load_processors
 from gem_ray.grounding.matcher_recipe import MatcherTraining
 from gem_ray.grounding.pairs import EpochOrder, PairCollator, PairsOfPosts
 from gem_ray.grounding.trace import MATCH
@@ -76,8 +75,7 @@ def train_matcher(
         raise ValueError("no post has an image: shards need an image or image_uri column, a Twitter10000 root --images")
     torch.manual_seed(settings.seed)
     model = load_blip(folder)
-    texts = TextProcessor(AutoTokenizer.from_pretrained(folder), model.config.text_config.vocab_size)
-    images = ImageProcessor.from_pretrained(folder)
+    texts, images = load_processors(folder, model)
     data = PairsOfPosts(train, settings)
     # Dev asks for gold mentions alone, each counting once.
     dev_data = PairsOfPosts(dev, MatcherTraining()) if dev else None

@@ -15,7 +15,13 @@ from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 from gem_ray.config import PositiveInt
 from gem_ray.device import torch_device
 from gem_ray.grounding.one_cycle import OneCycle
-from gem_ray.grounding.text_segmenter import category_prompt, image_activations, mask_logits, prompt_conditions
+from gem_ray.grounding.text_segmenter import (
+    category_prompt,
+    image_activations,
+    load_text_processor,
+    mask_logits,
+    prompt_conditions,
+)
 from gem_ray.loading import load_pretrained
 from gem_ray.model_paths import resolve
 from gem_ray.records import Box, Post
@@ -70,7 +76,7 @@ def train_text_segmenter(
         raise ValueError("no image with a category to learn from: training needs posts with images and gold boxes")
     path = resolve(base)
     model = load_pretrained(CLIPSegForImageSegmentation, path).to(torch_device(settings.device))
-    processor = CLIPSegProcessor.from_pretrained(path)
+    processor = load_text_processor("clipseg", path, model)
     losses = fit_clipseg(model, processor, endless(samples, settings.seed), settings, report)
     model.save_pretrained(out)
     processor.save_pretrained(out)

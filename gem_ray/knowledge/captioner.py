@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from gem_ray import model_paths
 from gem_ray.config import Config
 from gem_ray.device import torch_device
-from gem_ray.loading import load_pretrained
+from gem_ray.loading import check_pretrained, load_pretrained
+from gem_ray.model_kind import require_words
 
 _MAX_NEW_TOKENS = 30
 
@@ -37,14 +39,15 @@ class Captioner:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: the config names none, or weights are missing, unexpected or of another shape.
+            ValueError: the config names none, weights are missing, unexpected or of another shape, or the tokenizer is
+                not the model's.
         """
         if config.knowledge.captioner is None:
             raise ValueError("knowledge.captioner names no checkpoint")
         folder = model_paths.resolve(config.knowledge.captioner)
         dtype = getattr(torch, config.knowledge.captioner_dtype)
         model = load_pretrained(Blip2ForConditionalGeneration, folder, dtype=dtype)
-        processor = Blip2Processor.from_pretrained(folder)
+        processor = _processor(folder, model)
         return cls(model.to(torch_device(config.device)), processor, config.knowledge.captioner_batch_size)
 
     def caption(self, images: Sequence[np.ndarray]) -> list[str]:
@@ -65,3 +68,14 @@ class Captioner:
         pixels = inputs["pixel_values"].to(self._model.device, self._model.dtype)  # (B, 3, S, S)
         tokens = self._model.generate(pixels, do_sample=False, num_beams=1, max_new_tokens=_MAX_NEW_TOKENS)  # (B, T)
         return [text.strip() for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def check_captioner(folder: Path) -> None:
+    """Check a captioner without reading its weights; raises what `Captioner.from_config` does."""
+    _processor(folder, check_pretrained(Blip2ForConditionalGeneration, folder))
+
+
+def _processor(folder: Path, model: Blip2ForConditionalGeneration) -> Blip2Processor:
+    processor = Blip2Processor.from_pretrained(folder)
+    require_words(processor.tokenizer, model.config.text_config.vocab_size, folder)
+    return processor

@@ -74,7 +74,6 @@ def parse_answer(answer: str) -> ParsedAnswer:
     strict = _explanation(answer, strict=True)
     if strict is not None:
         return ParsedAnswer(_printable(strict), repaired=False)
-    answer = answer.rpartition("</think>")[2]  # reasoning models may think aloud first
     body = _braced(answer)
     repairs = (_explanation(body, strict=False), _field_text(body))
     text = next((repair for repair in repairs if repair is not None), _unfenced(answer.strip()))

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gem_ray.config import Config
 from gem_ray.device import torch_device
 from gem_ray.loading import load_adapters, load_pretrained
+from gem_ray.model_kind import language_model_class, load_tokenizer
 from gem_ray.model_paths import resolve
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
@@ -55,13 +56,14 @@ class TextEngine:
         settings = config.reranker
         folder = resolve(settings.model)
         dtype = getattr(torch, settings.dtype)
-        model = load_pretrained(AutoModelForCausalLM, folder, dtype=dtype, attn_implementation="sdpa")
+        model = load_pretrained(language_model_class(folder), folder, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = load_tokenizer(folder)
         if settings.adapter is not None:
             adapter = resolve(settings.adapter_references[settings.adapter])
             model = load_adapters(model, {"default": adapter}).merge_and_unload()
         return cls(
             model.to(torch_device(config.device)).eval(),
-            AutoTokenizer.from_pretrained(folder),
+            tokenizer,
             model_positions(folder, config),
             settings.batch_size,
             settings.template,

@@ -19,7 +19,7 @@ from gem_ray.loading import load_adapters
 from gem_ray.model_paths import resolve
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder, expand_image_token
 from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
-from gem_ray.rerank.llava import hidden_states, image_features, load_llava, pixel_values
+from gem_ray.rerank.llava import hidden_states, image_features, load_llava, load_processor, pixel_values
 from gem_ray.rerank.model_positions import model_positions
 from gem_ray.rerank.packing import PackedRow, pad_rows, split_rows
 from gem_ray.rerank.prompts import LLAVA, PromptFormat
@@ -78,13 +78,14 @@ class TransformersEngine:
         folder = resolve(settings.model)
         length = model_positions(folder, config)
         model = load_llava(folder, getattr(torch, settings.dtype))
+        processor = load_processor(folder, model)
         adapters = {name: resolve(where) for name, where in settings.adapter_references.items()}
         adapted = load_adapters(model, adapters) if adapters else None
         if adapted is not None and len(adapters) == 1:
             model, adapted = adapted.merge_and_unload(), None
         return cls(
             model.to(torch_device(config.device)).eval(),
-            LlavaProcessor.from_pretrained(folder),
+            processor,
             length,
             settings.batch_size,
             PromptFormat.of_model(folder, settings.template),

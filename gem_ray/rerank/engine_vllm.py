@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
@@ -25,7 +25,8 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from gem_ray.cache import keep_compiled_code_private
 from gem_ray.config import Config, RerankerConfig
 from gem_ray.data.square import fitted
-from gem_ray.loading import check_declared
+from gem_ray.loading import check_adapters, check_declared
+from gem_ray.model_kind import load_tokenizer
 from gem_ray.model_paths import resolve
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, EngineDiedError, Mode, Request, RequestError
@@ -81,14 +82,15 @@ class VllmEngine:
         settings = config.reranker
         folder = resolve(settings.model)
         adapters = {name: resolve(reference) for name, reference in settings.adapter_references.items()}
-        check_declared(folder, adapters)
+        if (checked := check_declared(folder)) is not None:
+            check_adapters(checked, adapters)
         model_config = AutoConfig.from_pretrained(folder)
         adapter = settings.adapter
         if adapter and len(adapters) == 1 and model_config.model_type == "llava" and _merges(settings):
             folder, adapters, adapter = merged(folder, adapters[adapter], getattr(torch, settings.dtype)), {}, None
         prompt_format = PromptFormat.of_model(folder, settings.template)
         processor = AutoImageProcessor.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         length = model_positions(folder, config)
         fit = settings.image_fit if model_config.model_type == "llava" else "crop"
         encoder = RequestEncoder(tokenizer, model_config, length, prompt_format)

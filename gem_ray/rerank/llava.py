@@ -16,7 +16,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from gem_ray.cache import staged
 from gem_ray.config import ImageFit
 from gem_ray.data.square import fitted
-from gem_ray.loading import load_adapters, load_pretrained
+from gem_ray.loading import check_pretrained, load_adapters, load_pretrained
+from gem_ray.model_kind import require_words
 from gem_ray.model_paths import content_hash
 
 T = TypeVar("T")
@@ -29,6 +30,30 @@ def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaForCond
         ValueError: weights are missing, unexpected or of another shape.
     """
     return load_pretrained(LlavaForConditionalGeneration, folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def check_llava(folder: Path) -> LlavaForConditionalGeneration:
+    """Check a checkpoint without reading its weights; returns the model on the device `meta`.
+
+    Raises:
+        ValueError: as `load_llava` and `load_processor`.
+        OSError: files are missing.
+    """
+    model = check_pretrained(LlavaForConditionalGeneration, folder)
+    load_processor(folder, model)
+    return model
+
+
+def load_processor(folder: Path, model: LlavaForConditionalGeneration) -> LlavaProcessor:
+    """The tokenizer and image processor of a checkpoint.
+
+    Raises:
+        OSError: files are missing.
+        ValueError: the tokenizer cannot be the model's.
+    """
+    processor = LlavaProcessor.from_pretrained(folder)
+    require_words(processor.tokenizer, model.config.text_config.vocab_size, folder)
+    return processor
 
 
 def save_llava(
@@ -56,7 +81,7 @@ def merged(folder: Path, adapter: Path, dtype: torch.dtype) -> Path:
 
     def make(out: Path) -> None:
         model = load_adapters(load_llava(folder, dtype), {"default": adapter}).merge_and_unload()
-        save_llava(model, LlavaProcessor.from_pretrained(folder), out)
+        save_llava(model, load_processor(folder, model), out)
 
     return staged(f"{content_hash(folder)} {content_hash(adapter)} {dtype}", folder.name, make)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 from gem_ray.config import Config, ConfigError
+from gem_ray.model_kind import read_config
 from gem_ray.rerank.encoding import count_image_tokens, largest_image, positions
 
 
@@ -24,7 +25,12 @@ def model_positions(folder: Path, config: Config) -> int:
     settings, side = config.reranker, config.image.max_side
     if settings.engine == "text":  # which sees no image
         return settings.positions(0)
-    model = AutoConfig.from_pretrained(folder)
+    model = read_config(folder)
+    if (image_token := _image_token(model)) is None:
+        raise ConfigError(
+            f"reranker.model: {settings.model} is a {model.model_type} model, which is not asked about images; name a "
+            "vision–language model, or set reranker.engine=text for a language model"
+        )
     if settings.engine == "transformers" and model.model_type != "llava":
         raise ConfigError(
             f"reranker.model: {settings.model} is a {model.model_type} model; set reranker.engine=vllm for it"
@@ -32,11 +38,11 @@ def model_positions(folder: Path, config: Config) -> int:
     if model.model_type == "llava":
         tokens = count_image_tokens(model)
     else:
-        tokens = largest_image(AutoProcessor.from_pretrained(folder), _image_token(model), side)
+        tokens = largest_image(AutoProcessor.from_pretrained(folder), image_token, side)
     return positions(settings, tokens, side)
 
 
-def _image_token(model: object) -> int:
-    """LLaVA's configurations and Qwen's have it under different names."""
+def _image_token(model: object) -> int | None:
+    """LLaVA's configurations and Qwen's have it under different names; `None`: the model sees no images."""
     found = getattr(model, "image_token_id", None)
-    return getattr(model, "image_token_index") if found is None else found  # noqa: B009
+    return getattr(model, "image_token_index", None) if found is None else found

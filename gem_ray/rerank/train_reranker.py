@@ -16,7 +16,6 @@ from torch.utils.data import SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -29,6 +28,7 @@ from gem_ray.loading import check_pretrained
 from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
 from gem_ray.rerank.candidates import StoredCandidates, training_candidates
+from gem_ray.rerank.llava import load_processor
 from gem_ray.rerank.prompts import PromptFormat
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.samples import IGNORED, CandidateRule, EntitySamples, SampleEncoder
@@ -78,7 +78,7 @@ def train_reranker(
     rule = candidates or (lambda post, gold, rng: training_candidates(gold.fine, labels, settings.k, rng))
     folder = resolve(base)
     model = _adapted(folder, settings)
-    processor = LlavaProcessor.from_pretrained(folder)
+    processor = load_processor(folder, model)
     prompt_format = PromptFormat.of_model(folder, settings.template)
     encoder = SampleEncoder(model.get_base_model(), processor, settings.max_length, prompt_format, settings.image_fit)
     samples = EntitySamples(posts, encoder, rule, settings)

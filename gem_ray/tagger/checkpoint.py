@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from gem_ray.loading import ENCODER_BODY, load_adapters, load_pretrained, load_strictly
+from gem_ray.model_files import faults_of
+from gem_ray.model_kind import read_config, require_words
 from gem_ray.model_paths import resolve
 from gem_ray.tagger.features import load_tokenizer
 from gem_ray.tagger.model import DualPathTagger
@@ -50,7 +52,7 @@ def load_encoder(reference: str, attention_dropout: float | None = None) -> PreT
     Raises:
         ValueError: weights are missing, unexpected or of another shape; the message names them.
     """
-    config = AutoConfig.from_pretrained(resolve(reference))
+    config = read_config(resolve(reference))
     if attention_dropout is not None:
         # BERT and most others; DistilBERT and ModernBERT have the second name.
         long = hasattr(config, "attention_probs_dropout_prob")
@@ -109,7 +111,8 @@ def load_tagger(path: Path) -> tuple[DualPathTagger, PreTrainedTokenizerBase]:
 
     Raises:
         FileNotFoundError: a file of the directory, or its base encoder, is not there.
-        ValueError: `config.json` is not a tagger's, or weights are missing, unexpected or of another shape.
+        ValueError: `config.json` is not a tagger's, weights are missing, unexpected or of another shape, or the
+            tokenizer is not the encoder's.
     """
     config = _read_config(path)
     weights = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items()}
@@ -124,7 +127,9 @@ def load_tagger(path: Path) -> tuple[DualPathTagger, PreTrainedTokenizerBase]:
     load_strictly(model, weights, path / _WEIGHTS)
     if (path / _ADAPTER).is_dir():
         model.encoder = load_adapters(model.encoder, {"default": path / _ADAPTER}).merge_and_unload()
-    tokenizer = load_tokenizer(path if config.base_encoder is None else resolve(config.base_encoder))
+    folder = path if config.base_encoder is None else resolve(config.base_encoder)
+    tokenizer = load_tokenizer(folder)
+    require_words(tokenizer, encoder.get_input_embeddings().num_embeddings, folder)
     return model.eval(), tokenizer
 
 
@@ -141,10 +146,13 @@ def _without_adapter(encoder: Any, out: Path, base_encoder: str | None) -> PreTr
 def _read_config(path: Path) -> TaggerFileConfig:
     if not (path / _CONFIG).is_file():
         raise FileNotFoundError(f"{path} is not a tagger: it has no {_CONFIG}")
+    text = (path / _CONFIG).read_text(encoding="utf-8")
+    if '"dual-path-tagger"' not in text:  # an encoder, or another model, each of whose keys would be a fault
+        raise ValueError(f"{path / _CONFIG} is not a tagger's; `gem-ray train tagger` makes one on an encoder")
     try:
-        config = TaggerFileConfig.model_validate_json((path / _CONFIG).read_text(encoding="utf-8"))
+        config = TaggerFileConfig.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"{path / _CONFIG} is not a tagger's: {error}") from None
+        raise ValueError(f"{path / _CONFIG} is not a tagger's: {faults_of(error)}") from None
     if (config.encoder is None) == (config.base_encoder is None):
         raise ValueError(f"{path / _CONFIG} must have either `encoder` or `base_encoder`")
     return config

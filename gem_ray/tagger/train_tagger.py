@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer
 
 from gem_ray.data.shards import fingerprint
+from gem_ray.model_kind import require_words
 from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
 from gem_ray.tagger.card import write_card
@@ -63,7 +64,9 @@ def train_tagger(
     torch.manual_seed(settings.seed)
     features = SubwordEncoder(load_tokenizer(resolve(settings.encoder)), settings.max_length, settings.design)
     views = TrainingViews(train, features, settings)
-    objective = TrainingObjective(_new_model(settings, views), settings)
+    model = _new_model(settings, views)
+    require_words(features.tokenizer, model.encoder.get_input_embeddings().num_embeddings, resolve(settings.encoder))
+    objective = TrainingObjective(model, settings)
     trainer = prepare(TaggerTrainer(objective, views, dev, features, out / _CHECKPOINTS, progress))
     inputs = {
         "set of posts": fingerprint(train),

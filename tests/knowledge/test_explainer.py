@@ -45,7 +45,6 @@ def ask(explainer: Explainer, query: KnowledgeQuery = HELLO) -> ParsedAnswer:
         ('{"explanation": "The "Lakers" win."}', 'The "Lakers" win.', True),
         ('{"explanation": "Two\nlines."}', "Two\nlines.", True),
         ('{"explanation": "Two\\nlines, \\u00e9t\\u00e9.",}', "Two\nlines, été.", True),
-        ('<think>{"explanation": "no"}</think>{"explanation": "A band."}', "A band.", True),
         ("It is a band.", "It is a band.", True),
         ("```\nIt is a band.\n```", "It is a band.", True),
         ('My explanation: "Queen" is a band.', 'My explanation: "Queen" is a band.', True),
@@ -144,6 +143,31 @@ def test_a_refusal_is_not_asked_again(server, explainer_config, reply, status):
 def test_a_reply_that_is_no_chat_completion_is_a_failure(server, explainer_config, reply, body):
     server.script = lambda text, n: reply(body=body)
     with pytest.raises(ExplainerError, match="reply is"):
+        ask(Explainer(explainer_config()))
+
+
+@pytest.mark.parametrize("thoughts", ["<think>{hm}</think>", "{hm}\n</think>\n\n", "<think>\n\n</think>"])
+def test_what_a_reasoning_model_thinks_is_not_its_answer(server, explainer_config, reply, thoughts):
+    server.script = lambda text, n: reply(content=thoughts + '{"explanation": "A band."}')
+    assert ask(Explainer(explainer_config())).text == "A band."
+
+
+@pytest.mark.parametrize("content", [None, "", "<think>The user asks"])
+def test_a_reasoning_model_that_is_cut_off_has_not_answered(server, explainer_config, reply, content):
+    """No answer is kept as what the model knows: it knows nothing about the post."""
+    choice = {"message": {"content": content}, "finish_reason": "length"}
+    server.script = lambda text, n: reply(body=json.dumps({"choices": [choice]}).encode())
+    with pytest.raises(ExplainerError, match=r"after max_tokens \(77\)"):
+        ask(Explainer(explainer_config(max_tokens=77)))
+
+
+@pytest.mark.parametrize(
+    "body", [{"error": "model 'x' not found"}, {"detail": "model 'x' not found"}, {"message": "model 'x' not found"}]
+)
+@pytest.mark.parametrize("status", [200, 404])
+def test_what_other_servers_say_of_a_refusal_is_passed_on(server, explainer_config, reply, body, status):
+    server.script = lambda text, n: reply(status=status, body=json.dumps(body).encode())
+    with pytest.raises(ExplainerError, match="model 'x' not found"):
         ask(Explainer(explainer_config()))
 
 

@@ -42,7 +42,7 @@ ONE_GPU = {
     "llava-hf/llava-1.5-7b-hf": replicas.llava,
     "me/reranker-lora": None,  # on the one before
     "me/tagger": lambda folder: shutil.copytree(resolve("nano:tagger"), folder, dirs_exist_ok=True),
-    "me/explainer": replicas.gpt2,
+    "me/explainer": replicas.chat,
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # A replica says yes and no at random: tilted, so that there is something to box.

@@ -442,6 +442,12 @@ def gpt2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def chat(folder: Path) -> None:
+    """A language model that takes conversations."""
+    gpt2(folder)
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+
+
 def _rename(weights: dict[str, torch.Tensor], old: str, new: str) -> None:
     for name in list(weights):
         if name.startswith(old):
