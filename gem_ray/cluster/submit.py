@@ -150,17 +150,19 @@ def _print_log(client: JobSubmissionClient, submission_id: str) -> None:
         try:
             asyncio.run(print_lines())
         except BaseException as error:
-            failures.append(error)
+            # What Ray raises where a connection breaks that was there is what it raises where it refuses one.
+            failures.append(ConnectionError(str(error)) if heard.is_set() else error)
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
     began = told = time.monotonic()
     while follower.is_alive():
         follower.join(_POLL_S)
-        if not heard.is_set() and (now := time.monotonic()) - told > _TOLD_EVERY_S:
+        if (now := time.monotonic()) - told > _TOLD_EVERY_S:
             told = now
-            status = client.get_job_info(submission_id).status.value.lower()
-            print(f"job {submission_id} is {status}, {now - began:.0f} s; no output yet", file=sys.stderr)
+            status = client.get_job_info(submission_id).status.value.lower()  # a log of a head that is gone just rests
+            if not heard.is_set():
+                print(f"job {submission_id} is {status}, {now - began:.0f} s; no output yet", file=sys.stderr)
     if failures:
         raise failures[0]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gem_ray.cluster import submit
 from gem_ray.cluster.submit import Job, commands_for
 from gem_ray.commands.options import same_command
 
@@ -54,6 +58,26 @@ def test_nothing_at_the_address_is_said_in_one_sentence():
     assert "no Ray dashboard answers at http://127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
     assert "is no address of a dashboard" in python(*submit, "127.0.0.1:9").stderr
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_a_head_that_is_gone_while_a_job_is_followed_is_said(breaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tunnel that is closed breaks the log; a machine that is gone says nothing, and its log would be waited for."""
+
+    class Client:
+        async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+            yield "running\n"
+            if breaks:
+                raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+            await asyncio.sleep(60)
+
+        def get_job_info(self, _: str) -> Any:
+            raise ConnectionError
+
+    monkeypatch.setattr(submit, "_connect", lambda _: Client())
+    monkeypatch.setattr(submit, "_TOLD_EVERY_S", 60 if breaks else 0.1)
+    with pytest.raises(submit.SubmitError, match=r"no Ray dashboard answers at http://head.*there goes on"):
+        submit.follow_job("job", "http://head", "the same command")
 
 
 @pytest.mark.parametrize("flag", ["--fresh", "--update"])
