@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -79,6 +79,43 @@ def test_spans_are_found_whatever_lies_between_the_words(pairs):
     spans = word_spans(text, tokens)
     assert [text[start:end] for start, end in spans] == tokens
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "starts"),
+    [
+        ("@ParisHilton in Paris", ["in", "Paris"], [13, 16]),
+        ("@ParisHilton loves Paris!", ["Paris", "!"], [19, 24]),
+        ("see http://t.co/in in Lyon", ["see", "in", "Lyon"], [0, 19, 22]),
+        ("his: is this", ["is", "this"], [5, 8]),
+        ("#Paris is in #France", ["Paris", "is", "in", "France"], [1, 7, 10, 14]),
+    ],
+)
+def test_words_that_tokens_leave_out_hold_no_token(text, tokens, starts):
+    assert [start for start, _ in word_spans(text, tokens)] == starts
+
+
+def cuts(text, spans):
+    """How often an end of a span has a visible character beside it that is in no span."""
+    covered = {place for span in spans for place in range(*span)}
+    beside = {(start - 1, start) for start, _ in spans} | {(end, end - 1) for _, end in spans}
+    return sum(0 <= place < len(text) and place not in covered and text[place] != " " for place, _ in beside)
+
+
+@given(st.text("ab @", max_size=10), st.lists(st.sampled_from(["a", "b", "ab", "aa", "@", "a b"]), max_size=3))
+def test_no_other_spans_cut_fewer_words(text, tokens):
+    starts = product(*([n for n in range(len(text)) if text.startswith(token, n)] for token in tokens))
+    each = [[(start, start + len(token)) for start, token in zip(chosen, tokens, strict=True)] for chosen in starts]
+    possible = [spans for spans in each if all(end <= start for (_, end), (start, _) in pairwise(spans))]
+    if possible:
+        assert cuts(text, word_spans(text, tokens)) == min(cuts(text, spans) for spans in possible)
+    else:
+        with pytest.raises(ValueError, match="does not occur"):
+            word_spans(text, tokens)
+
+
+def test_a_text_of_one_word_again_and_again_takes_no_time():
+    assert word_spans("a " * 5000, ["a"] * 2500)[-1] == (4998, 4999)
 
 
 @pytest.mark.parametrize(
