@@ -189,7 +189,7 @@ def _note(left_out: dict[str, str], path: str, reason: str | None) -> bool:
 
 def _reason_of_name(path: str, root: str) -> str | None:
     relative = path.removeprefix(f"{root}/")
-    if not is_key_for_arrow(path.removeprefix("/")):
+    if not is_key_for_arrow(relative):
         return _NO_KEY
     if is_hidden(PurePosixPath(relative)) or "__MACOSX" in relative:
         return _HIDDEN

@@ -209,6 +209,15 @@ def test_keys_in_s3_that_arrow_cannot_open_are_named(s3):
     assert remark.endswith(": /y.parquet, b/../x.parquet, b//z.parquet")
 
 
+def test_a_folder_beside_the_current_one_is_read(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    write_posts(posts_of(1), tmp_path / "posts")
+    monkeypatch.chdir(tmp_path / "here")
+    listing = list_shards("../posts")
+    assert [Path(path).name for path in listing.paths] == ["part-00000.parquet"]
+    assert listing.left_out == {}
+
+
 ENTRIES = ["file", "folder"]
 NAMED_ENTRIES = [
     "loop",
