@@ -14,6 +14,7 @@ from gem_ray.strict import load_yaml
 from gem_ray.taxonomy import LabelSetName
 
 R = TypeVar("R", bound=BaseModel)
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class Recipe(BaseModel):
@@ -28,7 +29,7 @@ class Recipe(BaseModel):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the rate rises")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     precision: DType = Field("float32", description="precision of the arithmetic; weights stay in float32")
-    device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
+    device: Device = Field("auto", description="`auto`: `cuda` where there is a GPU, else `cpu`")
     seed: int = Field(0, ge=0, description="random seed")
 
 

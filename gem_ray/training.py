@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from gem_ray.atomic import atomic_file
 from gem_ray.config import ConfigError
+from gem_ray.device import torch_device
 from gem_ray.model_files import CONFIDENCE_FILE
 from gem_ray.recipes import Recipe
 
@@ -29,7 +31,13 @@ def training_arguments(recipe: Recipe, checkpoints: Path, **particular: Any) -> 
         recipe: of the training.
         checkpoints: folder for checkpoints.
         particular: further arguments of `TrainingArguments`.
+
+    Raises:
+        ConfigError: `device` is `cuda`, and there is no GPU, which the library passes over in silence.
     """
+    device = torch_device(recipe.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: torch finds no GPU here for cuda; set device=cpu, or train where there is one")
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=recipe.batch_size,
@@ -41,6 +49,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, **particular: Any) -> 
         fp16=recipe.precision == "float16",
         seed=recipe.seed,
         save_total_limit=1,  # the last, and the best
+        use_cpu=device.type == "cpu",
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,

@@ -192,6 +192,7 @@ def calibrate(
         found = acceptance_report.certify_tagger(posts, settings, target, delta)
         settings = acceptance_report.promised(found, "routing", settings)
         typer.echo(f"tagger: {acceptance_report.describe(found)}; the others go to the reranker")
+        acceptance_report.write_promises(settings, out)  # which holds whatever --accept finds
     if accept is not None:
         found = acceptance_report.certify_posts(posts, settings, accept, delta)
         settings = acceptance_report.promised(found, "acceptance", settings)

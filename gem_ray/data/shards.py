@@ -22,8 +22,10 @@ from gem_ray.data.listing import MARKER, Listing, format_of, list_shards
 from gem_ray.data.output import InputOfRun
 from gem_ray.data.parquet import Columns, SchemaError, count_parquet_rows, parquet_rows
 from gem_ray.data.prepare import post_from_row, row_from_post
+from gem_ray.data.tokenize import tokenize
 from gem_ray.data.webdataset import count_rows_in_tar, rows_from_tar
-from gem_ray.records import INPUT_SCHEMA, Post
+from gem_ray.plurals import counted
+from gem_ray.records import INPUT_SCHEMA, GoldEntity, Post
 from gem_ray.taxonomy import FMNERG, GMNER, LabelSet, gmner_category
 
 ROWS_BITS = 32  # of a row's id, for its position in its file; the number of the file is above them
@@ -87,20 +89,34 @@ def _numbers_of(run: InputOfRun, listing: Listing) -> dict[str, int | None]:
 
 
 def read_labelled(path: str | Path, labels: LabelSet) -> list[Post]:
-    """As `read_posts`, with gold under a label set: GMNER's categories follow from fine ones.
+    """The posts of `read_posts` that have gold, cut into words, under a label set: GMNER's follow from fine categories.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_posts`.
+        FileNotFoundError: as `read_posts`.
+        ValueError: as `read_posts`; or no post has gold, or a post's gold is of other words or of other categories.
     """
-    posts = list(read_posts(path))
-    return [_as_gmner(post) for post in posts] if labels.name == GMNER.name else posts
+    posts = [_labelled(post, post.gold, labels) for post in read_posts(path) if post.gold is not None]
+    if not posts:
+        raise ValueError(f"{path} has no gold: its rows need a `gold` column, as `gem-ray shards` writes it")
+    return posts
 
 
-def _as_gmner(post: Post) -> Post:
-    if post.gold is None:
-        return post
-    gold = [replace(g, fine=gmner_category(g.fine) if g.fine in FMNERG.parent else g.fine) for g in post.gold]
-    return replace(post, gold=gold)
+def _labelled(post: Post, gold: Sequence[GoldEntity], labels: LabelSet) -> Post:
+    words = post.tokens or tokenize(post.text)
+    if labels.name == GMNER.name:
+        gold = [replace(g, fine=gmner_category(g.fine) if g.fine in FMNERG.parent else g.fine) for g in gold]
+    end = 0
+    for mention in sorted(gold, key=lambda g: g.word_start) if words else ():
+        place = f"post {post.post_id!r}: the gold mention of the words {mention.word_start} to {mention.word_end}"
+        if mention.fine not in labels.parent:
+            of_gmner = "; that is one of gmner: set labels=gmner" if mention.fine in GMNER.parent else ""
+            raise ValueError(f"{place} is {mention.fine!r}, which is no category of {labels.name}{of_gmner}")
+        if not 0 <= mention.word_start < mention.word_end <= len(words):
+            raise ValueError(f"{place} is not within the post's {counted(len(words), 'word')}")
+        if mention.word_start < end:
+            raise ValueError(f"{place} overlaps another")
+        end = mention.word_end
+    return replace(post, tokens=words, gold=list(gold))
 
 
 def shard_rows(

@@ -45,7 +45,7 @@ class TaggerExample:
 
 
 def judge_confidences(posts: Iterable[Post], config: Config) -> Iterator[JudgedConfidence]:
-    """Annotate labelled posts, text and reranking, and judge every entity that has a confidence.
+    """Annotate labelled posts, text and reranking, and judge every entity; one without a confidence has 0.
 
     Args:
         posts: those without gold are left out.
@@ -61,9 +61,8 @@ def judge_confidences(posts: Iterable[Post], config: Config) -> Iterator[JudgedC
             stage(block)
         for post in block:
             for entity, right in zip(post.entities, rightness(post, config), strict=True):
-                if entity.confidence is not None:
-                    found += 1
-                    yield JudgedConfidence(post.post_id, entity.confidence, right)
+                found += entity.confidence is not None
+                yield JudgedConfidence(post.post_id, entity.confidence or 0.0, right)
     if not found:
         raise EvaluationError(
             f"no entity of the labelled posts has a confidence: {config.tagger.model} has no calibration; "

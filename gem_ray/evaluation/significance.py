@@ -22,10 +22,10 @@ _AT_A_TIME = 500  # resamples
 
 @dataclass(frozen=True)
 class Difference:
-    """How much the F1 of one system is above another's, over the same posts.
+    """How much a figure of one system, its F1, say, is above another's, over the same posts.
 
     Attributes:
-        first: F1 of the first system, the mean over its runs.
+        first: figure of the first system, the mean over its runs.
         second: of the other.
         low: end of the interval of `first - second`.
         high: its other end.
@@ -44,7 +44,7 @@ class Difference:
         return self.first - self.second
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON of one comparison; F1 from 0 to 1."""
+        """The JSON of one comparison; figures from 0 to 1."""
         return {**asdict(self), "difference": self.value}
 
 
@@ -88,6 +88,7 @@ def paired_bootstrap(
     first: Sequence[Counts],
     second: Sequence[Counts],
     task: str = "mner",
+    measure: str = "f1",
     *,
     resamples: int = 10_000,
     confidence: float = 0.95,
@@ -96,9 +97,10 @@ def paired_bootstrap(
     """Compare two systems on one split: posts are drawn again with replacement, the same ones for both.
 
     Args:
-        first: counts of each run of a system; their F1s are averaged.
+        first: counts of each run of a system; their figures are averaged.
         second: of the other system.
         task: one of `ScoreReport.tasks`.
+        measure: `precision`, `recall` or `f1`.
         resamples: how often the posts are drawn.
         confidence: of the percentile interval.
         seed: of the draws.
@@ -117,13 +119,13 @@ def paired_bootstrap(
     for start in range(0, resamples, _AT_A_TIME):
         size = min(_AT_A_TIME, resamples - start)
         drawn = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size)  # (R, N): how often each post came
-        differences.append(_f1(drawn, tables[0]) - _f1(drawn, tables[1]))
+        differences.append(_figure(drawn, tables[0], measure) - _figure(drawn, tables[1], measure))
     difference = np.concatenate(differences)
     low, high = (float(np.quantile(difference, share)) for share in ((1 - confidence) / 2, (1 + confidence) / 2))
     once: np.ndarray = np.ones((1, len(ids)), int)
     return Difference(
-        float(_f1(once, tables[0])[0]),
-        float(_f1(once, tables[1])[0]),
+        float(_figure(once, tables[0], measure)[0]),
+        float(_figure(once, tables[1], measure)[0]),
         low,
         high,
         p_value=min(1.0, 2 * min((difference <= 0).mean(), (difference >= 0).mean()) + 1 / resamples),
@@ -136,9 +138,8 @@ def _table(counts: Mapping[str, np.ndarray], ids: Sequence[str]) -> np.ndarray:
     return np.stack([counts.get(post_id, nothing) for post_id in ids])
 
 
-def _f1(drawn: np.ndarray, tables: Sequence[np.ndarray]) -> np.ndarray:
-    """F1 of each resample, `(R,)`, the mean over runs."""
-    sums = np.stack([drawn @ table for table in tables])  # (runs, R, 3)
-    right, mentions = sums[..., 0], sums[..., 1] + sums[..., 2]
-    f1s = np.divide(2.0 * right, mentions, out=np.zeros(right.shape), where=mentions > 0)
-    return f1s.mean(axis=0)
+def _figure(drawn: np.ndarray, tables: Sequence[np.ndarray], measure: str) -> np.ndarray:
+    """The measure of each resample, `(R,)`, the mean over runs."""
+    right, predicted, gold = np.moveaxis(np.stack([drawn @ table for table in tables]), -1, 0)  # each (runs, R)
+    mentions = {"precision": predicted, "recall": gold, "f1": (predicted + gold) / 2}[measure]
+    return np.divide(right, mentions, out=np.zeros(right.shape), where=mentions > 0).mean(axis=0)

@@ -66,7 +66,7 @@ class Column(_Part):
     @property
     def is_ratio(self) -> bool:
         """Printed in percent."""
-        return not self.metric.startswith("seconds.")
+        return not self.metric.startswith(("seconds.", "problems"))
 
 
 class Row(_Part):
@@ -137,6 +137,9 @@ class Experiment(_Part):
         for label in [*in_rows, *self.plot.columns, *([self.plot.x] if self.plot.kind == "scatter" else [])]:
             if label not in labels:
                 raise ValueError(f"{label!r} is not one of the table's columns")
+        for column in self.columns:
+            if column.label in self.plot.columns and not column.is_ratio:
+                raise ValueError(f"plot: {column.label!r} is no ratio, and what is plotted is in percent; `x` takes it")
         if self.against is not None and self.against not in {row.label for row in self.table_rows}:
             raise ValueError(f"against: no row is called {self.against!r}")
         for published in self.published:

@@ -16,7 +16,7 @@ from gem_ray.evaluation.predictions import read_predictions
 from gem_ray.evaluation.significance import Counts, Difference, counts_by_post, paired_bootstrap
 from gem_ray.experiments.by_entropy import calibration_of
 from gem_ray.experiments.data import Posts
-from gem_ray.experiments.definition import Experiment, Row
+from gem_ray.experiments.definition import Experiment, Input, Row
 from gem_ray.experiments.plot import plot
 from gem_ray.experiments.results import Results, collect, main_input, read_runs
 from gem_ray.experiments.table import markdown, table_csv
@@ -107,31 +107,35 @@ def _changes(preset: str, recipes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _differences(experiment: Experiment, out: Path, posts: Posts) -> dict[str, Difference]:
-    """Each row against the one that the experiment names, on every label set on which the table has the metric."""
+    """Each row against the one that the experiment names, for every label set and input that the table has it for."""
     if experiment.against is None:
         return {}
-    task = experiment.metric.partition(".")[0]
+    task, _, measure = experiment.metric.partition(".")
     compared = [column for column in experiment.columns if column.metric == experiment.metric]
-    label_sets = list(dict.fromkeys(column.labels for column in compared or experiment.columns[:1]))
+    kinds = dict.fromkeys((column.labels, column.input) for column in compared)
+    label_sets = {labels for labels, _ in kinds}
     differences = {}
-    for labels in label_sets:
-        filled = {column.label for column in compared if column.labels == labels}
+    for labels, kind in kinds or [(experiment.columns[0].labels, None)]:
+        filled = {column.label for column in compared if (column.labels, column.input) == (labels, kind)}
         rows = [row for row in experiment.table_rows if not row.columns or filled & set(row.columns)]
-        counts = {row.label: _counts(out, row, labels, posts) for row in rows}
+        counts = {row.label: _counts(out, row, labels, kind, posts) for row in rows}
         reference = counts.pop(experiment.against, [])
+        which = [labels.upper()] * (len(label_sets) > 1) + ([kind.replace("-", " ")] if kind else [])
         for label, runs in counts.items():
             if runs and reference:
-                where = f" ({labels.upper()})" if len(label_sets) > 1 else ""
-                differences[f"{label}{where}"] = paired_bootstrap(runs, reference, task)
+                where = f" ({', '.join(which)})" if which else ""
+                differences[f"{label}{where}"] = paired_bootstrap(runs, reference, task, measure)
     return differences
 
 
-def _counts(out: Path, row: Row, labels: str, posts: Posts) -> list[Counts]:
+def _counts(out: Path, row: Row, labels: str, kind: Input | None, posts: Posts) -> list[Counts]:
     """Of each run of a row, from its stored predictions."""
     return [
-        counts_by_post(posts("dev", labels), read_predictions(folder / main_input(result)), labels=LABEL_SETS[labels])
+        counts_by_post(
+            posts("dev", labels), read_predictions(folder / (kind or main_input(result))), labels=LABEL_SETS[labels]
+        )
         for folder, result in read_runs(out, getattr(row, labels))
-        if result["config"]["labels"] == labels
+        if result["config"]["labels"] == labels and (kind is None or kind in result["reports"])
     ]
 
 

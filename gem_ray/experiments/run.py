@@ -87,7 +87,8 @@ def run_experiment(
         if variant.is_trained or seed == 0
     ]
     obstacles: dict[str, str] = {}
-    read("dev", plan[0].labels)  # if there are none, that is no matter of a variant
+    for run in plan:  # what is wrong with posts or a configuration is no matter for the hour when its turn comes
+        run.config(read)
     with _alone_in(out) if run_missing else nullcontext():
         for variant in experiment.variants:
             for seed in seeds_of_runs(out, variant.name):
@@ -156,7 +157,7 @@ class _Run:
             self._models(read)
         except FileNotFoundError as error:
             return str(error)
-        return unreachable(self._config(read))
+        return unreachable(self.config(read))
 
     def finished(self, read: Posts) -> dict[str, Any] | None:
         """The result that is there, if there is one; where it was computed does not matter.
@@ -186,7 +187,7 @@ class _Run:
     def do(self, read: Posts) -> dict[str, Any]:
         """Train if need be, annotate, score, and write the result, in this order."""
         dev = read("dev", self.labels)
-        config = self._config(read)
+        config = self.config(read)
         trained: dict[str, Any] = {}
         system = config
         if self.recipe is not None:
@@ -210,7 +211,7 @@ class _Run:
         recipe = parse_recipe(result["recipe"]) if result["recipe"] else None
         if recipe != (self.recipe and self.recipe.changed(device=recipe.device if recipe else "cpu")):
             return "another recipe"
-        if what_matters(parse_config(result["config"])) != what_matters(self._config(read)):
+        if what_matters(parse_config(result["config"])) != what_matters(self.config(read)):
             return "another configuration"
         if result["data"] != self._data(read):
             return "other posts"
@@ -233,12 +234,17 @@ class _Run:
             FileNotFoundError: one is not there.
         """
         encoder = {"tagger": {"model": self.recipe.encoder}} if self.recipe else {}
-        return models_of(parse_config(merge_trees(self._config(read).model_dump(), encoder)))
+        return models_of(parse_config(merge_trees(self.config(read).model_dump(), encoder)))
 
     def _has_images(self, read: Posts) -> bool:
         return has_images(read("dev", self.labels))
 
-    def _config(self, read: Posts) -> Config:
+    def config(self, read: Posts) -> Config:
+        """The configuration of its system.
+
+        Raises:
+            ConfigError: a key that does not exist, or a value that cannot be.
+        """
         return system_config(self.base, self.changes, self.recipe, self._has_images(read))
 
     def _train(self, read: Posts, recipe: TaggerTraining) -> dict[str, Any]:

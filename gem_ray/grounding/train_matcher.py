@@ -23,7 +23,6 @@ from transformers import (
 
 from gem_ray.data.images import ImageLoader
 from gem_ray.data.shards import fingerprint
-from gem_ray.device import torch_device
 from gem_ray.grounding.blip import encode_images, encode_texts, load_blip
 from gem_ray.grounding.decision import Decision, best_threshold
 from gem_ray.grounding.matcher import ImageProcessor, TextProcessor, load_processors
@@ -188,7 +187,6 @@ def _arguments(settings: MatcherTraining, checkpoints: Path, has_dev: bool) -> T
         per_device_eval_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        use_cpu=torch_device(settings.device).type == "cpu",
         eval_strategy="epoch" if has_dev else "no",
         save_strategy="epoch",
         logging_strategy="epoch",

@@ -188,7 +188,6 @@ def _arguments(settings: RerankerTraining, checkpoints: Path) -> TrainingArgumen
         weight_decay=settings.weight_decay,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=torch_device(settings.device).type == "cpu",
         save_strategy="steps",
         save_steps=settings.checkpoint_steps,
         logging_steps=settings.report_every,

@@ -71,7 +71,7 @@ class TaggerTraining(TaggerDesign, recipes.Recipe):
     consistency: float = Field(0.0, ge=0, description="weight of the divergence of the second view from the first")
     ema_decay: Probability = Field(0.0, description="moving average of the weights, used on dev and saved; 0: none")
 
-    device: str = Field("cpu", description="`cpu` or `cuda`")
+    device: recipes.Device = Field("cpu", description="`auto`: `cuda` where there is a GPU, else `cpu`")
     checkpoint_steps: PositiveInt | None = Field(None, description="checkpoints also every so many steps")
 
     @property

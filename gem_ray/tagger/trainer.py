@@ -138,7 +138,6 @@ def _arguments(settings: TaggerTraining, checkpoints: Path, has_dev: bool) -> Tr
         settings,
         checkpoints,
         num_train_epochs=settings.epochs,
-        use_cpu=settings.device == "cpu",
         eval_strategy="epoch" if has_dev else "no",
         save_strategy="epoch",
         logging_strategy="epoch",

@@ -10,8 +10,9 @@ import pytest
 from gem_ray.data.files import open_filesystem
 from gem_ray.data.generated import generate
 from gem_ray.data.prepare import post_from_row
-from gem_ray.data.shards import read_posts, shard_rows, write_posts
+from gem_ray.data.shards import read_labelled, read_posts, shard_rows, write_posts
 from gem_ray.records import INPUT_SCHEMA, Box, GoldEntity, Post
+from gem_ray.taxonomy import FMNERG, GMNER
 
 
 def posts_of(count):
@@ -229,3 +230,35 @@ def test_a_failure_takes_back_what_it_has_written_and_nothing_else(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_posts(posts(others), out, per_shard=1)
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(others)
+
+
+def test_labelled_posts_are_those_with_gold_cut_into_words(tmp_path):
+    gold = [GoldEntity(0, 2, "musician")]
+    write_posts([Post("a", "Taylor Swift sings", gold=gold), Post("b", "who?"), Post("c", "nobody", gold=[])], tmp_path)
+    first, second = read_labelled(tmp_path, FMNERG)
+    assert (first.tokens, first.gold) == (["Taylor", "Swift", "sings"], gold)
+    assert (second.post_id, second.gold) == ("c", [])
+
+
+@pytest.mark.parametrize(
+    ("gold", "labels", "message"),
+    [
+        ([(0, 1, "firm")], FMNERG, r"post 'a': .* is 'firm', which is no category of fmnerg$"),
+        ([(0, 1, "ORG")], FMNERG, r"'ORG', which is no category of fmnerg; that is one of gmner: set labels=gmner"),
+        ([(0, 1, "firm")], GMNER, r"'firm', which is no category of gmner"),
+        ([(1, 4, "city")], FMNERG, r"words 1 to 4 is not within the post's 3 words"),
+        ([(1, 1, "city")], FMNERG, r"words 1 to 1 is not within"),
+        ([(-1, 1, "city")], FMNERG, r"words -1 to 1 is not within"),
+        ([(1, 3, "city"), (0, 2, "musician")], FMNERG, r"words 1 to 3 overlaps another"),
+    ],
+)
+def test_gold_that_does_not_fit_its_post_is_named(tmp_path, gold, labels, message):
+    write_posts([Post("a", "Taylor Swift sings", gold=[GoldEntity(*each) for each in gold])], tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_labelled(tmp_path, labels)
+
+
+def test_shards_without_gold_are_no_labelled_posts(tmp_path):
+    write_posts([Post("a", "Taylor Swift sings")], tmp_path)
+    with pytest.raises(ValueError, match=r"has no gold: its rows need a `gold` column"):
+        read_labelled(tmp_path, FMNERG)

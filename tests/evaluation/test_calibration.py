@@ -11,15 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 from gem_ray.annotator import Annotator
 from gem_ray.cli import app
-from gem_ray.config import load_config
+from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
+from gem_ray.evaluation import acceptance_report
 from gem_ray.evaluation.calibration import (
     JudgedEntity,
     calibrate,
@@ -28,6 +30,7 @@ from gem_ray.evaluation.calibration import (
     threshold,
 )
 from gem_ray.evaluation.calibration_report import print_calibration, write_calibration
+from gem_ray.evaluation.confidences import JudgedConfidence, judge_confidences
 from gem_ray.evaluation.dev_set import judge_dev_set
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.evaluation.shares import Share
@@ -177,6 +180,30 @@ def test_the_command_calibrates_the_embedded_tagger(posts: list[Post], tmp_path:
     hard = sum(entity.entropy > written["thresholds"]["budget"]["gamma"] for entity, _ in entities)
     assert written["thresholds"]["budget"]["share"]["right"] == hard <= 0.2 * len(entities)
     assert (out / "calibration.png").stat().st_size > 10_000
+
+
+def test_a_target_that_is_kept_is_written_also_where_nothing_can_be_accepted(
+    posts: list[Post], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(_posts: object, config: Config) -> list[JudgedConfidence]:
+        return [JudgedConfidence(str(n), 0.99, not (config.reranker.enabled and n % 2)) for n in range(200)]
+
+    monkeypatch.setattr(acceptance_report, "judge_confidences", judge)
+    write_posts(posts, tmp_path / "posts")
+    options = ["--data", str(tmp_path / "posts"), "--out", str(tmp_path), "--target", "0.9", "--accept", "0.9"]
+    result = CliRunner().invoke(app, ["calibrate", *options])
+    assert isinstance(result.exception, EvaluationError)
+    assert list(yaml.safe_load((tmp_path / "thresholds.yaml").read_text())) == ["routing"]
+
+
+def test_entities_without_a_confidence_are_among_all_and_not_accepted(posts: list[Post]) -> None:
+    """Those that the reranker decides, without a confidence of its own."""
+    config = load_config(overrides=["filter.gamma=0.01", "reranker.decision=answer", "grounder.enabled=false"])
+    annotated = Annotator.from_config(config).annotate([replace(post, problems=[], entities=[]) for post in posts])
+    known = [entity.confidence for post in annotated for entity in post.entities]
+    assert None in known
+    judged = judge_confidences([replace(post, problems=[], entities=[]) for post in posts], config)
+    assert [each.confidence for each in judged] == [confidence or 0.0 for confidence in known]
 
 
 def test_answers_of_an_earlier_run_are_those_of_the_reranker_asked_now(posts: list[Post], tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ def test_runs_are_averaged() -> None:
     assert paired_bootstrap(runs, runs[:1]).first == pytest.approx(sum(f1s) / 2)
 
 
+@pytest.mark.parametrize("measure", ["precision", "recall", "f1"])
+def test_every_measure_can_be_compared(measure: str) -> None:
+    gold = gold_posts(80)
+    systems = [noisy(gold, share, seed) for share, seed in ((0.9, 0), (0.6, 1))]
+    expected = [getattr(evaluate(gold, system).mner, measure) for system in systems]
+    found = paired_bootstrap(*([counts_by_post(gold, system)] for system in systems), "mner", measure)
+    assert [found.first, found.second] == pytest.approx(expected)
+    assert found.low < found.value < found.high
+
+
 def test_nothing_to_compare_is_refused() -> None:
     with pytest.raises(ValueError, match="need a run"):
         paired_bootstrap([], [counts_by_post(gold_posts(2), [])])

@@ -38,6 +38,12 @@ def test_shards_without_a_dev_split_are_refused(shards: Path) -> None:
         read_experiment_posts(shards, "dev", "fmnerg")
 
 
+def test_an_id_that_stands_twice_in_dev_is_refused(shards: Path) -> None:
+    write_posts([*generate(2, seed=2), *generate(1, seed=2)], shards / "twice" / "dev")
+    with pytest.raises(ConfigError, match="stands twice in the dev posts"):
+        read_experiment_posts(shards / "twice", "dev", "fmnerg")
+
+
 def test_gmners_categories_follow_from_the_fine_ones(shards: Path) -> None:
     fine, coarse = (read_experiment_posts(shards, "dev", labels) for labels in ("fmnerg", "gmner"))
     pairs = [(g.fine, h.fine) for p, q in zip(fine, coarse, strict=True) for g, h in zip(p.gold, q.gold, strict=True)]

@@ -108,9 +108,35 @@ def test_rows_are_compared_by_bootstrap_with_the_one_that_is_named(
     rows = results["rows"]
     assert difference["first"] == pytest.approx(rows["no CRF"]["fine"]["mean"])
     assert difference["difference"] == pytest.approx(rows["no CRF"]["fine"]["mean"] - rows["all on"]["fine"]["mean"])
+    bare = results["differences"]["no CRF (FMNERG, without knowledge)"]
+    assert bare["first"] == pytest.approx(rows["no CRF"]["fine, bare"]["mean"])
     same = results["differences"]["tagger alone (FMNERG)"]
     assert same["low"] == same["high"] == 0
     assert "## Against all on" in (tmp_path / "trial" / "table.md").read_text()
+
+
+def test_the_measure_that_is_named_is_the_one_that_is_compared(
+    experiment: Experiment, posts: Read, tmp_path: Path
+) -> None:
+    values = experiment.model_dump(exclude_defaults=True) | {"metric": "span.recall", "published": []}
+    values["columns"] = [{"label": "recall", "metric": "span.recall"}, {"label": "bad posts", "metric": "problems"}]
+    results = run.run_experiment(
+        Experiment.model_validate(values), posts, tmp_path, seeds=1, only=["full", "no-crf"], overrides={"epochs": 1}
+    )
+    difference, rows = results["differences"]["no CRF"], results["rows"]
+    assert difference["first"] == pytest.approx(rows["no CRF"]["recall"]["mean"])
+    table = (tmp_path / "trial" / "table.md").read_text()
+    assert f" {rows['all on']['bad posts']['mean']:.2f} |" in table  # a number, not percent
+
+
+def test_a_configuration_that_cannot_be_is_refused_before_anything_is_trained(
+    experiment: Experiment, posts: Read, tmp_path: Path, trainings: list[tuple[bool, int]]
+) -> None:
+    values = experiment.model_dump(exclude_defaults=True)
+    values["variants"][3]["config"] = {"filter": {"gama": 1}}
+    with pytest.raises(ConfigError, match="gama"):
+        run.run_experiment(Experiment.model_validate(values), posts, tmp_path, seeds=1)
+    assert not trainings
 
 
 def test_variants_that_come_to_the_same_are_one_training(
@@ -253,6 +279,10 @@ def test_unknown_names_are_refused_with_the_known_ones(experiment: Experiment, p
     [
         ("against: nobody", "no row is called 'nobody'"),
         ("plot: {columns: [MNRG]}", "'MNRG' is not one of the table's columns"),
+        (
+            "columns: [{label: F1, metric: mner.f1}, {label: bad, metric: problems}]\nplot: {columns: [bad]}",
+            "'bad' is no ratio",
+        ),
         ("variants: [tagger/ful]", "tagger has no variant 'ful'"),
         ("rows: [{label: x, fmnerg: none}]", "no variant is called 'none'"),
         ("colums: []", "colums: no such key; did you mean 'columns'"),

@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
+from gem_ray.config import ConfigError
 from gem_ray.model_files import CONFIDENCE_FILE
 from gem_ray.records import GoldEntity, Post
 from gem_ray.tagger.checkpoint import load_encoder, load_tagger
@@ -148,6 +149,14 @@ def test_scores_are_f1_over_sets_of_mentions(encoder_folder: Path, features: Sub
 def test_nothing_to_learn_from_is_an_error(settings: TaggerTraining, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no training post"):
         train_tagger([Post("a", "google", tokens=["google"])], [], tmp_path, settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(settings: TaggerTraining, posts: list[Post], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no GPU here for cuda"):
+        train_tagger(posts, [], tmp_path, settings.changed(device="cuda"))
+    with pytest.raises(ConfigError, match="device"):
+        settings.changed(device="gpu")
 
 
 @pytest.mark.parametrize("on_base", [False, True])
