@@ -22,6 +22,7 @@ from gem_ray.pipeline.ledger import Ledger, Progress
 from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.session import ray_session
 from gem_ray.pools import Pool, passes_of, tagging_pool
+from gem_ray.ray_private.data import Ending
 
 if TYPE_CHECKING:
     from gem_ray.config import Config, StagePool
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _MERGING_CPUS = 0.1  # so little that a group is merged while the next one is read
 _MOST_CHECKS = 4  # of the models, as often as Ray begins a task whose nodes are gone
+_LOOKED_EVERY_S = 1.0  # whether the run ends
 _PUBLISHING_S = 10.0  # between two looks whether a group can be published
 
 
@@ -62,6 +64,7 @@ class RayExecutor:
         self._actor = actor
         self._ledger: Ledger | None = None
         self._done = Progress()  # in sessions that have ended
+        self._ending = Ending()
 
     @contextmanager
     def session(self, run_id: str, max_problem_share: float | None = None) -> Iterator[None]:
@@ -77,6 +80,7 @@ class RayExecutor:
         """
         with ray_session(self._config):
             self._ledger = Ledger(run_id, max_problem_share)
+            self._ending.apply()
             try:
                 yield
             except RayError as error:
@@ -97,7 +101,7 @@ class RayExecutor:
         check = ray.remote(num_cpus=WRITING_CPUS, num_gpus=gpus, max_retries=0)(_check_models)
         for tries_left in reversed(range(_MOST_CHECKS)):
             try:
-                return ray.get(check.remote(stages, config, models))
+                return self._result_of(check.remote(stages, config, models))
             except RayTaskError as error:
                 if isinstance(error.cause, ConfigError):
                     raise error.cause from None
@@ -139,6 +143,10 @@ class RayExecutor:
         try:
             with polling(meanwhile, _PUBLISHING_S):
                 dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITING_CPUS})
+        except Exception as error:
+            if self._ending.reason is not None:
+                raise RunError(self._ending.reason) from error
+            raise
         finally:
             self._started.end_pass()
 
@@ -167,8 +175,20 @@ class RayExecutor:
         return cards if cards or wants_cards else float(sum(node["Alive"] for node in ray.nodes()))
 
     def stop(self, reason: str) -> None:
-        """End the run as soon as a batch or a block does; what is written stays."""
+        """End the run soon, whatever it does or waits for; what is written stays."""
+        self._ending.reason = reason
         self._started.set_failure(reason)
+
+    def _result_of(self, task: ray.ObjectRef) -> Any:
+        """What a task gives back.
+
+        Raises:
+            RunError: the run ends before the task does, or before there is a node for it.
+        """
+        while not ray.wait([task], timeout=_LOOKED_EVERY_S)[0]:
+            if self._ending.reason is not None:
+                raise RunError(self._ending.reason)
+        return ray.get(task)
 
     @property
     def _started(self) -> Ledger:

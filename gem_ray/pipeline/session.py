@@ -25,7 +25,7 @@ from gem_ray.planning.model_facts import is_known
 from gem_ray.planning.plan import make_plan
 from gem_ray.pools import CPUS_FOR_TASKS, passes_of
 from gem_ray.ray_private.core import connect_to_ray, start_local_ray
-from gem_ray.ray_private.data import ForgetBlocks, always_bound_queues, send_actors_by_value
+from gem_ray.ray_private.data import EachStep, always_bound_queues, send_actors_by_value
 from gem_ray.stages import active_stages
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _MIN_CPUS = 4  # with fewer, Ray Data can hang
 
 
 _SETTINGS = {
-    "custom_execution_callback_classes": [ForgetBlocks],
+    "custom_execution_callback_classes": [EachStep],
     "enable_progress_bars": False,  # we have our own
     "max_errored_blocks": 0,  # a block that fails is rows that are lost
     # What is queued before a stage, as a multiple of what it has in hand: rows under way are lost when a run is killed.
@@ -161,19 +161,33 @@ def _reserved(config: Config) -> dict[str, float]:
 
 def _check_resources(config: Config, can_grow: bool) -> None:
     """Fail if a run would wait for ever for resources; only warn if a cluster may still start nodes that have them."""
+    for message in list(_shortages(config)) or list(_actors_without_node(config)):
+        if not can_grow:
+            raise ValueError(message)
+        logger.warning(message)
+
+
+def _shortages(config: Config) -> Iterator[str]:
     needed = _reserved(config)
     needed["CPU"] += CPUS_FOR_TASKS
     there = ray.cluster_resources()
     for resource, amount in needed.items():
-        if there.get(resource, 0) >= amount:
-            continue
-        message = (
-            f"the pipeline needs at least {amount:g} {resource}s and Ray has {there.get(resource, 0):g}; "
-            f"lower num_{resource.lower()}s or min_actors under `pipeline.pools`, or give Ray more"
-        )
-        if not can_grow:
-            raise ValueError(message)
-        logger.warning(message)
+        if there.get(resource, 0) < amount:
+            yield (
+                f"the pipeline needs at least {amount:g} {resource}s and Ray has {there.get(resource, 0):g}; "
+                f"lower num_{resource.lower()}s or min_actors under `pipeline.pools`, or give Ray more"
+            )
+
+
+def _actors_without_node(config: Config) -> Iterator[str]:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for pool in (pool for pools in passes_of(config) for pool in pools):
+        asked = {"CPU": pool.placement.num_cpus, "GPU": pool.placement.num_gpus}
+        if not any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
+            yield (
+                f"no node has the {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs that an actor of {pool.name} asks "
+                "for; lower num_cpus or num_gpus under `pipeline.pools`, or give Ray such a node"
+            )
 
 
 def _check_cards(config: Config, gpus: int) -> None:

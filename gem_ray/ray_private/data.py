@@ -4,18 +4,46 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
+_ENDING = "gem_ray_ending"
 
-class ForgetBlocks(ExecutionCallback):
-    """Ray keeps facts of every block for `Dataset.stats`, which nobody asks for: memory that grows with the input."""
+
+class Ending:
+    """Why the executions of this process must end; `None` while they may go on."""
+
+    reason: str | None = None
+
+    def apply(self) -> None:
+        """Let the executions that begin from now on look at it."""
+        DataContext.get_current().set_config(_ENDING, self)
+
+    def __deepcopy__(self, _: Any) -> Ending:
+        return self  # Ray Data copies its context for each dataset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ending, ()  # and sends it to processes that decide nothing
+
+
+class EachStep(ExecutionCallback):
+    """What Ray Data's loop does besides scheduling."""
 
     def on_execution_step(self, executor: Any) -> None:
-        """Forget those of the blocks that are done."""
+        """End where that was decided, also while no actor can start; forget facts of the blocks that are done.
+
+        Ray keeps these for `Dataset.stats`, which nobody asks for: memory that grows with the input.
+
+        Raises:
+            RuntimeError: the execution must end.
+        """
         for operator in executor._topology or ():
             getattr(operator, "_output_blocks_stats", []).clear()
+        ending = executor._data_context.get_config(_ENDING, None)
+        if ending is not None and ending.reason is not None:
+            raise RuntimeError(ending.reason)
 
 
 def always_bound_queues() -> None:

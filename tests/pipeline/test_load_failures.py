@@ -129,10 +129,27 @@ def test_a_node_that_is_taken_back_while_models_are_checked_ends_no_run(
 
     monkeypatch.setattr(execution, "stages_to_check", lambda config: ["rerank"])
     monkeypatch.setattr(execution.ray, "remote", lambda **_: lambda _: SimpleNamespace(remote=lambda *_: None))
+    monkeypatch.setattr(execution.ray, "wait", lambda tasks, timeout: (tasks, []))
     monkeypatch.setattr(execution.ray, "get", get)
     executor = execution.RayExecutor(text_config)
     executor.check_models(text_config, {})
     assert not outcomes
     outcomes = [NodeDiedError("taken back")] * 10
     with pytest.raises(NodeDiedError):
+        executor.check_models(text_config, {})
+
+
+def test_a_run_that_must_end_waits_for_no_node_on_which_to_check_models(
+    text_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = execution.RayExecutor(text_config)
+
+    def wait(tasks: Any, timeout: float) -> Any:
+        executor._ending.reason = "the budget is spent"
+        return [], tasks
+
+    monkeypatch.setattr(execution, "stages_to_check", lambda config: ["rerank"])
+    monkeypatch.setattr(execution.ray, "remote", lambda **_: lambda _: SimpleNamespace(remote=lambda *_: None))
+    monkeypatch.setattr(execution.ray, "wait", wait)
+    with pytest.raises(RunError, match="the budget is spent"):
         executor.check_models(text_config, {})

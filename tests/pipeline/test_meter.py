@@ -22,7 +22,7 @@ from gem_ray.benchmarks.memory import write_texts
 from gem_ray.benchmarks.standins import PassThrough
 from gem_ray.config import Config, ConfigError, EndpointConfig, load_config
 from gem_ray.data.fetch import Fetcher, ImageError
-from gem_ray.pipeline import ledger
+from gem_ray.pipeline import ledger, session
 from gem_ray.pipeline import meter as meter_module
 from gem_ray.pipeline.account import Account, PoolTime
 from gem_ray.pipeline.execution import RayExecutor
@@ -327,6 +327,22 @@ def test_a_run_that_ended_at_its_budget_goes_on_with_a_larger_one(
     assert 400 <= summary.account.annotated < 600
     assert summary.account.seconds > summary.seconds
     assert summary.account.money == pytest.approx(180 * summary.account.unit_seconds / 3600)
+
+
+def test_the_run_ends_at_its_budget_while_no_actor_can_start(
+    local_ray: None, text_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster whose nodes are too small: what they cost has no use, and no batch would end the run."""
+    monkeypatch.setattr(session, "_check_resources", lambda config, can_grow: None)
+    write_texts(tmp_path / "posts", 20)
+    pools = [pool.model_copy(update={"num_cpus": 1000.0}) for pool in text_config.pipeline.pools]
+    pipeline = text_config.pipeline.model_copy(update={"pools": pools})
+    config = text_config.model_copy(update={"pipeline": pipeline})
+    with pytest.raises(RunError, match=r"the budget of 2\.00 is spent, with 0 of 20 posts done"):
+        annotate_dataset(tmp_path / "posts", tmp_path / "out", config, limits=RunLimits(price=3600.0, budget=2.0))
+    limits = RunLimits(price=3600.0, budget=1000.0)  # what has ended one run ends no other
+    run = [tmp_path / "posts", tmp_path / "out", text_config]
+    assert annotate_dataset(*run, actor=PassThrough, limits=limits).rows == 20
 
 
 def test_deadlines_are_times_from_now_or_moments() -> None:

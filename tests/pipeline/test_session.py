@@ -32,6 +32,11 @@ def test_a_run_that_no_number_of_its_cards_holds_does_not_wait_for_ever(monkeypa
     with pytest.raises(ValueError, match="needs at least 3 GPUs and Ray has 2"):
         session._check_resources(config, can_grow=False)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 3.0})
+    nodes = [{"Alive": True, "Resources": {"CPU": 64.0, "GPU": 0.5}}, {"Alive": True, "Resources": {"GPU": 1.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    with pytest.raises(ValueError, match=r"no node has the 1 CPUs and 0\.6 GPUs that an actor of ground"):
+        session._check_resources(config, can_grow=False)
+    nodes.append({"Alive": True, "Resources": {"CPU": 64.0, "GPU": 1.0}})
     session._check_resources(config, can_grow=False)
 
 
