@@ -163,6 +163,8 @@ def _text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
             binary = io.BufferedReader(_UNPACKERS[compression_of(packed.peek(_HEAD_BYTES))](packed))
             head = binary.peek(_HEAD_BYTES)[:_HEAD_BYTES]
             is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            if head.startswith(b"PK\3\4"):
+                raise ValueError(f"{file} is a ZIP archive; unpack it, and give what is in it")
             if b"\0" in head and not is_utf16:
                 raise ValueError(f"{file} is not a text file: its first {len(head)} bytes hold zeros")
             encoding, errors = ("utf-16", "strict") if is_utf16 else ("utf-8-sig", "surrogateescape")
@@ -235,8 +237,8 @@ def _csv_rows(text: TextIO, file: Path, columns: Columns, has_quotes: bool) -> I
         except csv.Error as error:
             raise ValueError(
                 f"{file}: the record that begins in line {begin} is not valid CSV ({error}). Is a quote open there, or "
-                'not doubled inside a cell (`""`)? Nothing after it can be told apart. --no-quotes takes quotes for '
-                "characters"
+                'not doubled inside a cell (`""`)? Nothing after it can be told apart. Spark doubles them with the '
+                'option escape=\'"\', R with qmethod="double". --no-quotes takes quotes for characters'
             ) from None
         if cells:
             yield reader.line_num + 1, _record(header, cells)

@@ -25,6 +25,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 _TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".xml", ".yaml", ".yml", ".log")
 _OTHER_SUFFIXES = (*IMAGE_SUFFIXES, *_TEXT_SUFFIXES, ".crc", ".npy", ".npz")
 
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not brought
+
 _PARQUET_MAGIC = b"PAR1"
 _USTAR = slice(257, 262)
 _COMPRESSIONS = ((b"\x1f\x8b", "gzip"), (b"BZh", "bz2"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))

@@ -19,6 +19,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageF
 
 from gem_ray.config import Config, ImageConfig
 from gem_ray.data.fetch import Fetcher, ImageError
+from gem_ray.data.formats import LFS_POINTER
 from gem_ray.records import Post, ProblemKind
 
 __all__ = ["DecodedImage", "ImageError", "ImageLoader", "decode_image", "image_suffix"]
@@ -51,7 +52,7 @@ _MARKUP = (
     (b"{", "a JSON document"),
     (b"%pdf", "a PDF document"),
     (b"%!ps", "a PostScript document"),
-    (b"version https://git-lfs", "a Git LFS pointer"),
+    (LFS_POINTER, "a Git LFS pointer"),
     (b"pk\x03\x04", "a ZIP archive"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"\x1ae\xdf\xa3", "a WebM or Matroska video"),

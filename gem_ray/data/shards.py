@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from gem_ray.data.files import open_filesystem, whole_file
-from gem_ray.data.formats import Format, format_of_name
+from gem_ray.data.formats import LFS_POINTER, Format, format_of_name
 from gem_ray.data.listing import MARKER, Listing, format_of, list_shards
 from gem_ray.data.output import InputOfRun
 from gem_ray.data.parquet import Columns, SchemaError, count_parquet_rows, parquet_rows
@@ -266,7 +266,14 @@ def _naming(filesystem: fs.FileSystem, file: str) -> Iterator[Format]:
     except SchemaError as error:
         raise ValueError(f"{file} {error}") from None
     except (pa.ArrowException, OSError, ValueError) as error:
+        if not isinstance(error, OSError) and _is_pointer(filesystem, file):
+            raise ValueError(f"{file} is a Git LFS pointer: `git lfs pull` brings the file itself") from error
         raise ValueError(f"{file} is not a readable {kind or 'shard'}: {error}") from error
+
+
+def _is_pointer(filesystem: fs.FileSystem, file: str) -> bool:
+    with filesystem.open_input_stream(file, compression=None) as stream:
+        return bool(stream.read(len(LFS_POINTER)) == LFS_POINTER)
 
 
 def fingerprint(posts: Iterable[Post]) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import os
+import zipfile
 from threading import Thread
 
 import pyarrow as pa
@@ -246,6 +247,19 @@ def test_what_is_no_text_is_refused(tmp_path, content):
     for read in (from_jsonl, from_csv):
         with pytest.raises((ValueError, EOFError), match=r"posts\.jsonl|end"):
             list(read(tmp_path / "posts.jsonl"))
+
+
+def test_a_zip_archive_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "posts.csv.zip", "w") as archive:
+        archive.writestr("posts.csv", "post_id,text\n1,a\n")
+    with pytest.raises(ValueError, match=r"posts\.csv\.zip is a ZIP archive; unpack it"):
+        list(from_csv(tmp_path / "posts.csv.zip"))
+
+
+def test_backslashes_before_quotes_are_refused_with_what_makes_spark_double_them(tmp_path):
+    (tmp_path / "posts.csv").write_text('post_id,text\n1,"He said \\"hi\\" there"\n')
+    with pytest.raises(ValueError, match="Spark doubles them with the option escape"):
+        list(from_csv(tmp_path / "posts.csv"))
 
 
 def test_a_key_that_stands_twice_rejects_its_line(tmp_path):

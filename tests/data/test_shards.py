@@ -130,6 +130,14 @@ def test_a_damaged_shard_is_named(tmp_path, suffix, damage):
         list(read_posts(folder))
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "tar"])
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path, suffix):
+    file = tmp_path / f"posts.{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(ValueError, match=rf"posts\.{suffix} is a Git LFS pointer: `git lfs pull` brings"):
+        list(read_posts(file))
+
+
 def test_a_damaged_row_group_rejects_its_own_rows_and_the_rest_is_read(tmp_path):
     posts = posts_of(300)
     write_posts(posts, tmp_path)
