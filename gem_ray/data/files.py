@@ -62,7 +62,7 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
     """
     uri = str(location)
     if "://" not in uri:
-        path = str(Path(location).absolute())
+        path = _absolute(location)
         if (named := _as_text(path)) != path:
             raise ValueError(f"{named}: {_NO_TEXT}, and Arrow cannot open it; rename it")
         return fs.LocalFileSystem(), path
@@ -79,6 +79,13 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
             f"s3://{place.path}: Arrow cannot open keys with an empty component (`//`), `.` or `..`; rename the objects"
         )
     return open_bucket(place), place.path
+
+
+def _absolute(location: str | Path) -> str:
+    """One path for a place, from wherever it is named: without `..`, unless that leads out of a link's target."""
+    path = Path(location).absolute()
+    plain = os.path.normpath(path)
+    return plain if os.path.realpath(plain) == os.path.realpath(path) else str(path)
 
 
 def list_files(location: str | Path) -> tuple[fs.FileSystem, str, list[StoredFile], set[Inode]]:

@@ -376,3 +376,14 @@ def test_credentials_that_may_only_read_are_said_to(s3):
     with pytest.raises(PermissionError, match=rf"{bucket}/out/_run/lease.json may not be .*PutObject.*credentials"):
         annotate_dataset(f"{bucket}/posts", f"{bucket}/out", load_config())
     assert [post.text for post in read_posts(f"{bucket}/posts")] == ["Lyon"]
+
+
+def test_a_place_has_one_path_from_wherever_it_is_named(tmp_path, monkeypatch):
+    """By which a run that is resumed from another folder knows its files; `..` after a link leads elsewhere."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/b")
+    monkeypatch.chdir(tmp_path / "a")
+    for named in ("../posts", tmp_path / "posts", f"{tmp_path}/a/../posts/", "../link/../../posts"):
+        assert Path(os.path.realpath(open_filesystem(named)[1])) == tmp_path / "posts"
+    assert open_filesystem("../posts")[1] == f"{tmp_path}/posts"
+    assert Path(os.path.realpath(open_filesystem("../link/../posts")[1])) == tmp_path / "a" / "posts"
