@@ -14,19 +14,11 @@ import pyarrow.parquet as pq
 from gem_ray.atomic import atomic_file
 from gem_ray.data.shards import fingerprint
 from gem_ray.records import Post
+from gem_ray.rerank.candidates import CANDIDATES_SCHEMA
 from gem_ray.rerank.uncertainty import category_probabilities, most_probable
 
 if TYPE_CHECKING:
     from gem_ray.tagger.recipe import TaggerTraining
-
-_SCHEMA = pa.schema(
-    [
-        ("post_id", pa.string()),
-        ("word_start", pa.int32()),
-        ("word_end", pa.int32()),
-        ("candidates", pa.list_(pa.string())),
-    ]
-)
 
 
 def store_fold_candidates(
@@ -77,10 +69,11 @@ def store_fold_candidates(
 def _check_same(posts: Sequence[Post], out: Path, settings: TaggerTraining, folds: int, k: int) -> None:
     facts = {"posts": fingerprint(posts), "folds": folds, "k": k, "recipe": settings.model_dump(mode="json")}
     file = out / "folds.json"
-    if file.exists() and json.loads(file.read_text()) != facts:
+    if not file.exists():
+        with atomic_file(file) as partial:
+            partial.write_text(json.dumps(facts, indent=2) + "\n")
+    elif json.loads(file.read_text()) != facts:
         raise ValueError(f"{out} holds folds of other posts or by other settings; take another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _candidates(
@@ -102,7 +95,7 @@ def _candidates(
             best = most_probable(category_probabilities(logits), k)[0]
             fines = [model.labels.fine[position] for position in best]
             rows.append((post.post_id, gold.word_start, gold.word_end, fines))
-    return pa.table(list(zip(*rows, strict=True)), schema=_SCHEMA)
+    return pa.table(list(zip(*rows, strict=True)), schema=CANDIDATES_SCHEMA)
 
 
 def fold_of(post_id: str, folds: int) -> int:

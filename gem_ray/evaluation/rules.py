@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gem_ray.data.tokenize import tokenize, word_spans
+from gem_ray.plurals import counted
 from gem_ray.records import Box, GoldEntity, Post
 from gem_ray.taxonomy import FMNERG, GMNER, LabelSet, gmner_category
 
@@ -44,9 +45,18 @@ class Rules:
     iou: float = 0.5
 
     def gold_mention(self, post: Post, gold: GoldEntity) -> Mention:
-        """A gold entity of a post as a mention."""
-        interval = (gold.word_start, gold.word_end)
-        return Mention(post.post_id, self._place(words_of(post), interval), self.category(gold.fine), gold.boxes)
+        """A gold entity of a post as a mention.
+
+        Raises:
+            EvaluationError: it is not within the post's words, or its category is not in the label set.
+        """
+        words, interval = words_of(post), (gold.word_start, gold.word_end)
+        if words and not 0 <= gold.word_start < gold.word_end <= len(words):
+            raise EvaluationError(
+                f"post {post.post_id!r}: the gold mention of the words {gold.word_start} to {gold.word_end} is not "
+                f"within the post's {counted(len(words), 'word')}"
+            )
+        return Mention(post.post_id, self._place(words, interval), self.category(gold.fine), gold.boxes)
 
     def predicted_mentions(self, post: Post, tokens: Sequence[str]) -> list[Mention]:
         """The entities of a post as mentions over the gold's words, in the same order.

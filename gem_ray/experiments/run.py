@@ -258,7 +258,10 @@ class _Run:
         if not file.is_file():
             train = read("train", recipe.labels)
             report = train_tagger(train, read("dev", recipe.labels), self.model, recipe)
-            file.write_text(json.dumps({"of": what, "report": {"train": len(train), **report}}), encoding="utf-8")
+            with atomic_file(file) as partial:
+                partial.write_text(
+                    json.dumps({"of": what, "report": {"train": len(train), **report}}), encoding="utf-8"
+                )
         done = json.loads(file.read_text(encoding="utf-8"))
         if done["of"] != what:
             raise ConfigError(

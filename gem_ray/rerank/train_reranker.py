@@ -71,8 +71,8 @@ def train_reranker(
     Raises:
         ConfigError: a training with another recipe, base, posts or candidates was started there, or bitsandbytes is
             asked for and not installed.
-        ValueError: no post has both a gold entity and an image that can be read; or the base's weights are missing,
-            unexpected or of another shape.
+        ValueError: no post has both a gold entity and an image that can be read; or stored candidates are of none of
+            them; or the base's weights are missing, unexpected or of another shape.
     """
     labels = LABEL_SETS[settings.labels]
     rule = candidates or (lambda post, gold, rng: training_candidates(gold.fine, labels, settings.k, rng))
@@ -82,6 +82,8 @@ def train_reranker(
     prompt_format = PromptFormat.of_model(folder, settings.template)
     encoder = SampleEncoder(model.get_base_model(), processor, settings.max_length, prompt_format, settings.image_fit)
     samples = EntitySamples(posts, encoder, rule, settings)
+    if isinstance(candidates, StoredCandidates):
+        candidates.check_knows(samples.entities)
     trainer = prepare(_trainer(model, encoder, samples, settings, out / _CHECKPOINTS, report))
     inputs = {
         "set of posts": fingerprint(posts),

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gem_ray.evaluation.fold_candidates import store_fold_candidates
 from gem_ray.records import GoldEntity, Post
-from gem_ray.rerank.candidates import StoredCandidates
+from gem_ray.rerank.candidates import CANDIDATES_SCHEMA, StoredCandidates
 from gem_ray.tagger import train_tagger
 from gem_ray.tagger.recipe import TaggerTraining
-from gem_ray.taxonomy import FMNERG
+from gem_ray.taxonomy import FMNERG, GMNER
 
 FOLDS = 3
 
@@ -102,3 +104,18 @@ def test_a_mention_that_is_not_stored_falls_under_the_papers_rule(
     offered = stored(other, GoldEntity(0, 1, "city"), random.Random(0))
     assert len(offered) == 5
     assert sum(FMNERG.parent[fine] == "location" for fine in offered) == 4
+
+
+def test_candidates_of_other_posts_or_categories_are_refused(tmp_path: Path, posts: list[Post]) -> None:
+    file = tmp_path / "candidates.parquet"
+    rows = [{"post_id": "0", "word_start": 0, "word_end": 1, "candidates": ["company", "city"]}]
+    pq.write_table(pa.Table.from_pylist(rows, CANDIDATES_SCHEMA), file)
+    mentions = [(post, gold) for post in posts for gold in post.gold or ()]
+    StoredCandidates(file, FMNERG, k=5).check_knows(mentions)
+    with pytest.raises(ValueError, match="of no mention of these posts"):
+        StoredCandidates(file, FMNERG, k=5).check_knows(mentions[1:])
+    with pytest.raises(ValueError, match="'city', which is no category of gmner"):
+        StoredCandidates(file, GMNER, k=5)
+    pq.write_table(pa.table({"post_id": ["0"]}), file)
+    with pytest.raises(ValueError, match="no column word_start, word_end, candidates"):
+        StoredCandidates(file, FMNERG, k=5)

@@ -142,6 +142,12 @@ def test_gold_without_tokens_counts_in_the_systems_own_words():
     assert evaluate([gold], [found]).mner.right == 1
 
 
+@pytest.mark.parametrize("words", [(-1, 1), (2, 2), (2, len(TOKENS) + 1)])
+def test_gold_of_words_that_the_post_has_not_is_refused_by_post(words):
+    with pytest.raises(EvaluationError, match=r"post 'p': the gold mention of the words .* is not within the post's"):
+        evaluate([gold_post(GoldEntity(*words, "city"))], [])
+
+
 def test_a_text_without_the_golds_words_is_refused_by_post():
     other = Post("p", "something else", entities=[Entity("else", 10, 14, 1, 2, "location", "city", 0.9)])
     with pytest.raises(EvaluationError, match="'p'"):

@@ -145,11 +145,16 @@ def test_a_training_with_another_recipe_is_not_gone_on_with(base, posts, recipe,
         train_reranker(posts, str(base), tmp_path, recipe, report=_kill_at(3))
     with pytest.raises(ConfigError, match="started with another recipe"):
         train_reranker(posts, str(base), tmp_path, recipe.model_copy(update={"epochs": 4}))
-    row = {"post_id": "none", "word_start": 0, "word_end": 1, "candidates": ["city"]}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "candidates.parquet")
-    stored = StoredCandidates(tmp_path / "candidates.parquet", FMNERG, recipe.k)
-    with pytest.raises(ConfigError, match="started with another set of candidates"):
-        train_reranker(posts, str(base), tmp_path, recipe, stored)
+    first = next(post for post in posts if post.gold)
+    place = {"word_start": first.gold[0].word_start, "word_end": first.gold[0].word_end, "candidates": ["city"]}
+    for post_id, message in (
+        (first.post_id, "started with another set of candidates"),
+        ("strange", "has candidates of no mention of these posts"),
+    ):
+        pq.write_table(pa.Table.from_pylist([{"post_id": post_id, **place}]), tmp_path / "candidates.parquet")
+        stored = StoredCandidates(tmp_path / "candidates.parquet", FMNERG, recipe.k)
+        with pytest.raises(ValueError, match=message):
+            train_reranker(posts, str(base), tmp_path, recipe, stored)
 
 
 def test_accumulated_gradients_make_the_same_step_as_a_larger_batch(base, posts, recipe, tmp_path):
