@@ -37,6 +37,7 @@ _UNPACKERS: dict[str | None, Callable[[IO[bytes]], Any]] = {
     "xz": lzma.open,
     "zstd": lambda stream: pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd"),
 }
+_MARK = "\ufeff"  # of byte order; in the middle of a file, where files were joined
 # In place of a carriage return in a cell, at which `csv` would end the record; no decoder gives this character.
 _RETURN = "\udc0d"
 
@@ -204,7 +205,7 @@ def _array_rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json_row(line: str) -> dict[str, Any]:
     try:
-        return _object(load_json(line), "the line")
+        return _object(load_json(line.removeprefix(_MARK)), "the line")
     except (ValueError, RecursionError) as error:
         return {ERROR_FIELD: f"the line is not valid JSON: {error}"}
 
@@ -241,7 +242,8 @@ def _csv_rows(text: TextIO, file: Path, columns: Columns, has_quotes: bool) -> I
                 'option escape=\'"\', R with qmethod="double". --no-quotes takes quotes for characters'
             ) from None
         if cells:
-            yield reader.line_num + 1, _record(header, cells)
+            is_header = _names(cells, columns) == header
+            yield reader.line_num + 1, {ERROR_FIELD: "it is the header again"} if is_header else _record(header, cells)
         begin = reader.line_num + 2
 
 
@@ -286,13 +288,12 @@ class _Quotes:
 
 def _header(line: str, file: Path, columns: Columns) -> tuple[list[str], str]:
     """The names of an input row's fields in a header, and what separates them."""
-    fields = {name: field for field, name in columns.items()}
     for separator in _SEPARATORS:
         try:
             cells = next(csv.reader([line], delimiter=separator, strict=True), [])
         except csv.Error:
             continue
-        names = [fields.get(cell.strip(), "" if cell.strip() in columns else cell.strip()) for cell in cells]
+        names = _names(cells, columns)
         if "post_id" not in names or not {"text", "tokens"} & set(names):
             continue
         twice = sorted({name for name in names if name in INPUT_SCHEMA.names and names.count(name) > 1})
@@ -303,6 +304,12 @@ def _header(line: str, file: Path, columns: Columns) -> tuple[list[str], str]:
         f"{file} holds no posts: its header needs post_id and text (or tokens), separated by `,`, `;`, a tab or `|`; "
         f"it is {line.strip()[:200]!r}. `--map text=COLUMN,post_id=COLUMN` takes other names"
     )
+
+
+def _names(cells: list[str], columns: Columns) -> list[str]:
+    fields = {name: field for field, name in columns.items()}
+    names = [cell.removeprefix(_MARK).strip() for cell in cells]
+    return [fields.get(name, "" if name in columns else name) for name in names]
 
 
 def _record(header: list[str], cells: list[str]) -> dict[str, Any]:

@@ -249,6 +249,15 @@ def test_what_is_no_text_is_refused(tmp_path, content):
             list(read(tmp_path / "posts.jsonl"))
 
 
+def test_files_may_be_joined(tmp_path):
+    csv_file = "\ufeffid,text\r\n1,Lyon\r\n"
+    (tmp_path / "posts.csv").write_text(csv_file * 2, newline="")
+    first, header, second = from_csv(tmp_path / "posts.csv", columns={"post_id": "id"})
+    assert (first.text, second.text, header.problems[0].message) == ("Lyon", "Lyon", "it is the header again")
+    (tmp_path / "posts.jsonl").write_text('\ufeff{"post_id": "1", "text": "Lyon"}\n' * 2)
+    assert [post.text for post in from_jsonl(tmp_path / "posts.jsonl")] == ["Lyon", "Lyon"]
+
+
 def test_a_zip_archive_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "posts.csv.zip", "w") as archive:
         archive.writestr("posts.csv", "post_id,text\n1,a\n")
