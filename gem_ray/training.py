@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gem_ray.device import torch_device
 from gem_ray.model_files import CONFIDENCE_FILE
 from gem_ray.recipes import Recipe
 
+_BEGUN, _CHECKPOINTS = "begun.json", "checkpoint-*"
 # Of every checkpoint, in the order in which `transformers.Trainer` writes them; it finishes none in one step.
 _PARTS = ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
 
@@ -72,9 +74,9 @@ def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may
         may_begin: this process is the one that writes.
 
     Raises:
-        ConfigError: a training with another recipe, or of other inputs, is there.
+        ConfigError: a training with another recipe or of other inputs is there, or checkpoints of something else.
     """
-    file = folder / "begun.json"
+    file = folder / _BEGUN
     this = {"recipe": recipe.model_dump(mode="json"), **inputs}
     if file.is_file():
         begun = json.loads(file.read_text(encoding="utf-8"))
@@ -84,13 +86,17 @@ def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may
                 "the same, another output folder, or remove the checkpoints"
             )
     elif may_begin:
-        shutil.rmtree(folder, ignore_errors=True)  # of a training that was done, and killed while it removed this
+        if any(folder.glob(_CHECKPOINTS)):
+            raise ConfigError(
+                f"{folder} holds checkpoints, but no {file.name} that says of which training: use another output "
+                "folder, or remove them"
+            )
         with atomic_file(file) as partial:
             partial.write_text(json.dumps(this, indent=2), encoding="utf-8")
     else:
         return None
     whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in folder.glob(_CHECKPOINTS):
         if _is_whole(checkpoint):
             whole.append(checkpoint)
         elif may_begin:
@@ -108,6 +114,15 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):  # another worker may be removing it
         return False
     return True
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove those of a training that is done, and what `last_checkpoint` recorded; what else is there stays."""
+    for checkpoint in folder.glob(_CHECKPOINTS):
+        shutil.rmtree(checkpoint)
+    (folder / _BEGUN).unlink()  # last: until then they are known for this training's
+    with suppress(OSError):  # not empty
+        folder.rmdir()
 
 
 def forget_calibration(out: Path) -> None:

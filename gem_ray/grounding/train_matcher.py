@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,14 @@ from gem_ray.grounding.pairs import EpochOrder, PairCollator, PairsOfPosts
 from gem_ray.grounding.trace import MATCH
 from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
-from gem_ray.training import LossReports, OnLoss, forget_calibration, last_checkpoint, training_arguments
+from gem_ray.training import (
+    LossReports,
+    OnLoss,
+    forget_calibration,
+    last_checkpoint,
+    remove_checkpoints,
+    training_arguments,
+)
 
 _CHECKPOINTS, _ACCURACY = "checkpoints", "eval_accuracy"
 
@@ -92,7 +98,7 @@ def train_matcher(
     result = trainer.summary()
     threshold = result["dev"]["threshold"] if dev else 0.5
     Decision(threshold=threshold, layer=Decision.load(folder).layer).save(out)
-    shutil.rmtree(out / _CHECKPOINTS)
+    remove_checkpoints(out / _CHECKPOINTS)
     return result
 
 

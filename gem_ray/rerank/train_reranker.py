@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +32,14 @@ from gem_ray.rerank.prompts import PromptFormat
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.samples import IGNORED, CandidateRule, EntitySamples, SampleEncoder
 from gem_ray.taxonomy import LABEL_SETS
-from gem_ray.training import LossReports, OnLoss, forget_calibration, last_checkpoint, training_arguments
+from gem_ray.training import (
+    LossReports,
+    OnLoss,
+    forget_calibration,
+    last_checkpoint,
+    remove_checkpoints,
+    training_arguments,
+)
 
 # A plain list of names would also match the vision tower, whose adapters vLLM does not serve.
 LORA_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -99,7 +105,7 @@ def train_reranker(
         forget_calibration(out)
         model.save_pretrained(str(out), save_embedding_layers=False)
         (out / "README.md").unlink()  # peft's empty model card
-        shutil.rmtree(out / _CHECKPOINTS)
+        remove_checkpoints(out / _CHECKPOINTS)
     return {
         "entities": len(samples.entities),
         "steps": trainer.state.global_step,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from gem_ray.tagger.scores import one_line, score_with_and_without_knowledge
 from gem_ray.tagger.trainer import VALUE, TaggerTrainer, TrainingProgress
 from gem_ray.tagger.views import TrainingViews
 from gem_ray.taxonomy import LABEL_SETS
-from gem_ray.training import forget_calibration, last_checkpoint
+from gem_ray.training import forget_calibration, last_checkpoint, remove_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ def train_tagger(
     save_tagger(objective.averaged, features.tokenizer, out, base, settings)
     report["dev"] = score_with_and_without_knowledge(load_tagger(out)[0].to(trainer.args.device), dev, features)
     write_card(out, settings, report, len(views), len(dev))
-    shutil.rmtree(out / _CHECKPOINTS)
+    remove_checkpoints(out / _CHECKPOINTS)
     logger.info("kept epoch %d: dev %s", report["best_epoch"], one_line(report["dev"]))
     return report
 

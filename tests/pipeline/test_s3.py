@@ -87,7 +87,7 @@ def test_no_row_is_lost_whatever_happens_to_some_requests(
 ) -> None:
     bucket = s3.bucket("corpus")
     posts = write_corpus(s3, bucket)
-    faulty_s3.share, faulty_s3.stall_s = 0.05, 5
+    faulty_s3.share, faulty_s3.stall_s = 0.05, 2
     annotate(posts, f"{bucket}/out")
     faulty_s3.share = 0
     assert faulty_s3.faults >= 5

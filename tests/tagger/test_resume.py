@@ -1,8 +1,10 @@
 """A training that is killed goes on as if nothing had been."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,15 +102,40 @@ def test_a_kill_while_a_checkpoint_is_written_or_removed_costs_that_one_alone(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_is_left_of_the_checkpoints_of_a_training_that_was_done_is_not_resumed(
+def test_a_kill_while_the_checkpoints_of_a_training_are_removed_leaves_nothing_of_unknown_origin(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmtree = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        rmtree(path, **options)
+        if not options:  # not one of those that `transformers.Trainer` removes as it goes on
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KilledError):
+            train_tagger(posts, posts, tmp_path, settings)
+    with pytest.raises(ConfigError, match="started with another recipe"):
+        train_tagger(posts, posts, tmp_path, settings.changed(epochs=1))
+    train_tagger(posts, posts, tmp_path, settings)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_checkpoints_of_something_else_are_neither_resumed_nor_removed(
     settings: TaggerTraining, posts: list[Post], tmp_path: Path
 ) -> None:
-    with pytest.raises(KilledError):
-        train_tagger(posts, posts, tmp_path, settings, kill_at(8))
-    (tmp_path / "checkpoints" / "begun.json").unlink()  # killed while it removed the folder
-    steps: list[int] = []
-    train_tagger(posts, posts, tmp_path, settings.changed(epochs=1), lambda progress: steps.append(progress.step))
-    assert steps == [1, 2, 3, 4]
+    other = tmp_path / "checkpoints" / "checkpoint-7" / "model.bin"
+    other.parent.mkdir(parents=True)
+    other.write_text("of another project")
+    with pytest.raises(ConfigError, match=r"holds checkpoints, but no begun\.json"):
+        train_tagger(posts, posts, tmp_path, settings)
+    assert other.read_text() == "of another project"
+    other.unlink()
+    other.parent.rmdir()
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    train_tagger(posts, posts, tmp_path, settings)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["notes.txt"]
 
 
 def test_training_with_accumulated_gradients_is_resumed_too(
