@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from gem_ray import __version__
 from gem_ray.commands import annotate, check, config, evaluate, export, models, reranker, review, serve, shards, train
 from gem_ray.commands.options import EXIT_FAILED, EXIT_TERMINATED, EXIT_USAGE
 from gem_ray.process_exit import exit_code_kept
@@ -37,12 +38,21 @@ app.add_typer(train.nano, name="nano")
 app.add_typer(serve.app)
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"gem-ray {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,  # `main` reads it from the arguments
     json_logs: Annotated[bool, typer.Option(help="Progress of `annotate` and `export` as JSON lines.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log at level INFO.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     import logging
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer.main
 
+from gem_ray import __version__
 from gem_ray.cli import app
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
@@ -40,6 +41,22 @@ def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tup
 def test_help_of_every_command_has_an_example(name: str, command: click.Command) -> None:
     assert command.help
     assert f"Example: `gem-ray {name} " in (command.epilog or "")
+
+
+def test_every_json_may_go_to_a_pipe() -> None:
+    asked = [
+        param
+        for _, command in commands(typer.main.get_command(app))
+        for param in command.params
+        if "--json" in param.opts
+    ]
+    assert len(asked) == 4
+    assert all("`-` prints JSON alone" in (param.help or "") for param in asked)  # type: ignore[attr-defined]
+
+
+def test_the_version_is_told() -> None:
+    done = gem_ray("--version")
+    assert (done.returncode, done.stdout) == (0, f"gem-ray {__version__}\n")
 
 
 def test_unknown_key_is_a_usage_error_that_names_the_nearest(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from gem_ray.commands.options import (
     EXIT_REJECTED,
     MAX_PROBLEM_SHARE,
     ConfigOption,
+    JsonOption,
     MapOption,
     PresetOption,
     PriceOption,
@@ -26,6 +27,7 @@ from gem_ray.commands.options import (
     finite,
     parse_columns,
     same_command,
+    write_json,
 )
 from gem_ray.plurals import counted
 
@@ -158,15 +160,12 @@ def plan(
     like: Annotated[
         str | None, typer.Option(help="`run.json` of an earlier run, also on S3, for its posts and its speed.")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="JSON file to write; `-` prints JSON alone.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Plan which model runs where, how long a run takes and what it costs. Exit code 2: it does not fit.
 
     The `config` of the JSON, given to `annotate --config`, bounds the pools as they were planned.
     """
-    import json as json_library
-
-    from gem_ray.atomic import atomic_file
     from gem_ray.config import load_config
     from gem_ray.planning.cards import Fleet
     from gem_ray.planning.earlier_run import read_run
@@ -193,13 +192,7 @@ def plan(
     result = make(Fleet.parse(gpus, gpu_memory, card), cpus, work)
     expected = estimate(make, result, posts, settings.pipeline.rows_per_group, price, request_price)
     facts = result.to_dict() | {"estimate": expected and expected.to_dict()}
-    text = json_library.dumps(facts, indent=2)
-    if str(json) == "-":
-        typer.echo(text)
-    else:
-        if json:
-            with atomic_file(json) as file:
-                file.write_text(text + "\n", encoding="utf-8")
+    if not write_json(facts, json):
         print_plan(result, expected)
     result.check()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,11 +12,13 @@ from gem_ray.commands.options import (
     EXIT_USAGE,
     MAX_PROBLEM_SHARE,
     ConfigOption,
+    JsonOption,
     MapOption,
     PresetOption,
     SetOption,
     SkipOption,
     parse_columns,
+    write_json,
 )
 from gem_ray.plurals import counted
 
@@ -35,7 +36,7 @@ def check(
     map_: MapOption = None,
     skip_bad_files: SkipOption = False,
     sample: Annotated[int, typer.Option(help="Posts to sample.", min=1)] = 200,
-    json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    json: JsonOption = None,
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -44,18 +45,13 @@ def check(
 
     Exit code 2: `annotate` would refuse the input. 3: posts of the sample cannot be annotated, or files are skipped.
     """
-    import json as json_library
-
     from gem_ray.config import load_config
     from gem_ray.data.check import check_input
-    from gem_ray.data.files import whole_text
 
     image = load_config(preset, config, set_ or ()).image
     found = check_input(input, image, parse_columns(map_), sample, skip_bad_files)
-    if json is not None:
-        with whole_text(json) as file:
-            file.write(json_library.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    _print(found)
+    if not write_json(found.to_dict(), json):
+        _print(found)
     if found.refused:
         raise typer.Exit(EXIT_USAGE)
     if found.skipped or (found.sample and found.sample.rejected):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gem_ray.commands.options import ConfigOption, PresetOption, SetOption
+from gem_ray.commands.options import ConfigOption, JsonOption, PresetOption, SetOption, write_json
 
 if TYPE_CHECKING:
     from gem_ray.config import ConfigError
@@ -24,16 +23,13 @@ def config(
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
-    json: Annotated[Path | None, typer.Option(help="Write the keys as JSON to a file, or to `-`, the output.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Show every key of the configuration: its value, its type and what it does. Loads no model.
 
     Values are those of the preset, with `--config` and `--set` over it. Keys of a section that is null have the values
     that they would have if it were set. JSON has the default of the code, too, and whether a key changes annotations.
     """
-    import json as json_library
-
-    from gem_ray.atomic import atomic_file
     from gem_ray.config import load_config
     from gem_ray.config_keys import settings
 
@@ -41,12 +37,7 @@ def config(
     if json is None:
         _print(rows)
         return
-    text = json_library.dumps([_facts(*row) for row in rows], indent=2, ensure_ascii=False)
-    if str(json) == "-":
-        typer.echo(text)
-        return
-    with atomic_file(json) as file:
-        file.write_text(text + "\n", encoding="utf-8")
+    write_json([_facts(*row) for row in rows], json)
 
 
 def _chosen(rows: list[tuple[str, Setting, Any]], names: list[str]) -> list[tuple[str, Setting, Any]]:

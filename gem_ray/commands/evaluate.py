@@ -10,12 +10,14 @@ import typer
 
 from gem_ray.commands.options import (
     ConfigOption,
+    JsonOption,
     PresetOption,
     ProtocolOption,
     RecipeSetOption,
     SetOption,
     labelled_posts,
     parse_recipe_settings,
+    write_json,
 )
 from gem_ray.taxonomy import LabelSetName
 
@@ -33,12 +35,12 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Another output folder, compared by paired bootstrap over posts.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the scores as JSON.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Score annotations against gold: MNER, EEG, MNERG, spans and more."""
     from gem_ray.evaluation.metrics import evaluate as score
     from gem_ray.evaluation.predictions import check_same_rows, read_gold, read_predictions_of
-    from gem_ray.evaluation.score_report import print_differences, print_scores, write_scores
+    from gem_ray.evaluation.score_report import print_differences, print_scores, score_values
     from gem_ray.evaluation.significance import compare
     from gem_ray.taxonomy import LABEL_SETS
 
@@ -51,8 +53,8 @@ def evaluate(
     others = read_predictions_of(posts, against) if against else []
     report = score(posts, annotated, **how)
     differences = compare(posts, annotated, others, **how) if against else {}
-    if json is not None:
-        write_scores(report, json, differences)
+    if write_json(score_values(report, differences), json):
+        return
     print_scores(report)
     if differences:
         print_differences(differences, str(against))

@@ -47,6 +47,7 @@ PriceOption = Annotated[
 RequestPriceOption = Annotated[
     float, typer.Option(help="What a million S3 requests for images cost, beside --price.", min=0, callback=finite)
 ]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="JSON file to write; `-` prints JSON alone.")]
 PerShardOption = Annotated[int, typer.Option(help="Posts in a shard.", min=1)]
 
 DataOption = Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")]
@@ -56,6 +57,25 @@ ImagesOption = Annotated[Path | None, typer.Option(help="Images of a Twitter1000
 RecipeSetOption = Annotated[
     list[str] | None, typer.Option("--recipe-set", help="Override one setting of the recipe: `epochs=3`. Repeatable.")
 ]
+
+
+def write_json(values: Any, to: Path | None) -> bool:
+    """Do what `--json` asks for.
+
+    Returns:
+        Whether the values were printed, and nothing else may be.
+    """
+    import json
+
+    from gem_ray.data.files import whole_text
+
+    if str(to) == "-":
+        typer.echo(json.dumps(values, indent=2))  # in ASCII, which every terminal has
+        return True
+    if to is not None:
+        with whole_text(to) as file:
+            file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    return False
 
 
 def labelled_posts(data: Path, split: str, images: Path | None = None, labels: str = "fmnerg") -> list[Post]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -91,13 +92,16 @@ def print_differences(differences: Mapping[str, Difference], other: str, console
     (console or table_console()).print(table)
 
 
-def write_scores(report: ScoreReport, path: Path, differences: Mapping[str, Difference] | None = None) -> None:
-    """Write the report as JSON, ratios from 0 to 1; differences from another system stand under `against`."""
-    values = report.to_dict()
-    if differences:
-        values["against"] = {name: found.to_dict() for name, found in differences.items()}
+def score_values(report: ScoreReport, differences: Mapping[str, Difference]) -> dict[str, Any]:
+    """The report for JSON, ratios from 0 to 1; differences from another system stand under `against`."""
+    against = {name: found.to_dict() for name, found in differences.items()}
+    return report.to_dict() | ({"against": against} if against else {})
+
+
+def write_scores(report: ScoreReport, path: Path) -> None:
+    """Write the report as JSON, ratios from 0 to 1."""
     with whole_text(path) as file:
-        file.write(json.dumps(values, indent=2) + "\n")
+        file.write(json.dumps(report.to_dict(), indent=2) + "\n")
 
 
 def _table(title: str, first: str) -> Table:

@@ -60,7 +60,9 @@ def test_exit_codes_say_what_annotate_would_do(tmp_path):
     write_posts([Post("1", "Lyon"), Post("2", "")], bad)
     pq.write_table(pa.table({"id": ["1"], "tweet": ["Lyon"]}), wrong)
     assert run_check(good, "--json", tmp_path / "good.json")[0] == 0
-    assert json.loads((tmp_path / "good.json").read_text())["sample"]["images"] == {"none": 1}
+    written = json.loads((tmp_path / "good.json").read_text())
+    assert written["sample"]["images"] == {"none": 1}
+    assert json.loads(run_check(good, "--json", "-")[1]) == written
     code, output = run_check(bad)
     assert code == 3
     assert "text is" in output

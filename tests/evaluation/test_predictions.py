@@ -104,7 +104,9 @@ def test_what_is_in_a_bucket_is_scored_and_shown_by_the_commands(s3, tmp_path):
     for command in commands:
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "s.json").read_text())["mnerg"]["f1"] == 1
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written["mnerg"]["f1"] == 1
+    assert json.loads(CliRunner().invoke(app, [*commands[0][:-1], "-"]).stdout) == written
     assert all(shown in (tmp_path / "g.html").read_text() for shown in ("New York", "tiny@1"))
     assert read_run(out) == facts
 
