@@ -46,6 +46,8 @@ class Variant(_Part):
     def _has_one_tagger(self) -> Variant:
         if self.settings is not None and self.tagger is not None:
             raise ValueError(f"{self.name}: `settings` trains a tagger, `tagger` takes another variant's: say one")
+        if self.recipe is not None and self.settings is None:
+            raise ValueError(f"{self.name}: `recipe` is of a tagger that is trained: add `settings: {{}}`")
         return self
 
 
@@ -128,6 +130,11 @@ class Experiment(_Part):
         known = {variant.name for variant in self.variants}
         if len(known) < len(self.variants):
             raise ValueError("two variants have the same name")
+        for kind, entries in (("row", self.table_rows), ("column", self.columns)):
+            if len({entry.label for entry in entries}) < len(entries):
+                raise ValueError(f"two {kind}s have the same label: their figures could not be told apart")
+        if self.plot.kind == "line" and all(variant.at is None for variant in self.variants):
+            raise ValueError("plot: a line needs the variants' places: say `at` of each")
         named = [name for row in self.rows for name in (row.fmnerg, row.gmner)]
         for name in filter(None, [*named, *(variant.tagger for variant in self.variants), self.plot.reranked]):
             if name not in known:

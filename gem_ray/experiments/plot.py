@@ -57,7 +57,9 @@ def _points(
 
 def _line(axes: Axes, experiment: Experiment, results: Results, rows: Sequence[str], columns: Sequence[Column]) -> None:
     """A curve for each column over the variants' places."""
-    places = {variant.label: variant.at for variant in experiment.variants if variant.at is not None}
+    at = {variant.name: variant.at for variant in experiment.variants}
+    row_places = {row.label: at.get(row.fmnerg or row.gmner or "") for row in experiment.table_rows}
+    places = {row: place for row, place in row_places.items() if place is not None}
     for column, series in zip(columns, _series(columns), strict=True):
         points = sorted((places[row], cell) for row in rows if row in places and (cell := results[row][column.label]))
         cells = [cell for _, cell in points]
@@ -83,15 +85,20 @@ def _scatter(
     """
     names = "\n".join(f"{number}  {row}" for number, row in enumerate(rows, start=1))
     axes.annotate(names, (1.02, 1), xycoords="axes fraction", va="top", fontsize="small", linespacing=1.5)
-    axes.set(xlabel=experiment.plot.x, ylabel=columns[0].label if len(columns) == 1 else "percent", xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    cost_column = next(column for column in experiment.columns if column.label == experiment.plot.x)
+    scale, unit = (100, ", percent") if cost_column.is_ratio else (1, "")
+    axes.set(xlabel=f"{experiment.plot.x}{unit}", ylabel=columns[0].label if len(columns) == 1 else "percent")
+    costs = [cost.mean for row in rows if (cost := results[row][experiment.plot.x])]
+    if not cost_column.is_ratio and all(cost > 0 for cost in costs):
+        axes.set(xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.1)
     drawn = []
     for column, series in zip(columns, _series(columns), strict=True):
         points = [
-            (cost.mean, 100 * quality.mean, str(place))
+            (scale * cost.mean, 100 * quality.mean, str(place))
             for place, row in enumerate(rows, start=1)
             if (cost := results[row][experiment.plot.x]) and (quality := results[row][column.label])
         ]

@@ -136,3 +136,32 @@ def test_every_kind_of_plot_shows_every_row(experiment: Experiment, kind: str) -
     curve = axes.lines[0]
     heights = list(curve.get_xdata() if kind == "points" else curve.get_ydata())
     assert heights == pytest.approx([50, 60, 70])
+
+
+def test_a_scatter_over_a_share_is_in_percent_and_begins_at_none() -> None:
+    values = {
+        "name": "x",
+        "title": "X",
+        "columns": [{"label": "F1", "metric": "mner.f1"}, {"label": "share", "metric": "reranked.share"}],
+        "variants": [{"name": name, "label": name} for name in "ab"],
+        "plot": {"kind": "scatter", "columns": ["F1"], "x": "share"},
+    }
+    results = {"a": {"F1": Cell(0.5, None, 1), "share": Cell(0.0, None, 1)}}
+    results["b"] = {"F1": Cell(0.6, None, 1), "share": Cell(0.2, None, 1)}
+    (axes,) = plot(Experiment.model_validate(values), results).axes
+    assert list(axes.lines[0].get_xdata()) == pytest.approx([0, 20])
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("linear", "share, percent")
+
+
+def test_a_line_shows_rows_with_labels_of_their_own() -> None:
+    values = {
+        "name": "x",
+        "title": "X",
+        "columns": [{"label": "F1", "metric": "mner.f1"}],
+        "variants": [{"name": name, "label": name, "at": at} for at, name in enumerate("ab")],
+        "rows": [{"label": f"row {name}", "fmnerg": name} for name in "ab"],
+        "plot": {"kind": "line", "x": "K"},
+    }
+    results = {f"row {name}": {"F1": Cell(0.5 + at / 10, None, 1)} for at, name in enumerate("ab")}
+    (axes,) = plot(Experiment.model_validate(values), results).axes
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([50, 60])
