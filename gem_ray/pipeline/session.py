@@ -60,8 +60,9 @@ def ray_session(config: Config) -> Iterator[None]:
     if started_here:
         _start(config)
     try:
-        _check_resources(config, can_grow="RAY_ADDRESS" in os.environ)
-        if started_here and "RAY_ADDRESS" not in os.environ:
+        is_given = bool(os.environ.get("RAY_ADDRESS"))
+        _check_resources(config, can_grow=is_given)
+        if started_here and not is_given:
             _check_cards(config, gpus=int(ray.cluster_resources().get("GPU", 0)))
         with _own_settings(), _released_on_failure():
             yield

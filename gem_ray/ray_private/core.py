@@ -21,9 +21,15 @@ def connect_to_ray(address: str) -> None:
     """Connect to the Ray at an address, quiet.
 
     Raises:
+        ValueError: it is that of a Ray Client, which Ray Data cannot use.
         ConnectionError: nothing answers there. Ray itself would go on trying for minutes.
     """
-    place = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address)  # not `auto`, and no `ray://`
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"RAY_ADDRESS is {address}, a Ray Client, which Ray Data cannot use: `gem-ray submit` runs a command on "
+            "the cluster; on one of its nodes, RAY_ADDRESS is HEAD:6379"
+        )
+    place = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address)  # not `auto`
     until = time.monotonic() + _ANSWERS_WITHIN_S
     while place:
         try:

@@ -29,7 +29,7 @@ def prepare_own_ray() -> None:
 
     Ray runs what it is sent, and its ports are open to the network: a token that only its processes know closes them.
     """
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         return
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | _FAST_CALLS | _PRIORITY | _LIMITED_HEADS
     if {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} & os.environ.keys():

@@ -71,7 +71,7 @@ def serving(schema: ServeDeploySchema) -> Iterator[Served]:
     configs = [config for _, config in ours(schema)]
     address = os.environ.get("RAY_ADDRESS")
     port = None
-    if address is None:
+    if not address:
         _check_keys(schema.http_options.host, configs)
         port = hold_port(schema.http_options.host, schema.http_options.port)
         for config in configs:

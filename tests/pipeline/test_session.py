@@ -70,6 +70,25 @@ def test_without_a_home_a_local_ray_gets_a_token_of_its_own(monkeypatch: pytest.
     assert environment["RAY_AUTH_TOKEN"] == token  # Ray reads it once in a process
 
 
+def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compose files give it: the local Ray that is meant is judged as one, and does not wait for nodes."""
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr(session, "start_local_ray", lambda **_: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    with pytest.raises(ValueError, match="needs at least 2 CPUs and Ray has 1"), session.ray_session(load_config()):
+        pass
+
+
+def test_an_address_of_a_ray_client_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data ends there with an AttributeError, after everything has been counted and loaded."""
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with (
+        pytest.raises(ValueError, match=r"RAY_ADDRESS is ray://head:10001, a Ray Client.*`gem-ray submit`"),
+        session.ray_session(load_config()),
+    ):
+        pass
+
+
 def test_an_address_at_which_no_ray_answers_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gem_ray.ray_private.core._ANSWERS_WITHIN_S", 0.2)
     with socket.socket() as silent:
@@ -83,7 +102,7 @@ def test_an_address_at_which_no_ray_answers_is_said_soon(monkeypatch: pytest.Mon
             pass
 
 
-@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1", "127.0.0.1:{}", "localhost:{}"])
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:{}", "localhost:{}"])
 def test_what_is_no_silent_address_is_left_to_ray(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("ray.init", lambda address, **_: asked.append(address))

@@ -10,15 +10,17 @@ import time
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from ray.serve._private.http_util import set_socket_reuse_port
 
 from gem_ray.commands import serve as commands
-from gem_ray.config import ConfigError, ServingConfig
+from gem_ray.config import ConfigError, ServingConfig, load_config
+from gem_ray.serving.environment import prepare_own_ray
 from gem_ray.serving.keys import ApiKeys, new_key
-from gem_ray.serving.session import ServingError, hold_port
+from gem_ray.serving.session import ServingError, hold_port, serving
 
 pytestmark = pytest.mark.alone
 
@@ -142,6 +144,17 @@ def test_a_reload_that_fails_ends_nothing(monkeypatch, capsys, error):
     output = capsys.readouterr()
     assert output.err.count("reload failed; keeping the current") == 2
     assert "finishing running requests" in output.out
+
+
+def test_an_empty_address_of_a_ray_opens_nothing(monkeypatch):
+    """As compose files give it: the service's own Ray has a token, and other machines are let in with keys only."""
+    monkeypatch.setattr("os.environ", {"RAY_ADDRESS": ""})
+    prepare_own_ray()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    monkeypatch.setattr("gem_ray.serving.session.ours", lambda _: [("", load_config())])
+    schema = SimpleNamespace(http_options=SimpleNamespace(host="0.0.0.0", port=0))
+    with pytest.raises(ConfigError, match="lets other machines in"), serving(schema):
+        pass
 
 
 def test_the_ray_of_the_service_is_closed_by_a_token(service):
