@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 _MERGING_CPUS = 0.1  # so little that a group is merged while the next one is read
 _MOST_CHECKS = 4  # of the models, as often as Ray begins a task whose nodes are gone
 _LOOKED_EVERY_S = 1.0  # whether the run ends
+_TOLD_EVERY_S = 60.0  # that something is waited for, which no bar shows
 _PUBLISHING_S = 10.0  # between two looks whether a group can be published
 
 
@@ -101,7 +103,7 @@ class RayExecutor:
         check = ray.remote(num_cpus=WRITING_CPUS, num_gpus=gpus, max_retries=0)(_check_models)
         for tries_left in reversed(range(_MOST_CHECKS)):
             try:
-                return self._result_of(check.remote(stages, config, models))
+                return self._result_of(check.remote(stages, config, models), "models are being checked")
             except RayTaskError as error:
                 if isinstance(error.cause, ConfigError):
                     raise error.cause from None
@@ -179,15 +181,23 @@ class RayExecutor:
         self._ending.reason = reason
         self._started.set_failure(reason)
 
-    def _result_of(self, task: ray.ObjectRef) -> Any:
-        """What a task gives back.
+    def _result_of(self, task: ray.ObjectRef, what: str) -> Any:
+        """What a task gives back; a long wait for it is told.
+
+        Args:
+            task: the reference that Ray has given.
+            what: is being done, in words.
 
         Raises:
             RunError: the run ends before the task does, or before there is a node for it.
         """
+        began = told = time.monotonic()
         while not ray.wait([task], timeout=_LOOKED_EVERY_S)[0]:
             if self._ending.reason is not None:
                 raise RunError(self._ending.reason)
+            if (now := time.monotonic()) - told >= _TOLD_EVERY_S:
+                told = now
+                logger.warning("%s, for %.0f s; a node for that may have yet to start", what, now - began)
         return ray.get(task)
 
     @property

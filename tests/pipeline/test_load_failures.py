@@ -139,17 +139,19 @@ def test_a_node_that_is_taken_back_while_models_are_checked_ends_no_run(
         executor.check_models(text_config, {})
 
 
-def test_a_run_that_must_end_waits_for_no_node_on_which_to_check_models(
-    text_config: Config, monkeypatch: pytest.MonkeyPatch
+def test_a_run_says_that_it_waits_for_a_node_on_which_to_check_models_until_it_must_end(
+    text_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     executor = execution.RayExecutor(text_config)
 
     def wait(tasks: Any, timeout: float) -> Any:
-        executor._ending.reason = "the budget is spent"
+        executor._ending.reason = "the budget is spent" if caplog.messages else None
         return [], tasks
 
     monkeypatch.setattr(execution, "stages_to_check", lambda config: ["rerank"])
     monkeypatch.setattr(execution.ray, "remote", lambda **_: lambda _: SimpleNamespace(remote=lambda *_: None))
     monkeypatch.setattr(execution.ray, "wait", wait)
+    monkeypatch.setattr(execution, "_TOLD_EVERY_S", 0.0)
     with pytest.raises(RunError, match="the budget is spent"):
         executor.check_models(text_config, {})
+    assert caplog.messages == ["models are being checked, for 0 s; a node for that may have yet to start"]
