@@ -24,6 +24,7 @@ from gem_ray.data.fetch import ImageError, read_local
 from gem_ray.data.formats import IMAGE_SUFFIXES, compression_of, is_hidden, looks_like_image
 from gem_ray.data.parquet import Columns
 from gem_ray.data.prepare import ERROR_FIELD, decoded_text, post_from_row, renamed
+from gem_ray.plurals import counted
 from gem_ray.records import INPUT_SCHEMA, Post
 from gem_ray.strict import load_json
 
@@ -317,7 +318,7 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
         name: cell.replace(_RETURN, "\r") for name, cell in zip(header, cells, strict=False) if cell
     }
     if len(cells) > len(header) or any(header[len(cells) :]):
-        return {ERROR_FIELD: f"the record has {len(cells)} cells, and the header {len(header)}", **values}
+        return {ERROR_FIELD: f"the record has {counted(len(cells), 'cell')}, and the header {len(header)}", **values}
     if values.get("tokens", "").startswith(("['", '["')):
         return {ERROR_FIELD: "tokens are separated by spaces, and these are a written list", **values, "tokens": None}
     if "tokens" in values:

@@ -283,6 +283,11 @@ def _json_object(data: bytes) -> dict[str, Any]:
 def _check_end(tar: tarfile.TarFile) -> None:
     # `tarfile` takes a broken header for the end of the archive; behind a real end there are only zeros.
     rest: Any = tar.fileobj
+    if rest.tell() == tar.offset:  # no block of zeros was read
+        raise ValueError(
+            "it ends without its mark of the end: it was cut off, and rows may be missing. If its writer was only not "
+            "closed, `truncate -s +1024 FILE` adds the mark"
+        )
     while block := rest.read(_MAX_HEADER_BYTES):
         if block.strip(b"\0"):
             raise ValueError("there are data behind its end, or one of its headers is damaged")

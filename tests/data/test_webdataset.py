@@ -133,6 +133,14 @@ def test_a_broken_header_in_the_middle_is_not_taken_for_the_end():
         list(rows_from_tar(io.BytesIO(bytes(data))))
 
 
+@pytest.mark.parametrize("blocks", range(11))
+def test_a_tar_that_is_cut_anywhere_is_refused(blocks):
+    data = tar_of([(f"{number}.txt", b"text") for number in range(5)])
+    for read in (lambda tar: list(rows_from_tar(tar)), count_rows_in_tar):
+        with pytest.raises(ValueError, match="cut off"):
+            read(io.BytesIO(data[: 512 * blocks]))
+
+
 def test_members_that_are_too_large_are_not_read(monkeypatch):
     monkeypatch.setattr("gem_ray.data.webdataset._MAX_MEMBER_BYTES", 10)
     rows = rows_of([("1.txt", b"text"), ("1.jpg", b"x" * 11), ("2.txt", b"text")])
