@@ -288,7 +288,12 @@ def _explained(reference: str) -> Iterator[None]:
     """The hub's errors as one sentence."""
     import httpx2
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RevisionResolutionError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        RevisionResolutionError,
+    )
 
     try:
         yield
@@ -301,6 +306,16 @@ def _explained(reference: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"no model at {reference!r}: not a local path, not in the hub's cache here, and the hub cannot be asked"
             f"{' while HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else ''}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"no model at {reference!r}: not a local path, and the hub has no such repository; if it is private, set "
+            "HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        revision = HubReference.parse(reference).revision
+        raise FileNotFoundError(
+            f"no model at {reference!r}: its repository on the hub has no branch, tag or commit {revision!r}"
         ) from None
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise FileNotFoundError(

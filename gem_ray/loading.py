@@ -37,7 +37,8 @@ class Allowed:
 
 EXACT = Allowed()
 # The body of an encoder out of a checkpoint with the head that it was pretrained with. The tagger removes the pooler,
-# which many published checkpoints lack; heads are those of BERT, RoBERTa, ELECTRA, DistilBERT, DeBERTa and ModernBERT.
+# which many published checkpoints lack; heads are those of BERT, RoBERTa, ELECTRA, DistilBERT, DeBERTa, ModernBERT,
+# ALBERT and LUKE.
 ENCODER_BODY = Allowed(
     missing=(r"pooler\.",),
     unexpected=(
@@ -45,7 +46,7 @@ ENCODER_BODY = Allowed(
         r"(lm_head|cls|classifier|head|decoder)\.",
         r"(discriminator_predictions|generator_predictions|generator_lm_head)\.",
         r"vocab_(transform|layer_norm|projector)\.",
-        r"(lm_predictions|mask_predictions)\.",
+        r"(lm_predictions|mask_predictions|predictions|entity_predictions|sop_classifier)\.",
     ),
 )
 

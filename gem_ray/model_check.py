@@ -57,9 +57,11 @@ def _sentence(error: Exception) -> str:
 
 
 def _tagger(folder: Path, config: Config) -> None:
-    from gem_ray.tagger.checkpoint import load_tagger
+    from gem_ray.confidence import Confidence
+    from gem_ray.tagger.tagger import load_parts
 
-    load_tagger(folder)
+    Confidence.from_config(config)
+    load_parts(config)
 
 
 def _captioner(folder: Path, config: Config) -> None:
@@ -80,10 +82,11 @@ def _language_model(folder: Path, config: Config) -> None:
 
 def _reranker(folder: Path, config: Config) -> None:
     from gem_ray.loading import check_adapters, check_declared, check_pretrained
-    from gem_ray.model_kind import language_model_class, load_tokenizer
-    from gem_ray.rerank.llava import check_llava
+    from gem_ray.model_kind import language_model_class, load_tokenizer, read_config
+    from gem_ray.rerank.llava import check_llava, is_merged, refuse_unserved
     from gem_ray.rerank.model_positions import model_positions
     from gem_ray.rerank.prompts import PromptFormat
+    from gem_ray.rerank.reranker import load_calibration
 
     settings = config.reranker
     model_positions(folder, config)
@@ -95,14 +98,19 @@ def _reranker(folder: Path, config: Config) -> None:
         model = check_pretrained(language_model_class(folder), folder) if is_text else check_declared(folder)
     if settings.engine != "text":
         PromptFormat.of_model(folder, settings.template)
+    if settings.decision == "calibrated":
+        load_calibration(config)
+    adapters = {name: resolve(where) for name, where in settings.adapter_references.items()}
     if model is not None:
-        check_adapters(model, {name: resolve(where) for name, where in settings.adapter_references.items()})
+        check_adapters(model, adapters)
+    if settings.engine == "vllm" and not is_merged(settings, read_config(folder).model_type):
+        refuse_unserved(settings, adapters.values())
 
 
 def _matcher(folder: Path, config: Config) -> None:
     from gem_ray.grounding.grounder import check_matcher
 
-    check_matcher(config.grounder.matcher.kind, folder)
+    check_matcher(config.grounder.matcher, folder)
 
 
 def _sam(folder: Path, config: Config) -> None:

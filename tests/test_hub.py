@@ -99,8 +99,8 @@ def test_a_model_is_described_by_its_commit_without_fetching_its_weights(hub):
 @pytest.mark.parametrize(
     ("reference", "says"),
     [
-        ("org/nothing", "org/nothing"),
-        (f"{REPO}@no-branch", "no-branch"),
+        ("org/nothing", "no such repository"),
+        (f"{REPO}@no-branch", "no branch, tag or commit 'no-branch'"),
         ("org/empty", "pytorch_model.bin"),
         ("org/lost-shard", "model-00002-of-00002.safetensors"),
         ("a b", "not `repo`"),

@@ -75,10 +75,11 @@ LOADERS: dict[str, tuple[Callable[[Path], None], Load]] = {
     "sam-vit": (replicas.sam_vit, _sam),
     "roberta": (replicas.roberta, lambda folder: load_encoder(str(folder))),
     "bert": (replicas.bert, lambda folder: load_encoder(str(folder))),
+    "albert": (replicas.albert, lambda folder: load_encoder(str(folder))),
 }
 LAYOUTS = {"one file": lambda folder: None, "bin": replicas.as_bin, "shards": replicas.as_shards}
 # Parts that are not read: the tagger's encoder has no pooler and no head, and no detector follows an object.
-_NOT_READ = ("lm_head.", "cls.", "bert.pooler.", "tracker_model.")
+_NOT_READ = ("lm_head.", "cls.", "bert.pooler.", "albert.pooler", "predictions.", "sop_classifier.", "tracker_model.")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import replicas
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlavaForConditionalGeneration, RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
 from gem_ray.annotator import build_stage
 from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.model_check import check_models
 from gem_ray.stages import find_stage
+from gem_ray.tagger.checkpoint import load_encoder
+from gem_ray.tagger.features import fit, load_tokenizer
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "blip": replicas.blip_itm,
@@ -162,3 +166,55 @@ def test_files_that_are_no_weights_are_named(models: Path, tmp_path: Path, name:
     with pytest.raises(ValueError, match=f"{name} cannot be read as weights") as caught:
         check("blip", folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["blip", "blip2", "llava"])
+def test_a_layer_that_the_matcher_does_not_have_is_refused(models: Path, kind: str) -> None:
+    config = configured(kind, models / kind)
+    config.grounder.matcher.layer = 30
+    with pytest.raises(ValueError, match=r"grounder\.matcher\.layer is 30"):
+        check_models([find_stage("ground")], config)
+
+
+@pytest.mark.parametrize("name", ["grounding.json", "confidence.json"])
+def test_what_lies_beside_the_weights_is_read_too(models: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(models / "blip", tmp_path / "model"))
+    (folder / name).write_text("{broken")
+    with pytest.raises(ValueError, match=name):
+        check("blip", folder)
+
+
+@pytest.mark.parametrize("changes", [{"tagger": {"max_length": 5000}}, {"labels": "gmner"}])
+def test_a_tagger_that_does_not_fit_the_configuration_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"max_length|the configuration asks"):
+        check_models([find_stage("tag")], load_config(**changes))
+
+
+def test_an_encoder_reads_as_many_subwords_as_it_has_positions_whatever_its_tokenizer_says(tmp_path: Path) -> None:
+    """Many published tokenizers say nothing. RoBERTa's positions begin behind the padding's."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "\u0120", "a"]
+    RobertaTokenizer({name: index for index, name in enumerate(names)}, []).save_pretrained(tmp_path)
+    size = {**replicas.SMALL, "vocab_size": len(names), "max_position_embeddings": 20}
+    RobertaForMaskedLM(RobertaConfig(**size, pad_token_id=1)).save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert fit(load_tokenizer(tmp_path), encoder, tmp_path).model_max_length == 18
+    encoder(input_ids=torch.full((1, 18), 6))
+    with pytest.raises((IndexError, RuntimeError)):
+        encoder(input_ids=torch.full((1, 19), 6))
+
+
+@pytest.mark.parametrize(("engine", "merge"), [("vllm", False), ("vllm", True), ("transformers", None)])
+@pytest.mark.parametrize("settings", [{"r": 128}, {"r": 4, "rank_pattern": {"q_proj": 96}}, {"r": 4, "use_dora": True}])
+def test_adapters_that_vllm_does_not_serve_are_refused_unless_they_are_merged(
+    models: Path, tmp_path: Path, engine: str, merge: bool | None, settings: dict[str, Any]
+) -> None:
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    model = LlavaForConditionalGeneration.from_pretrained(models / "llava")
+    get_peft_model(model, LoraConfig(target_modules=targets, **settings)).save_pretrained(tmp_path)
+    reranker = {"engine": engine, "model": str(models / "llava"), "adapter": str(tmp_path), "merge_adapter": merge}
+    config = load_config(reranker=reranker)
+    if engine == "vllm" and not merge:
+        with pytest.raises(ConfigError, match=r"reranker\.(max_lora_rank|adapter)"):
+            check_models([find_stage("rerank")], config)
+    else:
+        check_models([find_stage("rerank")], config)

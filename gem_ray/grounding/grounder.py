@@ -14,7 +14,7 @@ from gem_ray.config import Config, MatcherConfig
 from gem_ray.grounding.blip import check_blip
 from gem_ray.grounding.boxes import BoxMaker, BoxRequest
 from gem_ray.grounding.decision import Decision
-from gem_ray.grounding.matcher import Match, Matcher, MatchQuery, load_processors
+from gem_ray.grounding.matcher import Match, Matcher, MatchQuery
 from gem_ray.grounding.trace import peak
 from gem_ray.model_paths import resolve
 from gem_ray.noise import settled
@@ -40,19 +40,22 @@ def load_matcher(config: Config) -> AnyMatcher:
     return LlavaMatcher.from_config(config) if kind == "llava" else Blip2Matcher.from_config(config)
 
 
-def check_matcher(kind: str, folder: Path) -> None:
+def check_matcher(settings: MatcherConfig, folder: Path) -> None:
     """Check a matcher without reading its weights.
 
     Raises:
-        ValueError: weights are missing, unexpected or of another shape, or the tokenizer is not the model's.
+        ValueError: weights are missing, unexpected or of another shape, another file is not the model's, or it has no
+            such layer.
         OSError: files are missing.
     """
-    if kind == "blip":
-        load_processors(folder, check_blip(folder))
+    GrounderCalibration.load(folder)
+    Decision.load(folder)
+    if settings.kind == "blip":
+        Matcher.of(check_blip(folder), folder, settings)
         return
     from gem_ray.grounding.other_matchers import check_other_matcher
 
-    check_other_matcher(kind, folder)
+    check_other_matcher(settings, folder)
 
 
 @dataclass(frozen=True)

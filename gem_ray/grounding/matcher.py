@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProcessorPil, PreTrainedTokenizerBase
 
-from gem_ray.config import Config
+from gem_ray.config import Config, MatcherConfig
 from gem_ray.device import torch_device
 from gem_ray.grounding.batches import Batches
 from gem_ray.grounding.blip import encode_images, load_blip
@@ -212,7 +212,18 @@ class Matcher:
         """Load the model that `grounder.matcher` names; it raises what `load_blip` does."""
         settings = config.grounder.matcher
         folder = resolve(settings.model)
-        model = load_blip(folder, getattr(torch, settings.dtype)).to(torch_device(config.device))
+        return cls.of(
+            load_blip(folder, getattr(torch, settings.dtype)).to(torch_device(config.device)), folder, settings
+        )
+
+    @classmethod
+    def of(cls, model: BlipForImageTextRetrieval, folder: Path, settings: MatcherConfig) -> Matcher:
+        """Around a model, perhaps on the device `meta`, with what is in its folder beside the weights.
+
+        Raises:
+            OSError: files are missing.
+            ValueError: a file cannot be the model's, or the text encoder has no such layer.
+        """
         return cls(
             model,
             *load_processors(folder, model),

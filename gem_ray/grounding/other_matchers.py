@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gem_ray.config import Config, ImageFit
+from gem_ray.config import Config, ImageFit, MatcherConfig
 from gem_ray.data.square import fitted, in_image
 from gem_ray.device import torch_device
 from gem_ray.grounding.matcher import Match, MatchQuery
@@ -72,8 +72,13 @@ class LlavaMatcher:
     @classmethod
     def from_config(cls, config: Config) -> LlavaMatcher:
         """Load the model that `grounder.matcher` names; it raises what `load_pretrained` does."""
-        settings = config.grounder.matcher
-        model, processor = _load(config)
+        return cls.of(_load(config), resolve(config.grounder.matcher.model), config.grounder.matcher)
+
+    @classmethod
+    def of(cls, model: LlavaForConditionalGeneration, folder: Path, settings: MatcherConfig) -> LlavaMatcher:
+        """As `Matcher.of`."""
+        processor = LlavaProcessor.from_pretrained(folder)
+        require_words(processor.tokenizer, model.config.text_config.vocab_size, folder)
         return cls(model, processor, settings.layer, settings.batch_size, settings.image_fit)
 
     def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
@@ -140,8 +145,13 @@ class Blip2Matcher:
     @classmethod
     def from_config(cls, config: Config) -> Blip2Matcher:
         """Load the model that `grounder.matcher` names; it raises what `load_pretrained` does."""
-        settings = config.grounder.matcher
-        model, processor = _load(config)
+        return cls.of(_load(config), resolve(config.grounder.matcher.model), config.grounder.matcher)
+
+    @classmethod
+    def of(cls, model: Blip2ForImageTextRetrieval, folder: Path, settings: MatcherConfig) -> Blip2Matcher:
+        """As `Matcher.of`."""
+        processor = AutoProcessor.from_pretrained(folder)
+        require_words(processor.tokenizer, model.config.qformer_config.vocab_size, folder)
         return cls(model, processor, settings.layer, settings.batch_size)
 
     def match(self, images: Sequence[np.ndarray], queries: Sequence[MatchQuery]) -> list[Match]:
@@ -225,30 +235,24 @@ def _in_batches(
     return [answer for start in range(0, len(queries), size) for answer in match(images, queries[start : start + size])]
 
 
-_CLASSES: dict[str, tuple[Any, Any]] = {
-    "llava": (LlavaForConditionalGeneration, LlavaProcessor),
-    "blip2": (Blip2ForImageTextRetrieval, AutoProcessor),
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "llava": (LlavaMatcher, LlavaForConditionalGeneration),
+    "blip2": (Blip2Matcher, Blip2ForImageTextRetrieval),
 }
 
 
-def check_other_matcher(kind: str, folder: Path) -> None:
+def check_other_matcher(settings: MatcherConfig, folder: Path) -> None:
     """Check a matcher without reading its weights; raises what its class does."""
-    _processor(kind, folder, check_pretrained(_CLASSES[kind][0], folder))
+    matcher, model_class = _KINDS[settings.kind]
+    matcher.of(check_pretrained(model_class, folder), folder, settings)
 
 
-def _load(config: Config) -> tuple[Any, Any]:
-    """The model that `grounder.matcher` names, on its device, and its processor."""
+def _load(config: Config) -> Any:
+    """The model that `grounder.matcher` names, on its device."""
     settings = config.grounder.matcher
-    folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
-    model = load_pretrained(_CLASSES[settings.kind][0], folder, dtype=dtype, attn_implementation="eager")
-    return model.to(torch_device(config.device)), _processor(settings.kind, folder, model)
-
-
-def _processor(kind: str, folder: Path, model: Any) -> Any:
-    processor = _CLASSES[kind][1].from_pretrained(folder)
-    text = model.config.text_config if kind == "llava" else model.config.qformer_config
-    require_words(processor.tokenizer, text.vocab_size, folder)
-    return processor
+    dtype = getattr(torch, settings.dtype)
+    model = load_pretrained(_KINDS[settings.kind][1], resolve(settings.model), dtype=dtype, attn_implementation="eager")
+    return model.to(torch_device(config.device))
 
 
 def _checked(layer: int | None, depth: int) -> int:

@@ -31,7 +31,7 @@ from gem_ray.model_paths import resolve
 from gem_ray.rerank.encoding import EncodedRequest, RequestEncoder
 from gem_ray.rerank.engine import Choice, EngineDiedError, Mode, Request, RequestError
 from gem_ray.rerank.guardian import children_named, end_with_this_process
-from gem_ray.rerank.llava import merged
+from gem_ray.rerank.llava import is_merged, merged
 from gem_ray.rerank.model_positions import model_positions
 from gem_ray.rerank.prompts import PromptFormat
 from gem_ray.turns import turn_at
@@ -86,7 +86,7 @@ class VllmEngine:
             check_adapters(checked, adapters)
         model_config = AutoConfig.from_pretrained(folder)
         adapter = settings.adapter
-        if adapter and len(adapters) == 1 and model_config.model_type == "llava" and _merges(settings):
+        if adapter and is_merged(settings, model_config.model_type):
             folder, adapters, adapter = merged(folder, adapters[adapter], getattr(torch, settings.dtype)), {}, None
         prompt_format = PromptFormat.of_model(folder, settings.template)
         processor = AutoImageProcessor.from_pretrained(folder)
@@ -203,11 +203,6 @@ class _Question:
     image: Image.Image
     image_id: str
     lora: LoRARequest | None
-
-
-def _merges(settings: RerankerConfig) -> bool:
-    """Without a GPU, vLLM gathers the adapter's weights anew for every token, which is a hundred times slower."""
-    return not torch.cuda.is_available() if settings.merge_adapter is None else settings.merge_adapter
 
 
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:

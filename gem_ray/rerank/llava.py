@@ -6,15 +6,16 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gem_ray.cache import staged
-from gem_ray.config import ImageFit
+from gem_ray.config import ConfigError, ImageFit, RerankerConfig
 from gem_ray.data.square import fitted
 from gem_ray.loading import check_pretrained, load_adapters, load_pretrained
 from gem_ray.model_kind import require_words
@@ -74,6 +75,35 @@ def _with_published_names(by_name: dict[str, T]) -> dict[str, T]:
     # A model that was itself read from a published file comes with the right names already.
     vision = re.compile(r"^vision_tower\.(?!vision_model\.)")
     return {vision.sub("vision_tower.vision_model.", name): value for name, value in by_name.items()}
+
+
+def is_merged(settings: RerankerConfig, model_type: str) -> bool:
+    """Whether vLLM serves a copy of the model with its only adapter merged."""
+    if settings.adapter is None or len(settings.adapter_references) != 1 or model_type != "llava":
+        return False
+    # Without a GPU, vLLM gathers the adapter's weights anew for every token, which is a hundred times slower.
+    return not torch.cuda.is_available() if settings.merge_adapter is None else settings.merge_adapter
+
+
+def refuse_unserved(settings: RerankerConfig, adapters: Iterable[Path]) -> None:
+    """Refuse adapters that vLLM would refuse with the first question.
+
+    Raises:
+        ConfigError: the rank of one is above `reranker.max_lora_rank`, or it is more than LoRA.
+    """
+    for folder in adapters:
+        adapter: Any = PeftConfig.from_pretrained(str(folder))
+        rank = max([adapter.r, *(adapter.rank_pattern or {}).values()])
+        if rank > settings.max_lora_rank:
+            raise ConfigError(
+                f"reranker.max_lora_rank is {settings.max_lora_rank}, and {folder} has rank {rank}; set it to 8, 16, "
+                "32, 64, 128, 256, 320 or 512, whichever is the next"
+            )
+        if adapter.use_dora or adapter.modules_to_save or adapter.bias != "none":
+            raise ConfigError(
+                f"reranker.adapter: {folder} has DoRA, biases or whole modules, which vLLM does not serve; set "
+                "reranker.merge_adapter=true, or reranker.engine=transformers"
+            )
 
 
 def merged(folder: Path, adapter: Path, dtype: torch.dtype) -> Path:

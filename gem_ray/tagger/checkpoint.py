@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from gem_ray.loading import ENCODER_BODY, load_adapters, load_pretrained, load_strictly
 from gem_ray.model_files import faults_of
-from gem_ray.model_kind import read_config, require_words
+from gem_ray.model_kind import read_config
 from gem_ray.model_paths import resolve
-from gem_ray.tagger.features import load_tokenizer
+from gem_ray.tagger.features import fit, load_tokenizer
 from gem_ray.tagger.model import DualPathTagger
 from gem_ray.tagger.recipe import TaggerDesign, TaggerTraining
 from gem_ray.taxonomy import LABEL_SETS, LabelSetName
@@ -128,9 +128,7 @@ def load_tagger(path: Path) -> tuple[DualPathTagger, PreTrainedTokenizerBase]:
     if (path / _ADAPTER).is_dir():
         model.encoder = load_adapters(model.encoder, {"default": path / _ADAPTER}).merge_and_unload()
     folder = path if config.base_encoder is None else resolve(config.base_encoder)
-    tokenizer = load_tokenizer(folder)
-    require_words(tokenizer, encoder.get_input_embeddings().num_embeddings, folder)
-    return model.eval(), tokenizer
+    return model.eval(), fit(load_tokenizer(folder), encoder, folder)
 
 
 def _without_adapter(encoder: Any, out: Path, base_encoder: str | None) -> PreTrainedModel:

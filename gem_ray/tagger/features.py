@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gem_ray.model_kind import require_words
 from gem_ray.records import Post
 from gem_ray.tagger.recipe import KnowledgeSource, TaggerDesign
 from gem_ray.tagger.shapes import case_of, cases_of, input_shapes
@@ -65,6 +66,26 @@ class Batch:
         return Batch(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
 
 
+def fit(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, path: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer that says how much its encoder reads, which not all published ones do.
+
+    Args:
+        tokenizer: as `load_tokenizer` gives it.
+        encoder: whose it is.
+        path: where it was loaded from.
+
+    Raises:
+        ValueError: it cannot be the encoder's.
+    """
+    require_words(tokenizer, encoder.get_input_embeddings().num_embeddings, path)
+    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if isinstance(positions, nn.Embedding):
+        # RoBERTa and its like count from the one past the padding's.
+        unused = 0 if positions.padding_idx is None else positions.padding_idx + 1
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions.num_embeddings - unused)
+    return tokenizer
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer in a folder, set up for words that are already split.
 
@@ -72,7 +93,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         ValueError: the tokenizer cannot say which subword belongs to which word.
     """
     # Byte-level tokenizers (RoBERTa) need a space before every word; the others ignore the argument.
-    tokenizer = AutoTokenizer.from_pretrained(path, add_prefix_space=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, add_prefix_space=True)
+    except Exception as error:  # where some of its files are missing, slow tokenizers raise anything
+        raise ValueError(f"{path} has no tokenizer that can be loaded ({type(error).__name__}: {error})") from error
     if not tokenizer.is_fast or tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise ValueError(f"the tagger needs a fast tokenizer with classification and separator tokens, unlike {path}")
     return tokenizer

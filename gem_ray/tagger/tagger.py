@@ -52,17 +52,9 @@ class Tagger:
 
     @classmethod
     def from_config(cls, config: Config) -> Tagger:
-        """Load `config.tagger.model`.
-
-        Raises:
-            FileNotFoundError: there is no model at the reference.
-            ValueError: it is not a tagger for `config.labels`, or its encoder is too short for `max_length`.
-        """
-        model, tokenizer = load_tagger(resolve(config.tagger.model))
-        if model.labels.name != config.labels:
-            raise ValueError(f"{config.tagger.model} tags {model.labels.name}, the configuration asks {config.labels}")
+        """Load `config.tagger.model`; raises what `load_parts` does."""
         settings, device = config.tagger, torch_device(config.device)
-        features = SubwordEncoder(tokenizer, settings.max_length, model.design)
+        model, features = load_parts(config)
         return cls(model, features, settings.batch_tokens, device, getattr(torch, settings.dtype), settings.compile)
 
     def __call__(self, posts: list[Post]) -> list[Post]:
@@ -106,3 +98,16 @@ class Tagger:
                 )
             )
         return entities
+
+
+def load_parts(config: Config) -> tuple[DualPathTagger, SubwordEncoder]:
+    """The model that `config.tagger` names, and its input format.
+
+    Raises:
+        FileNotFoundError: there is no model at the reference.
+        ValueError: it is not a tagger for `config.labels`, or its encoder is too short for `max_length`.
+    """
+    model, tokenizer = load_tagger(resolve(config.tagger.model))
+    if model.labels.name != config.labels:
+        raise ValueError(f"{config.tagger.model} tags {model.labels.name}, the configuration asks {config.labels}")
+    return model, SubwordEncoder(tokenizer, config.tagger.max_length, model.design)

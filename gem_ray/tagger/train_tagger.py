@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from gem_ray.data.shards import fingerprint
-from gem_ray.model_kind import require_words
 from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
 from gem_ray.tagger.card import write_card
 from gem_ray.tagger.checkpoint import load_encoder, load_tagger, save_tagger
-from gem_ray.tagger.features import SubwordEncoder, load_tokenizer
+from gem_ray.tagger.features import SubwordEncoder, fit, load_tokenizer
 from gem_ray.tagger.model import DualPathTagger, initial_transition
 from gem_ray.tagger.objective import TrainingObjective
 from gem_ray.tagger.recipe import TaggerTraining
@@ -61,16 +60,16 @@ def train_tagger(
         ValueError: no training post has both words and `gold`.
     """
     torch.manual_seed(settings.seed)
-    features = SubwordEncoder(load_tokenizer(resolve(settings.encoder)), settings.max_length, settings.design)
+    folder = resolve(settings.encoder)
+    encoder = load_encoder(settings.encoder, settings.attention_dropout)
+    features = SubwordEncoder(fit(load_tokenizer(folder), encoder, folder), settings.max_length, settings.design)
     views = TrainingViews(train, features, settings)
-    model = _new_model(settings, views)
-    require_words(features.tokenizer, model.encoder.get_input_embeddings().num_embeddings, resolve(settings.encoder))
-    objective = TrainingObjective(model, settings)
+    objective = TrainingObjective(_new_model(encoder, settings, views), settings)
     trainer = prepare(TaggerTrainer(objective, views, dev, features, out / _CHECKPOINTS, progress))
     inputs = {
         "set of posts": fingerprint(train),
         "set of dev posts": fingerprint(dev),
-        "encoder": content_hash(resolve(settings.encoder)),
+        "encoder": content_hash(folder),
     }
     begun = last_checkpoint(out / _CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=begun)
@@ -87,11 +86,10 @@ def train_tagger(
     return report
 
 
-def _new_model(settings: TaggerTraining, views: TrainingViews) -> DualPathTagger:
+def _new_model(encoder: PreTrainedModel, settings: TaggerTraining, views: TrainingViews) -> DualPathTagger:
     labels = LABEL_SETS[settings.labels]
     tags = [views.tags(example) for example in views.examples]
     transition = initial_transition(settings.transition_init, labels, tags)
-    encoder = load_encoder(settings.encoder, settings.attention_dropout)
     if settings.device == "cpu" and settings.precision == "bfloat16":
         # The backward pass of torch's fused attention is many times slower than the plain one there.
         encoder.set_attn_implementation("eager")

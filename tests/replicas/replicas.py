@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AlbertConfig,
+    AlbertForPreTraining,
     BertConfig,
     BertForPreTraining,
     BertModel,
@@ -432,6 +434,11 @@ def roberta(folder: Path) -> None:
 def bert(folder: Path) -> None:
     """google-bert/bert-base-uncased: with the heads of its pretraining, and a pooler."""
     BertForPreTraining(BertConfig(**SMALL, vocab_size=64)).save_pretrained(folder)
+
+
+def albert(folder: Path) -> None:
+    """albert/albert-base-v2: with the heads of its pretraining, and a pooler."""
+    AlbertForPreTraining(AlbertConfig(**SMALL, embedding_size=16, vocab_size=64)).save_pretrained(folder)
 
 
 def gpt2(folder: Path) -> None:
