@@ -48,7 +48,9 @@ def _print_version(is_asked: bool) -> None:
 def _common(
     context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,  # `main` reads it from the arguments
-    json_logs: Annotated[bool, typer.Option(help="Progress of `annotate` and `export` as JSON lines.")] = False,
+    json_logs: Annotated[
+        bool, typer.Option(help="Progress and result of `annotate` and `export` as JSON lines.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log at level INFO.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)

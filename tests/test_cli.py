@@ -162,6 +162,10 @@ def test_an_export_says_what_it_wrote_and_left_out_and_which_formats_there_are(t
     done = gem_ray("export", tmp_path / "rows.parquet", out, "--format", "conll")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "exists already" in done.stderr
+    done = gem_ray("--json-logs", "export", tmp_path / "rows.parquet", tmp_path / "x", "--format", "conll")
+    *_, result = map(json.loads, done.stdout.splitlines())
+    remarks = {"posts left out, because they are rejected or have no words": 1}
+    assert result == {"posts": 2, "entities": 1, "boxes": 0, "remarks": remarks, "out": str(tmp_path / "x")}
     done = gem_ray("export", tmp_path / "rows.parquet", tmp_path / "out", "--format", "yolo")
     assert (done.returncode, "label-studio" in done.stderr) == (2, True)
 

@@ -39,18 +39,24 @@ def export(
     labels: Annotated[LabelSetName | None, typer.Option(help="Label set; default: as in `run.json`.")] = None,
 ) -> None:
     """Export annotations as COCO boxes, JSON lines, CoNLL tags or Label Studio tasks."""
+    import json
+
     from gem_ray.export.run import export_annotations
     from gem_ray.pipeline.progress import json_lines
     from gem_ray.taxonomy import LABEL_SETS
 
+    as_json = context.obj["json_logs"]
     tally = export_annotations(
         annotations,
         out,
         format_.value,
         images=images,
         labels=LABEL_SETS[labels] if labels else None,
-        report=json_lines() if context.obj["json_logs"] else None,
+        report=json_lines() if as_json else None,
     )
+    if as_json:
+        typer.echo(json.dumps(vars(tally) | {"out": str(out)}))
+        return
     posts, boxes = counted(tally.posts, "post"), counted(tally.boxes, "box", "boxes")
     typer.echo(f"{out}: {posts} read, {counted(tally.entities, 'entity', 'entities')} and {boxes} written")
     for remark, count in tally.remarks.items():
