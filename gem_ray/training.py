@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -55,6 +56,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, **particular: Any) -> 
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
+        logging_nan_inf_filter=False,  # it shows the last loss that was a number in the place of one that is none
         **particular,
     )
     # One process drives one device: on several, processes are started by Ray Train or torchrun, not threads by torch.
@@ -130,13 +132,30 @@ def forget_calibration(out: Path) -> None:
     (out / CONFIDENCE_FILE).unlink(missing_ok=True)
 
 
-class LossReports(TrainerCallback):
+class FiniteLoss(TrainerCallback):
+    """Ends a training whose loss is no number any more: its weights are lost."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """As `TrainerCallback`.
+
+        Raises:
+            ValueError: as said.
+        """
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"the loss is {logs['loss']} at step {state.global_step}: the training has diverged; lower its "
+                "learning rate, and use another output folder or remove the checkpoints"
+            )
+
+
+class LossReports(FiniteLoss):
     """Tells a function every loss that is logged, in one process only."""
 
     def __init__(self, report: OnLoss) -> None:
         self._report = report
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """As `TrainerCallback`."""
+        """As `FiniteLoss`."""
+        super().on_log(args, state, control, logs)
         if state.is_world_process_zero and logs and "loss" in logs:
             self._report(state.global_step, logs["loss"])

@@ -64,7 +64,8 @@ def train_tagger_command(
         from gem_ray.tagger.train_tagger import train_tagger
 
         report = train_tagger(*posts, out, settings, _tagger_progress())
-    typer.echo(f"kept epoch {report['best_epoch']}: F1 on dev {report['dev']}\nmodel: {out}")
+    scores = f"F1 on dev {report['dev']}" if posts[1] else "the last, as there are no dev posts to choose by"
+    typer.echo(f"kept epoch {report['best_epoch']}: {scores}\nmodel: {out}")
     if posts[1]:
         _store_confidence(posts[1], out, settings)
 

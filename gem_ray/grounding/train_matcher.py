@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def train_matcher(
 
     Raises:
         ConfigError: a training with another recipe, base or other posts was started there.
-        ValueError: no post has a gold mention, or none an image.
+        ValueError: no post has a gold mention, or none an image that can be read; or the loss is no number any more.
     """
     settings = settings or MatcherTraining()
     folder = resolve(base)
@@ -78,6 +79,9 @@ def train_matcher(
         raise ValueError("no post has a gold mention: there is nothing to train the matcher on")
     if not any(post.image is not None or post.image_bytes or post.image_uri for post in train):
         raise ValueError("no post has an image: shards need an image or image_uri column, a Twitter10000 root --images")
+    for name, posts in (("training", train), ("dev", dev)):
+        if posts and not _has_readable(posts, ImageLoader(settings.image)):
+            raise ValueError(f"no image of the {name} posts with a gold mention can be read")
     torch.manual_seed(settings.seed)
     model = load_blip(folder)
     texts, images = load_processors(folder, model)
@@ -100,6 +104,15 @@ def train_matcher(
     Decision(threshold=threshold, layer=Decision.load(folder).layer).save(out)
     remove_checkpoints(out / _CHECKPOINTS)
     return result
+
+
+def _has_readable(posts: Sequence[Post], images: ImageLoader) -> bool:
+    """Some post has an image that can be read; posts stay as they are."""
+    for post in posts:
+        images.load(loaded := replace(post, problems=list(post.problems)))
+        if loaded.image is not None:
+            return True
+    return False
 
 
 class _Objective(nn.Module):

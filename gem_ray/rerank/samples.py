@@ -108,7 +108,10 @@ class EntitySamples(Dataset):
         self._loader = ImageLoader(settings.image)
         self.entities = [(post, gold) for post in posts if post.gold for gold in self._readable(post)]
         if not self.entities:
-            raise ValueError("no post has both a gold entity and an image that can be read")
+            raise ValueError(
+                "no post has both a gold entity and an image that can be read; questions of more positions than "
+                f"max_length={settings.max_length} are left out"
+            )
         self._order = [
             index
             for epoch in range(settings.epochs)

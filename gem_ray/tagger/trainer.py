@@ -26,7 +26,7 @@ from gem_ray.tagger.objective import TrainingObjective
 from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.tagger.scores import score_with_and_without_knowledge, value_of
 from gem_ray.tagger.views import LengthGroupedSampler, TrainingViews, collate_views
-from gem_ray.training import training_arguments
+from gem_ray.training import FiniteLoss, training_arguments
 
 VALUE = "eval_value"
 """The metric that chooses the epoch, as `Trainer` logs it."""
@@ -76,7 +76,7 @@ class TaggerTrainer(Trainer):
             data_collator=partial(collate_views, pad_token_id=features.tokenizer.pad_token_id),
             train_dataset=views,
             eval_dataset=dev,
-            callbacks=[_EpochOrder(self), _WeightAverage(self), _ProgressReport(self, progress)],
+            callbacks=[_EpochOrder(self), _WeightAverage(self), _ProgressReport(self, progress), FiniteLoss()],
         )
         self.remove_callback(PrinterCallback)
         if self.settings.checkpoint_steps:

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,24 @@ def test_posts_without_any_image_are_an_error_before_anything_is_trained(base, t
     with pytest.raises(ValueError, match="no post has an image"):
         train_matcher(posts, [], str(base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "readable"), [("training", [False, True]), ("dev", [True, False])])
+def test_posts_whose_images_cannot_be_read_are_an_error_before_anything_is_trained(base, tmp_path, name, readable):
+    train, dev = ([replace(post) for post in color_posts()] for _ in range(2))
+    for posts, is_readable in zip((train, dev), readable, strict=True):
+        for post in posts:
+            post.image_bytes = post.image_bytes if is_readable else b"not an image"
+    with pytest.raises(ValueError, match=f"no image of the {name} posts"):
+        train_matcher(train, dev, str(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_that_diverges_ends_with_an_error(base, tmp_path):
+    with pytest.raises(ValueError, match="the training has diverged; lower its learning rate"):
+        train_matcher(
+            color_posts() * 4, [], str(base), tmp_path, MatcherTraining(learning_rate=1e30, epochs=4, batch_size=1)
+        )
 
 
 class KilledError(Exception):

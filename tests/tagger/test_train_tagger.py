@@ -151,6 +151,14 @@ def test_nothing_to_learn_from_is_an_error(settings: TaggerTraining, tmp_path: P
         train_tagger([Post("a", "google", tokens=["google"])], [], tmp_path, settings)
 
 
+def test_a_training_that_diverges_ends_with_an_error(
+    settings: TaggerTraining, posts: list[Post], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"the loss is nan at step .* the training has diverged"):
+        train_tagger(posts, posts, tmp_path, settings.changed(encoder_lr=1e30, head_lr=1e30))
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said(settings: TaggerTraining, posts: list[Post], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no GPU here for cuda"):
