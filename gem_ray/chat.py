@@ -57,8 +57,10 @@ class ChatClient:
         self._config = config
         self._pace = Pace(config.requests_per_minute)
         self._key = _api_key(config.api_key_env)
+        url = httpx.URL(config.base_url)
         self._client = httpx.Client(
-            base_url=config.base_url,
+            base_url=url.copy_with(query=None),  # to which httpx would append the path, behind the query
+            params=url.params,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=config.timeout_s,
             limits=httpx.Limits(max_connections=config.concurrency),

@@ -129,7 +129,7 @@ def explainer_config(server) -> Callable[..., ExplainerConfig]:
     """A config of the server with short pauses; keywords replace fields."""
 
     def make(**fields) -> ExplainerConfig:
-        defaults = {"api_key_env": "TEST_KEY", "timeout_s": 30, "retries": 2, "max_pause_s": 0.05}
-        return ExplainerConfig(base_url=server.url, **{**defaults, **fields})
+        defaults = {"base_url": server.url, "api_key_env": "TEST_KEY", "timeout_s": 30, "retries": 2}
+        return ExplainerConfig(**{**defaults, "max_pause_s": 0.05, **fields})
 
     return make

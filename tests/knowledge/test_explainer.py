@@ -93,6 +93,12 @@ def test_ask_sends_the_prompt_the_model_and_the_key(server, explainer_config, ke
     assert server.paths == ["/v1/chat/completions"]
 
 
+def test_the_query_of_an_address_stays_behind_its_path(server, explainer_config):
+    """As Azure and gateways have it."""
+    ask(Explainer(explainer_config(base_url=f"{server.url}/deployments/llm?api-version=2024-06-01")))
+    assert server.paths == ["/v1/deployments/llm/chat/completions?api-version=2024-06-01"]
+
+
 def test_no_key_in_the_environment_sends_none(server, explainer_config):
     ask(Explainer(explainer_config(api_key_env="NOT_SET_ANYWHERE")))
     assert server.keys == [None]
