@@ -24,7 +24,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, which every checkpoint of transformers has")
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it would ask at the terminal
 
 
 def config_for(model_class: Any, folder: Path) -> PreTrainedConfig:

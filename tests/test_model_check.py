@@ -157,6 +157,18 @@ def test_sam_3_in_the_layout_of_its_tracker_is_the_detector(models: Path, tmp_pa
     build_stage(find_stage("ground"), configured("sam3", folder))
 
 
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(models / "llava", tmp_path / "model"))
+    facts = json.loads((folder / "config.json").read_text())
+    facts |= {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration_internvl.InternVLConfig"}}
+    (folder / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="custom code"):
+        check("reranker in vLLM", folder)
+    assert "Do you wish" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", [b"", b"half a file", b"version https://git-lfs.github.com/spec/v1\noid sha256:12"])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_files_that_are_no_weights_are_named(models: Path, tmp_path: Path, name: str, content: bytes) -> None:
