@@ -483,7 +483,15 @@ class AsyncClient(_Requests):
 
     async def close(self) -> None:
         """Close the connections."""
+        self._enter_loop()
         await self._http.aclose()
+
+    def _enter_loop(self) -> None:
+        """Connect anew in another event loop than before: the connections have ended with the other one."""
+        if self._loop is not (loop := asyncio.get_running_loop()):
+            if self._loop and not self._http.is_closed:
+                self._http = self._connect()
+            self._loop = loop
 
     async def annotate(
         self, text: str, image: Image | None = None, *, heatmaps: bool = False, **fields: Any
@@ -546,10 +554,7 @@ class AsyncClient(_Requests):
         return _understood(lambda: read(answer.json()))
 
     async def _send(self, request: httpx.Request, stream: bool = False) -> httpx.Response:
-        if self._loop is not (loop := asyncio.get_running_loop()):
-            if self._loop and not self._http.is_closed:  # its connections ended with it
-                self._http = self._connect()
-            self._loop = loop
+        self._enter_loop()
         attempt = 0
         while True:
             try:

@@ -523,6 +523,9 @@ def test_an_asynchronous_client_outlives_an_event_loop(api):
     client = gem_ray.AsyncClient(f"http://127.0.0.1:{api.port}", retries=0)
     statuses = [asyncio.run(client.annotate(TEXT)).status for _ in range(3)]
     assert statuses == ["degraded"] * 3
+    asyncio.run(client.close())
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(client.annotate(TEXT))
 
 
 @pytest.mark.parametrize("kind", [gem_ray.Client, gem_ray.AsyncClient])
