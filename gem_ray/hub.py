@@ -318,9 +318,10 @@ def _explained(reference: str) -> Iterator[None]:
             f"no model at {reference!r}: its repository on the hub has no branch, tag or commit {revision!r}"
         ) from None
     except (httpx2.HTTPError, OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no model at {reference!r}: not a local path, and the hub did not give it: {_reason(error)}"
-        ) from None
+        why = "the hub did not give it"
+        if constants.HF_HUB_OFFLINE:
+            why = "not whole in the hub's cache here, while HF_HUB_OFFLINE is set"
+        raise FileNotFoundError(f"no model at {reference!r}: not a local path, and {why}: {_reason(error)}") from None
 
 
 def _reason(error: Any) -> str:
