@@ -12,7 +12,7 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not ray and not alone and not vllm" --durations 10
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "ray and not vllm" --durations 20
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ray and not vllm" --durations 20
 	$(BIN)/python -m pytest -m "alone and not vllm" --durations 20
 	$(BIN)/python -m pytest -m vllm tests/rerank tests/nano tests/pipeline
 	$(BIN)/python -m pytest -m vllm tests/knowledge/test_explainer_vllm.py
