@@ -218,7 +218,7 @@ def test_a_service_with_keys_finishes_what_it_has_begun_when_it_is_stopped(comma
             rows = [json.loads(line) for first, rest in zip(begun, lines, strict=True) for line in (first, *rest)]
         assert [answer.status_code for answer in asked] == [200, 200]
         assert Counter(row["index"] for row in rows) == dict.fromkeys(range(30), 2)
-        assert {row["status"] for row in rows} == {"ok"}
+        assert not any("problem" in row for row in rows)
         assert process.wait(60) == 0
     finally:
         process.kill()
