@@ -11,8 +11,7 @@ demo: $(VENV)/.base  ## 200 generated posts through the whole system, with galle
 	$(BIN)/gem-ray demo --out out/demo
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not ray and not alone and not vllm" --durations 10
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ray and not vllm" --durations 20
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not alone and not vllm" --durations 10
 	$(BIN)/python -m pytest -m "alone and not vllm" --durations 20
 	$(BIN)/python -m pytest -m vllm tests/rerank tests/nano tests/pipeline
 	$(BIN)/python -m pytest -m vllm tests/knowledge/test_explainer_vllm.py

@@ -44,7 +44,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied"), "expired": (400, b"ExpiredToken")}
-_SERVICES = {"service", "service_with_vllm"}
+_START_RAY = {"local_ray", "service", "service_with_vllm"}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
 
 
@@ -60,13 +60,10 @@ def pytest_sessionfinish(exitstatus: int) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what its fixtures start; tests that start Ray or a service otherwise are marked where they stand."""
+    """Tests of these fixtures run alone; those that start Ray otherwise are marked where they stand."""
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & _SERVICES:
+        if isinstance(item, pytest.Function) and not _START_RAY.isdisjoint(item.fixturenames):
             item.add_marker(pytest.mark.alone)
-        elif "local_ray" in fixtures and not item.get_closest_marker("alone"):
-            item.add_marker(pytest.mark.ray)
 
 
 @dataclass(frozen=True)

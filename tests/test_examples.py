@@ -24,8 +24,6 @@ from gem_ray.data.shards import write_posts
 from gem_ray.ray_private.core import start_local_ray
 from gem_ray.stages import STAGES
 
-pytestmark = pytest.mark.alone  # it ends the Ray of the tests before it
-
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 POSTS = 40

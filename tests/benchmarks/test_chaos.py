@@ -8,7 +8,7 @@ import pytest
 
 from gem_ray.benchmarks.chaos import measure_chaos
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.alone
 
 # Many small batches of the tagger alone: enough to kill in the middle of, and quick.
 _SETTINGS = (

@@ -16,7 +16,7 @@ from gem_ray.config import load_config
 from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.ray_private.core import connect_to_ray
 
-pytestmark = pytest.mark.alone  # in the place of the Ray of other tests
+pytestmark = pytest.mark.alone
 ACTORS = 3
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from gem_ray.cluster.submit import job_environment
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.alone
 
 TEXT_ONLY = ("--set", "reranker.enabled=false", "--set", "grounder.enabled=false")
 POSTS = 15

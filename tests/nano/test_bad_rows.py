@@ -25,7 +25,7 @@ from gem_ray.data.prepare import row_from_post
 from gem_ray.evaluation.predictions import read_predictions
 from gem_ray.records import INPUT_SCHEMA, Post, ProblemKind, Status
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.alone
 
 GOOD = list(generate(24, seed=12))
 TEXT = "look at Tessa Brandl 😍"  # an entity, so that the image is needed

@@ -29,7 +29,7 @@ from gem_ray.pipeline.progress import Reading
 from gem_ray.pipeline.publishing import has_annotations
 from gem_ray.pipeline.run import annotate_dataset
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.alone
 
 BEAT_S = 0.05
 FILE = "_run/lease.json"

@@ -27,7 +27,7 @@ from gem_ray.pipeline.run import RunError, annotate_dataset
 from gem_ray.rerank.llava import load_llava
 from gem_ray.stages import find_stage
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.alone
 
 CPU = {
     "Salesforce/blip-itm-base-coco": replicas.blip_itm,

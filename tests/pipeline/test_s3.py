@@ -24,7 +24,7 @@ from gem_ray.pipeline.compaction import Merge, merge
 from gem_ray.pipeline.tables import annotations_table
 from gem_ray.records import Post
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.alone
 
 POSTS, PER_SHARD = 60, 6
 
