@@ -19,7 +19,10 @@ from gem_ray.device import torch_device
 from gem_ray.model_files import CONFIDENCE_FILE
 from gem_ray.recipes import Recipe
 
-_BEGUN, _CHECKPOINTS = "begun.json", "checkpoint-*"
+CHECKPOINTS = "checkpoints"
+"""Folder in the model's directory, until the training is done."""
+
+_BEGUN, _CHECKPOINT = "begun.json", "checkpoint-*"
 # Of every checkpoint, in the order in which `transformers.Trainer` writes them; it finishes none in one step.
 _PARTS = ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
 
@@ -88,7 +91,7 @@ def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may
                 "the same, another output folder, or remove the checkpoints"
             )
     elif may_begin:
-        if any(folder.glob(_CHECKPOINTS)):
+        if any(folder.glob(_CHECKPOINT)):
             raise ConfigError(
                 f"{folder} holds checkpoints, but no {file.name} that says of which training: use another output "
                 "folder, or remove them"
@@ -98,7 +101,7 @@ def last_checkpoint(folder: Path, recipe: Recipe, inputs: Mapping[str, str], may
     else:
         return None
     whole = []
-    for checkpoint in folder.glob(_CHECKPOINTS):
+    for checkpoint in folder.glob(_CHECKPOINT):
         if _is_whole(checkpoint):
             whole.append(checkpoint)
         elif may_begin:
@@ -120,7 +123,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove those of a training that is done, and what `last_checkpoint` recorded; what else is there stays."""
-    for checkpoint in folder.glob(_CHECKPOINTS):
+    for checkpoint in folder.glob(_CHECKPOINT):
         shutil.rmtree(checkpoint)
     (folder / _BEGUN).unlink()  # last: until then they are known for this training's
     with suppress(OSError):  # not empty

@@ -32,6 +32,7 @@ from gem_ray.grounding.trace import MATCH
 from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
 from gem_ray.training import (
+    CHECKPOINTS,
     LossReports,
     OnLoss,
     forget_calibration,
@@ -40,7 +41,7 @@ from gem_ray.training import (
     training_arguments,
 )
 
-_CHECKPOINTS, _ACCURACY = "checkpoints", "eval_accuracy"
+_ACCURACY = "eval_accuracy"
 
 
 def train_matcher(
@@ -88,13 +89,13 @@ def train_matcher(
     data = PairsOfPosts(train, settings)
     # Dev asks for gold mentions alone, each counting once.
     dev_data = PairsOfPosts(dev, MatcherTraining()) if dev else None
-    trainer = _MatcherTrainer(model, images, data, dev_data, texts, out / _CHECKPOINTS, settings, report)
+    trainer = _MatcherTrainer(model, images, data, dev_data, texts, out / CHECKPOINTS, settings, report)
     inputs = {
         "set of posts": fingerprint(train),
         "set of dev posts": fingerprint(dev),
         "base": content_hash(folder),
     }
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / _CHECKPOINTS, settings, inputs, may_begin=True))
+    trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS, settings, inputs, may_begin=True))
     forget_calibration(out)
     model.save_pretrained(out)
     texts.tokenizer.save_pretrained(out)
@@ -102,7 +103,7 @@ def train_matcher(
     result = trainer.summary()
     threshold = result["dev"]["threshold"] if dev else 0.5
     Decision(threshold=threshold, layer=Decision.load(folder).layer).save(out)
-    remove_checkpoints(out / _CHECKPOINTS)
+    remove_checkpoints(out / CHECKPOINTS)
     return result
 
 

@@ -33,6 +33,7 @@ from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.rerank.samples import IGNORED, CandidateRule, EntitySamples, SampleEncoder
 from gem_ray.taxonomy import LABEL_SETS
 from gem_ray.training import (
+    CHECKPOINTS,
     LossReports,
     OnLoss,
     forget_calibration,
@@ -45,7 +46,6 @@ from gem_ray.training import (
 LORA_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-_CHECKPOINTS = "checkpoints"
 _IN_FULL_PRECISION = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
@@ -90,13 +90,13 @@ def train_reranker(
     samples = EntitySamples(posts, encoder, rule, settings)
     if isinstance(candidates, StoredCandidates):
         candidates.check_knows(samples.entities)
-    trainer = prepare(_trainer(model, encoder, samples, settings, out / _CHECKPOINTS, report))
+    trainer = prepare(_trainer(model, encoder, samples, settings, out / CHECKPOINTS, report))
     inputs = {
         "set of posts": fingerprint(posts),
         "base": content_hash(folder),
         "set of candidates": candidates.hash if isinstance(candidates, StoredCandidates) else "not stored",
     }
-    begun = last_checkpoint(out / _CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
+    begun = last_checkpoint(out / CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=begun)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
@@ -105,7 +105,7 @@ def train_reranker(
         forget_calibration(out)
         model.save_pretrained(str(out), save_embedding_layers=False)
         (out / "README.md").unlink()  # peft's empty model card
-        remove_checkpoints(out / _CHECKPOINTS)
+        remove_checkpoints(out / CHECKPOINTS)
     return {
         "entities": len(samples.entities),
         "steps": trainer.state.global_step,

@@ -23,11 +23,9 @@ from gem_ray.tagger.scores import one_line, score_with_and_without_knowledge
 from gem_ray.tagger.trainer import VALUE, TaggerTrainer, TrainingProgress
 from gem_ray.tagger.views import TrainingViews
 from gem_ray.taxonomy import LABEL_SETS
-from gem_ray.training import forget_calibration, last_checkpoint, remove_checkpoints
+from gem_ray.training import CHECKPOINTS, forget_calibration, last_checkpoint, remove_checkpoints
 
 logger = logging.getLogger(__name__)
-
-_CHECKPOINTS = "checkpoints"
 
 
 def train_tagger(
@@ -65,13 +63,13 @@ def train_tagger(
     features = SubwordEncoder(fit(load_tokenizer(folder), encoder, folder), settings.max_length, settings.design)
     views = TrainingViews(train, features, settings)
     objective = TrainingObjective(_new_model(encoder, settings, views), settings)
-    trainer = prepare(TaggerTrainer(objective, views, dev, features, out / _CHECKPOINTS, progress))
+    trainer = prepare(TaggerTrainer(objective, views, dev, features, out / CHECKPOINTS, progress))
     inputs = {
         "set of posts": fingerprint(train),
         "set of dev posts": fingerprint(dev),
         "encoder": content_hash(folder),
     }
-    begun = last_checkpoint(out / _CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
+    begun = last_checkpoint(out / CHECKPOINTS, settings, inputs, trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=begun)
     report = _history(trainer)
     if not trainer.is_world_process_zero():
@@ -81,7 +79,7 @@ def train_tagger(
     save_tagger(objective.averaged, features.tokenizer, out, base, settings)
     report["dev"] = score_with_and_without_knowledge(load_tagger(out)[0].to(trainer.args.device), dev, features)
     write_card(out, settings, report, len(views), len(dev))
-    remove_checkpoints(out / _CHECKPOINTS)
+    remove_checkpoints(out / CHECKPOINTS)
     logger.info("kept epoch %d: dev %s", report["best_epoch"], one_line(report["dev"]))
     return report
 
