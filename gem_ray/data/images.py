@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +13,20 @@ from io import BytesIO
 from threading import Condition
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageFile
 
 from gem_ray.config import Config, ImageConfig
 from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.formats import LFS_POINTER
+from gem_ray.data.jpeg import count_scans, has_all_scans, is_cut_off, with_end
 from gem_ray.records import Post, ProblemKind
 
 __all__ = ["DecodedImage", "ImageError", "ImageLoader", "decode_image", "image_suffix"]
 
 # Pillow knows some fifty formats, among them some that run other programs; posts bring these.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+_JPEGS = ("JPEG", "MPO")
 
 # EXIF orientation -> what makes the image upright; 1 and unknown values leave it as it is.
 _UPRIGHT = {
@@ -78,6 +79,8 @@ _UNSUPPORTED = (
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")
 _AVIF_BRANDS = (b"avif", b"avis")
 
+_MAGIC_BYTES = 16
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK_FRAME = 12  # bytes of a chunk beside its content: length, name, checksum
 _MAX_PNG_TEXT = 2**16
@@ -85,7 +88,6 @@ _MAX_PNG_TEXT = 2**16
 # A progressive JPEG of 300 kB can have 20,000 scans, each of which goes over all pixels: a minute for 4 million.
 # Encoders make about ten.
 _MAX_SCANS = 100
-_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")  # not those without content, which stand among the pixels
 
 # What decoding takes at its peak, in bytes for a pixel of the original: measured on the worst modes of each format
 # (`python jobs/benchmark.py decoding`), rounded up.
@@ -98,10 +100,8 @@ _DECODED_AT_ONCE = min(8, os.cpu_count() or 1)
 # above 32 MiB. Without this, 32 images that take 1 GiB each, one after the other, left a process with 10 GiB.
 Image.core.set_block_size(64 * 2**20)
 
-# Pillow's own limit would warn below `image.max_pixels`, and refuse what a larger `image.max_pixels` admits.
-Image.MAX_IMAGE_PIXELS = None
-# Its other warnings are of metadata that the picture does not need.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# Pillow's warnings of metadata that the picture does not need; those of large images are of another category.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class MemoryBudget:
 def decode_image(data: bytes, config: ImageConfig, memory: MemoryBudget | None = None) -> DecodedImage:
     """Decode the first frame, upright, in RGB, alpha on white, its longer side reduced to `config.max_side`.
 
-    A truncated file is unreadable: its missing part would be grey, and what is shown there would be called absent.
+    A truncated file is unreadable: its missing part would be grey, and what is shown there would be called absent. A
+    JPEG that lacks its end mark alone is whole.
 
     Args:
         data: the encoded image.
@@ -163,7 +164,7 @@ def decode_image(data: bytes, config: ImageConfig, memory: MemoryBudget | None =
     width, height = image.size
     try:
         with memory.taken(_taken_bytes(image, config)) if memory else nullcontext():
-            orientation, image = _decode(image, config.max_side)
+            orientation, image = _decode_whole(image, data, config)
     except Exception as error:  # Pillow's decoders raise nearly anything on broken or hostile files
         message = f"the {image.format} image is damaged: {str(error) or type(error).__name__}"
         raise ImageError(ProblemKind.IMAGE_UNREADABLE, message) from error
@@ -179,7 +180,7 @@ def image_suffix(data: bytes, config: ImageConfig) -> str:
         ImageError: the image has no header that `decode_image` takes.
     """
     kind = _open(data, config).format
-    return ".jpg" if kind in ("JPEG", "MPO") else f".{str(kind).lower()}"
+    return ".jpg" if kind in _JPEGS else f".{str(kind).lower()}"
 
 
 class ImageLoader:
@@ -255,7 +256,9 @@ class ImageLoader:
 def _open(data: bytes, config: ImageConfig) -> Image.Image:
     """Read the header and check the size it claims."""
     try:
-        image = Image.open(BytesIO(_without_metadata(data)), formats=_FORMATS)
+        image = _opened(_without_metadata(data))
+    except Image.DecompressionBombError as error:  # some formats ask Pillow's own limit, which the process sets
+        raise ImageError(ProblemKind.IMAGE_TOO_LARGE, f"Pillow refuses the image by its own limit: {error}") from error
     except Exception as error:  # headers of no known format, or damaged: Pillow raises nearly anything
         raise ImageError(ProblemKind.IMAGE_UNREADABLE, _what_it_is(data)) from error
     width, height = image.size
@@ -265,7 +268,7 @@ def _open(data: bytes, config: ImageConfig) -> Image.Image:
             f"the image has {width} × {height} = {width * height:,} pixels; image.max_pixels allows "
             f"{config.max_pixels:,}",
         )
-    if image.format in ("JPEG", "MPO") and (scans := _scans(data)) > _MAX_SCANS:
+    if image.format in _JPEGS and (scans := count_scans(data)) > _MAX_SCANS:
         message = f"the JPEG image has {scans:,} scans; at most {_MAX_SCANS} are decoded"
         raise ImageError(ProblemKind.IMAGE_TOO_LARGE, message)
     if (size := _decoding_bytes(image)) > config.max_decoding_bytes:
@@ -275,6 +278,19 @@ def _open(data: bytes, config: ImageConfig) -> Image.Image:
             f"image.max_decoding_bytes allows {config.max_decoding_bytes:,}",
         )
     return image
+
+
+def _opened(data: bytes) -> Image.Image:
+    """As `Image.open`, but for its limit: it would refuse what a larger `image.max_pixels` admits.
+
+    The limit is of the whole process, which may not be ours, so that it cannot be lifted.
+    """
+    Image.init()
+    for kind in _FORMATS:
+        opened, accepts = Image.OPEN[kind]
+        if accepts is None or accepts(data[:_MAGIC_BYTES]) is True:
+            return opened(BytesIO(data), "")
+    raise UnidentifiedImageError
 
 
 def _taken_bytes(image: Image.Image, config: ImageConfig) -> int:
@@ -292,15 +308,6 @@ def _tile_bytes(image: TiffImageFile) -> int:
     tags = image.tag_v2
     sides = tags.get(TILEWIDTH, 0), tags.get(TILELENGTH, 0)
     return math.prod(sides) * sum(tags.get(BITSPERSAMPLE, (1,))) // 8
-
-
-def _scans(jpeg: bytes) -> int:
-    """How often the first picture of a JPEG goes over its pixels."""
-    scans, place = 0, 2
-    while (marker := _MARKER.search(jpeg, place)) and marker[1] != b"\xd9":
-        scans += marker[1] == b"\xda"
-        place = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
-    return scans
 
 
 def _without_metadata(data: bytes) -> bytes:
@@ -325,14 +332,29 @@ def _is_packed(text: bytes) -> bool:
     return text[text.find(b"\0") + 1 :][:1] == b"\1"
 
 
+def _decode_whole(image: Image.Image, data: bytes, config: ImageConfig) -> tuple[int, Image.Image]:
+    """As `_decode`, with the end mark that a JPEG lacks, if that is all it lacks.
+
+    Decoders make up what is missing before an end mark. So a second picture is made, of a file that goes on before its
+    mark: the two are the same if nothing was missing.
+    """
+    if image.format not in _JPEGS or not is_cut_off(data):
+        return _decode(image, config.max_side)
+    orientation, image = _decode(_open(with_end(data), config), config.max_side)
+    _, continued = _decode(_open(with_end(data, goes_on=True), config), config.max_side)
+    if not has_all_scans(data) or image.tobytes() != continued.tobytes():
+        raise EOFError("it is cut off, and pixels are missing")
+    return orientation, image
+
+
 def _decode(image: Image.Image, max_side: int) -> tuple[int, Image.Image]:
     size = _reduced(image.size, max_side)
     # JPEG only: decode at 1/2, 1/4 or 1/8, never below `size`. The last column and row then stand for less than a
     # pixel: `box` is what the picture fills, and without it places would shift towards the lower right.
     drafted = image.draft(None, size)
     box = drafted[1] if drafted else None
+    orientation = _orientation(image)
     image.load()
-    orientation = _orientation(image)  # after loading: PNG may have it behind the pixels, TIFF turns itself
     if image.mode in ("I", "F"):  # reduced first: stretching takes many times the memory of the pixels
         image = image.resize(size, Image.Resampling.BICUBIC)
     image = _to_rgb(image)
@@ -349,11 +371,18 @@ def _reduced(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """By EXIF. Pillow asks XMP too, which browsers and phones do not, and which is often left from before an edit."""
-    for name in ("xmp", "XML:com.adobe.xmp"):
-        image.info.pop(name, None)
+    """As browsers turn images: by EXIF, in a PNG only if it stands before the pixels, and a WebP never.
+
+    Boxes are drawn on images that browsers show. They do not ask XMP, which Pillow does, and which is often left from
+    before an edit. A TIFF, which they do not show, is turned by Pillow while it is loaded. For an AVIF, Pillow has put
+    what the format itself says in place of what its EXIF says.
+    """
+    if image.format == "WEBP":
+        return 1
+    exif = Image.Exif()
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        exif.load(image.info.get("exif", b""))
+        return int(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata say nothing about the pixels
         return 1
 

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import os
+import re
 import struct
 import threading
 import time
@@ -35,6 +36,12 @@ def encoded(image, kind, **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return exif
 
 
 def difference(pixels, image):
@@ -123,18 +130,44 @@ def test_float_samples_are_stretched_between_their_extremes():
     assert pixels[0, :, 1].tolist() == [0, 127, 255, 127]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "AVIF", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_undone_as_pillow_undoes_it(kind, orientation):
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    data = encoded(scene(), kind, exif=exif, **options)
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95, "subsampling": "4:4:4"}}.get(kind, {})
+    data = encoded(scene(), kind, exif=exif_of(orientation), **options)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     decoded = decode_image(data, CONFIG)
     assert (decoded.width, decoded.height) == upright.size
     assert (decoded.width < decoded.height) == (orientation >= 5)
     assert difference(decoded.pixels, upright) < 1
+
+
+def png_with_exif_behind_its_pixels():
+    begin, rest = encoded(scene(), "PNG", exif=exif_of(6)).split(b"IDAT")
+    chunk = begin[begin.index(b"eXIf") - 4 : -4]
+    return begin.replace(chunk, b"") + b"IDAT" + rest[:-12] + chunk + rest[-12:]
+
+
+def png_with_exif_as_text():
+    """As ImageMagick wrote it before there was a chunk for it."""
+    exif, info = b"Exif\0\0" + exif_of(6).tobytes().removeprefix(b"Exif\0\0"), PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n")
+    return encoded(scene(), "PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(scene(), "WEBP", exif=exif_of(6)),
+        encoded(scene(), "WEBP", exif=exif_of(6), lossless=True),
+        png_with_exif_behind_its_pixels(),
+        png_with_exif_as_text(),
+    ],
+)
+def test_exif_that_turns_no_image_in_browsers_turns_none_here(data):
+    assert Image.open(io.BytesIO(data)).getexif()[0x112] == 6
+    decoded = decode_image(data, CONFIG)
+    assert (decoded.width, decoded.height) == scene().size
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
@@ -197,6 +230,28 @@ def test_truncated_files_are_unreadable(kind):
         assert caught.value.kind is UNREADABLE
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {"restart_marker_blocks": 2}),
+        ("JPEG", {"restart_marker_rows": 1, "progressive": True}),
+        ("MPO", {}),
+    ],
+)
+def test_a_jpeg_may_lack_its_end_mark_and_nothing_more(kind, options):
+    """Some cameras write none, and some sites cut it off."""
+    data = encoded(Image.effect_noise((150, 70), 90), kind, **options)
+    whole = decode_image(data, CONFIG).pixels
+    for cut in (1, 2):
+        assert (decode_image(data[:-cut], CONFIG).pixels == whole).all()
+    restarts = [match.start() for match in re.finditer(rb"\xff[\xd0-\xd7]", data)]
+    for end in (*range(-3, -300, -7), *restarts, len(data) // 2):
+        with pytest.raises(ImageError, match="is damaged: "):
+            decode_image(data[:end], CONFIG)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
 def test_damaged_bytes_give_pixels_or_an_image_error(kind):
     rng = np.random.default_rng(1)
@@ -221,9 +276,19 @@ def test_a_webp_of_a_few_bytes_that_claims_many_pixels_is_refused():
     bits = int.from_bytes(data[place : place + 4], "little") & ~(2**28 - 1)
     data[place : place + 4] = (bits | 16382 | 16382 << 14).to_bytes(4, "little")
     for limits in (CONFIG, ImageConfig(max_pixels=2**30)):
-        with pytest.raises(ImageError, match=r"16383 × 16383") as caught:
+        with pytest.raises(ImageError, match=f"{16383**2}") as caught:
             decode_image(bytes(data), limits)
         assert caught.value.kind is TOO_LARGE
+
+
+def test_the_limit_of_pillow_belongs_to_the_process(monkeypatch):
+    assert Image.MAX_IMAGE_PIXELS == 2**30 // 4 // 3  # Pillow's own
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode_image(encoded(scene(), "PNG"), CONFIG).width == 48
+    with pytest.raises(ImageError, match="Pillow refuses") as caught:
+        decode_image(encoded(scene(), "WEBP"), CONFIG)
+    assert caught.value.kind is TOO_LARGE
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 def test_strangers_get_fewer_pixels():
