@@ -12,8 +12,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from gem_ray.pipeline.session import give_token_without_home
-from gem_ray.ray_private.core import connect_to_ray
+from gem_ray.ray_private.core import connect_to_ray, start_local_ray
 from gem_ray.records import Post
 
 if TYPE_CHECKING:
@@ -84,8 +83,7 @@ def _on_workers(
         if address := os.environ.get("RAY_ADDRESS"):
             connect_to_ray(address)
         else:
-            give_token_without_home()
-            ray.init(log_to_driver=False)
+            start_local_ray()
     storage = out.resolve() / "ray-train"  # Ray's own state; models and checkpoints go to `out` directly
     trainer = TorchTrainer(
         _train_on_worker,

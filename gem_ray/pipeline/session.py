@@ -6,11 +6,9 @@ import gc
 import logging
 import math
 import os
-import secrets
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
 import ray
@@ -75,25 +73,9 @@ def _start(config: Config) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         connect_to_ray(address)
         return
-    give_token_without_home()
     reserved = max(math.ceil(_reserved(config)["CPU"]), os.cpu_count() or 1)
     cpus = max(_MIN_CPUS, reserved + CPUS_FOR_TASKS + _SPARE_CPUS)
     start_local_ray(num_cpus=cpus)
-
-
-def give_token_without_home() -> None:
-    """Ray keeps the token of a local cluster in the home, which a container under a random user id does not have.
-
-    Call before a local Ray is started.
-    """
-    try:
-        home = Path.home()
-    except RuntimeError:
-        home = Path("/")
-    kept = home / ".ray" / "auth_token"
-    folder = kept.parent if kept.parent.is_dir() else home
-    if not kept.is_file() and not os.access(folder, os.W_OK) and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextmanager

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import secrets
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +18,8 @@ SYSTEM_CONFIG = "_system_config"
 """Argument of `ray.init`, and of the head of a `ray.cluster_utils.Cluster`: settings of Ray's own processes."""
 
 _ANSWERS_WITHIN_S = 10.0  # while a head is being replaced, say
+_MAX_SOCKET_PATH = 107  # sun_path of unix(7), without the NUL
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"  # the longest name of one
 
 
 def connect_to_ray(address: str) -> None:
@@ -52,7 +57,48 @@ def start_local_ray(**arguments: Any) -> None:
 
     Args:
         arguments: of `ray.init`.
+
+    Raises:
+        OSError: Ray cannot keep the files of its session.
     """
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    _give_token_without_home()
+    folder = _short_session_folder()
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **folder,
+            **arguments,
+        )
+    except OSError as error:
+        raise OSError(f"Ray cannot keep the files of its session: {error}. RAY_TMPDIR names another folder") from None
     worker._global_node.kill_monitor()
     worker._global_node.kill_log_monitor()
+
+
+def _short_session_folder() -> dict[str, str]:
+    """`/tmp/ray` where TMPDIR, as of a batch system, is too long for the sockets that Ray would make in it.
+
+    Its daemons would be waited for 30 s, and the reason stays in their logs.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    if len(os.fsencode(os.environ.get(name, "") + _SOCKET)) <= _MAX_SOCKET_PATH:
+        return {}
+    if name == "RAY_TMPDIR":
+        longest = _MAX_SOCKET_PATH - len(_SOCKET)
+        raise OSError(f"RAY_TMPDIR is longer than the {longest} bytes that leave room for the names of sockets")
+    return {"_temp_dir": "/tmp/ray"}
+
+
+def _give_token_without_home() -> None:
+    """Ray keeps the token of a local cluster in the home, which a container under a random user id does not have."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path("/")
+    kept = home / ".ray" / "auth_token"
+    folder = kept.parent if kept.parent.is_dir() else home
+    if not kept.is_file() and not os.access(folder, os.W_OK) and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -87,7 +88,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
     settings = [f"image.root={folder / 'posts'}", f"image.max_bytes={MAX_BYTES}"]
     command = [sys.executable, "-m", "gem_ray", "annotate", folder / "posts", folder / "out"]
     options = [part for setting in settings for part in ("--set", setting)]
-    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=400), folder / "out"
+    # As batch systems have it: too long for the sockets that Ray would make in it.
+    temporary = folder / ("t" * 60)
+    temporary.mkdir()
+    variables = os.environ | {"TMPDIR": str(temporary)}
+    run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=400, env=variables)
+    return run, folder / "out"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from gem_ray.config import load_config
 from gem_ray.pipeline import session
 from gem_ray.planning.plan import PlanError
+from gem_ray.ray_private import core
 from gem_ray.ray_private.core import connect_to_ray
 
 ON_A_CARD = ["knowledge.captioner=null", "reranker.enabled=false", "grounder.enabled=false"]
@@ -60,14 +61,30 @@ def test_a_model_whose_size_is_not_known_is_fetched_before_the_card_is_judged(
 def test_without_a_home_a_local_ray_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment: dict[str, str] = {"HOME": str(tmp_path)}
     monkeypatch.setattr("os.environ", environment)
-    session.give_token_without_home()
+    core._give_token_without_home()
     assert "RAY_AUTH_TOKEN" not in environment  # Ray keeps one in the home
     environment["HOME"] = "/proc/nobody"
-    session.give_token_without_home()
+    core._give_token_without_home()
     token = environment["RAY_AUTH_TOKEN"]
     assert len(token) == 64
-    session.give_token_without_home()
+    core._give_token_without_home()
     assert environment["RAY_AUTH_TOKEN"] == token  # Ray reads it once in a process
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("/tmp/" + "x" * 40, "RAY_TMPDIR is longer than the 39 bytes"),
+        ("/proc/nobody", "RAY_TMPDIR names another folder"),
+    ],
+)
+def test_a_folder_that_ray_cannot_use_is_refused_before_anything_starts(
+    folder: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too long for the names of sockets, of which Ray's daemons would tell their logs alone, and not writable."""
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    with pytest.raises(OSError, match=said):
+        core.start_local_ray()
 
 
 def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
