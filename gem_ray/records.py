@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
+from gem_ray.plurals import counted
 from gem_ray.redaction import redacted
 from gem_ray.stages import LOAD_IMAGE, STAGES
 
@@ -200,6 +201,16 @@ class GoldEntity:
     word_end: int
     fine: str
     boxes: tuple[Box, ...] = ()
+
+    def named(self, post_id: str) -> str:
+        """How messages call a mention of a post."""
+        return f"post {post_id!r}: the gold mention of the words {self.word_start} to {self.word_end}"
+
+    def why_outside(self, post_id: str, words: int) -> str | None:
+        """Why it is no mention of a post with so many words; None if it is one."""
+        if 0 <= self.word_start < self.word_end <= words:
+            return None
+        return f"{self.named(post_id)} is not within the post's {counted(words, 'word')}"
 
 
 @dataclass

@@ -84,10 +84,11 @@ def from_csv(
 
 
 def from_folder(folder: Path, left_out: list[str] | None = None) -> Iterator[Post]:
-    """One post for each image in a folder and below and each `.txt` beside it; both have the same name.
+    """One post for each image in a folder and below, with the `.txt` beside it, and for each `.txt` without an image.
 
-    The id is the path in the folder without its suffix; of several images with the same name, the first has it, and the
-    others, with the same text, their paths as they are. An image is one by its suffix or its first bytes.
+    The text of `a.jpg` is in `a.txt` or `a.jpg.txt`. The id is the path in the folder without its suffix; of several
+    images with the same name, the first has it, and the others, with the same text, their paths as they are. An image
+    is one by its suffix or its first bytes.
 
     Args:
         folder: links in it that lead out of it are not followed, nor links to folders.
@@ -100,7 +101,7 @@ def from_folder(folder: Path, left_out: list[str] | None = None) -> Iterator[Pos
     texts: dict[str, list[Path]] = {}
     for path in _entries(folder):
         relative = path.relative_to(folder)
-        name = unicodedata.normalize("NFC", relative.with_suffix("").as_posix())  # macOS writes accents apart
+        name = _composed(relative.with_suffix("").as_posix())
         if path.is_dir() or is_hidden(PurePosixPath(*(part for part in relative.parts if not part.startswith("_")))):
             _note(left_out, relative)
         elif path.suffix.lower() == ".txt":
@@ -109,12 +110,18 @@ def from_folder(folder: Path, left_out: list[str] | None = None) -> Iterator[Pos
             images.setdefault(name, []).append(relative.as_posix())
         else:
             _note(left_out, relative)
+    files = {_composed(uri) for uris in images.values() for uri in uris}
     posts = (
-        post_from_row({"post_id": uri if number else name, "image_uri": uri, **_text_of(texts.get(name, []), folder)})
-        for name in sorted(images.keys() | texts.keys())
+        post_from_row({"post_id": uri if number else name, "image_uri": uri, **_text_of(name, uri, texts, folder)})
+        for name in sorted(images.keys() | (texts.keys() - files))
         for number, uri in enumerate(images.get(name, [None]))
     )
     return embedded(posts, folder)
+
+
+def _composed(name: str) -> str:
+    """A file's name with its accents in the letters; macOS writes them apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -335,7 +342,10 @@ def _post(row: Mapping[str, Any], file: Path, line: int) -> Post:
     return post
 
 
-def _text_of(files: list[Path], folder: Path) -> dict[str, Any]:
+def _text_of(name: str, uri: str | None, texts: Mapping[str, list[Path]], folder: Path) -> dict[str, Any]:
+    """The text of a post, among all by their names without `.txt`: that of its name, or of its image's file."""
+    names = dict.fromkeys([name, _composed(uri or name)])
+    files = [file for each in names for file in texts.get(each, [])]
     if len(files) > 1:
         return {ERROR_FIELD: f"both could be the text: {', '.join(file.name for file in files)}"}
     if not files:

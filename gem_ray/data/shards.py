@@ -24,7 +24,6 @@ from gem_ray.data.parquet import Columns, SchemaError, count_parquet_rows, parqu
 from gem_ray.data.prepare import post_from_row, row_from_post
 from gem_ray.data.tokenize import tokenize
 from gem_ray.data.webdataset import count_rows_in_tar, rows_from_tar
-from gem_ray.plurals import counted
 from gem_ray.records import INPUT_SCHEMA, GoldEntity, Post
 from gem_ray.taxonomy import FMNERG, GMNER, LabelSet, gmner_category
 
@@ -107,12 +106,12 @@ def _labelled(post: Post, gold: Sequence[GoldEntity], labels: LabelSet) -> Post:
         gold = [replace(g, fine=gmner_category(g.fine) if g.fine in FMNERG.parent else g.fine) for g in gold]
     end = 0
     for mention in sorted(gold, key=lambda g: g.word_start) if words else ():
-        place = f"post {post.post_id!r}: the gold mention of the words {mention.word_start} to {mention.word_end}"
+        place = mention.named(post.post_id)
         if mention.fine not in labels.parent:
             of_gmner = "; that is one of gmner: set labels=gmner" if mention.fine in GMNER.parent else ""
             raise ValueError(f"{place} is {mention.fine!r}, which is no category of {labels.name}{of_gmner}")
-        if not 0 <= mention.word_start < mention.word_end <= len(words):
-            raise ValueError(f"{place} is not within the post's {counted(len(words), 'word')}")
+        if reason := mention.why_outside(post.post_id, len(words)):
+            raise ValueError(reason)
         if mention.word_start < end:
             raise ValueError(f"{place} overlaps another")
         end = mention.word_end

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gem_ray.data.tokenize import tokenize, word_spans
-from gem_ray.plurals import counted
 from gem_ray.records import Box, GoldEntity, Post
 from gem_ray.taxonomy import FMNERG, GMNER, LabelSet, gmner_category
 
@@ -51,11 +50,8 @@ class Rules:
             EvaluationError: it is not within the post's words, or its category is not in the label set.
         """
         words, interval = words_of(post), (gold.word_start, gold.word_end)
-        if words and not 0 <= gold.word_start < gold.word_end <= len(words):
-            raise EvaluationError(
-                f"post {post.post_id!r}: the gold mention of the words {gold.word_start} to {gold.word_end} is not "
-                f"within the post's {counted(len(words), 'word')}"
-            )
+        if words and (reason := gold.why_outside(post.post_id, len(words))):
+            raise EvaluationError(reason)
         return Mention(post.post_id, self._place(words, interval), self.category(gold.fine), gold.boxes)
 
     def predicted_mentions(self, post: Post, tokens: Sequence[str]) -> list[Mention]:

@@ -119,6 +119,24 @@ def test_a_folder_of_images_and_texts(folder):
     assert posts["images/out"].image_bytes is None
 
 
+def test_a_text_may_be_called_after_the_whole_name_of_its_image(tmp_path):
+    """As gallery-dl calls what it writes beside an image."""
+    for name in ("a.jpg", "b.jpg", "b.png", "Zu\u0308rich.JPG", "c.jpg"):
+        (tmp_path / name).write_bytes(b"jpeg")
+    for name in ("a.jpg.txt", "b.jpg.txt", "b.png.TXT", "Z\u00fcrich.JPG.txt", "c.txt", "c.jpg.txt", "d.jpg.txt"):
+        (tmp_path / name).write_text(f"in {name}")
+    posts = {post.post_id: post for post in from_folder(tmp_path)}
+    assert {post_id: post.text for post_id, post in posts.items() if not post.is_rejected} == {
+        "a": "in a.jpg.txt",
+        "b": "in b.jpg.txt",
+        "b.png": "in b.png.TXT",
+        "Z\u00fcrich": "in Z\u00fcrich.JPG.txt",
+        "d.jpg": "in d.jpg.txt",
+    }
+    assert all((post.image_bytes is None) == (post_id == "d.jpg") for post_id, post in posts.items())
+    assert posts["c"].problems[0].message == "both could be the text: c.txt, c.jpg.txt"
+
+
 def test_a_folder_of_shards_can_be_written_again(folder, tmp_path):
     (folder / "posts.jsonl").write_text('{"post_id": "1", "text": "a", "image": "images/a.png"}')
     written = after_shards(from_jsonl(folder / "posts.jsonl"), tmp_path)

@@ -233,6 +233,11 @@ def test_a_component_of_the_image_does_not_take_its_place():
     assert (row["image"], row[ERROR_FIELD], row[IMAGE_ERROR_FIELD]) == (b"jpeg", None, None)
 
 
+def test_text_and_json_may_be_called_after_the_whole_name_of_their_image():
+    [row] = rows_of([("1.jpg", b"jpeg"), ("1.jpg.json", {"caption": "a town"}), ("1.jpg.txt", b"Lyon")])
+    assert (row["image"], row["text"], row["caption"], row[ERROR_FIELD]) == (b"jpeg", "Lyon", "a town", None)
+
+
 @pytest.mark.parametrize("names", [("1.jpg", "1.png"), ("1.jpg", "1.jpg"), ("1.left.png", "1.right.png")])
 def test_two_images_are_named_and_the_text_stays(names):
     [row] = rows_of([*((name, PNG + name.encode()) for name in names), ("1.txt", b"Lyon")])
