@@ -89,12 +89,17 @@ def shards_csv(
     embed_images: EmbedOption = True,
     map_: MapOption = None,
     quotes: Annotated[bool, typer.Option(help='Treat `"` as the quote character.')] = True,
+    escape: Annotated[
+        str | None, typer.Option(help="Character before which others have no meaning: pandas' `escapechar`.")
+    ] = None,
     per_shard: PerShardOption = 1000,
 ) -> None:
     """Values separated by commas, semicolons, tabs or `|`; also compressed."""
-    from gem_ray.data.convert import from_csv
+    from gem_ray.data.convert import CSV_MARKS, from_csv
 
-    _write_shards(from_csv(file, embed_images, parse_columns(map_), quotes), out, per_shard)
+    if escape is not None and (len(escape) != 1 or escape in CSV_MARKS):
+        raise typer.BadParameter(f"{escape!r} is not one character, or it separates or encloses cells")
+    _write_shards(from_csv(file, embed_images, parse_columns(map_), quotes, escape), out, per_shard)
 
 
 @app.command("folder", epilog="Example: `gem-ray shards folder pictures/ posts/`")

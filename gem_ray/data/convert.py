@@ -9,6 +9,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ from gem_ray.strict import load_json
 
 _MAX_CELL_CHARACTERS = 2**31 - 1  # texts have their own limit; below the module's, records are cut in pieces
 _SEPARATORS = ",;\t|"
+CSV_MARKS = _SEPARATORS + '"\r\n '  # no characters to escape others with
 _HEAD_BYTES = 64
 _UNPACKERS: dict[str | None, Callable[[IO[bytes]], Any]] = {
     None: lambda stream: stream,
@@ -63,7 +65,11 @@ def from_jsonl(file: Path, embed_images: bool = True, columns: Columns | None = 
 
 
 def from_csv(
-    file: Path, embed_images: bool = True, columns: Columns | None = None, has_quotes: bool = True
+    file: Path,
+    embed_images: bool = True,
+    columns: Columns | None = None,
+    has_quotes: bool = True,
+    escape: str | None = None,
 ) -> Iterator[Post]:
     """One post a record under a header with the names of an input row's columns; `tokens` are separated by spaces.
 
@@ -73,13 +79,14 @@ def from_csv(
     Args:
         file, embed_images, columns: as for `from_jsonl`.
         has_quotes: `"` encloses cells; otherwise it is a character as any other.
+        escape: a character, as pandas' `escapechar`, that stands before others which have no meaning then.
 
     Raises:
         ValueError: the header has no `post_id`, or neither `text` nor `tokens`, or a name twice; or a quote is out of
             its place, so that nobody can tell where records end.
     """
     with _text(file, newline="") as text:
-        posts = (_post(row, file, line) for line, row in _csv_rows(text, file, columns or {}, has_quotes))
+        posts = (_post(row, file, line) for line, row in _csv_rows(text, file, columns or {}, has_quotes, escape))
         yield from embedded(posts, file.parent) if embed_images else posts
 
 
@@ -224,17 +231,16 @@ def _object(value: Any, what: str = "the item") -> dict[str, Any]:
     )
 
 
-def _csv_rows(text: TextIO, file: Path, columns: Columns, has_quotes: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(
+    text: TextIO, file: Path, columns: Columns, has_quotes: bool, escape: str | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Records with the numbers of their last lines."""
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    lines = _Quotes(_lines(text))
+    lines = _Quotes(_lines(text), escape)
     header, separator = _header(next(lines, ""), file, columns)
     lines.taken()
-    reader = (
-        csv.reader(lines, delimiter=separator, strict=True)
-        if has_quotes
-        else csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
-    )
+    quoting: Any = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
+    reader = csv.reader(lines, delimiter=separator, strict=has_quotes, quoting=quoting, escapechar=escape)
     begin = 2
     while True:
         try:
@@ -247,7 +253,8 @@ def _csv_rows(text: TextIO, file: Path, columns: Columns, has_quotes: bool) -> I
             raise ValueError(
                 f"{file}: the record that begins in line {begin} is not valid CSV ({error}). Is a quote open there, or "
                 'not doubled inside a cell (`""`)? Nothing after it can be told apart. Spark doubles them with the '
-                'option escape=\'"\', R with qmethod="double". --no-quotes takes quotes for characters'
+                'option escape=\'"\', R with qmethod="double"; what pandas wrote with escapechar="\\" is read with '
+                "--escape '\\'. --no-quotes takes quotes for characters"
             ) from None
         if cells:
             is_header = _names(cells, columns) == header
@@ -274,10 +281,14 @@ def _lines(text: TextIO) -> Iterator[str]:
 
 
 class _Quotes:
-    """Lines, with a count of the quotes in them: an odd one in a record means that one is out of its place."""
+    """Lines, with a count of the quotes in them: an odd one in a record means that one is out of its place.
 
-    def __init__(self, lines: Iterable[str]) -> None:
+    Those behind the character `escape` are not counted.
+    """
+
+    def __init__(self, lines: Iterable[str], escape: str | None) -> None:
         self._lines = iter(lines)
+        self._escaped = escape and re.compile(re.escape(escape) + ".", re.DOTALL)
         self._quotes = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -285,7 +296,7 @@ class _Quotes:
 
     def __next__(self) -> str:
         line = next(self._lines)
-        self._quotes += line.count('"')
+        self._quotes += (self._escaped.sub("", line) if self._escaped else line).count('"')
         return line
 
     def taken(self) -> int:

@@ -8,6 +8,7 @@ import os
 import zipfile
 from threading import Thread
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -207,6 +208,25 @@ def test_damaged_utf_16_is_named(tmp_path):
     (tmp_path / "posts.jsonl").write_bytes('{"post_id": "1", "text": "a"}'.encode("utf-16") + b"\0")
     with pytest.raises(ValueError, match=r"/posts\.jsonl is damaged: "):
         list(from_jsonl(tmp_path / "posts.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"doublequote": False},
+        {"quoting": csv.QUOTE_ALL, "doublequote": False},
+        {"quoting": csv.QUOTE_NONE, "sep": ";"},
+    ],
+)
+def test_what_pandas_escapes_is_read_as_it_was(tmp_path, options):
+    texts = ['5" and "hi"', r"c:\new\dir", 'a, b; "c"', '\\"', "\\", 'ends with \\"\\', 'two\nlines, "one" record']
+    pd.DataFrame({"post_id": range(len(texts)), "text": texts}).to_csv(
+        tmp_path / "posts.csv", index=False, escapechar="\\", **options
+    )
+    has_quotes = options.get("quoting") != csv.QUOTE_NONE
+    posts = list(from_csv(tmp_path / "posts.csv", has_quotes=has_quotes, escape="\\"))
+    assert [post.text for post in posts] == texts
 
 
 def test_quotes_can_be_characters(tmp_path):
