@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import NativeFile, types
+from pyarrow.parquet.encryption import CryptoFactory, KmsClient, KmsConnectionConfig
 
 from gem_ray.data.damage import read_through
 from gem_ray.data.prepare import ERROR_FIELD, IMAGE_ERROR_FIELD
@@ -44,10 +45,10 @@ def parquet_rows(
     """The rows of a file, or the wanted ones, with their positions; see `shards.shard_rows`.
 
     Raises:
-        ValueError, pa.ArrowException, OSError: the file cannot be read, or `check_schema` refuses it.
+        ValueError, pa.ArrowException, OSError: the file cannot be read, `check_schema` refuses it, or it has encrypted
+            columns.
     """
-    parquet = _open(stream)
-    check_schema(parquet, columns)
+    parquet = _open_posts(stream, columns)
     end, checks_left = 0, _MOST_CHECKS
     for group in range(parquet.num_row_groups):
         first, end = end, end + parquet.metadata.row_group(group).num_rows
@@ -81,8 +82,7 @@ def count_parquet_rows(stream: NativeFile, columns: Columns) -> int:
     Raises:
         ValueError, pa.ArrowException, OSError: as `parquet_rows`.
     """
-    parquet = _open(stream)
-    check_schema(parquet, columns)
+    parquet = _open_posts(stream, columns)
     facts = parquet.metadata
     groups = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
     if min(groups, default=0) < 0 or sum(groups) != facts.num_rows:
@@ -143,9 +143,50 @@ def remarks_on_columns(schema: pa.Schema, columns: Columns) -> list[str]:
     ]
 
 
-def _open(stream: NativeFile) -> pq.ParquetFile:
+def _open(stream: NativeFile, keys: Any = None) -> pq.ParquetFile:
     # With a buffer, a column is read page by page; without, a whole row group is in memory at once.
-    return pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    return pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False, decryption_properties=keys)
+
+
+def _open_posts(stream: NativeFile, columns: Columns) -> pq.ParquetFile:
+    """A file that can hold posts.
+
+    Where some columns are encrypted, the footer is readable and signed. pyarrow does not say so, but it checks the
+    signature where it is given keys, and fails without the right ones.
+    """
+    keys = CryptoFactory(_no_keys).file_decryption_properties(KmsConnectionConfig())
+    try:
+        parquet = _open(stream, keys)
+        is_signed = False
+    except (pa.ArrowException, OSError, ValueError):  # or it is damaged
+        parquet = _open(stream)
+        is_signed = True
+    check_schema(parquet, columns)
+    encrypted = _encrypted(parquet, _names_there(parquet, columns)) if is_signed and parquet.num_row_groups else []
+    if encrypted:
+        raise ValueError(f"encrypted columns ({', '.join(encrypted)}) are not read; write it again without encryption")
+    return parquet
+
+
+def _no_keys(config: KmsConnectionConfig) -> KmsClient:
+    raise ValueError("there are no keys")
+
+
+def _encrypted(parquet: pq.ParquetFile, names: list[str]) -> list[str]:
+    """Columns that cannot be read for want of a key. Asked for their metadata, pyarrow would end the process."""
+    found = []
+    for name in names:
+        try:
+            next(parquet.iter_batches(1, row_groups=[0], columns=[name]), None)
+        except (pa.ArrowException, OSError) as error:
+            if "decrypt" in str(error):
+                found.append(name)
+    return found
+
+
+def _names_there(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
+    names = [columns.get(field, field) for field in INPUT_SCHEMA.names]
+    return [name for name in names if name in parquet.schema_arrow.names]
 
 
 def _missing(schema: pa.Schema, columns: Columns) -> Iterator[str]:
@@ -251,8 +292,7 @@ def _batches(
     parquet: pq.ParquetFile, group: int, first: int, inside: np.ndarray, columns: Columns
 ) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
     """A row group's rows `inside`, with their positions; `first` is the position of its first row."""
-    names = [columns.get(field, field) for field in INPUT_SCHEMA.names]
-    there = [name for name in names if name in parquet.schema_arrow.names]
+    there = _names_there(parquet, columns)
     for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=there):
         positions = np.arange(first, first + batch.num_rows)
         first += batch.num_rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import re
 import uuid
 from decimal import Decimal
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
+from pyarrow.parquet.encryption import CryptoFactory, EncryptionConfiguration, KmsClient, KmsConnectionConfig
 
 from gem_ray.data.shards import count_rows, read_posts
 
@@ -144,6 +147,35 @@ def test_a_file_that_cannot_hold_posts_is_refused_by_its_footer(tmp_path, messag
     for read in (lambda: list(read_posts(tmp_path)), lambda: count_rows(fs.LocalFileSystem(), f"{tmp_path}/a.parquet")):
         with pytest.raises(ValueError, match=rf"a\.parquet holds no posts: .*{message}"):
             read()
+
+
+class Keys(KmsClient):
+    """A key is wrapped by writing it in base64."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def wrap_key(self, key, name):
+        return base64.b64encode(key)
+
+
+@pytest.mark.parametrize("footer", ["signed", "encrypted"])
+def test_a_file_whose_columns_are_encrypted_is_refused_and_read_where_others_are(tmp_path, footer):
+    table = pa.table({"post_id": ["1", "2"], "text": ["a", "b"], "image": [b"x", b"y"], "salary": [1, 2]})
+    for hidden in (["text", "image"], ["salary"]):
+        options = EncryptionConfiguration("k", column_keys={"k": hidden}, plaintext_footer=footer == "signed")
+        keys = CryptoFactory(Keys).file_encryption_properties(KmsConnectionConfig(), options)
+        file = tmp_path / f"{hidden[0]}.parquet"
+        with pq.ParquetWriter(file, table.schema, encryption_properties=keys) as writer:
+            writer.write_table(table)
+        if footer == "signed" and hidden == ["salary"]:
+            assert [post.text for post in read_posts(file)] == ["a", "b"]
+            continue
+        message = "encrypted columns (text, image) are not read" if footer == "signed" else "encrypted metadata"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            count_rows(fs.LocalFileSystem(), str(file))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            list(read_posts(file))
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path):
