@@ -415,13 +415,12 @@ def test_overrides_of_a_list_of_pools_that_is_wrong_itself_are_refused(pools: st
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("preset", ["cpu", "one-gpu"])
-def test_a_preset_without_deployments_of_its_own_has_one_that_overrides_change(preset: str) -> None:
+def test_a_preset_without_deployments_of_its_own_has_one_that_overrides_change() -> None:
     overrides = ["serving.pools.ground.max_replicas=3", "serving.pools.tag.batch_size=5", "serving.stage_calls=null"]
-    (pool,) = load_config(preset, overrides=overrides).serving.pools
+    (pool,) = load_config("cpu", overrides=overrides).serving.pools
     assert (pool.max_replicas, pool.batch_size) == (3, 5)
     with pytest.raises(ConfigError, match=r"serving\.pools: no pool lists the stage 'bake'"):
-        load_config(preset, overrides=["serving.pools.bake.batch_size=5"])
+        load_config("cpu", overrides=["serving.pools.bake.batch_size=5"])
 
 
 def test_stages_may_share_other_pools_when_a_run_goes_on_but_not_run_in_other_passes() -> None:

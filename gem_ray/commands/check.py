@@ -48,8 +48,8 @@ def check(
     from gem_ray.config import load_config
     from gem_ray.data.check import check_input
 
-    image = load_config(preset, config, set_ or ()).image
-    found = check_input(input, image, parse_columns(map_), sample, skip_bad_files)
+    settings = load_config(preset, config, set_ or ())
+    found = check_input(input, settings, parse_columns(map_), sample, skip_bad_files)
     if not write_json(found.to_dict(), json):
         _print(found)
     if found.refused:

@@ -15,16 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import regex
 
-from gem_ray.config import ImageConfig
+from gem_ray.config import Config
 from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.fetch import why_never_read
 from gem_ray.data.formats import Format
 from gem_ray.data.images import ImageError, decode_image
 from gem_ray.data.listing import Listing, find_shards, format_of
 from gem_ray.data.parquet import Columns, read_columns, remarks_on_columns
-from gem_ray.data.prepare import post_from_row
+from gem_ray.data.prepare import Preparer, post_from_row
 from gem_ray.data.shards import shard_rows
-from gem_ray.records import Post
+from gem_ray.records import Post, Status
 
 _SAMPLED_FILES = 10
 _READ_CHARACTERS = 10_000
@@ -91,7 +91,7 @@ class InputCheck:
 
 def check_input(
     path: str | Path,
-    image: ImageConfig,
+    config: Config,
     columns: Columns | None = None,
     sample: int = 200,
     skip_bad_files: bool = False,
@@ -102,7 +102,7 @@ def check_input(
 
     Args:
         path: what `annotate` takes.
-        image: limits of the images.
+        config: limits of texts and images.
         columns: field of an input row -> the name that it has in the files.
         sample: how many posts to look at, from files that are spread over the input.
         skip_bad_files: as for `annotate_dataset`.
@@ -125,7 +125,7 @@ def check_input(
     read = read_columns(schema, columns)
     unread = [name for name in schema.names if name not in {columns.get(field, field) for field in read}]
     remarks = [*listing.remarks(), *remarks_on_columns(schema, columns)]
-    found = None if refused else _sample(readable, columns, image, sample)
+    found = None if refused else _sample(readable, columns, config, sample)
     return InputCheck(str(path), len(good), rows, read, unread, refused, skipped, remarks, found)
 
 
@@ -146,13 +146,11 @@ def _first_schema(listing: Listing) -> pa.Schema:
     return pa.schema([])
 
 
-def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -> InputSample:
-    found = InputSample()
+def _sample(listing: Listing, columns: Columns, config: Config, size: int) -> InputSample:
+    found, prepare = InputSample(), Preparer.from_config(config)
     seen: dict[str, set[str]] = {"post_id": set(), "text": set(), "image": set()}
     for post in islice(spread_posts(listing, columns, size), size):
         found.posts += 1
-        if post.is_rejected:
-            found.rejected[post.problems[0].message] += 1
         found.scripts[_script(post.text[:_READ_CHARACTERS])] += 1
         found.images[_source(post)] += 1
         for what, value in _identities(post):
@@ -160,11 +158,14 @@ def _sample(listing: Listing, columns: Columns, image: ImageConfig, size: int) -
             seen[what].add(value)
         if post.image_bytes is not None:
             try:
-                decode_image(post.image_bytes, image)
+                decode_image(post.image_bytes, config.image)
             except ImageError as error:
                 found.unusable[str(error)] += 1
-        elif post.image_uri is not None and (reason := why_never_read(post.image_uri, image)):
+        elif post.image_uri is not None and (reason := why_never_read(post.image_uri, config.image)):
             found.unusable[reason] += 1
+        prepare([post])
+        if post.is_rejected:
+            found.rejected[next(each.message for each in post.problems if each.status is Status.REJECTED)] += 1
     return found
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from gem_ray.cli import app
-from gem_ray.config import ImageConfig
+from gem_ray.config import Config
 from gem_ray.data.check import check_input
 from gem_ray.data.shards import write_posts
 from gem_ray.records import Post
@@ -40,7 +40,7 @@ def test_a_good_input_is_described(tmp_path):
         Post("6", "none"),
     ]
     write_posts(posts, tmp_path / "posts", per_shard=4)
-    found = check_input(tmp_path / "posts", ImageConfig())
+    found = check_input(tmp_path / "posts", Config())
     assert (found.files, found.rows, found.refused, found.remarks) == (2, 6, [], [])
     sample = found.sample
     assert sample is not None
@@ -94,7 +94,7 @@ def test_ten_kinds_of_trouble_are_ten_sentences(tmp_path):
     put("f.tar", b"no tar")
     pq.write_table(pa.Table.from_arrays([pa.array(["1"]), pa.array(["a"]), pa.array(["b"])],
                                         ["post_id", "text", "text"]), tmp_path / "g.parquet")  # fmt: skip
-    found = check_input(tmp_path, ImageConfig())
+    found = check_input(tmp_path, Config())
     assert len(found.refused) == 7
     assert len(found.remarks) == 3
     for name in "abcdefg":
@@ -111,7 +111,7 @@ def test_a_check_of_many_files_in_s3_is_quick(s3, faulty_s3):
     pq.write_table(pa.table({"post_id": ["1"] * 10, "text": ["Lyon"] * 10}), buffer)
     for number in range(100):
         s3.put(f"{bucket}/posts/{number:03}.parquet", buffer.getvalue())
-    found = check_input(f"{bucket}/posts", ImageConfig())
+    found = check_input(f"{bucket}/posts", Config())
     assert (found.files, found.rows, found.refused) == (100, 1000, [])
     assert faulty_s3.counts["passed"] <= 5 + 2 * 100 + 5 * 10 + 5
 
@@ -124,7 +124,7 @@ def test_a_wrong_mapping_is_refused(mapping):
 
 def test_ten_files_at_most_are_sampled_over_the_whole_input(tmp_path: Path):
     write_posts([Post(f"{number}", "Lyon") for number in range(50)], tmp_path / "p", per_shard=1)
-    found = check_input(tmp_path / "p", ImageConfig(), sample=20)
+    found = check_input(tmp_path / "p", Config(), sample=20)
     assert found.sample is not None
     assert found.sample.posts == 10
 
@@ -133,7 +133,7 @@ def test_columns_are_described_and_what_is_skipped_is_an_exit_code(tmp_path: Pat
     pq.write_table(pa.table({"id": [1], "tweet": ["Lyon"], "lang": ["en"]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"cut off")
     columns = {"post_id": "id", "text": "tweet"}
-    found = check_input(tmp_path, ImageConfig(), columns, skip_bad_files=True)
+    found = check_input(tmp_path, Config(), columns, skip_bad_files=True)
     assert found.columns == {"post_id": "int64 from id", "text": "string from tweet"}
     assert (found.unread_columns, len(found.skipped)) == (["lang"], 1)
     code, output = run_check(tmp_path, "--skip-bad-files", "--map", "post_id=id,text=tweet")
@@ -151,12 +151,12 @@ def test_columns_are_described_and_what_is_skipped_is_an_exit_code(tmp_path: Pat
 )
 def test_images_that_no_run_would_fetch_are_counted(tmp_path: Path, uri, setting, reason):
     write_posts([Post("1", "Lyon", image_uri=uri)], tmp_path / "p")
-    found = check_input(tmp_path / "p", ImageConfig())
+    found = check_input(tmp_path / "p", Config())
     assert found.sample is not None
     [(said, count)] = found.sample.unusable.items()
     assert (said.startswith(reason), count) == (True, 1)
     if setting:
-        allowed = check_input(tmp_path / "p", ImageConfig(**setting))
+        allowed = check_input(tmp_path / "p", Config(image=setting))
         assert allowed.sample is not None
         assert not allowed.sample.unusable
 
@@ -187,3 +187,11 @@ def test_what_annotate_would_give_up_is_said(tmp_path: Path):
     assert "67% of the sample cannot be annotated: see --max-problem-share of annotate" in run_check(tmp_path / "p")[1]
     write_posts([Post("1", "Lyon"), Post("2", "Paris"), Post("3", "Oslo")], tmp_path / "texts")
     assert "--max-problem-share" not in run_check(tmp_path / "texts")[1]
+
+
+def test_a_text_over_the_limit_cannot_be_annotated(tmp_path: Path):
+    write_posts([Post("1", "Lyon"), Post("2", "Lyon " * 2001)], tmp_path / "p")
+    code, said = run_check(tmp_path / "p")
+    assert code == 3
+    assert "text has 10,005 characters; text.max_chars allows 10,000" in said
+    assert run_check(tmp_path / "p", "--set", "text.max_chars=20000")[0] == 0

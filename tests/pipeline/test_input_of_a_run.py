@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import gem_ray.pipeline.run as run_module
 from gem_ray.commands import annotate as command
-from gem_ray.config import ImageConfig, load_config
+from gem_ray.config import Config, load_config
 from gem_ray.data.check import check_input
 from gem_ray.data.counting import count_shards
 from gem_ray.evaluation.joins import matched, with_distinct_ids
@@ -198,8 +198,8 @@ def test_nothing_but_bad_files_is_no_input(tmp_path: Path) -> None:
 
 def test_check_says_what_would_be_skipped(tmp_path: Path) -> None:
     write_some_bad(tmp_path)
-    refused = check_input(tmp_path / "in", ImageConfig())
-    skipped = check_input(tmp_path / "in", ImageConfig(), skip_bad_files=True)
+    refused = check_input(tmp_path / "in", Config())
+    skipped = check_input(tmp_path / "in", Config(), skip_bad_files=True)
     assert (len(refused.refused), len(skipped.refused), skipped.files, skipped.rows) == (3, 0, 2, 3)
     assert skipped.skipped == refused.refused
 

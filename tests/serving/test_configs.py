@@ -40,6 +40,17 @@ def test_there_is_one_for_every_preset():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_preset_has_the_deployments_and_shares_of_cards_of_its_file(file):
+    """`gem-ray serve --preset one-gpu` reserves what `--serve-config serve_configs/one-gpu.yaml` does."""
+
+    def shares(config):
+        return [(pool.name, pool.placement.num_gpus) for pool in serving_pools(config)[1]]
+
+    assert shares(load_config(file.stem)) == shares(load_config(**args_of(file)))
+    assert all(share > 0 for _, share in shares(load_config(file.stem))) == (load_config(file.stem).device == "cuda")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_rays_schema_takes_it_and_knows_every_key(file):
     """Serve ignores keys that it does not know."""
     values = yaml.safe_load(file.read_text())
