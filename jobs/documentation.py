@@ -30,6 +30,7 @@ from gem_ray.cli import app
 from gem_ray.config import Config
 from gem_ray.config_keys import Section, sections
 from gem_ray.grounding.matcher_recipe import MatcherTraining
+from gem_ray.grounding.text_segmenter_recipe import TextSegmenterTraining
 from gem_ray.rerank.recipe import RerankerTraining
 from gem_ray.tagger.recipe import TaggerTraining
 from jobs.http_reference import http_page, openapi
@@ -39,6 +40,7 @@ RECIPES: dict[str, type[BaseModel]] = {
     "tagger": TaggerTraining,
     "reranker": RerankerTraining,
     "matcher": MatcherTraining,
+    "text-segmenter": TextSegmenterTraining,
 }
 INCLUDED = {
     "changelog.md": "CHANGELOG.md",

@@ -174,7 +174,8 @@ def train_text_segmenter_command(
     """The text-prompted segmenter (§3.4.3), on gold boxes as masks."""
     from gem_ray.config import ImageConfig, parse_settings
     from gem_ray.data.images import ImageLoader
-    from gem_ray.grounding.train_text_segmenter import TextSegmenterTraining, samples_from_posts, train_text_segmenter
+    from gem_ray.grounding.text_segmenter_recipe import TextSegmenterTraining
+    from gem_ray.grounding.train_text_segmenter import samples_from_posts, train_text_segmenter
 
     loader = ImageLoader(ImageConfig())
     posts = labelled_posts(data, split, images)

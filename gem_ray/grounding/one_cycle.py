@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from gem_ray.config import PositiveInt
-from gem_ray.training import OnLoss
+
+if TYPE_CHECKING:
+    import torch
+
+    from gem_ray.training import OnLoss
 
 T = TypeVar("T")
 
@@ -42,6 +44,9 @@ class OneCycle(BaseModel):
         Returns:
             The loss of every step.
         """
+        import numpy as np
+        import torch
+
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, self.learning_rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt
 from torch.nn import functional as F
 from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-from gem_ray.config import PositiveInt
 from gem_ray.device import torch_device
-from gem_ray.grounding.one_cycle import OneCycle
 from gem_ray.grounding.text_segmenter import (
     category_prompt,
     image_activations,
@@ -22,6 +19,7 @@ from gem_ray.grounding.text_segmenter import (
     mask_logits,
     prompt_conditions,
 )
+from gem_ray.grounding.text_segmenter_recipe import TextSegmenterTraining
 from gem_ray.loading import load_pretrained
 from gem_ray.model_paths import resolve
 from gem_ray.records import Box, Post
@@ -34,19 +32,6 @@ class PromptSample:
 
     pixels: np.ndarray
     masks: dict[str, np.ndarray]
-
-
-class TextSegmenterTraining(OneCycle):
-    """How CLIPSeg is trained."""
-
-    steps: PositiveInt = Field(2000, description="steps of the optimizer")
-    batch_size: PositiveInt = Field(16, description="images in a step")
-    absent: NonNegativeInt = Field(
-        2, description="prompts for absent objects to add to each image; their mask is empty"
-    )
-    train_backbone: bool = Field(False, description="train CLIP too; otherwise only the decoder")
-    seed: int = Field(0, description="random seed, for the order of samples and the absent prompts")
-    device: str = Field("auto", description="as the config's `device`")
 
 
 def train_text_segmenter(

@@ -28,8 +28,9 @@ from gem_ray.grounding.sam import SamSegmenter, save_sam
 from gem_ray.grounding.sam_build import SamSizes
 from gem_ray.grounding.sam_build import build_sam as untrained_sam
 from gem_ray.grounding.text_segmenter import CLIPSeg, category_prompt, mask_box
+from gem_ray.grounding.text_segmenter_recipe import TextSegmenterTraining
 from gem_ray.grounding.train_sam import PointTarget, SamSample, batch_loss
-from gem_ray.grounding.train_text_segmenter import PromptSample, TextSegmenterTraining, fit_clipseg
+from gem_ray.grounding.train_text_segmenter import PromptSample, fit_clipseg
 from gem_ray.records import Box
 from gem_ray.taxonomy import FMNERG, GMNER
 from gem_ray.training import OnLoss

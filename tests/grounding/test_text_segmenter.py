@@ -23,9 +23,9 @@ from gem_ray.grounding.text_segmenter import (
     mask_logits,
     prompt_conditions,
 )
+from gem_ray.grounding.text_segmenter_recipe import TextSegmenterTraining
 from gem_ray.grounding.train_text_segmenter import (
     PromptSample,
-    TextSegmenterTraining,
     fit_clipseg,
     mask_loss,
     samples_from_posts,
