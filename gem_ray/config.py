@@ -160,7 +160,7 @@ class FilterConfig(_Section):
     max_share: Probability | None = Field(
         None, description="largest share of entities that may be hard; a run measures the γ for it and ignores `gamma`"
     )
-    k: PositiveInt = Field(5, description="candidate categories")
+    k: PositiveInt = Field(5, description="candidate categories; of GMNER's four, always all")
 
 
 class PromiseConfig(_Section):
@@ -461,7 +461,9 @@ class ReplicaPool(_Pool, ReplicaPlacement):
 class ServingConfig(_Section):
     """The online service: its limits, and its deployments."""
 
-    api_keys_file: Path | None = Field(None, description="file with the SHA-256 of each API key in hex, one a line")
+    api_keys_file: Path | None = Field(
+        None, description="file with a line for each API key: its SHA-256 in hex, and a name if you like"
+    )
     api_keys_env: str = Field(
         "GEM_RAY_API_KEYS", description="environment variable with such hashes, in addition to the file"
     )

@@ -23,8 +23,8 @@ class Status(StrEnum):
     """Outcome of a post. A partition column of the output."""
 
     OK = "ok"
-    DEGRADED = "degraded"  # the text was annotated, without the image or the knowledge that it should have had
-    REJECTED = "rejected"  # nothing could be done
+    DEGRADED = "degraded"  # the text is annotated; an image, knowledge, a reranking or the grounding is missing
+    REJECTED = "rejected"  # the text is not annotated
 
 
 class ProblemKind(StrEnum):
@@ -128,9 +128,10 @@ class Entity:
     is the verdict that the reranker is to be asked: the entropy is above γ, or the tagger's confidence below
     `routing.threshold`.
     `seen` is the grounder's verdict: true with a box, false without; None where it did not judge: there is no usable
-    image, no grounder, or the grounder failed. `confidence` is None where the model that decided has no calibration;
-    `accepted` where no threshold is configured for it, or there is no confidence. `seen_probability` and
-    `box_confidence` are None where the grounder did not judge, or its matcher has no calibration.
+    image, no grounder, the grounder failed, or its models do not know the entity or the image. `confidence` is None
+    where the model that decided has no calibration, and `accepted` then False; `accepted` is None where no threshold is
+    configured. `seen_probability` and `box_confidence` are None where the grounder did not judge, or its matcher has no
+    calibration.
     """
 
     text: str

@@ -18,7 +18,7 @@ from typer.main import get_command
 from gem_ray.cli import app
 from gem_ray.config import Config, affecting
 from gem_ray.data.prepare import post_from_row
-from gem_ray.records import ANNOTATION_SCHEMA, ENTITY_TYPE, INPUT_SCHEMA
+from gem_ray.records import ANNOTATION_SCHEMA, ENTITY_TYPE, INPUT_SCHEMA, Problem, ProblemKind
 from jobs.documentation import INCLUDED, RECIPES, ROOT, line_of, linked_files, sections
 from jobs.http_reference import openapi
 
@@ -171,6 +171,19 @@ def test_the_output_page_has_every_column_and_every_field_of_an_entity():
     assert list(shown) == ANNOTATION_SCHEMA.names
     assert [list(each) for each in shown["entities"]] == [fields, fields]
     assert [each["seen"] for each in shown["entities"]] == [True, False]
+
+
+def test_the_output_page_has_every_kind_of_problem_and_the_status_that_it_leaves():
+    page = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
+    rows = page.partition("\n## Problems\n")[2].partition("| --- |")[2]
+    told = dict(re.findall(r"^\| `(\w+)` \| (\w+)", rows, re.MULTILINE))
+    assert told == {kind: Problem("ground", kind, "").status for kind in ProblemKind}
+
+
+def test_every_training_has_its_settings_in_the_reference():
+    commands = get_command(app).commands["train"].commands  # those of `candidates` are the tagger's
+    tuned = {name for name, each in commands.items() if any("--recipe-set" in param.opts for param in each.params)}
+    assert tuned - {"candidates"} == set(RECIPES)
 
 
 def test_the_input_page_has_every_column_and_an_example_with_gold():

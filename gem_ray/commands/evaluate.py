@@ -142,7 +142,7 @@ def calibrate(
         ),
     ] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Ask the configured reranker about every entity.")] = False,
-    ground: Annotated[bool, typer.Option("--ground", help="With `--store`: of the grounder too.")] = False,
+    ground: Annotated[bool, typer.Option("--ground", help="With `--store`: fit the matcher's, too.")] = False,
     reranked: Annotated[
         Path | None,
         typer.Option(

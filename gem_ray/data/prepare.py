@@ -29,8 +29,8 @@ def post_from_row(row: Mapping[str, Any]) -> Post:
     """A post from the plain values of an input row; what is wrong with them becomes the post's problems.
 
     Never raises. A wrong image field leaves a degraded post, any other wrong field a rejected one; wrong gold, which
-    only evaluation needs, is left out and named. Columns that are
-    not in `INPUT_SCHEMA` are ignored; NaN and NA, which pandas has for a missing value, are missing values.
+    only evaluation needs, is left out and named. Columns that are not in `INPUT_SCHEMA` are ignored; NaN and NA, which
+    pandas has for a missing value, are missing values.
     """
     post = Post(post_id="", text="")
     if not isinstance(row, Mapping):

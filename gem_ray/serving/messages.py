@@ -312,19 +312,19 @@ class AnnotationOut(BaseModel):
     post_id: str = Field(description="of the request, or made up")
     text: str = Field(description="of the request; of one that is too long, the beginning")
     tokens: list[str] = Field(description="the words: of the request, or as the text was cut")
-    image_width: int | None = Field(description="of the upright image, in pixels; null: no usable image")
-    image_height: int | None = Field(description="of the upright image, in pixels; null: no usable image")
+    image_width: int | None = Field(description="of the upright image, in pixels; null: none usable, or no entity")
+    image_height: int | None = Field(description="of the upright image, in pixels; null: none usable, or no entity")
     caption: str | None = Field(description="as the tagger read it: of the request, or of the knowledge stage")
     knowledge: str | None = Field(description="as the tagger read it: of the request, or of the knowledge stage")
     entities: list[EntityOut] = Field(description="in the order of the text")
     status: Literal["ok", "degraded", "rejected"] = Field(
-        description="`degraded`: annotated without an image, a reranking or an explanation that was asked for"
+        description="`degraded`: the text is annotated; an image, a reranking, the grounding or knowledge is missing"
     )
     problems: list[PostProblemOut] = Field(description="why the post is degraded or rejected")
     run_id: str = Field(description="of this deployment of the service")
     models: list[ModelOut] = Field(description="of the stages that the post needed")
     seconds: dict[str, float] = Field(description="of its batch in each stage that it needed, and `waiting` for them")
-    gamma: float = Field(description="entropy in nats above which an entity was reranked")
+    gamma: float = Field(description="entropy in nats above which an entity is hard")
 
 
 class BatchOut(BaseModel):
@@ -373,7 +373,7 @@ class Limits(BaseModel):
     max_batch_posts: int = Field(description="posts of a batch, for this API key")
     timeout_s: float = Field(description="time for a post; it may take as long again to fetch its `image_url`")
     image_urls: bool = Field(description="whether `image_url` is fetched at all")
-    gamma: float = Field(description="entropy in nats above which an entity is reranked")
+    gamma: float = Field(description="entropy in nats above which an entity is hard")
     k: int = Field(description="candidates of an entity")
     api_key: bool = Field(description="whether annotating wants `Authorization: Bearer KEY`")
 
