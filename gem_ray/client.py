@@ -147,7 +147,7 @@ class Annotation:
     Attributes:
         models: role -> `reference@hash` of the models that the post needed.
         seconds: of its batch in each stage that it needed, and `waiting` for them.
-        gamma: entropy in nats above which an entity was reranked.
+        gamma: entropy in nats above which an entity is hard.
     """
 
     post_id: str

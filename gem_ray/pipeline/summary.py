@@ -23,7 +23,7 @@ class RunSummary:
     Attributes:
         seconds: wall time of the last start, of which `annotated` rows were the work; others were done before.
         account: what all starts have taken together.
-        gamma: entropy in nats above which entities went to the reranker; of a budget, what was measured for it.
+        gamma: entropy in nats above which entities are hard; of a budget, what was measured for it.
         models: what made the output, as in its `models` column.
         left_out: files of the input that are not read, by reason.
         unread: files that cannot be read and were skipped: `file`, `reason`, and `rows` where its footer says how many.
