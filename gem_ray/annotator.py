@@ -188,9 +188,11 @@ class Annotator:
         """Load every active stage.
 
         Raises:
+            ConfigError: what was assigned to the configuration does not go together.
             FileNotFoundError: a model is not there.
             RuntimeError: see `refuse_fork`.
         """
+        config = config.checked()
         return cls([build_stage(spec, config) for spec in active_stages(config)])
 
     def annotate(self, posts: Iterable[Post]) -> list[Post]:

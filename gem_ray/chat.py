@@ -32,6 +32,10 @@ class ChatError(RuntimeError):
     """A question that got no answer, after every retry."""
 
 
+class NoAnswerError(ChatError):
+    """The endpoint was busy, broken, slow or gone each time, and may be there later."""
+
+
 class _TransientError(Exception):
     def __init__(self, reason: str, retry_after: float = 0) -> None:
         super().__init__(reason)
@@ -61,7 +65,7 @@ class ChatClient:
         self._client = httpx.Client(
             base_url=url.copy_with(query=None),  # to which httpx would append the path, behind the query
             params=url.params,
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            headers=self._headers(),
             timeout=config.timeout_s,
             limits=httpx.Limits(max_connections=config.concurrency),
         )
@@ -94,7 +98,8 @@ class ChatClient:
         """The answer to a conversation; asked again after a pause if the endpoint is busy, broken, slow or gone.
 
         Raises:
-            ChatError: no answer after `retries` more tries, or a refusal that a retry would not change.
+            NoAnswerError: none after `retries` more tries.
+            ChatError: a refusal that a retry would not change.
         """
         tries = self._config.retries + 1
         reason = ""
@@ -111,12 +116,18 @@ class ChatClient:
             else:
                 self.trouble = None
                 return answer
-        raise ChatError(f"{self.model} gave no answer in {tries} tries; the last: {reason}")
+        raise NoAnswerError(f"{self.model} gave no answer in {tries} tries; the last: {reason}")
 
     def close(self) -> None:
         """Drop questions that wait, and close the connections."""
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
+
+    def _headers(self) -> dict[str, str]:
+        """Of every request: the key, if there is one."""
+        header = self._config.api_key_header
+        is_bearer = header.lower() == "authorization"
+        return {header: f"Bearer {self._key}" if is_bearer else self._key} if self._key else {}
 
     def _complete_or_fail(self, messages: Messages) -> str | ChatError:
         try:
@@ -131,12 +142,9 @@ class ChatClient:
 
     def _request(self, messages: Messages) -> str:
         """One try: the content of the reply's message."""
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": self._config.max_tokens,
-            "temperature": 0,
-        }
+        body = {"model": self.model, "messages": messages, self._config.max_tokens_name: self._config.max_tokens}
+        if self._config.temperature is not None:
+            body["temperature"] = self._config.temperature
         # The client's own timeout starts anew with every byte; the deadline is for the whole reply.
         deadline = time.monotonic() + self._config.timeout_s
         try:
@@ -151,7 +159,16 @@ class ChatClient:
         status = self._without_key(f"HTTP {response.status_code} {_error_message(reply)}".rstrip())
         if response.status_code in _RETRIED_STATUSES or response.is_server_error:
             raise _TransientError(status, retry_after(response.headers.get("Retry-After", "")))
-        raise ChatError(f"{self.model} refused: {status}")
+        raise ChatError(f"{self.model} refused: {status}{self._remedy(response.status_code, status)}")
+
+    def _remedy(self, code: int, message: str) -> str:
+        """What to set, where a refusal is known to be about a setting."""
+        settings = self._config
+        if code in (401, 403):
+            return f"; the key is that of ${settings.api_key_env}, sent as {settings.api_key_header}"
+        if settings.max_tokens_name == "max_tokens" and "max_completion_tokens" in message:
+            return "; set max_tokens_name to max_completion_tokens"
+        return "; set temperature to null" if "temperature" in message and settings.temperature is not None else ""
 
     def _answer(self, reply: bytes) -> str:
         """What a reply says, without what a reasoning model has thought before it.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -45,6 +45,13 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    if not TYPE_CHECKING:  # else mypy would take every name for a key
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # In place of pydantic's `validate_assignment`, which keeps what the rules about several keys refuse.
+            checked = parse_settings(type(self), dict(self) | {name: value})
+            super().__setattr__(name, getattr(checked, name))
 
 
 def _speed(default: Any, description: str, **limits: Any) -> Any:
@@ -100,11 +107,24 @@ class EndpointConfig(_Section):
     )
     model: str = Field("gpt-3.5-turbo", description="model name sent to the endpoint; for vLLM, a checkpoint")
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    api_key_header: str = _speed(
+        "Authorization",
+        "header of the key: a bearer token in `Authorization`, the key alone in any other, as Azure's `api-key`",
+        pattern=r"^[A-Za-z0-9-]+$",
+    )
     concurrency: PositiveInt = _speed(8, "questions asked at once, by each actor")
     requests_per_minute: float | None = _speed(
         None, "rate limit of each actor, evenly spaced; null means unlimited", gt=0
     )
     max_tokens: PositiveInt = Field(256, description="length of an answer")
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = _speed(
+        "max_tokens", "what the endpoint calls this length; OpenAI's newer models take the latter alone"
+    )
+    temperature: float | None = Field(
+        0,
+        ge=0,
+        description="of the sampling; null leaves it to the endpoint, for models that take no other than theirs",
+    )
     timeout_s: float = _speed(60, "time for one try", gt=0)
     retries: int = _speed(4, "further tries when the endpoint is busy, broken, slow or gone", ge=0)
     max_pause_s: float = _speed(30, "longest pause before a retry, whatever the endpoint asks for", ge=0)
@@ -576,6 +596,14 @@ class Config(_Section):
     def public(self) -> dict[str, Any]:
         """The tree to store and show: credentials are cut out."""
         return redacted(self.model_dump(mode="json"))
+
+    def checked(self) -> Config:
+        """A copy that is known to be right: sections know nothing of one another, nor of what is put into their lists.
+
+        Raises:
+            ConfigError: as `parse_settings`.
+        """
+        return parse_config(self.model_dump(warnings=False))
 
     @model_validator(mode="after")
     def _routes_one_way(self) -> Config:

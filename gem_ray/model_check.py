@@ -13,11 +13,12 @@ from gem_ray.stages import StageSpec, active_stages
 
 
 def stages_to_check(config: Config) -> list[StageSpec]:
-    """The active stages that may refuse their models: those that do not come with gem-ray, or a reranker's length."""
+    """The active stages that may be refused: models that do not come with gem-ray, endpoints, a reranker's length."""
     return [
         spec
         for spec in active_stages(config)
         if not all(_is_embedded(config, key) for key in model_keys([spec], config).values())
+        or spec.hosted(config)
         or (spec.name == "rerank" and config.reranker.max_model_len is not None)
     ]
 
@@ -27,14 +28,14 @@ def _is_embedded(config: Config, key: Key) -> bool:
 
 
 def check_models(stages: Sequence[StageSpec], config: Config) -> None:
-    """Check every model that stages load; fetches what is not on this machine.
+    """Check every model that stages load, and ask every endpoint one question; fetches what is not on this machine.
 
     Raises:
         FileNotFoundError: a model is not there.
         ConfigError: the reranker's engine cannot load such a model, or `reranker.max_model_len` leaves no room beside
             an image.
-        ValueError: weights are missing, unexpected or of another shape, or a `scope.json` is none; the message names
-            them.
+        ValueError: weights are missing, unexpected or of another shape, a `scope.json` is none, or an endpoint refuses
+            its key, its model or a setting, or gives no answer; the message names them.
     """
     for role, key in model_keys(stages, config).items():
         if role in CHECKS:
@@ -48,6 +49,18 @@ def check_models(stages: Sequence[StageSpec], config: Config) -> None:
                 raise ValueError(f"{'.'.join(key)} is {reference}: {_sentence(error)}") from error
     for spec in stages:
         load_scopes(spec.name, config)
+        for role in spec.hosted(config):
+            _check_endpoint(role, config)
+
+
+def _check_endpoint(role: str, config: Config) -> None:
+    from gem_ray.chat import ChatError
+
+    key, check = ENDPOINT_CHECKS[role]
+    try:
+        check(config)
+    except ChatError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _sentence(error: Exception) -> str:
@@ -125,6 +138,32 @@ def _text_segmenter(folder: Path, config: Config) -> None:
     assert config.grounder.boxes.text is not None  # it is what names the folder
     check_text_segmenter(config.grounder.boxes.text.kind, folder)
 
+
+def _explainer_endpoint(config: Config) -> None:
+    from gem_ray.chat import ChatClient, NoAnswerError
+    from gem_ray.knowledge.prompts import KnowledgeQuery, chat_messages
+
+    assert config.knowledge.explainer is not None  # it is what is hosted
+    client = ChatClient(config.knowledge.explainer)
+    try:
+        client.complete(chat_messages(KnowledgeQuery("Good morning, Chicago")))
+    except NoAnswerError:
+        if config.knowledge.cache is None:  # which may hold all answers
+            raise
+    finally:
+        client.close()
+
+
+def _reranker_endpoint(config: Config) -> None:
+    from gem_ray.rerank.engine_endpoint import EndpointEngine
+
+    EndpointEngine.from_config(config).check()
+
+
+ENDPOINT_CHECKS: dict[str, tuple[str, Callable[[Config], None]]] = {
+    "explainer": ("knowledge.explainer", _explainer_endpoint),
+    "reranker": ("reranker.endpoint", _reranker_endpoint),
+}
 
 CHECKS: dict[str, Callable[[Path, Config], None]] = {
     "captioner": _captioner,

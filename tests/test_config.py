@@ -4,6 +4,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from gem_ray import Annotator, annotate_dataset
 from gem_ray.config import Config, ConfigError, FilterConfig, load_config, parse_config, preset_names
 
 
@@ -168,6 +169,48 @@ def test_a_wrong_value_is_named_with_what_was_expected(values, says):
     for words in says:
         assert words in str(caught.value)
     assert caught.value.__suppress_context__  # the message is all there is to see
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "wrong", "says"),
+    [
+        ("filter", "gamma", "x", r"gamma: .* \(got 'x'\)"),
+        ("filter", "gama", 0.3, "gama: no such key; did you mean 'gamma'"),
+        ("reranker", "engine", "endpoint", "engine endpoint needs endpoint.base_url"),
+        ("serving", "max_batch_posts", 1000, r"max_batch_posts \(1000\) is above max_in_flight"),
+        ("pipeline", "pools", [], "pools: "),
+        ("pipeline.pools.0", "threads", 0, "threads: .* greater than or equal to 1"),
+    ],
+)
+def test_what_is_assigned_is_checked_as_what_is_read(section, key, wrong, says):
+    config = load_config()
+    part = config
+    for name in section.split("."):
+        part = part[int(name)] if name.isdigit() else getattr(part, name)
+    with pytest.raises(ConfigError, match=says):
+        setattr(part, key, wrong)
+    assert config == load_config()  # what was refused is not kept
+
+
+def test_what_is_assigned_is_converted_and_its_neighbours_stay_the_same_objects():
+    config = load_config()
+    matcher = config.grounder.matcher
+    config.grounder.boxes.sam = {"batch_size": "2"}
+    config.filter.gamma = "0.5"
+    assert config.grounder.boxes.sam.batch_size == 2
+    assert config.filter == load_config(overrides=["filter.gamma=0.5"]).filter
+    assert config.grounder.matcher is matcher
+
+
+def test_what_no_section_can_see_is_refused_before_anything_is_loaded(tmp_path):
+    """Two sections that do not go together, and a list that is changed in place."""
+    routed, listed = load_config(), load_config()
+    routed.routing.threshold, routed.filter.max_share = 0.5, 0.1
+    listed.pipeline.pools.append("ground")
+    for config, says in ((routed, "routing.threshold and filter.max_share"), (listed, "pipeline.pools.1")):
+        for use in (Annotator.from_config, lambda config: annotate_dataset(tmp_path, tmp_path / "out", config)):
+            with pytest.raises(ConfigError, match=says):
+                use(config)
 
 
 def test_every_wrong_key_gets_its_line():

@@ -83,7 +83,7 @@ def with_value(key: tuple[str, ...], text: str, shape: int = 0) -> Config:
         shapes = [[text], ["another", text]]
     elif "Path" in kind:
         shapes = [Path(text)]
-    setattr(section, key[-1], shapes[shape % len(shapes)])
+    vars(section)[key[-1]] = shapes[shape % len(shapes)]  # whatever its key may be
     return config
 
 

@@ -144,7 +144,9 @@ def plan(
     gpu_memory: Annotated[
         float | None, typer.Option(help="Memory of a GPU in GB; default: the card's, else 24.", min=1)
     ] = None,
-    cpus: Annotated[int | None, typer.Option(help="CPUs; default: as many as the plan needs.", min=1)] = None,
+    cpus: Annotated[
+        int | None, typer.Option(help="CPUs; without GPUs, of one machine; default: as many as the plan needs.", min=1)
+    ] = None,
     card: Annotated[
         str | None,
         typer.Option(help="Model of the GPU, for its speed: `rtx-4090`, `h100`, …, or `name:memory=24,tflops=165`."),

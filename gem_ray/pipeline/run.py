@@ -101,6 +101,7 @@ def annotate_dataset(
     Raises:
         FileNotFoundError: no input, a model that is not there, or no finished run to do problems of again.
         FileExistsError: the output holds annotations that no run there made; or another process is writing to it.
+        ConfigError: what was assigned to the configuration does not go together.
         ValueError: the output belongs to a run with another input, configuration, models or `columns` (the message
             shows the difference); an input that is damaged or empty, an output inside the input, or actors that do not
             fit.
@@ -108,6 +109,7 @@ def annotate_dataset(
     """
     if fresh + update + only_problems > 1:
         raise ValueError("fresh, update and only_problems exclude one another")
+    config = config.checked()
     directory = OutputFolder(str(output))
     listing = list_shards(input)
     check_apart(str(input), listing, directory)

@@ -254,7 +254,7 @@ def make_plan(
         config: models, batches, placement and passes.
         gpus: cards; or of several kinds, as `8xl40s+4xa10g`.
         gpu_memory_gb: memory of each; default: the card's, else 24.
-        cpus: CPUs; `None` means as many as are needed.
+        cpus: CPUs of a cluster, or of one machine if there are no cards; `None` means as many as are needed.
         card: a name of `cards.CARDS` or a description, for its speed; default: the first one with this memory.
         measured: stage -> seconds of an actor for a post; of `load_image` where all images are loaded.
         work: an average post, before γ or a budget are looked at.
@@ -277,17 +277,29 @@ def _plan(config: Config, fleet: Fleet, cpus: int | None, measured: Mapping[str,
     planned = [[_planned(pool, config, fleet, measured, under) for pool in pools] for pools in passes_of(config)]
     passes: list[PassPlan] = []
     problems: list[str] = []
-    cores = cpus if cpus or fleet.count else os.cpu_count()  # without cards, this machine
+    is_machine = not fleet.count
+    cores = cpus or os.cpu_count() if is_machine else cpus
+    # A machine starts a Ray of its own, with as many logical CPUs as actors and tasks ask for.
+    reservable = cpus + CPUS_FOR_TASKS if is_machine and cpus else cpus
     for number, pools in enumerate(planned, start=1):
-        found = [*too_many(number, planned, config, fleet.count, cpus)]
+        found = [*too_many(number, planned, config, fleet.count, None if is_machine else cpus)]
         for pool in pools:
             if fleet.count and pool.placement.num_gpus:
                 found += too_large(pool, config, fleet)
-        passes.append(PassPlan(tuple(pools) if found else allocate(pools, fleet.count, cpus), cores))
+        passes.append(PassPlan(tuple(pools) if found else allocate(pools, fleet.count, reservable), cores))
         problems += found
     of_cards = [*_parts_of_cards(fleet), *_larger_than_sold(fleet), *_slow_dtypes(fleet, planned)]
     notes = [*_notes(config, planned, under), *of_cards, *([] if problems else _unused(passes, fleet))]
+    if is_machine and cpus:
+        notes += _too_few_for_a_cluster(planned, cpus)
     return Plan(fleet, cpus, tuple(passes), tuple(problems), under, tuple(notes))
+
+
+def _too_few_for_a_cluster(passes: Sequence[Sequence[PlannedPool]], cpus: int) -> Iterator[str]:
+    """What runs on one machine, and not on nodes that somebody else has started Ray on."""
+    needed = max(CPUS_FOR_TASKS + sum(pool.cpus for pool in pools) for pools in passes)
+    if needed > cpus:
+        yield f"this is of one machine: a Ray cluster needs {needed:g} CPUs, {CPUS_FOR_TASKS} of them for tasks"
 
 
 def _unused(passes: Sequence[PassPlan], fleet: Fleet) -> Iterator[str]:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections import Counter
 
+import numpy as np
 from PIL import Image
 
 from gem_ray.chat import ChatClient, ChatError
@@ -14,6 +15,7 @@ from gem_ray.rerank.engine import Choice, Mode, Request, RequestError
 from gem_ray.rerank.in_context import BARE, conversation, question, read_answer
 
 _JPEG_QUALITY = 90
+_BLANK = (64, 64)  # pixels of an image to try an endpoint with
 
 
 class EndpointEngine:
@@ -41,6 +43,16 @@ class EndpointEngine:
         """As of `ChatClient`."""
         return self._client.trouble
 
+    def check(self) -> None:
+        """Ask one question, with an image where posts are asked about with theirs.
+
+        Raises:
+            ChatError: it was refused, or got no answer.
+        """
+        image = _data_url(np.full((*_BLANK, 3), 127, np.uint8)) if self._settings.image else None
+        self._client.complete(conversation("Which candidate is it? Candidates: park. Answer with its name.", image))
+        self._client.close()
+
     def choose(self, requests: list[Request], mode: Mode, adapter: str | None = None) -> list[Choice | RequestError]:
         """Answer each request; see `Engine.choose`. Whatever the mode, the answer is free, and its probability is 1.
 
@@ -56,7 +68,7 @@ class EndpointEngine:
 
     def _messages(self, request: Request) -> list[dict[str, object]]:
         text = question(request, caption=not self._settings.image, hint=self._settings.hint)
-        return conversation(text, _data_url(request) if self._settings.image else None)
+        return conversation(text, _data_url(request.image) if self._settings.image else None)
 
 
 def _choice(answer: str | ChatError, request: Request) -> Choice | RequestError:
@@ -66,7 +78,7 @@ def _choice(answer: str | ChatError, request: Request) -> Choice | RequestError:
     return index if isinstance(index, RequestError) else Choice(index, 1.0)
 
 
-def _data_url(request: Request) -> str:
+def _data_url(image: np.ndarray) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(request.image).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    Image.fromarray(image).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

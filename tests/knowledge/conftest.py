@@ -48,6 +48,7 @@ class ChatServer(ThreadingHTTPServer):
         self.asked: dict[str, list[float]] = defaultdict(list)  # text -> when
         self.requests: list[dict] = []
         self.keys: list[str | None] = []
+        self.key_headers: list[str | None] = []  # Azure's
         self.paths: list[str] = []
         self.running = self.most_running = 0
         self.lock = threading.Lock()
@@ -71,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append(request)
             server.keys.append(self.headers["Authorization"])
+            server.key_headers.append(self.headers["api-key"])
             server.paths.append(self.path)
             reply = server.script(text, len(server.asked[text]))
             server.asked[text].append(time.monotonic())

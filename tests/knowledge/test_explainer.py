@@ -9,9 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gem_ray.config import ConfigError, ExplainerConfig
+from gem_ray.config import ConfigError, ExplainerConfig, load_config
 from gem_ray.knowledge.explainer import Explainer, ExplainerError, ParsedAnswer, parse_answer
 from gem_ray.knowledge.prompts import KnowledgeQuery, chat_messages
+from gem_ray.model_check import check_models, stages_to_check
+from gem_ray.stages import find_stage
 
 HELLO = KnowledgeQuery("hello")
 
@@ -97,6 +99,49 @@ def test_the_query_of_an_address_stays_behind_its_path(server, explainer_config)
     """As Azure and gateways have it."""
     ask(Explainer(explainer_config(base_url=f"{server.url}/deployments/llm?api-version=2024-06-01")))
     assert server.paths == ["/v1/deployments/llm/chat/completions?api-version=2024-06-01"]
+
+
+def test_models_that_take_other_parameters_and_another_header_are_asked(server, explainer_config, key):
+    """As OpenAI's reasoning models and Azure want them."""
+    config = explainer_config(api_key_header="api-key", max_tokens_name="max_completion_tokens", temperature=None)
+    ask(Explainer(config))
+    assert set(server.requests[0]) == {"model", "messages", "max_completion_tokens"}
+    assert (server.keys, server.key_headers) == ([None], [key])
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "remedy"),
+    [
+        (401, "Incorrect API key provided", r"; the key is that of \$TEST_KEY, sent as Authorization$"),
+        (
+            400,
+            "'max_tokens' is not supported. Use 'max_completion_tokens'",
+            "; set max_tokens_name to max_completion_tokens$",
+        ),
+        (400, "Unsupported value: 'temperature' does not support 0", "; set temperature to null$"),
+        (404, "The model `gpt` does not exist", "does not exist$"),
+    ],
+)
+def test_a_refusal_is_found_before_the_first_post_and_says_what_to_set(
+    server, explainer_config, reply, status, said, remedy
+):
+    body = json.dumps({"error": {"message": said}}).encode()
+    server.script = lambda text, n: reply(status=status, body=body)
+    config = load_config(knowledge={"explainer": explainer_config(), "cache": "somewhere"})
+    stages = stages_to_check(config)
+    assert "knowledge" in [spec.name for spec in stages]
+    with pytest.raises(ValueError, match=rf"^knowledge\.explainer: .* HTTP {status} .*{remedy}"):
+        check_models([find_stage("knowledge")], config)
+    assert len(server.requests) == 1
+
+
+def test_an_endpoint_that_is_gone_ends_a_run_that_has_no_answers_of_earlier_ones(server, explainer_config):
+    check_models([find_stage("knowledge")], load_config(knowledge={"explainer": explainer_config()}))
+    server.server_close()
+    settings = explainer_config(retries=0)
+    with pytest.raises(ValueError, match=r"knowledge\.explainer: .*ConnectError"):
+        check_models([find_stage("knowledge")], load_config(knowledge={"explainer": settings}))
+    check_models([find_stage("knowledge")], load_config(knowledge={"explainer": settings, "cache": "somewhere"}))
 
 
 def test_no_key_in_the_environment_sends_none(server, explainer_config):

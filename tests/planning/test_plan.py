@@ -24,6 +24,7 @@ from gem_ray.config import Config, ConfigError, load_config
 from gem_ray.grounding.sam import load_sam
 from gem_ray.knowledge import captioner
 from gem_ray.model_paths import resolve
+from gem_ray.pipeline import graph, session
 from gem_ray.planning import costs, stacks
 from gem_ray.planning.advice import merged_config
 from gem_ray.planning.allocation import PlannedPool
@@ -606,17 +607,42 @@ def test_the_embedded_models_fit_on_cpus_at_speeds_that_nobody_claims_to_know() 
 
 def test_too_few_cpus_are_refused() -> None:
     apart = load_config(overrides=[APART])
-    assert "pass 1 needs 4 CPUs or more" in refusal(apart, cpus=3)
-    make_plan(apart, cpus=4).check()
-    assert "pass 1 needs 2 CPUs or more" in refusal(load_config(), cpus=1)
-    make_plan(load_config(), cpus=2).check()
+    assert "pass 1 needs 4 CPUs or more" in refusal(apart, cpus=3, gpus=1)
+    make_plan(apart, cpus=4, gpus=1).check()
+    assert "pass 1 needs 2 CPUs or more" in refusal(load_config(), cpus=1, gpus=1)
+    make_plan(load_config(), cpus=2, gpus=1).check()
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 64])
+@pytest.mark.parametrize("preset", ["nano", "cpu"])
+def test_a_machine_runs_what_its_plan_says_whatever_its_cpus(
+    preset: str, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own Ray has as many logical CPUs as it takes; that of a cluster has those that it was started with."""
+    unbounded = ["pipeline.pools.0.max_actors=null"]
+    given: dict[str, int] = {}
+    monkeypatch.setattr("gem_ray.pipeline.session.start_local_ray", given.update)
+    monkeypatch.setattr("os.cpu_count", lambda: cpus)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for overrides in ([], unbounded):
+        config = load_config(preset, overrides=overrides)
+        session._start(config)
+        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": given["num_cpus"]})
+        monkeypatch.setattr("ray.nodes", lambda: [{}])
+        plan = make_plan(config, cpus=cpus)
+        plan.check()
+        assert not list(session._shortages(config))
+        ((pool,),) = passes_of(config)
+        runs = graph._actors(pool, [pool], config, blocks=1000).max_size
+        assert [planned.actors for planned in pools_of(plan).values()] == [runs]
+        assert any("a Ray cluster needs" in note for note in plan.notes) == (pool.placement.num_cpus + 1 > cpus)
 
 
 @pytest.mark.parametrize("preset", ["nano", "cluster"])
 @pytest.mark.parametrize("cpus", [2, 3, 5])
 def test_too_few_cpus_are_answered_with_a_configuration_that_needs_no_more(preset: str, cpus: int) -> None:
     wide = [APART, *[f"pipeline.pools.{each}={{min_actors: 4, max_actors: 9}}" for each in ("tag", "rerank", "ground")]]
-    cards = {"gpus": 8, "card": "h100"} if preset == "cluster" else {}
+    cards = {"gpus": 8, "card": "h100"} if preset == "cluster" else {"gpus": 1}
     config = load_config(preset, overrides=wide if preset == "nano" else ["pipeline.pools.ground.min_actors=6"])
     plan = make_plan(config, cpus=cpus, **cards)
     assert plan.problems
@@ -628,12 +654,12 @@ def test_too_few_cpus_are_answered_with_a_configuration_that_needs_no_more(prese
 def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run() -> None:
     measured = {"tag": 0.001, "rerank": 0.002, "ground": 0.008}
     wide = [f"pipeline.pools.{stage}.max_actors=16" for stage in ("tag", "rerank", "ground")]
-    plan = make_plan(load_config(overrides=[APART, *wide]), cpus=12, measured=measured)
+    plan = make_plan(load_config(overrides=[APART, *wide]), cpus=11, measured=measured)
     assert {name: pool.actors for name, pool in pools_of(plan).items()} == {"tag": 1, "rerank": 2, "ground": 8}
     assert plan.passes[0].bottleneck.posts_per_second == pytest.approx(1000)
-    assert plan.limit == "the 12 CPUs"  # which also read and write
-    assert plan.posts_per_hour == pytest.approx(3600 * 12 / (0.011 + CARRYING_SECONDS))
-    shared = make_plan(load_config(), cpus=12, measured=measured)
+    assert plan.limit == "the 11 CPUs"  # which also read and write
+    assert plan.posts_per_hour == pytest.approx(3600 * 11 / (0.011 + CARRYING_SECONDS))
+    shared = make_plan(load_config(), cpus=11, measured=measured)
     assert {name: pool.actors for name, pool in pools_of(shared).items()} == {"tag-rerank-ground": 11}
     assert shared.passes[0].bottleneck.posts_per_second == pytest.approx(1000)  # 11 actors, 0.011 s
 
@@ -641,7 +667,7 @@ def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run() -> None:
 def test_a_pool_without_a_bound_is_bounded_by_what_it_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     assert pools_of(make_plan(load_config()))["tag-rerank-ground"].actors == 6
-    assert pools_of(make_plan(load_config(), cpus=4))["tag-rerank-ground"].actors == 3
+    assert pools_of(make_plan(load_config(), cpus=4))["tag-rerank-ground"].actors == 4
     sharing = load_config(overrides=["pipeline.pools.tag.num_gpus=0.1"])
     assert pools_of(make_plan(sharing, gpus=2))["tag-rerank-ground"].actors == 20  # more than CPUs of this machine
     bounded = load_config(
@@ -783,7 +809,7 @@ def test_the_command_prints_a_table_that_a_terminal_of_100_columns_holds() -> No
 def test_the_table_says_what_shares_an_actor_and_what_is_behind_an_endpoint(capsys) -> None:
     asked = {"engine": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:8000/v1", "model": "llava"}}
     explainer = {"base_url": "http://127.0.0.1:9/v1"}
-    print_plan(make_plan(load_config(reranker=asked, knowledge={"explainer": explainer}), cpus=2))
+    print_plan(make_plan(load_config(reranker=asked, knowledge={"explainer": explainer}), cpus=1))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     endpoint = ["behind", "its", "endpoint"]
     assert rows[1] == ["knowledge", *endpoint, "0.7", "0", "1", "?", "unknown"]

@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 from gem_ray.config import ConfigError, load_config
+from gem_ray.model_check import check_models
 from gem_ray.records import Candidate, Entity, Post, Status
 from gem_ray.rerank.engine import RequestError
 from gem_ray.rerank.in_context import read_answer
 from gem_ray.rerank.reranker import Reranker
+from gem_ray.stages import find_stage
 
 WORDS = ["Jordan", "wins", "in", "Chicago"]
 RED = np.full((12, 16, 3), (250, 5, 5), np.uint8)
@@ -72,6 +74,19 @@ def rerank(chat: Chat, **endpoint: object) -> Post:
     ]
     post = Post("p", " ".join(WORDS), WORDS, caption="a man with a ball", image=RED, entities=entities)
     return Reranker.from_config(config)([post])[0]
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_an_endpoint_is_asked_once_before_the_first_post_with_an_image_if_posts_are(chat: Chat, image: bool) -> None:
+    settings = {"base_url": f"http://127.0.0.1:{chat.server_port}/v1", "retries": 0, "image": image}
+    config = load_config(reranker={"engine": "endpoint", "endpoint": settings})
+    check_models([find_stage("rerank")], config)
+    (asked,) = chat.conversations
+    assert ("image_url" in json.dumps(asked)) == image
+    for refusal in (400, 503):
+        chat.answer = refusal
+        with pytest.raises(ValueError, match=rf"^reranker\.endpoint: .*HTTP {refusal}"):
+            check_models([find_stage("rerank")], config)
 
 
 def test_a_hard_entity_gets_the_answer_and_an_easy_one_is_not_asked_about(chat: Chat) -> None:
