@@ -119,11 +119,13 @@ def _run_facts(run: Mapping[str, Any]) -> dict[str, str]:
     """What a reader asks first of a run."""
     if not run:
         return {}
+    begun = {"input": run["input"], "run": run["run_id"]}
+    if "rows_per_second" not in run:
+        return {**begun, "finished": "not yet", **run["models"]}
     share = run.get("accepted_share")
     accepted = {} if share is None else {"accepted": f"{100 * share:.1f} % of the mentions"}
     return {
-        "input": run["input"],
-        "run": run["run_id"],
+        **begun,
         "posts a second": f"{run['rows_per_second']:.1f}, start-up included",
         "reranked": f"{100 * run['reranked_share']:.1f} % of the mentions",
         **accepted,

@@ -59,7 +59,8 @@ class ScoreReport:
 
     `small` and `large` are EEG over the gold mentions with a small box, and with only large ones: predictions of those
     mentions' spans count, others belong to neither. `groundable_accuracy` is over the gold mentions whose span was
-    predicted. `unknown_posts` counts predicted posts that the gold split does not have.
+    predicted. `unknown_posts` counts predicted posts that the gold split does not have, and `unannotated_posts` those
+    of the split without an annotation, whose golds are misses.
     """
 
     mner: Scores
@@ -76,6 +77,7 @@ class ScoreReport:
     iou: float = 0.5
     posts: int = 0
     unknown_posts: int = 0
+    unannotated_posts: int = 0
 
     @property
     def tasks(self) -> dict[str, Scores]:
@@ -97,6 +99,7 @@ class ScoreReport:
             "iou": self.iou,
             "posts": self.posts,
             "unknown_posts": self.unknown_posts,
+            "unannotated_posts": self.unannotated_posts,
         }
 
 
@@ -137,6 +140,7 @@ def evaluate(
         ),
     )
     pairs = _pairs(predicted, expected)
+    annotated = {post.post_id for post in predicted_posts}
     areas = _image_areas([*predicted_posts, *gold_posts.values()])
 
     def scores(condition: Condition) -> Scores:
@@ -158,7 +162,8 @@ def evaluate(
         protocol=protocol,
         iou=iou,
         posts=len(gold_posts),
-        unknown_posts=len({post.post_id for post in predicted_posts} - gold_posts.keys()),
+        unknown_posts=len(annotated - gold_posts.keys()),
+        unannotated_posts=len(gold_posts.keys() - annotated),
     )
 
 

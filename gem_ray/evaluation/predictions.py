@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +16,18 @@ from pyarrow import fs
 from gem_ray.config import ImageConfig
 from gem_ray.data import shards, twitter10000
 from gem_ray.data.fetch import Fetcher, ImageError
-from gem_ray.data.files import open_filesystem
 from gem_ray.data.formats import IMAGE_SUFFIXES
 from gem_ray.data.listing import find_shards, list_shards
-from gem_ray.data.output import ANNOTATIONS, RUN_FACTS, InputOfRun, annotation_paths, input_of_run
+from gem_ray.data.output import (
+    ANNOTATIONS,
+    RUN_FACTS,
+    RUNS,
+    SUCCESS,
+    InputOfRun,
+    annotation_paths,
+    input_of_run,
+    live_run,
+)
 from gem_ray.data.storage import Storage, open_storage
 from gem_ray.evaluation.joins import id_by_row, is_named_by_row, matched, with_distinct_ids
 from gem_ray.evaluation.rules import EvaluationError
@@ -213,14 +220,26 @@ def iterate_images(
 
 
 def read_run(path: Path | str) -> dict[str, Any]:
-    """The facts that `annotate` wrote beside its annotations; empty if there are none."""
-    filesystem, folder = open_filesystem(path)
-    file = f"{folder}/{RUN_FACTS}"
-    if filesystem.get_file_info(file).type != fs.FileType.File:
-        return {}
-    with filesystem.open_input_stream(file) as stream:
-        facts: dict[str, Any] = json.loads(stream.read())
-    return facts
+    """The facts that `annotate` wrote beside its annotations; empty if there are none.
+
+    Those of a run that has not finished yet are what it began with: `run_id`, `input`, `models` and `config`.
+
+    Args:
+        path: an output directory of `annotate`, or its `annotations` folder; local or `s3://`.
+    """
+    for storage in _outputs(str(path)):
+        facts, run_id = storage.read_json(RUN_FACTS) or {}, live_run(storage)
+        if run_id is not None and facts.get("run_id") != run_id:
+            manifest = storage.read_json(f"{RUNS}/{run_id}/manifest.json") or {}
+            facts = {name: manifest[name] for name in ("run_id", "input", "models", "config") if name in manifest}
+        if facts:
+            return facts
+    return {}
+
+
+def is_unfinished(path: Path | str) -> bool:
+    """Whether the run whose annotations are at `path` has not published all its rows."""
+    return any(live_run(storage) is not None and not storage.exists(SUCCESS) for storage in _outputs(str(path)))
 
 
 def _image_files(folder: Path) -> list[Path]:

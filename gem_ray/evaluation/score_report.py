@@ -37,6 +37,8 @@ def score_table(report: ScoreReport) -> Table:
     if report.unknown_posts:
         unknown = counted(report.unknown_posts, "predicted post")
         table.caption += f"\nnot in the gold split, and counted as wrong: {unknown}"
+    if report.unannotated_posts:
+        table.caption += f"\nnot annotated, and counted as missed: {counted(report.unannotated_posts, 'gold post')}"
     return table
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gem_ray.config import ConfigError
 from gem_ray.data.files import whole_text
-from gem_ray.evaluation.predictions import count_rows, iterate_images, iterate_rows, read_run
+from gem_ray.evaluation.predictions import count_rows, is_unfinished, iterate_images, iterate_rows, read_run
 from gem_ray.export.coco import write_coco
 from gem_ray.export.conll import write_conll
 from gem_ray.export.images import ImageReferences
@@ -53,6 +53,7 @@ def export_annotations(
             raise FileExistsError(f"{path} exists already; write to another file or remove it first")
     labels = labels or LABEL_SETS[read_run(annotations).get("config", {}).get("labels", FMNERG.name)]
     tally = ExportTally()
+    unfinished = is_unfinished(annotations)
     total, rows = count_rows(annotations), iterate_rows(annotations)
     references = ImageReferences(iterate_images(images, annotations), out.parent) if images else None
     with reporting(report, reader(lambda: tally.posts, total), title="exporting"), whole_text(out) as file:
@@ -68,4 +69,6 @@ def export_annotations(
     if setup:
         with whole_text(setup) as file:
             file.write(labelling_setup(labels))
+    if unfinished:
+        tally.remarks["posts so far of a run that is not finished"] = tally.posts
     return tally

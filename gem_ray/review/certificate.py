@@ -135,6 +135,7 @@ class Certificate:
             "iou": self.iou,
             "design": asdict(facts.design) if facts.design else None,
             "frame": asdict(facts.frame),
+            "unfinished_run": facts.unfinished,
             "planned": self.planned,
             "checked": self.checked,
             "beyond_the_first_missing": self.beyond,

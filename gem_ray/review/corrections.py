@@ -23,6 +23,8 @@ from gem_ray.review.folder import Review
 from gem_ray.taxonomy import LabelSet
 
 _SHOWN = 5  # tasks that are named in one error
+_LINE_END = r"\n"  # two characters, as Label Studio's editor writes one in the text of a span that was marked by hand
+_READ = {"labels", "rectanglelabels", "relation"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def read_corrections(export: Path, review: Review) -> Corrections:
     """Read a JSON export of Label Studio.
 
     A task counts as checked when it has an annotation that was not skipped: the one marked as ground truth, or else the
-    last. Tasks are known by their `row_id`; those of other reviews are passed over.
+    last. Tasks are known by their `row_id` and `post_id`, as rows of another run's input may have the same numbers;
+    those of other reviews are passed over.
 
     Args:
         export: the file.
@@ -73,7 +76,7 @@ def read_corrections(export: Path, review: Review) -> Corrections:
     tasks = _read_tasks(export)
     for task in tasks:
         row_id = task["data"].get("row_id")
-        if row_id not in known:
+        if row_id not in known or task["data"].get("post_id") != without_nul(known[row_id]).post_id:
             remarks["tasks of other posts, passed over"] += 1
             continue
         finished = [each for each in task["annotations"] if not each.get("was_cancelled")]
@@ -86,12 +89,14 @@ def read_corrections(export: Path, review: Review) -> Corrections:
         if row_id not in chosen or best is not chosen[row_id][1]:
             chosen[row_id] = task, best
     if tasks and remarks["tasks of other posts, passed over"] == len(tasks):
-        raise ValueError(f"{export} has no task of the review {review.path}: the tasks' `row_id` are none of its posts")
+        raise ValueError(f"{export} has no task of the review {review.path}: their ids are none of its posts")
     corrected, wrong = {}, []
     for row_id, (task, annotation) in chosen.items():
         where = f"task {task.get('id')} (post {known[row_id].post_id!r})"
         try:
             corrected[row_id] = _corrected(known[row_id], task["data"], annotation["result"], review.facts.label_set)
+            for kind in sorted({str(part.get("type")) for part in annotation["result"]} - _READ):
+                remarks[f"tasks with {kind}, which are not read: the posts count with their spans and boxes"] += 1
         except ValueError as error:
             wrong.append(f"{where}: {error}")
         except (AttributeError, KeyError, TypeError) as error:
@@ -144,12 +149,16 @@ def _span(part: Mapping[str, Any], text: str, words: list[tuple[int, int]], labe
     value = part["value"]
     start, end = int(value["start"]), int(value["end"])
     quoted = text[start:end]
-    if value.get("text") is not None and value["text"].split() != quoted.split():
+    if value.get("text") is not None and _visible(value["text"]) != _visible(quoted):
         raise ValueError(f"the span {value['text']!r} is not what stands at its characters {start} to {end}")
     first, last = touched_words(start, end, words)
     if first == last:
         raise ValueError(f"the span {quoted!r} holds no word; delete it")
     return GoldEntity(first, last, _category(value.get("labels"), quoted, labels))
+
+
+def _visible(text: str) -> list[str]:
+    return text.replace(_LINE_END, " ").split()
 
 
 def _category(names: Any, quoted: str, labels: LabelSet) -> str:
@@ -199,7 +208,10 @@ def _box(part: Mapping[str, Any], post: Post) -> Box:
         for y in (0, down)
     ]
     xs, ys = zip(*corners, strict=True)
-    return Box(max(0.0, min(xs)), max(0.0, min(ys)), min(float(width), max(xs)), min(float(height), max(ys)))
+    box = Box(max(0.0, min(xs)), max(0.0, min(ys)), min(float(width), max(xs)), min(float(height), max(ys)))
+    if box.x1 >= box.x2 or box.y1 >= box.y2:
+        raise ValueError("a box is empty, or lies beside its image; delete it")
+    return box
 
 
 def _distinct(golds: Iterable[GoldEntity]) -> list[GoldEntity]:

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gem_ray.atomic import atomic_file
+from gem_ray.data.damage import json_object
 from gem_ray.data.files import whole_text
-from gem_ray.evaluation.predictions import iterate_rows, read_run
+from gem_ray.evaluation.predictions import is_unfinished, iterate_rows, read_run
 from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.export.images import ImageReferences
 from gem_ray.export.label_studio import labelling_setup, write_label_studio
@@ -67,6 +68,7 @@ class Facts:
         auxiliary: what was known of each post of the sample, in order.
         earlier: how many posts at the beginning are tasks of the review that this one continues.
         blind: whether the tasks come without predictions.
+        unfinished: whether the run had more posts to annotate, of which the sample says nothing.
     """
 
     run: str
@@ -80,6 +82,7 @@ class Facts:
     auxiliary: list[list[float]] = field(default_factory=list)
     earlier: int = 0
     blind: bool = False
+    unfinished: bool = False
 
     @property
     def order(self) -> Order:
@@ -141,6 +144,8 @@ def write_review(
         file.write(labelling_setup(facts.label_set))
     with whole_text(out / FACTS) as file:
         file.write(json.dumps(asdict(facts)) + "\n")
+    if facts.unfinished:
+        tally.remarks["posts so far of a run that is not finished: the sample is of them alone"] = facts.frame.posts
     return tally
 
 
@@ -149,17 +154,22 @@ def read_review(path: Path) -> Review:
 
     Raises:
         FileNotFoundError: it is not a review.
+        ValueError: `sample.json` is damaged, or of another version.
     """
     if not (path / FACTS).is_file():
         raise FileNotFoundError(f"{path} is not a review: give a folder that `gem-ray review sample` wrote")
-    facts = Facts.from_dict(json.loads((path / FACTS).read_text(encoding="utf-8")))
+    try:
+        facts = Facts.from_dict(json_object((path / FACTS).read_bytes(), str(path / FACTS)))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / FACTS} was written by another version of gem-ray, or changed: {error}") from error
     return Review(path, facts, [Post.from_annotation(row) for row in iterate_rows(path / ROWS)])
 
 
-def run_facts(run: str) -> tuple[str | None, str]:
-    """The id of a run, if it says one, and the name of its label set."""
+def run_facts(run: str) -> dict[str, Any]:
+    """What `Facts` says of a run: its place, its id, if it says one, its label set, and whether it is unfinished."""
     facts = read_run(run)
-    return facts.get("run_id"), facts.get("config", {}).get("labels", FMNERG.name)
+    labels = facts.get("config", {}).get("labels", FMNERG.name)
+    return {"run": run, "run_id": facts.get("run_id"), "labels": labels, "unfinished": is_unfinished(run)}
 
 
 def _rows(run: str, row_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -74,6 +74,11 @@ def notes(certificate: Certificate) -> list[str]:
         said.append(f"Not certified: {tasks}, because {why}.")
     if any(each.value is None for found in certificate.estimates.values() for each in found.values()):
         said.append("A dash stands where nothing was predicted, or the checked posts have no gold mention.")
+    if certificate.review.facts.unfinished:
+        said.append(
+            f"The run was not finished when the sample was drawn: this is about its {counted(frame.posts, 'post')} of "
+            "then, and says nothing of later ones."
+        )
     if frame.empty:
         said.append(f"{counted(frame.empty, 'post')} of the run without text are not counted.")
     if frame.left_out:

@@ -78,7 +78,8 @@ def continue_sample(run: str, out: Path, posts: int, earlier: Path, images: str 
     if posts <= len(before):
         raise ValueError(f"{earlier} has {len(before):,} posts already, and --posts says how many there are in all")
     order = draw(population.spread, review.facts.design)
-    if population.row_ids[order.posts[: len(before)]].tolist() != before:
+    is_same_run = run_facts(run)["run_id"] == review.facts.run_id
+    if not is_same_run or population.row_ids[order.posts[: len(before)]].tolist() != before:
         raise ValueError(f"{run} is not what {earlier} was drawn from: draw a new sample")
     return _draw(
         run, out, population, review.facts.design, posts, images, earlier=len(before), blind=review.facts.blind
@@ -99,8 +100,7 @@ def sample_for_training(
     _refuse_existing(out)
     population, left_out = _population(run, without)
     chosen = choose_for_training(population, run, posts)
-    run_id, labels = run_facts(run)
-    facts = Facts(run, run_id, labels, _frame(population, left_out))
+    facts = Facts(**run_facts(run), frame=_frame(population, left_out))
     return write_review(out, facts, population.row_ids[chosen].tolist(), _references(images, run, out), run)
 
 
@@ -117,19 +117,16 @@ def _draw(
 ) -> ExportTally:
     order = draw(population.spread, design)
     first = order.posts[:posts]
-    run_id, labels = run_facts(run)
     facts = Facts(
-        run,
-        run_id,
-        labels,
-        _frame(population, left_out),
-        design,
-        order.sizes.tolist(),
-        order.shares.tolist(),
-        order.stratum[:posts].tolist(),
-        population.auxiliary[first].tolist(),
-        earlier,
-        blind,
+        **run_facts(run),
+        frame=_frame(population, left_out),
+        design=design,
+        sizes=order.sizes.tolist(),
+        shares=order.shares.tolist(),
+        stratum=order.stratum[:posts].tolist(),
+        auxiliary=population.auxiliary[first].tolist(),
+        earlier=earlier,
+        blind=blind,
     )
     return write_review(out, facts, population.row_ids[first].tolist(), _references(images, run, out), run)
 

@@ -225,7 +225,9 @@ def test_posts_without_gold_entities_count_their_predictions_as_wrong():
 def test_posts_without_predictions_count_their_golds_as_missed():
     posts = [gold_post(NEW_YORK, post_id=name) for name in "abc"]
     found = [predicted_post(entity(4, 6, "city"), post_id="a"), predicted_post(post_id="b")]
-    assert counts(evaluate(posts, found).mnerg) == (1, 1, 3)
+    report = evaluate(posts, found)
+    assert counts(report.mnerg) == (1, 1, 3)
+    assert report.unannotated_posts == 1
 
 
 def test_predicted_posts_outside_the_split_are_wrong_and_told():

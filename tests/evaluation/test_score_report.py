@@ -10,9 +10,8 @@ from gem_ray.evaluation.score_report import print_comparison, print_scores, writ
 
 def report(right, per_category=None):
     scores = Scores(right=right, predicted=4, gold=4)
-    return ScoreReport(
-        *[scores] * 7, groundable_accuracy=0.25, per_category=per_category or {}, posts=9, unknown_posts=2
-    )
+    odd = {"posts": 9, "unknown_posts": 2, "unannotated_posts": 1}
+    return ScoreReport(*[scores] * 7, groundable_accuracy=0.25, per_category=per_category or {}, **odd)
 
 
 def printed(show, *args):
@@ -28,6 +27,7 @@ def test_the_report_shows_every_task_and_what_is_odd():
         assert line.split()[-2 * 6 :].count("75.00") == 3
     assert any("25.00" in line for line in lines)
     assert any("counted as wrong: 2 predicted posts" in line for line in lines)
+    assert any("not annotated, and counted as missed: 1 gold post" in line for line in lines)
 
 
 def test_categories_are_shown_with_both_scores():

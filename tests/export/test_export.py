@@ -107,6 +107,12 @@ def encoded(kind="PNG", colour="teal"):
     return buffer.getvalue()
 
 
+def test_the_folder_of_annotations_has_the_labels_of_its_run(tmp_path):
+    run = write_run(tmp_path / "run", [degraded_post()], labels="gmner")
+    export_annotations(f"{run}/annotations", tmp_path / "tasks.json", "label-studio")
+    assert '<Label value="PER"/>' in (tmp_path / "tasks-setup.xml").read_text()
+
+
 # ---- JSON lines
 
 

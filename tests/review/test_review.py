@@ -101,6 +101,39 @@ def test_another_run_does_not_continue_a_review(run, posts, tmp_path, write_run)
     other = write_run(tmp_path / "other", [replace(post, row_id=post.row_id + 1) for post in posts])
     with pytest.raises(ValueError, match=r"not what .* was drawn from"):
         continue_sample(other, tmp_path / "second", 30, tmp_path / "first")
+    again = write_run(tmp_path / "again", posts, "run-2")  # the same posts in the same order, by models of later
+    with pytest.raises(ValueError, match=r"not what .* was drawn from"):
+        continue_sample(again, tmp_path / "second", 30, tmp_path / "first")
+
+
+def test_a_run_that_goes_on_is_sampled_with_its_labels_and_is_told(posts, tmp_path, write_run, export):
+    """It has no `run.json` yet, or that of an earlier run."""
+    whole = write_run(tmp_path / "run", [replace(post, entities=[]) for post in posts])
+    run_id = "20260102T000000-0123abcd"
+    facts = tmp_path / "run" / "_run" / run_id
+    (facts / "published").mkdir(parents=True)
+    (facts / "live.json").write_text("{}")
+    (facts / "published" / "g00000.json").write_text(
+        json.dumps({"files": [{"name": "part-0.parquet", "rows": 40, "size": 1, "tally": {}}], "replaces": []})
+    )
+    manifest = {"run_id": run_id, "input": "posts", "models": {}, "config": {"labels": "gmner"}, "files": []}
+    (facts / "manifest.json").write_text(json.dumps(manifest))
+    tally = sample_for_certificate(whole, tmp_path / "review", 24, seed=3)
+    assert tally.remarks["posts so far of a run that is not finished: the sample is of them alone"] == 40
+    review = read_review(tmp_path / "review")
+    assert (review.facts.run_id, review.facts.labels, review.facts.unfinished) == (run_id, "gmner", True)
+    made = [checked(task) for task in json.loads((tmp_path / "review" / "tasks.json").read_text(encoding="utf-8"))]
+    assert any("not finished" in note for note in notes(certify(review, read_corrections(export(made), review))))
+    (tmp_path / "run" / "_SUCCESS").touch()
+    assert set(sample_for_certificate(whole, tmp_path / "later", 24).remarks) == {"posts without an image"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"frame": {"posts": 1}, "design": null}'])
+def test_a_damaged_review_is_named(run, tmp_path, content):
+    sample_for_certificate(run, tmp_path / "review", 24)
+    (tmp_path / "review" / "sample.json").write_text(content)
+    with pytest.raises(ValueError, match=r"review/sample\.json"):
+        read_review(tmp_path / "review")
 
 
 def test_posts_of_an_earlier_review_are_left_out(run, review, tmp_path):
@@ -206,6 +239,14 @@ def test_the_last_annotation_counts_and_skipped_ones_do_not(review, tasks, expor
             ],
             "related to no span",
         ),
+        (
+            lambda text: [
+                region(4, 12, text),
+                {"id": "b", "type": "rectanglelabels", "original_width": 400, "original_height": 200,
+                 "value": {"x": 0, "y": 0, "width": 5, "height": 5, "rotation": 180, "rectanglelabels": ["city"]}},
+            ],
+            "lies beside its image",
+        ),
         (lambda text: [{"type": "labels", "value": {"start": 0, "end": 4, "labels": ["city"]}}], "region is broken"),
         (lambda text: [region(4, 12, text) | {"value": {"labels": ["city"]}}], "region is broken.*start"),
         (lambda text: [region(4, 12, text) | {"value": None}], "region is broken"),
@@ -215,6 +256,23 @@ def test_what_cannot_be_gold_is_named_with_its_task(review, tasks, export, chang
     wrong = checked(tasks[0], change(tasks[0]["data"]["text"]))
     with pytest.raises(ValueError, match=f"(?s)mend in Label Studio.*task 1 .post 'post-23'.*({message})"):
         read_corrections(export([wrong, *map(checked, tasks[1:])]), review)
+
+
+def test_a_span_over_a_line_end_comes_back_as_label_studio_writes_it(review, tasks, export):
+    """Its editor (1.23.2, in Chromium) writes the two characters `\\n` for each end of a line in what was marked."""
+    text = tasks[0]["data"]["text"]
+    marked = region(text.index("waits"), text.index("no 23") + 2, text)
+    marked["value"]["text"] = r"waits\n\nno"
+    gold = read_corrections(export([checked(tasks[0], [marked])]), review).posts[review.posts[0].row_id].gold
+    assert [review.posts[0].tokens[mention.word_start : mention.word_end] for mention in gold] == [["waits", "no"]]
+
+
+def test_answers_that_are_neither_spans_nor_boxes_are_told(review, tasks, export):
+    unclear = {"id": "c", "from_name": "unclear", "type": "choices", "value": {"choices": ["unclear"]}}
+    corrections = read_corrections(export([checked(tasks[0], [unclear]), *map(checked, tasks[1:])]), review)
+    assert corrections.posts[review.posts[0].row_id].gold == []
+    (remark,) = corrections.remarks
+    assert "tasks with choices, which are not read" in remark
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "", '[{"data": {}}]', '[{"data": {}, "annotations": [{}]}]'])
@@ -228,6 +286,9 @@ def test_tasks_of_another_review_and_texts_that_were_changed_are_refused(review,
     strange = [checked(task | {"data": task["data"] | {"row_id": -number}}) for number, task in enumerate(tasks)]
     with pytest.raises(ValueError, match="no task of the review"):
         read_corrections(export(strange), review)
+    others = [checked(task | {"data": task["data"] | {"post_id": "of another run", "text": "x"}}) for task in tasks]
+    both = read_corrections(export([*map(checked, tasks), *others]), review)  # two reviews in one project
+    assert (len(both.posts), both.remarks) == (24, {"tasks of other posts, passed over": 24})
     other = checked(tasks[0] | {"data": tasks[0]["data"] | {"text": "another"}})
     with pytest.raises(ValueError, match="its text is not the post's"):
         read_corrections(export([other]), review)
