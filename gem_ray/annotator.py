@@ -190,6 +190,9 @@ class Annotator:
         Raises:
             ConfigError: what was assigned to the configuration does not go together.
             FileNotFoundError: a model is not there.
+            ConfigError: `filter.max_share` is set, which only a run can keep; or a threshold of `routing` or
+                `acceptance` was measured with another tagger.
+            ValueError: the files of a model are not those of its architecture.
             RuntimeError: see `refuse_fork`.
         """
         config = config.checked()

@@ -32,7 +32,7 @@ from gem_ray.taxonomy import LABEL_SETS
 _DESCRIPTION = """Fine-grained entities of social posts, and where they are seen in the image.
 
 Every error is a problem (RFC 9457). A post that cannot be annotated for its own fault is an error of `/v1/annotate`
-(422; 403 and 413 for what `image_url` leads to), and a `rejected` or `degraded` row of `/v1/annotate/batch`."""
+(422; 403, 413 and 504 for what `image_url` leads to), and a `rejected` or `degraded` row of `/v1/annotate/batch`."""
 _SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
 _SCRAPED_S = 1.0
 _FETCH_STATUS = {ProblemKind.IMAGE_FORBIDDEN: 403, ProblemKind.IMAGE_TOO_LARGE: 413}

@@ -29,7 +29,7 @@ _MEANINGS = {
     413: "The body, an image or a batch is too large.",
     415: "The body is of another type or character set, or compressed.",
     422: "The body is wrong, or the post cannot be annotated.",
-    429: "There are too many posts in the service, or too many of this API key.",
+    429: "There are too many posts or bodies in the service, or too many of this API key.",
     500: "The server failed; its log says why.",
     503: "The service starts, stops, or has lost a process.",
     504: "It took too long.",
