@@ -85,6 +85,11 @@ class Lease:
         self._last_beat = time.monotonic()
 
     @property
+    def claim(self) -> LeaseClaim:
+        """What holds while the output is held."""
+        return LeaseClaim(self._storage, self._output, self._facts["owner"])
+
+    @property
     def trouble(self) -> str | None:
         """Since when the output does not answer; None while it does."""
         silent = time.monotonic() - self._last_beat
@@ -115,7 +120,7 @@ class Lease:
             self._write(released=False)
         except ConflictError:
             raise FileExistsError(_message(self._output, self._storage.read_json(_FILE) or {})) from None
-        return LeaseClaim(self._storage, self._output, self._facts["owner"])
+        return self.claim
 
     def _wait_for_holder(self) -> None:
         """Wait until it is clear whether the holder, if there is one, is alive.

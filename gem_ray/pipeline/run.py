@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from gem_ray.config import Config
     from gem_ray.data.files import StoredFile
     from gem_ray.data.parquet import Columns
+    from gem_ray.tally import Tally
 
 __all__ = ["RunError", "annotate_dataset"]
 
@@ -114,26 +115,34 @@ def annotate_dataset(
     listing = list_shards(input)
     check_apart(str(input), listing, directory)
     lease = Lease(directory)
-    with lease.held() as claim:
-        run = _Run(
-            directory=directory,
-            listing=listing,
-            reader=InputReader(listing.filesystem, columns or {}, config.image),
-            input=str(input),
-            config=config,
-            models=models_of(config),
-            limit=limit,
-            skip_bad_files=skip_bad_files,
-            max_problem_share=None if only_problems else max_problem_share,
-            limits=limits or RunLimits(),
-            lease=lease,
-            claim=claim,
-            executor=RayExecutor(config, actor),
-        )
+    run = _Run(
+        directory=directory,
+        listing=listing,
+        reader=InputReader(listing.filesystem, columns or {}, config.image),
+        input=str(input),
+        config=config,
+        models=models_of(config),
+        limit=limit,
+        skip_bad_files=skip_bad_files,
+        max_problem_share=None if only_problems else max_problem_share,
+        limits=limits or RunLimits(),
+        lease=lease,
+        claim=lease.claim,
+        executor=RayExecutor(config, actor),
+    )
+    with ExitStack() as held:
+        try:
+            held.enter_context(lease.held())
+        except FileExistsError:
+            raise
+        except OSError:  # nothing can be written there: a finished run does not need it
+            if not (fresh or update or only_problems) and (summary := run.looked_up()):
+                return summary
+            raise
         try:
             return run.annotate(fresh=fresh, update=update, only_problems=only_problems, progress=progress)
         except (OSError, RunError, ConflictError):
-            claim.check()  # whoever has taken the output may have changed or cleared what this start works with
+            run.claim.check()  # whoever has taken the output may have changed or cleared what this start works with
             raise
 
 
@@ -168,6 +177,16 @@ class _Run:
         if done.anything or not folder.is_live:  # else the files have just been looked at
             self._settle_and_check(folder)
         return self._finish(folder, clock, done)
+
+    def looked_up(self) -> RunSummary | None:
+        """The summary of a run in which nothing is left to do; None if there is something. Writes nothing."""
+        folder = self._continue(update=False, only_problems=False)
+        facts = self.directory.summary() or {}
+        if folder is None or facts.get("run_id") != folder.run_id or not self.directory.storage.exists(SUCCESS):
+            return None
+        if _Work(self, folder, 0).why_not_finished():
+            return None
+        return replace(RunSummary.from_dict(facts).looked_up(), newest=_newest(folder))
 
     def _continue(self, update: bool, only_problems: bool) -> RunFolder | None:
         """The run that was started last, if it is the same run; with new files of the input taken into it."""
@@ -290,8 +309,7 @@ class _Run:
         with self.claim.checked():
             folder.clear()
             self.directory.forget_runs_before(folder.run_id)
-        added = manifest.parts[1:]  # without any, all files are the newest, and they have been counted
-        return replace(summary, newest=tally_of(published, groups_added_last(manifest)) if added else tally)
+        return replace(summary, newest=_newest(folder))
 
     def _settle_and_check(self, folder: RunFolder) -> None:
         """Make the run's rows the ones to read, and read back that their files are there and whole.
@@ -313,6 +331,12 @@ class _Run:
         self.claim.check()
         write_run_report(self.directory, summary.to_dict())
         storage.swap(RUN_FACTS, as_json(summary.to_dict()), version)
+
+
+def _newest(folder: RunFolder) -> Tally:
+    """Counts over the rows of the files that were added last; without added files, over all."""
+    manifest = folder.manifest()
+    return tally_of(folder.publications(), groups_added_last(manifest) if manifest.parts[1:] else None)
 
 
 @dataclass(frozen=True)
@@ -354,14 +378,20 @@ class _Work:
         Raises:
             FileNotFoundError: groups are not published or not live, or files of published ones are gone.
         """
+        if reason := self.why_not_finished():
+            raise FileNotFoundError(reason)
+
+    def why_not_finished(self) -> str | None:
+        """What is left to do before problems can be done again; None if nothing is."""
         output = self._run.directory.output
         if self.groups_left() or not self._folder.is_live:
-            raise FileNotFoundError(f"{output} holds no finished run; finish it, then do its problems again")
+            return f"{output} holds no finished run; finish it, then do its problems again"
         if lost := lost_files(self._storage, self._folder.publications()):
-            raise FileNotFoundError(
+            return (
                 f"{counted(len(lost), 'file')} of annotations in {output} are gone or damaged, {lost[0]} the first; "
                 "start without --only-problems first, which does their rows again"
             )
+        return None
 
     def round_of_lost_rows(self) -> Group | None:
         """Rows whose files have gone since they were published."""

@@ -8,6 +8,7 @@ file, rename) or as S3 (no rename, folders are prefixes).
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -91,6 +92,13 @@ class Process:
             self.is_dead = True
             raise Crash
         self.meanwhile()
+
+
+class ReadOnly(Process):
+    """One for which the file system is mounted read-only."""
+
+    def write(self) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
 
 
 class CountedStorage(Storage):
@@ -649,6 +657,26 @@ def test_first_run_is_the_one_to_read_from_its_beginning(tmp_path: Path, use: Ca
         run = OutputFolder("out", world.storage()).last_run()
         found.append(run and run.is_live)
     assert set(found) == {None, True}
+
+
+@pytest.mark.parametrize("is_bucket", [False, True])
+def test_a_finished_run_is_looked_up_where_nothing_can_be_written(
+    tmp_path: Path, use: Callable[[World], World], is_bucket: bool
+) -> None:
+    world = use(World(tmp_path, is_bucket))
+    world.put(**INPUT)
+    with pytest.raises(OSError, match="Read-only"):
+        world.annotate(process=ReadOnly())
+    assert world.annotate().annotated
+    assert world.annotate(process=ReadOnly()) == world.annotate()
+    with pytest.raises(ValueError, match="max_chars"):
+        world.annotate(SHORT, ReadOnly())
+    for options in ({"fresh": True}, {"update": True}, {"only_problems": True}):
+        with pytest.raises(OSError, match="Read-only"):
+            world.annotate(process=ReadOnly(), **options)
+    next((world.output / ANNOTATIONS).rglob("*.parquet")).unlink()
+    with pytest.raises(OSError, match="Read-only"):
+        world.annotate(process=ReadOnly())
 
 
 def test_facts_of_another_version_do_not_keep_a_run_from_finishing(
