@@ -30,6 +30,7 @@ IDS = {
     "large_string": pa.array(["1", "2", "3"], pa.large_string()),
     "binary without a mark": pa.array([b"1", b"2", b"3"]),
     "dictionary": pa.array(["1", "2", "3"]).dictionary_encode(),
+    "dictionary of numbers": pa.array([1, 2, 3]).dictionary_encode(),
     "int32": pa.array([1, 2, 3], pa.int32()),
     "decimal": pa.array([Decimal(1), Decimal(2), Decimal(3)], pa.decimal128(38, 0)),
 }
@@ -39,6 +40,7 @@ TEXT = {
     "binary": pa.array(bytes_of(TEXTS)),
     "large_binary": pa.array(bytes_of(TEXTS), pa.large_binary()),
     "dictionary": pa.array(TEXTS).dictionary_encode(),
+    "dictionary of binary": pa.array(bytes_of(TEXTS)).dictionary_encode(),
 }
 TOKENS = {
     "absent": None,

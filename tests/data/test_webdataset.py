@@ -266,9 +266,10 @@ def test_what_stands_twice_in_the_json_is_named():
 
 
 def test_fields_of_the_json_are_renamed():
-    tar = tar_of([("1.json", {"id": 5, "tweet": "Lyon", "text": "not this"})])
-    [row] = rows_from_tar(io.BytesIO(tar), {"text": "tweet", "post_id": "id"})
+    tar = tar_of([("1.json", {"id": 5, "tweet": "Lyon", "text": "not this"}), ("2.json", {"id": 6, "text": "nor it"})])
+    row, without = rows_from_tar(io.BytesIO(tar), {"text": "tweet", "post_id": "id"})
     assert (row["post_id"], row["text"]) == ("5", "Lyon")
+    assert (without["post_id"], without["text"]) == ("6", "")
 
 
 def test_gold_of_another_meaning_rejects_nothing():

@@ -165,6 +165,15 @@ def test_words_and_spans_come_back_and_rejected_posts_are_counted(run, tmp_path)
     assert tally.remarks == {"posts left out, because they are rejected or have no words": 1}
 
 
+def test_a_rejected_post_is_no_sentence_without_mentions_and_one_without_words_is_none(tmp_path):
+    rejected, empty = Post("rejected", "Paris", ["Paris"]), Post("empty", " ")
+    rejected.fail("prepare", ProblemKind.TEXT_TOO_LONG, "of 1 character, and 0 are allowed")
+    posts = [rejected, empty, Post("other", "Lyon", ["Lyon"])]
+    tally = export_annotations(write_run(tmp_path / "run", posts), tmp_path / "words", "conll")
+    assert read_conll(tmp_path / "words") == {"other": (["Lyon"], [])}
+    assert tally.remarks == {"posts left out, because they are rejected or have no words": 2}
+
+
 def test_the_file_is_as_written_by_hand(tmp_path):
     post = Post("p 1", "#NASA in\tNew York", ["#", "NASA", "in\tNew", "York"])
     post.entities = [mention(post, (0, 2), "government_agency"), mention(post, (2, 4), "city")]

@@ -61,6 +61,8 @@ def test_sizes_licences_and_revisions_are_the_hubs_and_nothing_is_fetched(stocke
         "text_segmenter": sum(map(len, (CONFIG | WEIGHTS).values())),
     }
     assert needs["matcher"].licence == "bsd-3-clause"
+    assert needs["sam"].licence == find_published(needs["sam"].reference).licence  # its card on the hub names none
+    assert needs["tagger"].licence == "apache-2.0"
     assert needs["matcher"].revision == describe(BLIP).rpartition("@")[2]
     assert (needs["tagger"].place, needs["matcher"].place) == ("with gem-ray", "missing")
     assert not stocked.sent

@@ -659,6 +659,8 @@ def test_a_finished_run_says_what_its_posts_were(tmp_path: Path) -> None:
     assert work.hard_share == pytest.approx(0.25)  # found by the tagger, though there was no reranker
     seen = 90 / 300  # of those that were judged
     assert work.with_boxes == pytest.approx(TWEETS.with_boxes * 2 / TWEETS.entities * 0.75 * seen / SEEN_SHARE)
+    fewer, _ = read_run(a_run(tmp_path, config, entities=160), config)
+    assert fewer.with_entities == pytest.approx(TWEETS.with_entities * 0.8 / TWEETS.entities)
     found = expected(load_config("cluster", overrides=ROOMY), work=work)
     measured = {each.what for each in found.assumptions if each.is_measured and each.source == work.source}
     assert "share of posts with an image" in measured

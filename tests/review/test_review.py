@@ -68,6 +68,7 @@ def test_a_population_is_what_its_posts_say(run, posts):
     population = read_population(run)
     assert population.row_ids.tolist() == [post.row_id for post in posts]
     assert population.mentions.tolist() == [len(post.entities) for post in posts]
+    assert population.words.tolist() == [len(post.tokens) for post in posts]
     expected = [sum(entity.score for entity in post.entities) for post in posts]
     assert population.auxiliary[:, 0] == pytest.approx(expected)
     assert [population.categories[code] for code in population.category] == [e.fine for p in posts for e in p.entities]
