@@ -43,7 +43,12 @@ os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-_REFUSALS = {"slow_down": (503, b"SlowDown"), "forbidden": (403, b"AccessDenied"), "expired": (400, b"ExpiredToken")}
+_REFUSALS = {
+    "slow_down": (503, b"SlowDown"),
+    "forbidden": (403, b"AccessDenied"),
+    "expired": (400, b"ExpiredToken"),
+    "busy": (409, b"ConditionalRequestConflict"),
+}
 _START_RAY = {"local_ray", "service", "service_with_vllm"}
 _HOP_BY_HOP = ("connection", "host", "keep-alive", "transfer-encoding", "content-length", "expect")
 
@@ -136,8 +141,8 @@ class FaultyS3:
         upstream: the server's URL.
         share: of the requests that fail, from 0 to 1.
         kinds: faults to choose from: `slow_down` (503), `forbidden` (403), `expired` (400: the token is too old),
-            `reset` (before anything is done), `cut` (a reset midway through the answer), `stall` (midway through the
-            answer, for `stall_s` seconds).
+            `busy` (409: with another conditional request), `reset` (before anything is done), `cut` (a reset midway
+            through the answer), `stall` (midway through the answer, for `stall_s` seconds).
         plan: what happens to the next requests, by kind, before chance decides.
         stall_s: length of a stall, in seconds.
         counts: faults so far by kind, and `passed`.

@@ -13,7 +13,7 @@ A group is published in the moment in which its file in `published/` appears. It
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -29,6 +29,7 @@ RUN_FACTS = "run.json"
 SUCCESS = "_SUCCESS"
 RUNS = "_run"
 RUN_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")  # what folders of runs are called
+RUN_ID_TIME = "%Y%m%dT%H%M%S"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Publication:
 
 def run_ids(storage: Storage) -> list[str]:
     """Runs that have begun in an output, in the order of their beginning."""
-    return [name for name in storage.folders(RUNS) if storage.exists(f"{RUNS}/{name}/manifest.json")]
+    names = (name for name in storage.folders(RUNS) if RUN_ID.fullmatch(name))  # and no copy that somebody has made
+    return [name for name in names if storage.exists(f"{RUNS}/{name}/manifest.json")]
 
 
 def live_run(storage: Storage) -> str | None:
@@ -114,6 +116,13 @@ def is_facts(path: str) -> bool:
 def name_of_facts(path: str) -> str:
     """What a file of facts is about."""
     return path.rpartition("/")[2].removesuffix(".json")
+
+
+def numbered(paths: Iterable[str]) -> list[str]:
+    """Those files of facts whose names are numbers, in their order; those after 9999 have a digit more."""
+    return sorted(
+        (path for path in paths if name_of_facts(path).isdecimal()), key=lambda path: int(name_of_facts(path))
+    )
 
 
 def live_files(published: Mapping[str, Publication]) -> dict[str, str]:
@@ -202,8 +211,8 @@ def input_of_run(storage: Storage) -> InputOfRun | None:
 
 def _input_of(storage: Storage, run_id: str) -> InputOfRun:
     folder = f"{RUNS}/{run_id}"
-    added = sorted(name for name in storage.files(f"{folder}/files") if name.endswith(".json"))
-    facts = [each for name in (f"{folder}/manifest.json", *added) if (each := storage.read_json(name)) is not None]
+    names = (f"{folder}/manifest.json", *numbered(storage.files(f"{folder}/files")))
+    facts = [each for name in names if (each := storage.read_json(name)) is not None]
     files = [file for each in facts for file in each["files"]]  # a file that was mended is there twice; the last counts
     numbers = {file["path"]: None if file.get("unread") else file["number"] for file in files}
     manifest: dict[str, Any] = facts[0] if facts else {"input": ""}  # none where the run has just been deleted

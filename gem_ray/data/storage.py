@@ -22,6 +22,8 @@ from gem_ray.redaction import redacted
 from gem_ray.s3 import S3Uri, client, is_refusal
 
 _THREADS = 16
+_STALE_READS = 3
+_CONFLICT_PAUSES_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,10 +37,18 @@ class ConflictError(RuntimeError):
         return f"{self.args[0]} was changed by another process meanwhile; start again"
 
 
+class _BusyError(ConflictError):
+    """S3 is in the middle of another conditional write of the name, perhaps of this call's own, whose answer was lost.
+
+    Nothing is said of the condition: the write is to be tried again.
+    """
+
+
 class Storage:
     """Files below a root, by names relative to it.
 
-    Every write is whole: a reader finds the old content or the new one. This base class is complete but for `swap`.
+    Every write is whole: a reader finds the old content or the new one. This base class is complete but for
+    versions.
 
     Attributes:
         filesystem: Arrow's, for reading and writing Parquet.
@@ -80,11 +90,18 @@ class Storage:
             stream.write(content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file that is not there yet; False if it is there, with other content, and stays as it is."""
+        """Write a file that is not there yet; False if it is there, with other content, and stays as it is.
+
+        Raises:
+            ConflictError: it could not be written, and is not there.
+        """
         try:
             self.swap(name, content, None)
         except ConflictError:
-            return self.read(name) == content  # perhaps written by this call, whose answer was lost
+            there = self.read(name)
+            if there is None:
+                raise
+            return there == content  # perhaps written by this call, whose answer was lost
         return True
 
     @contextmanager
@@ -103,6 +120,10 @@ class Storage:
         Raises:
             ConflictError: it has another version.
         """
+        raise NotImplementedError
+
+    def delete_version(self, name: str, expected: str | None) -> None:
+        """Delete a file if it still has the expected version (`None`: it was not there, and nothing is deleted)."""
         raise NotImplementedError
 
     def files(self, folder: str) -> dict[str, int]:
@@ -138,6 +159,16 @@ class LocalStorage(Storage):
     def __init__(self, root: str) -> None:
         super().__init__(fs.LocalFileSystem(), root)
 
+    def read(self, name: str) -> bytes | None:
+        """As `Storage.read`; again where another machine replaced the file meanwhile: on NFS the old one is gone."""
+        for _ in range(_STALE_READS):
+            try:
+                return super().read(name)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+        return super().read(name)
+
     def version(self, name: str) -> str | None:
         """The content's SHA-256."""
         content = self.read(name)
@@ -150,6 +181,12 @@ class LocalStorage(Storage):
                 raise ConflictError(name)
             self.write(name, content)
         return _digest(content)
+
+    def delete_version(self, name: str, expected: str | None) -> None:
+        """As `Storage.delete_version`, under a lock of the disk."""
+        with self._locked():
+            if expected is not None and self.version(name) == expected:
+                self.delete(name)
 
     def move(self, source: str, target: str) -> None:
         """A rename; a copy where `annotations/` is on another disk."""
@@ -211,6 +248,18 @@ class S3Storage(Storage):
                 raise ConflictError(name)
         return version
 
+    def delete_version(self, name: str, expected: str | None) -> None:
+        """As `Storage.delete_version`, by a conditional request; a store that ignores those deletes any version."""
+        if expected is not None and self.version(name) == expected:
+            with suppress(ConflictError):
+                self._delete_if(name, expected)
+
+    def _delete_if(self, name: str, version: str) -> None:
+        try:
+            self._conditional(name, self._client.delete_object, IfMatch=version)
+        except NotImplementedError:
+            self.delete(name)
+
     def _refuses_stale_condition(self, name: str, content: bytes) -> bool:
         """Whether the store looks at conditions at all: the file is there, so that `If-None-Match: *` must fail."""
         try:
@@ -236,12 +285,31 @@ class S3Storage(Storage):
             raise
 
     def _put(self, name: str, content: bytes, **conditions: str) -> str:
+        return self._conditional(name, self._client.put_object, Body=content, **conditions)["ETag"]
+
+    def _conditional(self, name: str, request: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+        """What S3 answers to a request about an object, which may have conditions.
+
+        Raises:
+            ConflictError: they do not hold.
+            NotImplementedError: the store knows none.
+            OSError: S3 refuses, or does not answer.
+        """
+        for pause in _CONFLICT_PAUSES_S:
+            with suppress(_BusyError):
+                return self._once(name, request, **arguments)
+            time.sleep(pause)
+        return self._once(name, request, **arguments)
+
+    def _once(self, name: str, request: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
         with _as_os_errors(self.path(name)):
             try:
-                return self._client.put_object(**self._object(name), Body=content, **conditions)["ETag"]
+                return request(**self._object(name), **arguments)
             except self._client.exceptions.ClientError as error:
-                if _status(error) in (404, 409, 412):  # 404: what `If-Match` names is gone
+                if _status(error) in (404, 412):  # 404: what `If-Match` names is gone
                     raise ConflictError(name) from None
+                if _status(error) == 409:
+                    raise _BusyError(name) from None
                 if _status(error) == 501:
                     raise NotImplementedError(name) from None
                 raise

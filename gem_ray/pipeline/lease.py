@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -10,13 +11,17 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gem_ray.data.output import RUN_ID_TIME, run_ids
 from gem_ray.data.storage import ConflictError, Storage, as_json
 
 if TYPE_CHECKING:
     from gem_ray.pipeline.output_folder import OutputFolder
+
+logger = logging.getLogger(__name__)
 
 _FILE = "_run/lease.json"
 _BEAT_S = 5.0
@@ -73,9 +78,14 @@ class Lease:
 
     It is taken, kept and given back by conditional writes, so that of two processes which take it at once one fails. No
     clocks are compared: a holder is alive if its file changes while one looks.
+
+    Attributes:
+        moment: in which it was taken, as in ids of runs; later than those of earlier holders and runs, whatever the
+            clocks of their machines. So a run that an earlier holder begins late is not taken for the last one.
     """
 
     def __init__(self, directory: OutputFolder, beat_s: float = _BEAT_S) -> None:
+        self.moment = ""
         self._storage = directory.storage
         self._output = directory.output
         self._beat_s = beat_s
@@ -111,19 +121,26 @@ class Lease:
             self._stop.set()
             beating.join()
             # The file stays, and says so. Whoever took the output over has changed it.
-            with suppress(ConflictError, OSError):
+            with suppress(Exception):
                 self._write(released=True)
 
     def _take(self) -> LeaseClaim:
-        self._wait_for_holder()
+        before = self._wait_for_holder()
+        self.moment = self._facts["moment"] = self._moment_after(before or {})
         try:
             self._write(released=False)
         except ConflictError:
             raise FileExistsError(_message(self._output, self._storage.read_json(_FILE) or {})) from None
         return self.claim
 
-    def _wait_for_holder(self) -> None:
-        """Wait until it is clear whether the holder, if there is one, is alive.
+    def _moment_after(self, before: Mapping[str, Any]) -> str:
+        runs = (run_id.partition("-")[0] for run_id in run_ids(self._storage))
+        last = max([before.get("moment", ""), *runs])
+        now = f"{datetime.now(UTC):{RUN_ID_TIME}}"
+        return now if now > last else f"{datetime.strptime(last, RUN_ID_TIME) + timedelta(seconds=1):{RUN_ID_TIME}}"
+
+    def _wait_for_holder(self) -> Mapping[str, Any] | None:
+        """Wait until it is clear whether the holder, if there is one, is alive; gives back what was last seen of it.
 
         Raises:
             FileExistsError: it is.
@@ -131,12 +148,13 @@ class Lease:
         before = self._look()
         for _ in range(_SILENT_BEATS):
             if before is None or before.get("released") or _is_dead_here(before):
-                return
+                break
             time.sleep(self._beat_s)
             now = self._look()
             if now != before and now is not None and not now.get("released"):
                 raise FileExistsError(_message(self._output, now))
             before = now
+        return before
 
     def _look(self) -> Mapping[str, Any] | None:
         """The lease as it is. Its version is read first: what changes in between makes taking it over fail."""
@@ -161,8 +179,8 @@ class Lease:
                 self._write()
             except ConflictError:
                 return
-            except OSError:
-                continue  # the next beat tries again
+            except Exception:  # whatever it is: the holder lives, and the next beat tries again
+                logger.info("the lease was not renewed", exc_info=True)
 
 
 def _this_process() -> dict[str, Any]:

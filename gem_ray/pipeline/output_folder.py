@@ -34,10 +34,11 @@ from gem_ray.data.output import (
     live_run,
     merged_folder,
     name_of_facts,
+    numbered,
     publications,
     run_ids,
 )
-from gem_ray.data.storage import Storage, as_exact_json, as_json, open_storage
+from gem_ray.data.storage import Storage, as_exact_json, as_json, open_storage, side_by_side
 from gem_ray.pipeline.inputs import InputFile
 
 EDITION = 5  # of this layout, and of the rows that a run can resume with
@@ -220,8 +221,8 @@ class RunFolder:
         self._manifest = None
 
     def _added(self) -> list[dict[str, Any]]:
-        names = self._names("files")
-        return [facts for name in names if (facts := self.read(f"files/{name}")) is not None]
+        names = numbered(self.storage.files(f"{self._root}/files"))
+        return [facts for facts in side_by_side(self.storage.read_json, names) if facts is not None]
 
     def keep_start(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write what a start has taken until now."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gem_ray.data.damage import DamagedError, parsed
+from gem_ray.data.damage import DamagedError, json_object, parsed
 from gem_ray.data.output import ANNOTATIONS, RUN_ID, SUCCESS, Publication, PublishedFile, live_files, merged_name
 from gem_ray.data.parquet import rows_in_footer
 from gem_ray.data.storage import as_json, side_by_side
@@ -66,6 +67,7 @@ def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
         FileExistsError: another process has taken the output.
     """
     storage = directory.storage
+    complete = storage.version(SUCCESS)  # which another process may write anew while this one sleeps
     # Listed before what is published is read: whatever was moved here until now has been decided by then.
     there = _names(storage)
     folder = directory.live_run()
@@ -81,21 +83,31 @@ def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
     is_short = not live or any(there.get(name) != sizes[name] for name in live)
     if stale or is_short:
         with claim.checked():
-            storage.delete(SUCCESS)
+            storage.delete_version(SUCCESS, complete)
 
     def delete(name: str) -> None:
         with claim.checked():
             storage.delete(f"{ANNOTATIONS}/{name}")
 
     def move(name: str) -> None:
-        with claim.checked():
-            storage.move(moves[name], f"{ANNOTATIONS}/{name}")
+        claim.check()
+        storage.move(moves[name], f"{ANNOTATIONS}/{name}")
+        # A copy takes its time. Whoever took the output over meanwhile may have replaced the file, and deleted it.
+        if not claim.holds and not _is_live(directory, name):
+            storage.delete(f"{ANNOTATIONS}/{name}")
+        claim.check()
 
     side_by_side(delete, stale)  # all of them first, so that no row is there twice
     side_by_side(move, list(moves))  # in S3 each is a copy, and a fresh run may have thousands
     for group in {path.removeprefix(f"{folder.merged}/").partition("/")[0] for path in waiting} & published.keys():
         with claim.checked():
             storage.delete_folder(f"{folder.merged}/{group}")
+
+
+def _is_live(directory: OutputFolder, name: str) -> bool:
+    """Whether a file of `annotations/` is to be read; one that is not will never be again."""
+    folder = directory.live_run()
+    return folder is not None and name in live_files(folder.publications())
 
 
 def lost_files(storage: Storage, published: Mapping[str, Publication]) -> list[str]:
@@ -193,11 +205,21 @@ def mark_complete(directory: OutputFolder, claim: LeaseClaim, run_id: str, rows:
         FileExistsError: another process has taken the output.
         ConflictError: it has just changed the file.
     """
-    version = directory.storage.version(SUCCESS)
-    content = as_json({"run_id": run_id, "rows": rows, "files": files})
+    storage = directory.storage
+    version = storage.version(SUCCESS)
+    facts = {"run_id": run_id, "rows": rows, "files": files}
     with claim.checked():
-        if directory.storage.read(SUCCESS) != content:
-            directory.storage.swap(SUCCESS, content, version)
+        if not _says(storage.read(SUCCESS), facts):
+            # With the moment no two are alike, and a process that wants to delete an earlier one leaves this.
+            moment = datetime.now(UTC).isoformat()
+            storage.swap(SUCCESS, as_json({**facts, "completed_at": moment}), version)
+
+
+def _says(content: bytes | None, facts: Mapping[str, Any]) -> bool:
+    try:
+        return content is not None and facts.items() <= json_object(content, SUCCESS).items()
+    except DamagedError:
+        return False
 
 
 def _names(storage: Storage) -> dict[str, int]:

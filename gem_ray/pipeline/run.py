@@ -8,14 +8,14 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
 from gem_ray.data.check import column_remarks
 from gem_ray.data.listing import Listing, list_shards
-from gem_ray.data.output import RUN_FACTS, RUNS, SUCCESS, live_files, run_ids
+from gem_ray.data.output import RUN_FACTS, RUNS, SUCCESS, live_files
 from gem_ray.data.storage import ConflictError, as_json
 from gem_ray.pipeline.account import Account
 from gem_ray.pipeline.execution import RayExecutor, RunError
@@ -55,8 +55,6 @@ if TYPE_CHECKING:
 __all__ = ["RunError", "annotate_dataset"]
 
 logger = logging.getLogger(__name__)
-
-_RUN_ID_TIME = "%Y%m%dT%H%M%S"
 
 
 def annotate_dataset(
@@ -239,7 +237,7 @@ class _Run:
                 f"the input holds no posts: none in {counted(len(files), 'file')}, the first is {files[0].path}"
             )
         started_at = datetime.now(UTC)
-        folder = self.directory.run(self._new_run_id(started_at))
+        folder = self.directory.run(f"{self.lease.moment}-{uuid.uuid4().hex[:8]}")
         manifest = Manifest(
             run_id=folder.run_id,
             started_at=started_at.isoformat(timespec="seconds"),
@@ -259,14 +257,6 @@ class _Run:
                 folder.make_live()  # which counts from the moment in which the run has a manifest
             folder.begin(manifest)
         return folder
-
-    def _new_run_id(self, now: datetime) -> str:
-        """Later than every run that is there, whatever the clocks of the machines that began them."""
-        begun = run_ids(self.directory.storage)
-        if begun:
-            last = datetime.strptime(begun[-1].partition("-")[0], _RUN_ID_TIME).replace(tzinfo=UTC)
-            now = max(now, last + timedelta(seconds=1))
-        return f"{now:{_RUN_ID_TIME}}-{uuid.uuid4().hex[:8]}"
 
     def _finish(self, folder: RunFolder, clock: float, done: _Done) -> RunSummary:
         """Say that every row is there.
@@ -397,12 +387,13 @@ class _Work:
         """Rows whose files have gone since they were published."""
         if not self._folder.is_live:
             return None
+        complete = self._storage.version(SUCCESS)
         published = self._folder.publications()
         lost = lost_files(self._storage, published)
         if not lost:
             return None
         with self._run.claim.checked():
-            self._storage.delete(SUCCESS)
+            self._storage.delete_version(SUCCESS, complete)
         return self._round("r", lost, lambda: lost_ids(self._storage, self._groups, published, lost))
 
     def round_of_problems(self) -> Group | None:

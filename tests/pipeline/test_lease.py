@@ -200,6 +200,37 @@ def test_lease_is_kept_while_some_requests_fail_or_their_answers_are_lost(s3: An
     assert facts_of(directory.storage)["released"]
 
 
+def test_lease_is_kept_after_a_beat_that_fails_in_whatever_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore has a RuntimeError for credentials that were renewed and are too old all the same."""
+    directory, write = OutputFolder(str(tmp_path)), Lease._write
+    failures = [RuntimeError("the refreshed credentials are still expired")]
+
+    def failing(lease: Lease, **facts: Any) -> None:
+        if threading.current_thread() is not threading.main_thread() and failures:
+            raise failures.pop()
+        write(lease, **facts)
+
+    monkeypatch.setattr(Lease, "_write", failing)
+    with Lease(directory, BEAT_S).held():
+        until = time.monotonic() + 60
+        while facts_of(directory.storage)["beats"] < 3 and time.monotonic() < until:
+            time.sleep(BEAT_S)
+        assert facts_of(directory.storage)["beats"] >= 3
+    assert not failures
+
+
+def test_moments_follow_those_of_earlier_holders_and_runs_whatever_the_clocks_say(tmp_path: Path) -> None:
+    directory = OutputFolder(str(tmp_path))
+    storage, moments = directory.storage, list[str]()
+    for before in ({"moment": "29990101T000000"}, {}):
+        storage.write(FILE, as_json({"released": True, **before}))
+        lease = Lease(directory)
+        with lease.held():
+            moments.append(lease.moment)
+        storage.write("_run/29990101T235959-0123abcd/manifest.json", b"{}")
+    assert moments == ["29990101T000001", "29990102T000000"]
+
+
 def test_server_that_is_gone_is_an_error_of_the_file_system(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which the holder's next beat survives."""
     from gem_ray.data import storage as storage_module

@@ -6,6 +6,7 @@ import errno
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,9 +15,17 @@ import pytest
 from gem_ray.config import load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.listing import list_shards
-from gem_ray.data.output import Publication, PublishedFile, annotation_paths, live_files, live_run, run_ids
+from gem_ray.data.output import (
+    Publication,
+    PublishedFile,
+    annotation_paths,
+    input_of_run,
+    live_files,
+    live_run,
+    run_ids,
+)
 from gem_ray.data.shards import write_posts
-from gem_ray.data.storage import ConflictError, Storage, open_storage
+from gem_ray.data.storage import ConflictError, LocalStorage, Storage, as_json, open_storage
 from gem_ray.pipeline.identity import check_same, stages_by_pass
 from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.lease import Lease
@@ -51,12 +60,14 @@ def test_runs_are_found_in_the_order_of_their_beginning(output: str) -> None:
     directory = OutputFolder(output)
     assert directory.last_run() is None
     assert directory.summary() is None
-    for run_id in ("20260102T000000-b", "20260101T000000-c"):
+    first, second, _ = RUN_IDS
+    for run_id in (second, first):
         directory.run(run_id).begin(manifest(run_id))
-    assert run_ids(directory.storage) == ["20260101T000000-c", "20260102T000000-b"]
+    put(directory.storage, f"_run/{second}.copy/manifest.json")  # that somebody has kept
+    assert run_ids(directory.storage) == [first, second]
     last = directory.last_run()
     assert last is not None
-    assert last.manifest() == manifest("20260102T000000-b")
+    assert last.manifest() == manifest(second)
 
 
 def test_files_that_are_added_come_after_those_that_are_there(output: str) -> None:
@@ -65,6 +76,22 @@ def test_files_that_are_added_come_after_those_that_are_there(output: str) -> No
     more = InputFile("posts/b.parquet", 2, 3, 100, 3)
     folder.add([more])
     assert folder.manifest() == replace(manifest("1"), files=[*manifest("1").files, more], parts=[2, 1])
+
+
+def test_files_are_in_the_order_in_which_they_were_added_also_after_ten_thousand_times(output: str) -> None:
+    """Numbers of groups follow from it: another order, and rows are done twice or not at all."""
+    storage, run_id = open_storage(output), RUN_IDS[0]
+    directory = OutputFolder(output, storage)
+    directory.run(run_id).begin(manifest(run_id))
+    for number in (10_000, 9_999):
+        file = InputFile(f"posts/{number}.parquet", number, 3, 100, 3)
+        put(storage, f"_run/{run_id}/files/{number:04d}.json", as_json({"files": [vars(file)]}))
+    added = [file.number for file in directory.run(run_id).manifest().files[2:]]
+    assert added == [9_999, 10_000]
+    directory.run(run_id).make_live()
+    described = input_of_run(storage)
+    assert described is not None
+    assert list(described.numbers.values())[2:] == added
 
 
 def test_run_of_another_version_is_named(output: str) -> None:
@@ -103,14 +130,14 @@ def test_last_run_that_is_live_is_the_one_to_read(output: str) -> None:
 
 def test_published_files_are_found_before_and_after_they_are_moved(output: str) -> None:
     directory = OutputFolder(output)
-    folder, storage = directory.run("1"), directory.storage
-    folder.begin(manifest("1"))
+    folder, storage = directory.run(RUN_IDS[0]), directory.storage
+    folder.begin(manifest(RUN_IDS[0]))
     folder.make_live()
     files = [PublishedFile(f"status=ok/{name}.parquet", 1, 1, {}) for name in ("old", "new")]
     folder.publish("g00000", Publication(files[:1], []))
     folder.publish("p000", Publication(files[1:], [files[0].name]))
     assert live_files(folder.publications()) == {"status=ok/new.parquet": "p000"}
-    waiting, moved = "_run/1/merged/p000/status=ok/new.parquet", "annotations/status=ok/new.parquet"
+    waiting, moved = f"_run/{RUN_IDS[0]}/merged/p000/status=ok/new.parquet", "annotations/status=ok/new.parquet"
     put(storage, waiting)
     assert annotation_paths(storage) == [storage.path(waiting)]
     storage.move(waiting, moved)
@@ -153,6 +180,57 @@ def test_conditional_writes(output: str) -> None:
     with pytest.raises(ConflictError):
         storage.swap("_run/missing", b"5", second)
     assert storage.read("_run/missing") is None
+
+
+def test_a_file_is_deleted_in_the_version_that_was_seen(output: str) -> None:
+    storage = open_storage(output)
+    storage.delete_version("_run/x", None)
+    first = storage.swap("_run/x", b"1", None)
+    storage.delete_version("_run/x", None)
+    second = storage.swap("_run/x", b"2", first)
+    storage.delete_version("_run/x", first)
+    assert storage.read("_run/x") == b"2"
+    storage.delete_version("_run/x", second)
+    assert storage.read("_run/x") is None
+
+
+def test_a_write_that_s3_is_too_busy_for_is_tried_again(s3: Any, faulty_s3: Any) -> None:
+    """Of two conditional writes at a time, perhaps one sent twice, it refuses one whatever the condition."""
+    folder = OutputFolder(s3.bucket("runs") + "/out").run("1")
+    group = Publication([PublishedFile("first", 1, 1, {})], [])
+    faulty_s3.plan = ["busy"]
+    folder.publish("g00000", group)
+    assert faulty_s3.counts["busy"] == 1
+    assert folder.publications() == {"g00000": group}
+
+
+def test_what_is_neither_written_nor_there_is_no_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(storage: Storage, name: str, content: bytes, expected: str | None) -> str:
+        raise ConflictError(name)
+
+    monkeypatch.setattr(LocalStorage, "swap", refuse)
+    with pytest.raises(ConflictError):
+        OutputFolder(str(tmp_path)).run("1").publish("g00000", Publication([], []))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the lease is every five seconds, which the nodes of a cluster read for each block that they write."""
+    storage, read = LocalStorage(str(tmp_path)), Storage.read
+    put(storage, "x", b"new")
+    failures = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+
+    def stale(self: Storage, name: str) -> bytes | None:
+        if failures:
+            raise failures.pop(0)
+        return read(self, name)
+
+    monkeypatch.setattr(Storage, "read", stale)
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.read("x")
+    failures.append(OSError(errno.ESTALE, "Stale file handle"))
+    assert storage.read("x") == b"new"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"run_id": "2026', b"[]", b"\xff"])
