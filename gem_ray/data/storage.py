@@ -23,6 +23,7 @@ from gem_ray.s3 import S3Uri, client, is_refusal
 
 _THREADS = 16
 _STALE_READS = 3
+_TRIAL = "_run/.trial"
 _CONFLICT_PAUSES_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 Item = TypeVar("Item")
@@ -125,6 +126,13 @@ class Storage:
     def delete_version(self, name: str, expected: str | None) -> None:
         """Delete a file if it still has the expected version (`None`: it was not there, and nothing is deleted)."""
         raise NotImplementedError
+
+    def check_may_delete(self) -> None:
+        """Check what nothing else would show before the first deletion, which may come after hours.
+
+        Raises:
+            PermissionError: files may be written, and not deleted.
+        """
 
     def files(self, folder: str) -> dict[str, int]:
         """Names and sizes in bytes of the files in a folder and below, sorted by name."""
@@ -254,6 +262,11 @@ class S3Storage(Storage):
             with suppress(ConflictError):
                 self._delete_if(name, expected)
 
+    def check_may_delete(self) -> None:
+        """As `Storage.check_may_delete`."""
+        self._put(_TRIAL, b"")
+        self._conditional(_TRIAL, self._client.delete_object)
+
     def _delete_if(self, name: str, version: str) -> None:
         try:
             self._conditional(name, self._client.delete_object, IfMatch=version)
@@ -376,7 +389,8 @@ def _as_os_errors(path: str) -> Iterator[None]:
         if is_refusal(error):
             code, action = error.response["Error"]["Code"], error.operation_name
             raise PermissionError(
-                f"s3://{path} may not be read or written ({code} for {action}): check the credentials and their policy"
+                f"s3://{path} may not be read, written or deleted ({code} for {action}): check the credentials and "
+                "their policy"
             ) from None
         raise ConnectionError(f"s3://{path}: {error}") from None
     except BotoCoreError as error:  # no connection, or no answer

@@ -6,8 +6,9 @@ annotated together, so that models are loaded once for all of them, and no card 
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from gem_ray.config import Config
     from gem_ray.pipeline.lease import LeaseClaim
     from gem_ray.pipeline.output_folder import Manifest, RunFolder
+
+_LISTED_LATE_S = 90
 
 
 @dataclass(frozen=True)
@@ -146,16 +149,17 @@ class GroupRunner:
             self._run_together([_Staged(group, self._folder, len(self._passes)) for group in together])
 
     def _run_together(self, staged: Sequence[_Staged]) -> None:
-        waiting = deque(staged)
+        waiting, last = deque(staged), len(self._passes) - 1
 
         def publish_what_is_there() -> None:
-            while waiting and waiting[0].is_complete():
+            while waiting and waiting[0].is_complete(last):
                 self._publish(waiting.popleft())
 
-        last = len(self._passes) - 1
         for number in range(last):
             self._run_pass(staged, number, lambda: None)
+            self._wait_until_listed(staged, number)
         self._run_pass(staged, last, publish_what_is_there)
+        self._wait_until_listed(waiting, last)
         while waiting:
             self._publish(waiting.popleft())
 
@@ -177,6 +181,18 @@ class GroupRunner:
         index = None if is_last else number
         self._executor.run_pass(source, self._config, self._origin, pools, sink, index, meanwhile)
         self.annotated += left * is_last
+
+    def _wait_until_listed(self, staged: Collection[_Staged], number: int) -> None:
+        """Wait until the rows of a pass are seen: on NFS, what other nodes wrote is listed up to a minute late.
+
+        Raises:
+            FileExistsError: another process has taken the output, and may have deleted what is waited for.
+        """
+        for _ in range(_LISTED_LATE_S):
+            if all(each.is_complete(number) for each in staged):
+                return
+            self._claim.check()
+            time.sleep(1)
 
     def _left_by(self, number: int, staged: Sequence[_Staged]) -> PassResults:
         """What a pass made of the groups, for the one after it."""
@@ -215,9 +231,9 @@ class _Staged:
         done = self.rows[number].ids()
         return np.setdiff1d(self.group.ids, done, assume_unique=True) if len(done) else self.group.wanted
 
-    def is_complete(self) -> bool:
-        """Whether every row has been through the last pass."""
-        return len(self.rows[-1].ids()) == self.group.rows
+    def is_complete(self, number: int) -> bool:
+        """Whether every row has been through a pass."""
+        return len(self.rows[number].ids()) == self.group.rows
 
 
 def _together(groups: Sequence[Group], wanted: Sequence[np.ndarray | None]) -> np.ndarray | None:

@@ -79,7 +79,9 @@ def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
     waiting = storage.files(folder.merged)
     stale = [name for name in _own(directory, there) if name not in live]
     moves = {name: merged_name(folder.run_id, group, name) for name, group in live.items()}
-    moves = {n: source for n, source in moves.items() if source in waiting and there.get(n) != sizes[n]}
+    moves = {n: source for n, source in moves.items() if there.get(n) != sizes[n]}
+    # What other nodes wrote is listed late on NFS, and found by its name.
+    moves = {n: source for n, source in moves.items() if source in waiting or storage.exists(source)}
     is_short = not live or any(there.get(name) != sizes[name] for name in live)
     if stale or is_short:
         with claim.checked():

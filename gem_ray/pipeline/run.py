@@ -164,6 +164,7 @@ class _Run:
 
     def annotate(self, fresh: bool, update: bool, only_problems: bool, progress: OnReading | None) -> RunSummary:
         clock = time.perf_counter()
+        self.directory.storage.check_may_delete()
         self.directory.sweep()
         check_no_strangers(self.directory)
         folder = (None if fresh else self._continue(update, only_problems)) or self._begin()

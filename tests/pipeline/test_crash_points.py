@@ -64,6 +64,7 @@ IN_PASSES = load_config(
 )
 FLAKY = "flaky"  # a post whose image is there at one attempt and not at the next
 ROWS_PER_BLOCK = 2
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EACCES)
 
 
 class Crash(BaseException):
@@ -566,6 +567,56 @@ def test_driver_that_was_taken_for_dead_harms_nothing_when_it_wakes_up(
         check(world, expected)  # as the other one has said
         world.annotate(scenario.config, **scenario.again)
         check(world, expected)
+
+
+@pytest.mark.parametrize("is_bucket", [False, True], ids=["disk", "bucket"])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_write_that_fails_is_said_or_made_up_for_and_the_next_start_gives_every_row_once(
+    scenario: Scenario, is_bucket: bool, tmp_path: Path, use: Callable[[World], World]
+) -> None:
+    """A full disk, a quota, a handle that is stale, S3 that is slow or refuses: once, at every fourth write."""
+    world = use(World(tmp_path, is_bucket))
+    scenario.prepare(world)
+    begin = world.save()
+    writes, expected = undisturbed(scenario, world)
+    for point in range(1 + 2 * is_bucket, writes + 1, 4):
+        world.restore(begin)
+        error = OSError(FAULTS[point % len(FAULTS)], "the write failed")
+
+        def fail(error: OSError = error) -> None:
+            raise error
+
+        try:
+            world.annotate(scenario.config, Process(stop_at=point, meanwhile=fail), **scenario.options)
+        except (OSError, RunError):
+            published_rows(world)
+        else:
+            check(world, expected)
+        world.annotate(scenario.config, **scenario.again)
+        check(world, expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, IN_PASSES], ids=["one pass", "passes"])
+def test_rows_that_other_nodes_wrote_and_are_listed_late_are_waited_for(
+    config: Config, tmp_path: Path, use: Callable[[World], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a machine keeps what it knows of a folder for up to a minute."""
+    known: dict[str, list[dict[str, int]]] = {}
+    files = CountedStorage.files
+
+    def as_some_looks_ago(self: CountedStorage, folder: str) -> dict[str, int]:
+        found = files(self, folder)
+        if "/staged" not in folder and "/merged" not in folder:
+            return found
+        known.setdefault(folder, [{}] * 3).append(found)
+        return known[folder][-4]
+
+    monkeypatch.setattr(CountedStorage, "files", as_some_looks_ago)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    world = use(World(tmp_path))
+    world.put(**INPUT)
+    assert world.annotate(config).rows == len(published_rows(world)) == 5
+    assert (world.output / SUCCESS).exists()
 
 
 def test_files_that_two_drivers_add_are_in_the_run_once(

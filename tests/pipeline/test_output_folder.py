@@ -31,6 +31,7 @@ from gem_ray.pipeline.inputs import InputFile, InputReader, count_input
 from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.output_folder import Manifest, OutputFolder, Round
 from gem_ray.pipeline.publishing import ids_of_files, lost_files
+from gem_ray.pipeline.run import annotate_dataset
 from gem_ray.pipeline.source import PostSource
 from gem_ray.pipeline.staging import StagedRows
 
@@ -202,6 +203,14 @@ def test_a_write_that_s3_is_too_busy_for_is_tried_again(s3: Any, faulty_s3: Any)
     folder.publish("g00000", group)
     assert faulty_s3.counts["busy"] == 1
     assert folder.publications() == {"g00000": group}
+
+
+def test_a_bucket_whose_policy_forbids_deleting_is_refused_before_a_row_is_read(s3: Any, tmp_path: Path) -> None:
+    bucket = s3.bucket("runs")
+    s3.forbid(f"{bucket}/*", "s3:DeleteObject")
+    write_posts(list(generate(2, seed=1)), tmp_path / "posts")
+    with pytest.raises(PermissionError, match=r"may not be read, written or deleted \(.* for DeleteObject\)"):
+        annotate_dataset(tmp_path / "posts", f"{bucket}/out", load_config())
 
 
 def test_what_is_neither_written_nor_there_is_no_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
