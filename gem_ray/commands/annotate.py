@@ -90,6 +90,8 @@ def annotate(
 ) -> None:
     """Annotate every post of a data set, or resume an unfinished run.
 
+    Runs on the Ray cluster that `RAY_ADDRESS` names (`auto` on its nodes), else on this machine.
+
     Exit code 1: failed, or too many posts did. 3: done, but some rows were rejected, or some files not read.
     """
     from gem_ray.config import load_config

@@ -75,6 +75,8 @@ def annotate_dataset(
 ) -> RunSummary:
     """Annotate every post of a data set on Ray, or continue where an earlier call with this output stopped.
 
+    Runs on the Ray of this process if it has one, else on the cluster that `RAY_ADDRESS` names, else on a local Ray.
+
     Args:
         input: a Parquet or WebDataset file, or a folder of them; a path or an `s3://` URI.
         output: the run's folder, a path or an `s3://` URI; gets `annotations/status=…/*.parquet` and `run.json`.
