@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import regex
 
 from gem_ray.config import Config
+from gem_ray.data.columns import InputColumns
 from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.fetch import why_never_read
-from gem_ray.data.formats import Format
 from gem_ray.data.images import ImageError, decode_image
-from gem_ray.data.listing import Listing, find_shards, format_of
-from gem_ray.data.parquet import Columns, read_columns, remarks_on_columns
+from gem_ray.data.listing import Listing, find_shards
+from gem_ray.data.parquet import Columns, Counted
 from gem_ray.data.prepare import Preparer, post_from_row
 from gem_ray.data.shards import shard_rows
 from gem_ray.records import Post, Status
@@ -66,8 +64,8 @@ class InputCheck:
         input: as the user named it.
         files: how many can be read.
         rows: in these.
-        columns: field of an input row -> its column in the first Parquet file: the type, and the name if it is another.
-        unread_columns: the others of that file.
+        columns: as `InputColumns.read`.
+        unread_columns: as `InputColumns.unread`.
         refused: why `annotate` refuses the input; empty if it does not.
         skipped: damaged files that `annotate --skip-bad-files` skips, and why.
         remarks: sentences on other files and columns that are not read.
@@ -112,38 +110,18 @@ def check_input(
     except (OSError, ValueError) as error:
         return InputCheck(str(path), 0, 0, {}, [], [str(error)], [], [], None)
     columns = columns or {}
-    counts = list(count_shards(listing.filesystem, listing.paths, columns))
+    found = InputColumns(columns)
+    counts = list(found.noting(listing.paths, count_shards(listing.filesystem, listing.paths, columns)))
     bad = [count for count in counts if isinstance(count, Unreadable)]
     refused = [each.reason for each in bad if not (skip_bad_files and each.is_damaged)]
     skipped = [each.reason for each in bad if skip_bad_files and each.is_damaged]
-    rows = sum(count for count in counts if isinstance(count, int))
+    rows = sum(count.rows for count in counts if isinstance(count, Counted))
     if not refused and not rows:
         refused = [f"the input holds no posts: {path}"]
-    good = [shard for shard, count in zip(listing.shards, counts, strict=True) if isinstance(count, int)]
-    readable = replace(listing, shards=good)
-    schema = _first_schema(readable)
-    read = read_columns(schema, columns)
-    unread = [name for name in schema.names if name not in {columns.get(field, field) for field in read}]
-    remarks = [*listing.remarks(), *remarks_on_columns(schema, columns)]
-    found = None if refused else _sample(readable, columns, config, sample)
-    return InputCheck(str(path), len(good), rows, read, unread, refused, skipped, remarks, found)
-
-
-def column_remarks(listing: Listing, columns: Columns) -> list[str]:
-    """Sentences on columns that are not read, though they are nearly called so."""
-    return remarks_on_columns(_first_schema(listing), columns)
-
-
-def _first_schema(listing: Listing) -> pa.Schema:
-    """That of the first Parquet file; without columns if there is none. Others have the same, or are refused."""
-    for path in listing.paths:
-        if format_of(listing.filesystem, path) is Format.PARQUET:
-            try:
-                with listing.filesystem.open_input_file(path) as stream:
-                    return pq.read_schema(stream)
-            except (OSError, ValueError):  # damaged, which is among the refusals
-                break
-    return pa.schema([])
+    good = [shard for shard, count in zip(listing.shards, counts, strict=True) if isinstance(count, Counted)]
+    remarks = [*listing.remarks(), *found.remarks()]
+    posts = None if refused else _sample(replace(listing, shards=good), columns, config, sample)
+    return InputCheck(str(path), len(good), rows, found.read, found.unread, refused, skipped, remarks, posts)
 
 
 def _sample(listing: Listing, columns: Columns, config: Config, size: int) -> InputSample:

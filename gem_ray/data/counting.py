@@ -13,7 +13,7 @@ from pyarrow import fs
 from gem_ray.data.damage import UNPARSED, DamagedError, parsed
 from gem_ray.data.formats import Format
 from gem_ray.data.listing import format_of
-from gem_ray.data.parquet import Columns, rows_in_footer
+from gem_ray.data.parquet import Columns, Counted, rows_in_footer
 from gem_ray.data.shards import count_rows
 
 _AT_ONCE = 16
@@ -36,7 +36,7 @@ class Unreadable:
 
 def count_shards(
     filesystem: fs.FileSystem, paths: Sequence[str], columns: Columns, most: int | None = None
-) -> Iterator[int | Unreadable]:
+) -> Iterator[Counted | Unreadable]:
     """The rows of shards, in order: of a Parquet file from its footer, of a tar by walking through its headers.
 
     Many are counted at once; with a limit one first, then twice as many, for as long as the caller asks on.
@@ -55,7 +55,7 @@ def count_shards(
             at_once = min(2 * at_once, _AT_ONCE)
 
 
-def _count(filesystem: fs.FileSystem, columns: Columns, most: int | None, path: str) -> int | Unreadable:
+def _count(filesystem: fs.FileSystem, columns: Columns, most: int | None, path: str) -> Counted | Unreadable:
     try:
         return parsed(filesystem, path, partial(count_rows, filesystem, path, columns, most))
     except DamagedError as error:

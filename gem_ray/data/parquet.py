@@ -7,7 +7,8 @@ whose columns cannot hold posts is refused by its footer, before a model is load
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,21 @@ def parquet_rows(
             yield from ((position, {ERROR_FIELD: reason}) for position in left.tolist())
 
 
-def count_parquet_rows(stream: NativeFile, columns: Columns) -> int:
-    """How many rows a file has, by its footer.
+@dataclass(frozen=True)
+class Counted:
+    """A file whose rows can be read.
+
+    Attributes:
+        rows: how many it has.
+        schema: of a Parquet file; None of a tar.
+    """
+
+    rows: int
+    schema: pa.Schema | None = None
+
+
+def count_parquet_rows(stream: NativeFile, columns: Columns) -> Counted:
+    """How many rows a file has, and which columns, by its footer.
 
     Raises:
         ValueError, pa.ArrowException, OSError: as `parquet_rows`.
@@ -87,7 +101,7 @@ def count_parquet_rows(stream: NativeFile, columns: Columns) -> int:
     groups = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
     if min(groups, default=0) < 0 or sum(groups) != facts.num_rows:
         raise ValueError(f"its footer is damaged: {facts.num_rows} rows in all, and {sum(groups)} in its row groups")
-    return int(facts.num_rows)
+    return Counted(int(facts.num_rows), parquet.schema_arrow)
 
 
 def rows_in_footer(stream: NativeFile) -> int:
@@ -132,13 +146,13 @@ def read_columns(schema: pa.Schema, columns: Columns) -> dict[str, str]:
     }
 
 
-def remarks_on_columns(schema: pa.Schema, columns: Columns) -> list[str]:
+def remarks_on_columns(there: Sequence[str], columns: Columns) -> list[str]:
     """Sentences on columns that are not read, though their names are nearly those of an input row's fields."""
     read = {columns.get(name, name) for name in INPUT_SCHEMA.names}
-    names = {name.lower(): name for name in INPUT_SCHEMA.names if columns.get(name, name) not in schema.names}
+    names = {name.lower(): name for name in INPUT_SCHEMA.names if columns.get(name, name) not in there}
     return [
         f"column {name} is not read; `--map {names[name.lower()]}={name}` reads it"
-        for name in schema.names
+        for name in there
         if name not in read and name.lower() in names
     ]
 

@@ -20,7 +20,7 @@ from gem_ray.data.files import open_filesystem, whole_file
 from gem_ray.data.formats import LFS_POINTER, Format, format_of_name
 from gem_ray.data.listing import MARKER, Listing, format_of, list_shards
 from gem_ray.data.output import InputOfRun
-from gem_ray.data.parquet import Columns, SchemaError, count_parquet_rows, parquet_rows
+from gem_ray.data.parquet import Columns, Counted, SchemaError, count_parquet_rows, parquet_rows
 from gem_ray.data.prepare import post_from_row, row_from_post
 from gem_ray.data.tokenize import tokenize
 from gem_ray.data.webdataset import count_rows_in_tar, rows_from_tar
@@ -149,7 +149,9 @@ def shard_rows(
                 yield from parquet_rows(stream, wanted, columns or {})
 
 
-def count_rows(filesystem: fs.FileSystem, file: str, columns: Columns | None = None, most: int | None = None) -> int:
+def count_rows(
+    filesystem: fs.FileSystem, file: str, columns: Columns | None = None, most: int | None = None
+) -> Counted:
     """How many rows `shard_rows` gives: from a Parquet file's footer, or by walking through a tar.
 
     Args:
@@ -162,7 +164,7 @@ def count_rows(filesystem: fs.FileSystem, file: str, columns: Columns | None = N
     with _naming(filesystem, file) as kind:
         if kind is Format.TAR:
             with filesystem.open_input_stream(file, compression=None) as stream:
-                return count_rows_in_tar(stream, most)
+                return Counted(count_rows_in_tar(stream, most))
         with filesystem.open_input_file(file) as stream:
             return count_parquet_rows(stream, columns or {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,15 @@ import numpy as np
 from pyarrow import fs
 
 from gem_ray.config import ImageConfig
+from gem_ray.data.columns import InputColumns
 from gem_ray.data.counting import Unreadable, count_shards
 from gem_ray.data.files import StoredFile
+from gem_ray.data.parquet import Counted
 from gem_ray.data.shards import ROWS_BITS
 from gem_ray.plurals import counted
 from gem_ray.redaction import redacted
+
+logger = logging.getLogger(__name__)
 
 _NAMED = 5  # files in a message
 
@@ -90,8 +95,11 @@ def count_input(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"the limit must be at least 1, not {limit}")
-    counts = count_shards(reader.filesystem, [shard.path for shard in shards], reader.columns, limit)
+    paths, found = [shard.path for shard in shards], InputColumns(reader.columns)
+    counts = found.noting(paths, count_shards(reader.filesystem, paths, reader.columns, limit))
     files = list(_within(limit, shards, counts, first_number, skip_bad_files))
+    for remark in found.remarks():
+        logger.warning(remark)
     _refuse([file.unread for file in files if file.unread is not None and not skip_bad_files])
     return files
 
@@ -99,7 +107,7 @@ def count_input(
 def _within(
     limit: int | None,
     shards: Sequence[StoredFile],
-    counts: Iterator[int | Unreadable],
+    counts: Iterator[Counted | Unreadable],
     first_number: int,
     skip_bad_files: bool,
 ) -> Iterator[InputFile]:
@@ -111,7 +119,7 @@ def _within(
                 raise ValueError(count.reason)
             yield InputFile(shard.path, number, 0, *facts, unread=redacted(count.reason), unread_rows=count.rows)
             continue
-        rows = count if left is None else min(count, left)
+        rows = count.rows if left is None else min(count.rows, left)
         yield InputFile(shard.path, number, rows, *facts)
         if left is not None:
             left -= rows

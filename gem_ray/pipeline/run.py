@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
-from gem_ray.data.check import column_remarks
 from gem_ray.data.listing import Listing, list_shards
 from gem_ray.data.output import RUN_FACTS, RUNS, SUCCESS, live_files
 from gem_ray.data.storage import ConflictError, as_json
@@ -222,8 +221,6 @@ class _Run:
 
     def _count(self, shards: Sequence[StoredFile], first_number: int = 0) -> list[InputFile]:
         """The input as `check` would find it, with a warning for what is not read of it."""
-        for remark in column_remarks(self.listing, self.reader.columns):
-            logger.warning(remark)
         files = count_input(self.reader, shards, self.limit, first_number, self.skip_bad_files)
         for file in files:
             if file.unread is not None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow.fs import LocalFileSystem
 from typer.testing import CliRunner
 
 from gem_ray.cli import app
 from gem_ray.config import Config
 from gem_ray.data.check import check_input
+from gem_ray.data.listing import list_shards
 from gem_ray.data.shards import write_posts
+from gem_ray.pipeline.inputs import InputReader, count_input
 from gem_ray.records import Post
 
 
@@ -127,6 +131,39 @@ def test_ten_files_at_most_are_sampled_over_the_whole_input(tmp_path: Path):
     found = check_input(tmp_path / "p", Config(), sample=20)
     assert found.sample is not None
     assert found.sample.posts == 10
+
+
+def test_files_with_other_columns_than_the_first_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = {"post_id": ["1"], "text": ["Lyon"], "image_uri": ["a.jpg"], "lang": ["en"]}
+    pq.write_table(pa.table(first), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"post_id": [2], "text": ["Lyon"], "Image_URI": ["b.jpg"]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"post_id": ["3"], "tokens": [["Lyon"]], "likes": [3]}), tmp_path / "c.parquet")
+    (tmp_path / "d.tar").write_bytes(tar_of_one_post())
+    found = check_input(tmp_path, Config())
+    assert found.refused == []
+    assert found.columns == {
+        "post_id": "string", "text": "string", "image_uri": "string", "tokens": "list<element: string>"
+    }  # fmt: skip
+    assert found.unread_columns == ["lang", "Image_URI", "likes"]
+    assert found.remarks == [
+        "column Image_URI is not read; `--map image_uri=Image_URI` reads it",
+        f"1 of 3 Parquet files has no column text: {tmp_path}/c.parquet",
+        f"2 of 3 Parquet files have no column image_uri: {tmp_path}/b.parquet and 1 more",
+        f"2 of 3 Parquet files have no column tokens: {tmp_path}/a.parquet and 1 more",
+    ]
+    reader = InputReader(LocalFileSystem())
+    with caplog.at_level("WARNING"):
+        count_input(reader, list_shards(tmp_path).shards)
+    assert [record.message for record in caplog.records][-4:] == found.remarks
+
+
+def tar_of_one_post() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        entry = tarfile.TarInfo("4.txt")
+        entry.size = 4
+        tar.addfile(entry, io.BytesIO(b"Lyon"))
+    return buffer.getvalue()
 
 
 def test_columns_are_described_and_what_is_skipped_is_an_exit_code(tmp_path: Path):

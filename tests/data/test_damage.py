@@ -74,7 +74,7 @@ def test_a_read_that_fails_once_makes_no_row_wrong(content: bytes) -> None:
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_a_file_that_opens_at_the_second_attempt_is_not_damaged(content: bytes, fails_at: int) -> None:
     [count] = count_shards(Flaky(content, fails_at), ["a.parquet"], {})
-    assert count == 3000 or (isinstance(count, Unreadable) and not count.is_damaged)
+    assert getattr(count, "rows", None) == 3000 or (isinstance(count, Unreadable) and not count.is_damaged)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_with_any_bit_wrong_a_file_is_refused_or_has_every_row_once() -> None:
     for place in range(4, len(content) - 8):
         damaged = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
         try:
-            count = count_parquet_rows(pa.BufferReader(damaged), {})
+            count = count_parquet_rows(pa.BufferReader(damaged), {}).rows
         except (pa.ArrowException, OSError, ValueError):
             refused += 1
             continue

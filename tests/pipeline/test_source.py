@@ -14,6 +14,7 @@ import pytest
 
 from gem_ray.data.generated import generate
 from gem_ray.data.listing import list_shards
+from gem_ray.data.parquet import Counted
 from gem_ray.data.shards import count_rows, read_posts, write_posts
 from gem_ray.pipeline.inputs import InputReader, count_input
 from gem_ray.pipeline.lease import Lease
@@ -67,7 +68,7 @@ def test_a_limit_stops_the_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_posts(generate(60, seed=4), tmp_path, per_shard=1)
     counted: list[str] = []
 
-    def count(filesystem: object, path: str, columns: object, most: int | None) -> int:
+    def count(filesystem: object, path: str, columns: object, most: int | None) -> Counted:
         counted.append(path)
         return count_rows(filesystem, path, columns, most)
 
