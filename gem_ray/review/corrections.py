@@ -24,6 +24,7 @@ from gem_ray.taxonomy import LabelSet
 
 _SHOWN = 5  # tasks that are named in one error
 _LINE_END = r"\n"  # two characters, as Label Studio's editor writes one in the text of a span that was marked by hand
+UNSEEN = "checks without a time, as annotations have that Label Studio makes of predictions: has anybody looked?"
 _READ = {"labels", "rectanglelabels", "relation"}
 
 
@@ -92,6 +93,7 @@ def read_corrections(export: Path, review: Review) -> Corrections:
         raise ValueError(f"{export} has no task of the review {review.path}: their ids are none of its posts")
     corrected, wrong = {}, []
     for row_id, (task, annotation) in chosen.items():
+        remarks[UNSEEN] += "lead_time" in annotation and annotation["lead_time"] is None
         where = f"task {task.get('id')} (post {known[row_id].post_id!r})"
         try:
             corrected[row_id] = _corrected(known[row_id], task["data"], annotation["result"], review.facts.label_set)

@@ -17,7 +17,7 @@ import pytest
 
 from gem_ray.records import Box, GoldEntity
 from gem_ray.review.certificate import certify
-from gem_ray.review.corrections import read_corrections
+from gem_ray.review.corrections import UNSEEN, read_corrections
 from gem_ray.review.folder import read_review
 
 EXPORT = Path(__file__).with_name("label-studio-export.json")
@@ -114,7 +114,8 @@ def test_spans_categories_boxes_and_deletions_come_back(review):
     corrections = read_corrections(EXPORT, review)
     assert list(corrections.posts) != []
     assert corrections.in_order(review) == [corrections.posts[post.row_id] for post in review.posts[:UNCHECKED]]
-    assert corrections.remarks == {"tasks that nobody has checked": len(review.posts) - UNCHECKED}
+    remarks = {"tasks that nobody has checked": len(review.posts) - UNCHECKED, UNSEEN: UNCHECKED}  # they were scripted
+    assert corrections.remarks == remarks
     for number, post in enumerate(review.posts[:UNCHECKED]):
         gold = corrections.posts[post.row_id].gold
         expected = [GoldEntity(e.word_start, e.word_end, e.fine, (e.box,) if e.box else ()) for e in post.entities]

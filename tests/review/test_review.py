@@ -14,7 +14,7 @@ from gem_ray.evaluation.rules import EvaluationError
 from gem_ray.records import Box, Post
 from gem_ray.review.certificate import Claim, certify, write_certificate
 from gem_ray.review.changes import compare_runs
-from gem_ray.review.corrections import read_corrections
+from gem_ray.review.corrections import UNSEEN, read_corrections
 from gem_ray.review.folder import read_review
 from gem_ray.review.gold import write_gold
 from gem_ray.review.page import notes, render_certificate
@@ -274,6 +274,8 @@ def test_answers_that_are_neither_spans_nor_boxes_are_told(review, tasks, export
     assert corrections.posts[review.posts[0].row_id].gold == []
     (remark,) = corrections.remarks
     assert "tasks with choices, which are not read" in remark
+    made = [checked(task, lead_time=None if number else 4.5) for number, task in enumerate(tasks)]
+    assert read_corrections(export(made), review).remarks == {UNSEEN: 23}  # annotations made of predictions
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "", '[{"data": {}}]', '[{"data": {}, "annotations": [{}]}]'])
