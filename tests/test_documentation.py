@@ -18,7 +18,10 @@ from typer.main import get_command
 from gem_ray.cli import app
 from gem_ray.config import Config, affecting
 from gem_ray.data.prepare import post_from_row
+from gem_ray.pipeline.account import Account
+from gem_ray.pipeline.summary import RunSummary
 from gem_ray.records import ANNOTATION_SCHEMA, ENTITY_TYPE, INPUT_SCHEMA, Problem, ProblemKind
+from gem_ray.tally import Tally
 from jobs.documentation import INCLUDED, RECIPES, ROOT, line_of, linked_files, sections
 from jobs.http_reference import openapi
 
@@ -175,9 +178,17 @@ def test_the_output_page_has_every_column_and_every_field_of_an_entity():
 
 def test_the_output_page_has_every_kind_of_problem_and_the_status_that_it_leaves():
     page = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
-    rows = page.partition("\n## Problems\n")[2].partition("| --- |")[2]
+    rows = page.partition("\n## Problems\n")[2].partition("\n## ")[0].partition("| --- |")[2]
     told = dict(re.findall(r"^\| `(\w+)` \| (\w+)", rows, re.MULTILINE))
     assert told == {kind: Problem("ground", kind, "").status for kind in ProblemKind}
+
+
+def test_the_output_page_has_every_key_of_a_runs_facts():
+    page = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`[^|]+) \|", page.partition("\n## run.json\n")[2], re.MULTILINE)
+    told = [key for cell in cells for key in re.findall(r"`(\w+)`", cell)]
+    summary = RunSummary("", "", "", "", 1.0, 0, Account(), 0.0, Tally(), {}, {})
+    assert sorted(told) == sorted(summary.to_dict())
 
 
 def test_every_training_has_its_settings_in_the_reference():
