@@ -209,6 +209,14 @@ def test_every_command_of_the_documentation_exists_with_its_options(tmp_path: Pa
     assert {f"{page}: {command}": fault for page, command in documented if (fault := fault_of(command, tmp_path))} == {}
 
 
+def test_commands_that_made_figures_say_all_that_they_need(tmp_path: Path) -> None:
+    """Elsewhere in a sentence, arguments may be left out."""
+    rows = re.findall(r"^\|.*\|$", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), re.MULTILINE)
+    made = [Command(each.words, True) for line in rows for each in commands_of(line) if each.words[0] == "python"]
+    assert len(made) > 10
+    assert {str(command): fault for command in made if (fault := fault_of(command, tmp_path))} == {}
+
+
 def test_examples_of_the_help_exist_with_their_options(tmp_path: Path) -> None:
     examples = [each.epilog for _, each in _leaves(_without_callbacks(app), "") if each.epilog]
     commands = [Command(each.words, True) for text in examples for each in commands_of(text)]
