@@ -360,8 +360,6 @@ def _set(row: dict[str, Any], field: str, value: Any, convert: _Convert | None) 
 
 def _converter(field: str, kind: pa.DataType) -> _Convert | None:
     """What makes values of a type those of a field; None where they are already."""
-    if types.is_dictionary(kind):
-        kind = kind.value_type
     if field == "image":
         return _bytes_or_path if types.is_struct(kind) else None
     if field == "tokens" and _is_list(kind) and _is_bytes(kind.value_type):

@@ -20,6 +20,7 @@ from gem_ray.records import Post
 from gem_ray.review.changes import Changes, compare_runs
 from gem_ray.review.corrections import Corrections
 from gem_ray.review.estimate import (
+    CONFIDENCE,
     MEASURES,
     Checks,
     Estimate,
@@ -140,7 +141,7 @@ class Certificate:
             "checked": self.checked,
             "beyond_the_first_missing": self.beyond,
             "first_missing": self.first_missing,
-            "confidence": 0.95,
+            "confidence": CONFIDENCE,
             "tasks": _as_dicts(self.estimates),
             "left_out": self.left_out,
             "width": self.width,

@@ -72,11 +72,10 @@ class TrainingViews(Dataset):
         epoch, number = key
         random, settings = Random(f"view {self.settings.seed} {epoch} {number}"), self.settings
         example = self.examples[number]
-        is_replaced = random.random() < settings.mention_replacement
-        if is_replaced:
+        if random.random() < settings.mention_replacement:
             example = self._with_other_mentions(example, random)
         example = self._with_hidden_words(example, random)
-        without = is_replaced or random.random() < settings.knowledge_dropout
+        without = random.random() < settings.knowledge_dropout
         first = self._window(example, with_knowledge=not without)
         if settings.second_view == "none":
             return View(first)
@@ -101,7 +100,7 @@ class TrainingViews(Dataset):
         return replace(example, subwords=replace(post, words=words))
 
     def _with_other_mentions(self, example: TrainingPost, random: Random) -> TrainingPost:
-        """Every mention replaced by one of the same category from another place (Dai and Adel 2020)."""
+        """No knowledge, and every mention replaced by another of its category (Dai and Adel 2020)."""
         words, cases, spans = [], [], []
         position = 0
         for start, end, fine in sorted(example.spans):
