@@ -347,3 +347,7 @@ def test_a_detectors_box_is_tightened_around_what_sam_cuts_out_of_it(models, mon
         (result,) = maker.boxes(images, requests)
         assert (result.box, result.source, result.score) == (expected, "text", 0.8)
     assert asked == [[Box(3, 2, 9, 8)], [Box(0, 0, 30, 20)]]
+    monkeypatch.setattr(sam.model, "mask_threshold", -np.inf)  # masks are full
+    (result,) = BoxMaker(sam, FakeDetector(Box(3, 2, 9, 8)), [], refine=True).boxes(images, requests)
+    assert (result.box, result.source) == (Box(0, 0, 30, 20), "sam")
+    assert asked[2:] == [[]]  # what SAM cut out of the image is not cut again

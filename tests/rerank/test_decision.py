@@ -39,6 +39,15 @@ class Engine:
         return [self._answer for _ in requests]
 
 
+@given(st.integers(1, 9), st.data())
+def test_where_only_the_answers_probability_is_known_the_others_share_the_rest(count, data):
+    index, probability = data.draw(st.integers(0, count - 1)), data.draw(st.floats(0, 1)) if count > 1 else 1.0
+    shares = Choice(index, probability).shares(count)
+    assert (len(shares), shares[index]) == (count, probability)
+    assert sum(shares) == pytest.approx(1)
+    assert len(set(shares) - {probability}) <= 1
+
+
 def reranked(answer: Choice, weighs: RerankerCalibration | None, threshold: float | None = None) -> Entity:
     candidates = [Candidate(fine, p) for fine, p in zip(CHOICES, (0.6, 0.3, 0.1), strict=True)]
     entity = Entity(

@@ -16,6 +16,7 @@ from transformers import (
 
 from gem_ray.config import ConfigError, load_config
 from gem_ray.rerank.encoding import (
+    QUESTION_TOKENS,
     ChoiceTree,
     EncodedRequest,
     RequestEncoder,
@@ -132,6 +133,8 @@ def test_the_largest_image_is_as_long_as_the_models_processor_makes_it(base, kin
     assert positions(settings, longest, 1024) == longest + 448
     with pytest.raises(ConfigError, match=f"is 1024, but .* makes up to {longest} tokens of an image of 1024 pixels"):
         positions(settings.model_copy(update={"max_model_len": 1024}), longest, 1024)
+    least = longest + QUESTION_TOKENS  # as the message says
+    assert positions(settings.model_copy(update={"max_model_len": least}), longest, 1024) == least
 
 
 def test_models_of_few_image_tokens_read_as_much_as_before():

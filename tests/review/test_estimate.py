@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from gem_ray.review.audits import KnownRun, audit, watch
 from gem_ray.review.design import Design, draw
 from gem_ray.review.estimate import (
     MEASURES,
+    _student,
+    always_factor,
     claim_settled,
     difference,
     estimate,
@@ -86,6 +89,29 @@ def test_checking_every_post_gives_the_truth_exactly(kind):
     for measure, found in estimate(known.checks(order, 70))["mner"].items():
         truth = known.truth("mner")[measure]
         assert (found.value, found.low, found.high) == pytest.approx((truth, truth, truth))
+
+
+def test_when_every_post_is_checked_the_difference_of_two_runs_is_exact():
+    known = known_run(70)
+    checks = known.checks(draw(known.population.spread, Design.of_size("uncertainty", 70, 1)), 70)
+    worse = replace(checks, right={"mner": checks.right["mner"] // 2})
+    first, second = (estimate(each)["mner"]["f1"] for each in (checks, worse))
+    found = difference(checks, first, second)
+    assert found.value == second.value - first.value < 0
+    assert {found.low, found.high, *found.always} == {found.value}
+
+
+@given(st.integers(20, 2000))
+def test_intervals_at_all_times_are_narrowest_for_the_planned_number(planned):
+    """In standard errors of as many posts as are checked then; a look at any time costs more than a single one."""
+    once, early, late = (always_factor(planned, other) for other in (planned, planned // 3, 3 * planned))
+    assert stats.norm.ppf(0.975) < once < min(early, late)
+
+
+@pytest.mark.parametrize(("freedom", "error"), [(10, 3e-3), (30, 2e-4), (200, 1e-6)])
+@pytest.mark.parametrize("z", [1.0, 1.959964])
+def test_few_posts_have_the_quantiles_of_student(z, freedom, error):
+    assert _student(z, freedom) == pytest.approx(stats.t.ppf(stats.norm.cdf(z), freedom), abs=error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,8 +229,10 @@ def test_nothing_predicted_means_no_precision_and_not_a_perfect_one():
     posts = 100
     none = Population(np.arange(posts), np.full(posts, 9), np.zeros(posts, int), np.zeros(0), np.zeros(0, int), ())
     known = KnownRun(none, {"mner": np.zeros(posts)}, np.arange(posts) % 2.0)
-    found = estimate(known.checks(draw(none.spread, Design.of_size("uncertainty", 40, 0)), 40))["mner"]
+    checks = known.checks(draw(none.spread, Design.of_size("uncertainty", 40, 0)), 40)
+    found = estimate(checks)["mner"]
     assert found["precision"].value is None
+    assert posts_for_width(checks, found["precision"], 0.05) is None
     assert (found["recall"].value, found["f1"].value) == (0, 0)
     assert found["recall"].high > 0.02
     empty = KnownRun(none, {"mner": np.zeros(posts)}, np.zeros(posts))

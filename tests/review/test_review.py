@@ -77,6 +77,12 @@ def test_a_population_is_what_its_posts_say(run, posts):
     assert rest.auxiliary[:, 0] == pytest.approx(expected[1:39])
 
 
+def test_a_post_of_one_word_belongs_to_the_population_and_one_of_none_does_not(tmp_path, write_run):
+    posts = [Post("word", "Lyon", row_id=0), Post("blank", " \n", row_id=1)]
+    population = read_population(write_run(tmp_path / "run", posts))
+    assert (population.row_ids.tolist(), population.words.tolist(), population.empty) == ([0], [1], 1)
+
+
 def test_a_calibrated_confidence_is_preferred_to_the_score(tmp_path, posts, run, write_run):
     calibrated = [replace(post, entities=[replace(e, confidence=0.25) for e in post.entities]) for post in posts]
     population = read_population(write_run(tmp_path / "run", calibrated))
@@ -359,7 +365,7 @@ def test_a_certificate_without_an_error_is_no_promise_of_perfection(review, task
     found = certificate.estimates["mner"]["f1"]
     assert found.value == 1
     assert 0.6 < found.low < 0.95  # 24 posts
-    assert certificate.claims[0].holds is None
+    assert (certificate.claims[0].holds, certificate.claims[0].posts) == (None, 40)  # all of the run
     assert certificate.posts_for_width["mner"]["f1"] > 24
     write_certificate(certificate, tmp_path)
     facts = json.loads((tmp_path / "certificate.json").read_text())

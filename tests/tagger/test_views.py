@@ -1,6 +1,7 @@
 """Views of training posts: a function of seed, epoch and post, and what each setting does to them."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ def settings() -> TaggerTraining:
 
 def views(posts: list[Post], features: SubwordEncoder, settings: TaggerTraining, **values: object) -> TrainingViews:
     return TrainingViews(posts, features, settings.changed(**values))
+
+
+def outside(words: list[list[int]], spans: list[tuple[int, int, str]]) -> list[list[int]]:
+    """The words that are in no mention."""
+    return [word for place, word in enumerate(words) if not any(start <= place < end for start, end, _ in spans)]
 
 
 def test_a_view_depends_on_seed_epoch_and_post_alone(
@@ -60,6 +66,10 @@ def test_replaced_mentions_keep_their_categories_and_come_from_the_posts(
         for post in posts
         for gold in post.gold or ()
     }
+    own = [
+        (subwords.words, [(gold.word_start, gold.word_end, gold.fine) for gold in post.gold or ()])
+        for post, subwords in zip(posts, features.subwords(posts), strict=True)
+    ]
     seen = set()
     for epoch in range(40):
         for number, post in enumerate(posts):
@@ -68,6 +78,8 @@ def test_replaced_mentions_keep_their_categories_and_come_from_the_posts(
             assert [fine for *_, fine in spans] == [gold.fine for gold in post.gold or ()]
             assert window.input_ids.count(features.tokenizer.sep_token_id) == 1  # the knowledge was about others
             positions = [*window.first_subwords, len(window.input_ids) - 1]
+            of_words = [window.input_ids[first:end] for first, end in pairwise(positions)]
+            assert outside(of_words, spans) == outside(*own[number])
             for start, end, fine in spans:
                 ids = window.input_ids[positions[start] : positions[end]]
                 seen.add((fine, features.tokenizer.decode(ids)))
