@@ -257,8 +257,9 @@ def _csv_rows(
                 "--escape '\\'. --no-quotes takes quotes for characters"
             ) from None
         if cells:
-            is_header = _names(cells, columns) == header
-            yield reader.line_num + 1, {ERROR_FIELD: "it is the header again"} if is_header else _record(header, cells)
+            is_header = _names(cells) == header
+            row = {ERROR_FIELD: "it is the header again"} if is_header else _record(header, cells, columns)
+            yield reader.line_num + 1, row
         begin = reader.line_num + 2
 
 
@@ -306,16 +307,18 @@ class _Quotes:
 
 
 def _header(line: str, file: Path, columns: Columns) -> tuple[list[str], str]:
-    """The names of an input row's fields in a header, and what separates them."""
+    """The names in a header, and what separates them."""
     for separator in _SEPARATORS:
         try:
             cells = next(csv.reader([line], delimiter=separator, strict=True), [])
         except csv.Error:
             continue
-        names = _names(cells, columns)
-        if "post_id" not in names or not {"text", "tokens"} & set(names):
+        names = _names(cells)
+        fields = renamed(dict.fromkeys(names), columns)
+        if "post_id" not in fields or not {"text", "tokens"} & fields.keys():
             continue
-        twice = sorted({name for name in names if name in INPUT_SCHEMA.names and names.count(name) > 1})
+        read = {columns.get(field, field) for field in INPUT_SCHEMA.names}
+        twice = sorted({name for name in names if name in read and names.count(name) > 1})
         if twice:
             raise ValueError(f"{file}: column {', '.join(twice)} stands twice in the header")
         return names, separator
@@ -325,16 +328,13 @@ def _header(line: str, file: Path, columns: Columns) -> tuple[list[str], str]:
     )
 
 
-def _names(cells: list[str], columns: Columns) -> list[str]:
-    fields = {name: field for field, name in columns.items()}
-    names = [cell.removeprefix(_MARK).strip() for cell in cells]
-    return [fields.get(name, "" if name in columns else name) for name in names]
+def _names(cells: list[str]) -> list[str]:
+    return [cell.removeprefix(_MARK).strip() for cell in cells]
 
 
-def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        name: cell.replace(_RETURN, "\r") for name, cell in zip(header, cells, strict=False) if cell
-    }
+def _record(header: list[str], cells: list[str], columns: Columns) -> dict[str, Any]:
+    named = {name: cell.replace(_RETURN, "\r") for name, cell in zip(header, cells, strict=False) if cell}
+    values = renamed(named, columns)
     if len(cells) > len(header) or any(header[len(cells) :]):
         return {ERROR_FIELD: f"the record has {counted(len(cells), 'cell')}, and the header {len(header)}", **values}
     if values.get("tokens", "").startswith(("['", '["')):

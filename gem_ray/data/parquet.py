@@ -199,7 +199,7 @@ def _encrypted(parquet: pq.ParquetFile, names: list[str]) -> list[str]:
 
 
 def _names_there(parquet: pq.ParquetFile, columns: Columns) -> list[str]:
-    names = [columns.get(field, field) for field in INPUT_SCHEMA.names]
+    names = dict.fromkeys(columns.get(field, field) for field in INPUT_SCHEMA.names)
     return [name for name in names if name in parquet.schema_arrow.names]
 
 
@@ -318,11 +318,9 @@ def _batches(
 
 
 def _rows(batch: pa.RecordBatch, columns: Columns) -> list[dict[str, Any]]:
-    fields = {columns.get(field, field): field for field in INPUT_SCHEMA.names}
-    cells = [
-        (fields[name], column, _converter(fields[name], column.type))
-        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-    ]
+    names = {field: columns.get(field, field) for field in INPUT_SCHEMA.names}
+    there = [(field, batch.column(name)) for field, name in names.items() if name in batch.schema.names]
+    cells = [(field, column, _converter(field, column.type)) for field, column in there]
     rows: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
     for field, column, convert in cells:
         for row, value in zip(rows, _values(column), strict=True):

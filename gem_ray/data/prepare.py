@@ -101,11 +101,10 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 
     Args:
         row: values by name.
-        columns: field of an input row -> the name that it has in `row`.
+        columns: field of an input row -> the name that it has in `row`; fields may share one.
     """
-    fields = {name: field for field, name in columns.items()}
-    named = {name: value for name, value in row.items() if name not in fields and name not in columns}
-    return named | {fields[name]: value for name, value in row.items() if name in fields}
+    named = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
+    return named | {field: row[name] for field, name in columns.items() if name in row}
 
 
 def decoded_text(data: bytes) -> str:

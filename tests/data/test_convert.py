@@ -10,6 +10,7 @@ from threading import Thread
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,6 +119,23 @@ def test_a_folder_of_images_and_texts(folder):
     assert (posts["images/c"].is_rejected, posts["images/c"].image_bytes) == (True, b"jpeg")
     assert posts["images/c.png"].image_bytes == b"png"
     assert posts["images/out"].image_bytes is None
+
+
+def test_a_column_may_be_two_fields(folder, tmp_path):
+    """As the file's name in the metadata of Hugging Face's image folders: id and path in one."""
+    row = {"file_name": "images/a.png", "title": "Lyon"}
+    (folder / "posts.jsonl").write_text(json.dumps(row))
+    (folder / "posts.csv").write_text("file_name,title\nimages/a.png,Lyon\n")
+    columns = {"post_id": "file_name", "image_uri": "file_name", "text": "title"}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "posts.parquet")
+    for posts in (
+        from_jsonl(folder / "posts.jsonl", columns=columns),
+        from_csv(folder / "posts.csv", columns=columns),
+        read_posts(folder / "posts.parquet", columns=columns),
+    ):
+        [post] = posts
+        assert (post.post_id, post.text, post.problems) == ("images/a.png", "Lyon", [])
+        assert post.image_bytes or post.image_uri == "images/a.png"
 
 
 def test_a_text_may_be_called_after_the_whole_name_of_its_image(tmp_path):
