@@ -387,7 +387,7 @@ class StagePool(_Pool):
     num_cpus: float = Field(1, gt=0, description="CPUs each actor reserves")
     num_gpus: Gpus = Field(0, description="GPUs each actor reserves; fractions share a card")
     min_actors: PositiveInt = Field(1, description="fewest actors")
-    max_actors: PositiveInt | None = Field(1, description="null means as many as the CPUs allow")
+    max_actors: PositiveInt | None = Field(1, description="null means as many as CPUs and GPUs allow")
     pass_number: PositiveInt = Field(
         1, description="pools of one number run together; those of the next start when a group of posts is through"
     )

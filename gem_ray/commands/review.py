@@ -50,7 +50,11 @@ def sample(
         ),
     ] = DesignKind.UNCERTAINTY,
     images: Annotated[
-        str | None, typer.Option(help="The shards that were annotated, or a folder of images; default: no regions.")
+        str | None,
+        typer.Option(
+            help="The shards that were annotated, or a folder of images; without, checkers see none, and boxes are not "
+            "certified."
+        ),
     ] = None,
     after: Annotated[
         Path | None, typer.Option(help="Extend this review to --posts in all; only the new ones become tasks.")

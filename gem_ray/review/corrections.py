@@ -108,6 +108,8 @@ def read_corrections(export: Path, review: Review) -> Corrections:
         listed = "\n".join(wrong[:_SHOWN])
         raise ValueError(f"{export}: mend in Label Studio, and export again:\n{listed}{more}")
     shown = {row_id for row_id, (task, _) in chosen.items() if task["data"].get(IMAGE)}
+    hidden = sum(bool(post.image_width) for row_id, post in corrected.items() if row_id not in shown)
+    remarks["posts whose image the checker was not shown: their gold has no boxes, and says nothing of it"] += hidden
     return Corrections(corrected, shown, +remarks)
 
 
@@ -139,7 +141,9 @@ def _corrected(post: Post, data: Mapping[str, Any], result: list[dict[str, Any]]
     tokens = words_of(post)
     words = word_spans(post.text, tokens)
     spans = {part["id"]: _span(part, data[TEXT], words, labels) for part in result if part.get("type") == "labels"}
-    boxes = {part["id"]: part for part in result if part.get("type") == "rectanglelabels"}
+    # Over an image that was not shown, the boxes are still the prediction's: nobody has checked them.
+    drawn = result if data.get(IMAGE) else []
+    boxes = {part["id"]: part for part in drawn if part.get("type") == "rectanglelabels"}
     of_span: dict[str, list[Box]] = defaultdict(list)
     for span_id, box_id in _relations(result, spans, boxes):
         of_span[span_id].append(_box(boxes[box_id], post))

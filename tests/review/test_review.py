@@ -411,6 +411,17 @@ def test_posts_without_images_leave_regions_uncertified(run, tasks, export, tmp_
         certify(review, corrections, claims=[Claim.parse("eeg.f1>=.5")])
 
 
+def test_boxes_over_an_image_that_was_not_shown_are_no_gold(review, tasks, export):
+    blind = [checked(task | {"data": task["data"] | {"image": ""}}) for task in tasks]
+    seen, unseen = (read_corrections(export(made), review) for made in ([*map(checked, tasks)], blind))
+    boxes = [sum(len(gold.boxes) for post in each.posts.values() for gold in post.gold) for each in (seen, unseen)]
+    assert boxes[0] > 0
+    assert boxes[1] == 0
+    told = "posts whose image the checker was not shown: their gold has no boxes, and says nothing of it"
+    assert unseen.remarks[told] == sum(bool(post.image_width) for post in unseen.posts.values()) > 0
+    assert told not in seen.remarks
+
+
 def test_a_run_whose_posts_are_all_rejected_has_recall_but_no_precision(posts, tmp_path, export, write_run):
     rejected = [replace(post, entities=[], problems=posts[12].problems, image_width=None) for post in posts]
     run = write_run(tmp_path / "run", rejected)
