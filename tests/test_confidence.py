@@ -48,6 +48,17 @@ def test_what_is_saved_is_what_judges(tagger: Path) -> None:
     assert [entity.marginal for entity in done.entities] == [None, None]
 
 
+def test_an_entity_that_is_judged_already_stays_as_it_is() -> None:
+    done = post(None, 0.2)
+    judged, fresh = done.entities
+    judged.confidence, judged.accepted, judged.hard, fresh.hard = 0.7, True, True, True
+    Confidence(CALIBRATION, threshold=0.9)([done])
+    assert (judged.confidence, judged.accepted, judged.hard) == (0.7, True, True)
+    assert (fresh.accepted, fresh.hard) == (False, True)  # without routing, the filter decides what is hard
+    Confidence(CALIBRATION, threshold=0.9, routing=0.5)([done])
+    assert (judged.confidence, judged.accepted, judged.hard) == (0.7, True, True)
+
+
 @pytest.mark.parametrize("section", ["acceptance", "routing"])
 def test_a_tagger_without_a_calibration_says_nothing_and_takes_no_threshold(tagger: Path, section: str) -> None:
     [done] = Confidence.from_config(config(tagger))([post(0.9)])

@@ -218,12 +218,14 @@ def entity(hard: bool) -> Entity:
 
 def posts() -> dict[str, Post]:
     """As the tagger leaves them."""
-    names = ("without entities", "easy", "hard", "lost", "rejected")
+    names = ("without entities", "easy", "hard", "lost", "left out", "rejected")
     made = {name: Post(name, "x", image_bytes=b"image") for name in names}
     made["easy"].entities = [entity(hard=False)]
     made["hard"].entities = [entity(hard=False), entity(hard=True)]
     made["lost"].entities = [entity(hard=True)]
     made["lost"].fail(LOAD_IMAGE, ProblemKind.IMAGE_UNREADABLE, "no image")
+    made["left out"].entities = [entity(hard=True)]
+    made["left out"].fail("a stage of the user's own", ProblemKind.FILTERED, "no news")
     made["rejected"].fail("prepare", ProblemKind.BAD_RECORD, "no text")
     return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,14 @@ def test_the_next_comes_in_when_the_one_before_is_gone(monkeypatch: pytest.Monke
     with subprocess.Popen([sys.executable, "-c", HOLD], stdout=-1, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "in\n"
-        waiting = subprocess.Popen([sys.executable, "-c", HOLD], stdout=-1, text=True)
-        time.sleep(0.5)
-        assert waiting.poll() is None
+        entered = threading.Event()
+
+        def enter() -> None:
+            with turn_at("test"):
+                entered.set()
+
+        threading.Thread(target=enter, daemon=True).start()
+        assert not entered.wait(0.3)
         with turn_at("something else"):
             holder.kill()
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline() == "in\n"
-        waiting.kill()
-        waiting.communicate()
+        assert entered.wait(60)

@@ -72,6 +72,7 @@ def test_entities_that_are_right_or_wrong_together_count_as_one() -> None:
     together = independent(np.repeat(right, 3), np.repeat(np.arange(400), 3))
     assert alone[1] == pytest.approx(400, abs=3)
     assert together[1] == pytest.approx(400, abs=3)
+    assert independent(np.array([1, 1, 0, 0, 1, 0], bool), np.arange(6) // 2) == (2, 3)  # a variance of 1/8, not 1/16
     assert independent(np.ones(9, bool), np.zeros(9, int)) == (0, 1)
     assert independent(np.ones(9, bool), np.arange(9) // 3) == (0, 3)
 

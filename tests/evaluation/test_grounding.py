@@ -88,6 +88,15 @@ def test_a_picture_shows_gold_green_and_the_grounders_box_red(tmp_path):
     assert not red[:, 300:].any()
 
 
+def test_boxes_are_drawn_where_they_are_in_the_decoded_image(tmp_path):
+    """An image of 400 × 300 pixels that was decoded at half its width and a third of its height."""
+    as_decoded, smaller = mention([MIDDLE], None), mention([Box(100, 60, 200, 180)], None)
+    smaller.post.image_width, smaller.post.image_height = 400, 300
+    draw_worst([as_decoded], tmp_path / "one.png")
+    draw_worst([smaller], tmp_path / "other.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+
 def test_there_must_be_something_to_draw(tmp_path):
     with pytest.raises(ValueError, match="no mention"):
         draw_worst([], tmp_path / "worst.png")

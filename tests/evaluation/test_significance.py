@@ -132,3 +132,5 @@ def test_every_measure_can_be_compared(measure: str) -> None:
 def test_nothing_to_compare_is_refused() -> None:
     with pytest.raises(ValueError, match="need a run"):
         paired_bootstrap([], [counts_by_post(gold_posts(2), [])])
+    with pytest.raises(ValueError, match="no posts to compare on"):
+        paired_bootstrap([counts_by_post([], [])], [counts_by_post([], [])])
