@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,20 @@ def write_half(file: Path) -> None:
     with atomic_file(file) as partial:
         partial.write_text("half")
         raise RuntimeError
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_without_place_is_said_of_the_file_and_not_of_its_private_name(tmp_path: Path, code: int) -> None:
+    for names_the_file in (False, True):
+        with pytest.raises(OSError, match=rf"^{tmp_path}/a cannot be written: {os.strerror(code)}$"):
+            write_without_place(tmp_path / "a", code, names_the_file)
+    assert not list(tmp_path.iterdir())
+
+
+def write_without_place(file: Path, code: int, names_the_file: bool) -> None:
+    with atomic_file(file) as partial:
+        partial.touch()
+        raise OSError(code, os.strerror(code), *([str(partial)] if names_the_file else []))
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from gem_ray.s3 import S3Uri, list_objects, open_bucket
 
 Inode = tuple[int, int]  # device and inode
 
-_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _NO_TEXT = "its name is not UTF-8"
 _NO_TARGET = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # of a link, whoever may follow it
 
@@ -209,12 +208,16 @@ def whole_file(filesystem: fs.FileSystem, path: str, *, synced: bool = False) ->
     Raises:
         OSError: it cannot be written; the message names it.
     """
-    with naming_what_is_written(filesystem, path):
-        if isinstance(filesystem, fs.LocalFileSystem):
-            with atomic_file(Path(path), synced=synced) as partial:
-                yield str(partial)
-        else:
-            yield path
+    if isinstance(filesystem, fs.LocalFileSystem):
+        with atomic_file(Path(path), synced=synced) as partial:
+            yield str(partial)
+        return
+    try:
+        yield path
+    except OSError as error:
+        if "ACCESS_DENIED" not in str(error) or f"s3://{path}" in str(error):
+            raise
+        raise PermissionError(f"s3://{path} may not be written: check the credentials and their policy") from error
 
 
 @contextmanager
@@ -244,23 +247,3 @@ def told_as_one_text() -> Iterator[None]:
         if isinstance(error.args[0] if error.args else "", str):
             raise
         raise OSError(str(error)) from error
-
-
-@contextmanager
-def naming_what_is_written(filesystem: fs.FileSystem, path: str) -> Iterator[None]:
-    """Name a file in errors of a full disk and of missing rights: neither the system nor Arrow does.
-
-    Raises:
-        PermissionError, OSError: the block failed so, with the path.
-    """
-    place = path if isinstance(filesystem, fs.LocalFileSystem) else f"s3://{path}"
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or place in str(error):
-            raise
-        if "ACCESS_DENIED" in str(error):
-            raise PermissionError(f"{place} may not be written: check the credentials and their policy") from error
-        if error.errno in _NO_PLACE:
-            raise OSError(f"{place} cannot be written: {os.strerror(error.errno)}") from error
-        raise
