@@ -13,10 +13,11 @@ from io import BytesIO
 from threading import Condition
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageFile
 
 from gem_ray.config import Config, ImageConfig
+from gem_ray.data import exif
 from gem_ray.data.fetch import Fetcher, ImageError
 from gem_ray.data.formats import LFS_POINTER
 from gem_ray.data.jpeg import count_scans, has_all_scans, is_cut_off, with_end
@@ -377,14 +378,7 @@ def _orientation(image: Image.Image) -> int:
     before an edit. A TIFF, which they do not show, is turned by Pillow while it is loaded. For an AVIF, Pillow has put
     what the format itself says in place of what its EXIF says.
     """
-    if image.format == "WEBP":
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif", b""))
-        return int(exif.get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata say nothing about the pixels
-        return 1
+    return 1 if image.format == "WEBP" else exif.orientation(image.info.get("exif", b""))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

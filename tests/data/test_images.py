@@ -155,6 +155,32 @@ def png_with_exif_as_text():
     return encoded(scene(), "PNG", pnginfo=info)
 
 
+def tiff_of(kind, count, value):
+    """An orientation of 6 or whatever else, as one entry of a directory: of its kind, so often."""
+    return b"II*\0" + struct.pack("<IHHHI", 8, 1, 0x112, kind, count) + value.ljust(4, b"\0") + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("exif", "is_turned"),
+    [
+        (tiff_of(3, 1, b"\6"), True),
+        (tiff_of(3, 1, b"\6")[:-4], True),  # cut off behind the entry
+        (tiff_of(3, 1, b"\6").replace(b"\1\0\x12\1", b"\7\0\x12\1"), True),  # fewer entries than it says
+        (tiff_of(3, 1, b"\x09"), False),
+        (tiff_of(3, 1, b"\0"), False),
+        (tiff_of(4, 1, b"\6"), False),
+        (tiff_of(8, 1, b"\6"), False),
+        (tiff_of(2, 2, b"6"), False),
+        (tiff_of(3, 2, b"\6\0\6"), False),
+        (tiff_of(3, 1, b"\6").replace(b"*", b"+"), False),
+    ],
+)
+def test_exif_is_read_as_browsers_read_it(exif, is_turned):
+    """Compared with Chromium 156."""
+    decoded = decode_image(encoded(scene(), "JPEG", exif=b"Exif\0\0" + exif), CONFIG)
+    assert (decoded.width < decoded.height) == is_turned
+
+
 @pytest.mark.parametrize(
     "data",
     [
