@@ -674,7 +674,7 @@ def load_config(
             raise ConfigError(f"there is no config file {file}")
         values = merge_trees(values, _read_mapping(path))
     for override in (overrides,) if isinstance(overrides, str) else overrides:
-        values = merge_trees(values, _parse_override(override))
+        values = merge_trees(values, parse_override(override))
     return parse_config(merge_trees(values, sections))
 
 
@@ -711,7 +711,12 @@ def _read_mapping(file: Any) -> dict[str, Any]:
     return values
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def parse_override(override: str) -> dict[str, Any]:
+    """The tree that holds the one leaf of a `key.path=value` override.
+
+    Raises:
+        ConfigError: it is none.
+    """
     path, equals, value = override.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys) or "://" in path:

@@ -104,9 +104,9 @@ def open_bucket(uri: S3Uri) -> RetryingFileSystem:
         PermissionError: it may not be listed, or Arrow does not understand the profile.
         ConnectionError: S3 cannot be asked.
     """
-    s3 = _client_of(uri)
+    s3, session = _client_of(uri)
     if not uri.anonymous:
-        _check_profile(uri.bucket)
+        _check_profile(session, uri.bucket)
     url = s3.meta.endpoint_url
     endpoint = None if _AWS_HOST.fullmatch(urlsplit(url).hostname or "") else url
     region = s3.meta.region_name or "us-east-1"
@@ -121,6 +121,7 @@ def client(
     silence_timeout_s: float | None = None,
     connections: int = 10,
     sent: Callable[[], None] | None = None,
+    session: Any = None,
 ) -> Any:
     """A boto3 client, which threads may share.
 
@@ -129,6 +130,7 @@ def client(
         silence_timeout_s: how long to wait for a server that says nothing; default: `SILENCE_TIMEOUT_S`.
         connections: kept open at once.
         sent: called for every request, also for those that boto3 makes again.
+        session: of boto3, with the credentials that it has found; default: a new one.
     """
     import boto3
     from botocore import UNSIGNED
@@ -142,7 +144,7 @@ def client(
         signature_version=UNSIGNED if anonymous else None,
     )
     # A session of its own: boto3's default one may not be used by two threads at once.
-    made = boto3.session.Session().client("s3", config=config)
+    made = (session or boto3.session.Session()).client("s3", config=config)
     if sent is not None:
         made.meta.events.register("before-send.s3", lambda **_: sent())
     return made
@@ -189,15 +191,12 @@ def is_refusal(error: Any) -> bool:
     return status in (401, 403) or (status == 400 and code in _BAD_TOKENS)
 
 
-def _check_profile(bucket: str) -> None:
+def _check_profile(session: Any, bucket: str) -> None:
     """Refuse credentials that boto3 finds and Arrow does not: it would send its requests without any.
 
     Raises:
         PermissionError: the profile assumes a role, or is that of `aws login`.
     """
-    import boto3
-
-    session = boto3.session.Session()
     found = session.get_credentials()
     if found is not None and found.method in _UNKNOWN_TO_ARROW:
         raise PermissionError(
@@ -211,14 +210,18 @@ def _facts(entry: Mapping[str, Any], size: int) -> tuple[int, int, str]:
     return size, int(entry["LastModified"].timestamp()) * 10**9, entry["ETag"].strip('"')
 
 
-def _client_of(uri: S3Uri) -> Any:
-    """A client that has been answered by the bucket."""
+def _client_of(uri: S3Uri) -> tuple[Any, Any]:
+    """A client that has been answered by the bucket, and its session: finding credentials may take a process or a
+    request, and is done once.
+    """
+    import boto3
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     # Listing, and only where the URI leads: what a policy for one prefix allows, which a look at the bucket is not.
     prefix = f"{uri.key.rstrip('/')}/" if uri.key else ""
     try:
-        s3 = client(uri.anonymous)
+        session = boto3.session.Session()
+        s3 = client(uri.anonymous, session=session)
         s3.list_objects_v2(Bucket=uri.bucket, Prefix=prefix, MaxKeys=1)
     except NoCredentialsError:
         raise PermissionError(
@@ -236,4 +239,4 @@ def _client_of(uri: S3Uri) -> Any:
         raise ConnectionError(f"s3://{uri.bucket} cannot be read: {error}") from None
     except BotoCoreError as error:  # also an unknown profile
         raise ConnectionError(f"s3://{uri.bucket} cannot be reached: {error}") from None
-    return s3
+    return s3, session

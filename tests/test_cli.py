@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from gem_ray import __version__
 from gem_ray.cli import app
+from gem_ray.config import ConfigError
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
 from gem_ray.pipeline.tables import annotations_table
@@ -41,6 +43,43 @@ def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tup
 def test_help_of_every_command_has_an_example(name: str, command: click.Command) -> None:
     assert command.help
     assert f"Example: `gem-ray {name} " in (command.epilog or "")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train tagger --data SHARDS --out m --split dev", "--split is of a Twitter10000 root"),
+        ("train tagger --data SHARDS --out m --dev-split dev", "--dev-split is of a Twitter10000 root"),
+        ("train tagger --data ROOT --out m --dev SHARDS --dev-split train", "--dev-split is of a Twitter10000 root"),
+        ("train reranker --data SHARDS --out m --split train", "--split is of a Twitter10000 root"),
+        ("train reranker --data SHARDS --out m --images pictures", "--images is for a Twitter10000 root"),
+        ("train candidates --data SHARDS --out m --split train", "--split is of a Twitter10000 root"),
+        ("train matcher --data SHARDS --out m --dev SHARDS --images pictures", "--images is for a Twitter10000 root"),
+        ("train matcher --data SHARDS --out m --dev-split dev", "--dev-split is of a Twitter10000 root"),
+        ("train text-segmenter --data SHARDS --out m --split train", "--split is of a Twitter10000 root"),
+        ("reranker-tables --data SHARDS --out m --split dev", "--split is of a Twitter10000 root"),
+        ("calibrate --data SHARDS --split dev", "--split is of a Twitter10000 root"),
+        ("calibrate --data SHARDS --delta 0.1", "--delta is of --accept and --target"),
+        ("experiment figure4 --data SHARDS --out m --seeds 2", "--seeds is of variants that train a tagger"),
+        ("experiment figure4 --data SHARDS --out m --recipe-set epochs=2", "--recipe-set epochs has no effect"),
+        ("experiment tagger --data SHARDS --out m --recipe-set seed=2", "--recipe-set seed has no effect"),
+        ("experiment figure4 --data SHARDS --out m --set grounder.enabled=true", "--set grounder.enabled=true has no"),
+        ("experiment tagger --data SHARDS --out m --set device=cuda", "--set device=cuda has no effect"),
+        ("plan --request-price 5", "--request-price needs --price"),
+        ("review sample out m --for training --design uniform", "--design is for certificates"),
+        ("review sample out m --for training --seed 3", "--seed is for certificates"),
+        ("review sample out m --after earlier --seed 3", "--seed says how a sample is drawn"),
+        ("nano build --out m --only matcher --tweets ROOT", "--tweets is for the tagger"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(command: str, says: str, tmp_path: Path) -> None:
+    for place in ("SHARDS", "ROOT/txt_fine"):
+        (tmp_path / place).mkdir(parents=True)
+    words = [str(tmp_path / word) if word in ("SHARDS", "ROOT", "m") else word for word in command.split()]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, ConfigError), result.output
+    assert str(result.exception).startswith(says)
+    assert not (tmp_path / "m").exists()
 
 
 def test_every_json_may_go_to_a_pipe() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
 from transformers import AutoModel, BlipConfig, BlipForImageTextRetrieval
 
-from gem_ray.config import load_config
+from gem_ray.config import RerankerConfig, load_config
 from gem_ray.grounding import sam as sam_module
 from gem_ray.grounding.blip import check_blip, load_blip
 from gem_ray.grounding.grounder import load_matcher
@@ -23,6 +23,7 @@ from gem_ray.grounding.sam import SamSegmenter, load_sam
 from gem_ray.grounding.text_segmenter import load_text_segmenter
 from gem_ray.knowledge.captioner import Captioner
 from gem_ray.loading import check_adapters, check_declared, load_adapters
+from gem_ray.rerank.adapter_base import adapter_remarks
 from gem_ray.rerank.engine_text import TextEngine
 from gem_ray.rerank.engine_transformers import TransformersEngine
 from gem_ray.rerank.llava import load_llava
@@ -274,6 +275,28 @@ def test_an_adapter_with_the_names_of_older_transformers_is_the_same_adapter(
     check_adapters(check_declared(base), {"default": adapter})
     then = load_adapters(load_llava(base), {"default": adapter}).merge_and_unload().state_dict()
     assert all(torch.equal(now[name], tensor) for name, tensor in then.items())
+
+
+@pytest.mark.parametrize(
+    ("stated", "model", "is_another"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf@main", False),
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", True),
+        ("llava-hf/llava-1.5-7b-hf", "s3://bucket/models/llava-hf/llava-1.5-7b-hf@0123456789ab", False),
+        ("llava-hf/llava-1.5-7b-hf", "/data/llava-hf/llava-v1.6@0123456789ab", True),
+        ("/root/.cache/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/abc", "Llava-HF/llava-1.5-7b-hf", False),
+        ("/root/.cache/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/abc", "org/other", True),
+        ("llava", "org/other", False),  # a folder, which may have held anything
+        ("org/other", "models/somewhere/llava", False),
+        (None, "org/other", False),
+    ],
+)
+def test_an_adapter_of_another_model_is_told(adapter: Path, stated: str | None, model: str, is_another: bool) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": stated}))
+    remarks = list(adapter_remarks(RerankerConfig(model=model, adapter=str(adapter))))
+    assert len(remarks) == is_another
+    assert all(str(adapter) in remark and model in remark for remark in remarks)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])

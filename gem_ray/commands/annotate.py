@@ -26,6 +26,7 @@ from gem_ray.commands.options import (
     UnseenNamesOption,
     finite,
     parse_columns,
+    refuse,
     same_command,
     write_json,
 )
@@ -139,6 +140,7 @@ def annotate(
 
 @app.command(epilog="Example: `gem-ray plan --preset one-gpu --gpus 1 --gpu-memory 24 --posts 10000000 --price 0.5`")
 def plan(
+    context: typer.Context,
     preset: PresetOption = "nano",
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -183,6 +185,8 @@ def plan(
         raise typer.BadParameter("--probe and --like are mutually exclusive")
     if map_ and not probe:
         raise typer.BadParameter("--map names the columns of the input that --probe reads")
+    if price is None and gpus == "0":
+        refuse(context, "request_price", because="needs --price: what an hour of a machine costs")
     work, speeds = read_run(like, settings) if like else (TWEETS, None)
     if probe:
         from gem_ray.planning.probe import probe as measure

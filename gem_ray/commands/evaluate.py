@@ -17,6 +17,8 @@ from gem_ray.commands.options import (
     SetOption,
     labelled_posts,
     parse_recipe_settings,
+    refuse,
+    refuse_without_root,
     write_json,
 )
 from gem_ray.taxonomy import LabelSetName
@@ -101,6 +103,7 @@ def errors(
 
 @app.command(epilog="Example: `gem-ray calibrate --data posts/ --accept 0.95 --out out/calibration`")
 def calibrate(
+    context: typer.Context,
     data: Annotated[Path, typer.Option(help="Shards with a `gold` column, or a Twitter10000 root.")],
     out: Annotated[
         Path, typer.Option(help="Folder for `calibration.json`, `calibration.png` and `thresholds.yaml`.")
@@ -171,6 +174,9 @@ def calibrate(
         raise ConfigError("--rerank and --reranked are mutually exclusive")
     if ground and not store:
         raise ConfigError("--ground needs --store")
+    if accept is None and target is None:
+        refuse(context, "delta", because="is of --accept and --target, and neither is there")
+    refuse_without_root(context, data)
     settings = load_config(preset, config, set_ or ())
     answers = dev_set.EarlierRun(reranked) if reranked else dev_set.ConfiguredReranker(settings) if rerank else None
     posts = labelled_posts(data, split, images, settings.labels)
@@ -219,6 +225,7 @@ def gallery(
 
 @app.command(epilog="Example: `gem-ray experiment figure3 --data data/twitter10000 --out out/experiments`")
 def experiment(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="`table1`, `figure5`, `cost` …, or a YAML file of the same form.")],
     data: Annotated[Path, typer.Option(help="A Twitter10000 root, or a folder with shards in `train/` and `dev/`.")],
     out: Annotated[Path, typer.Option(help="Folder for the runs, which experiments share, and for `NAME/table.md`.")],
@@ -234,16 +241,20 @@ def experiment(
     from gem_ray.config import load_config
     from gem_ray.experiments.data import read_experiment_posts
     from gem_ray.experiments.definition import load_experiment
-    from gem_ray.experiments.run import run_experiment
+    from gem_ray.experiments.run import refuse_overruled, run_experiment
 
-    definition = load_experiment(name)
+    definition, base = load_experiment(name), load_config(preset, config, set_ or ())
+    overrides = parse_recipe_settings(recipe_set)
+    refuse_overruled(definition, only or (), base, set_ or (), overrides)
+    if not any(variant.is_trained for variant in definition.variants if variant.name in (only or [variant.name])):
+        refuse(context, "seeds", because="is of variants that train a tagger, and none of these does")
     run_experiment(
         definition,
         partial(read_experiment_posts, data),
         out,
         seeds=seeds,
-        overrides=parse_recipe_settings(recipe_set),
-        base=load_config(preset, config, set_ or ()),
+        overrides=overrides,
+        base=base,
         only=only or (),
         run_missing=not tabulate,
         on_done=lambda variant, seed, result: typer.echo(f"{variant}, seed {seed}: done"),

@@ -59,6 +59,49 @@ RecipeSetOption = Annotated[
 ]
 
 
+def refuse(context: typer.Context, *names: str, because: str) -> None:
+    """Refuse options that were given and would do nothing.
+
+    Args:
+        context: of the command.
+        names: of its parameters.
+        because: why they do nothing, in words after the option's name.
+
+    Raises:
+        ConfigError: one of them was given.
+    """
+    from gem_ray.config import ConfigError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source is not None and source.name != "DEFAULT":
+            raise ConfigError(f"{parameter.opts[0]} {because}")
+
+
+def refuse_without_root(context: typer.Context, data: Path, dev: Path | None = None) -> None:
+    """Refuse options that choose from a Twitter10000 root where there is none.
+
+    Args:
+        context: of the command.
+        data: what `--data` names.
+        dev: what `--dev` names.
+
+    Raises:
+        ConfigError: one of them was given.
+    """
+    from gem_ray.data.twitter10000 import is_root
+
+    of_dev = data if dev is None else dev
+    if not is_root(data):
+        refuse(
+            context, "split", because=f"is of a Twitter10000 root, which {data} is not: give the shards of the split"
+        )
+    if not is_root(of_dev):
+        refuse(context, "dev_split", because=f"is of a Twitter10000 root, which {of_dev} is not: --dev takes shards")
+    if not (is_root(data) or is_root(of_dev)):
+        refuse(context, "images", because=f"is for a Twitter10000 root, which {data} is not: shards hold their images")
+
+
 def write_json(values: Any, to: Path | None) -> bool:
     """Do what `--json` asks for.
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gem_ray.commands.options import ConfigOption, DataOption, ImagesOption, PresetOption, SetOption, labelled_posts
+from gem_ray.commands.options import (
+    ConfigOption,
+    DataOption,
+    ImagesOption,
+    PresetOption,
+    SetOption,
+    labelled_posts,
+    refuse_without_root,
+)
 from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
@@ -19,6 +27,7 @@ app = typer.Typer()
 
 @app.command("reranker-tables", epilog="Example: `gem-ray reranker-tables --data posts/ --out out/reranker`")
 def reranker_tables(
+    context: typer.Context,
     data: DataOption,
     out: Annotated[Path, typer.Option(help="Folder for `reranker.json`.")],
     split: Annotated[str, typer.Option(help="Split of a Twitter10000 root.")] = "dev",
@@ -33,6 +42,7 @@ def reranker_tables(
     from gem_ray.evaluation.rerank_tables import measure_reranker
     from gem_ray.look.console import table_console
 
+    refuse_without_root(context, data)
     settings = load_config(preset, config, set_ or ())
     result = measure_reranker(labelled_posts(data, split, images, settings.labels), settings)
     with whole_text(out / "reranker.json") as file:

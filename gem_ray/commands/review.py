@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands.options import SeedOption
+from gem_ray.commands.options import SeedOption, refuse
 from gem_ray.plurals import counted
 
 app = typer.Typer(help="Have people check a sample of a run, and certify the whole.", no_args_is_help=True)
@@ -37,6 +37,7 @@ ExportArgument = Annotated[
 
 @app.command("sample", epilog="Example: `gem-ray review sample out/ review/ --posts 300 --images posts/`")
 def sample(
+    context: typer.Context,
     annotations: Annotated[str, typer.Argument(help="An output folder of `annotate`.")],
     out: Annotated[Path, typer.Argument(help="Folder for the tasks and for how they were drawn.")],
     posts: Annotated[int, typer.Option(help="Posts to check.", min=1)] = 300,
@@ -75,6 +76,10 @@ def sample(
         raise ConfigError("--after continues a sample as it was drawn: no --without, --blind or --for training with it")
     if blind and for_ is Purpose.TRAINING:
         raise ConfigError("--blind is for certificates; --for training saves work by showing the predictions")
+    if after:
+        refuse(context, "design", "seed", because="says how a sample is drawn: --after continues one as it was drawn")
+    if for_ is Purpose.TRAINING:
+        refuse(context, "design", "seed", because="is for certificates: --for training takes the posts that teach most")
     if after:
         tally = continue_sample(annotations, out, posts, after, images)
     elif for_ is Purpose.TRAINING:

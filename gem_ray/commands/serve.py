@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands.options import PresetOption, SetOption
+from gem_ray.commands.options import PresetOption, SetOption, refuse
 from gem_ray.redaction import redacted
 
 app = typer.Typer()
@@ -17,6 +17,7 @@ app = typer.Typer()
 
 @app.command(epilog="Example: `gem-ray serve --port 8000`, then open http://127.0.0.1:8000")
 def serve(
+    context: typer.Context,
     preset: PresetOption = "nano",
     serve_config: Annotated[
         Path | None, typer.Option(help="A Ray Serve config, as serve_configs/*.yaml, instead of --preset and --set.")
@@ -47,6 +48,9 @@ def serve(
     elif set_:
         raise ConfigError("--set and --serve-config are mutually exclusive; set the key under the config's `args`")
     else:
+        refuse(
+            context, "preset", because="and --serve-config are mutually exclusive; the config's `args` name the preset"
+        )
         schema = file_schema(serve_config)
         changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         schema.http_options = schema.http_options.model_copy(update=changes)

@@ -17,6 +17,8 @@ from gem_ray.commands.options import (
     SplitOption,
     labelled_posts,
     parse_recipe_settings,
+    refuse,
+    refuse_without_root,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ nano = typer.Typer(help="The embedded models.", no_args_is_help=True)
 
 @app.command("tagger", epilog="Example: `gem-ray train tagger --data data/twitter10000 --out models/tagger`")
 def train_tagger_command(
+    context: typer.Context,
     data: DataOption,
     out: OutOption,
     recipe: Annotated[
@@ -51,6 +54,7 @@ def train_tagger_command(
     """The dual-path CRF tagger (§3.2). The same command resumes from the last checkpoint."""
     from gem_ray.tagger.recipe import load_tagger_recipe
 
+    refuse_without_root(context, data, dev)
     settings = load_tagger_recipe(recipe, **parse_recipe_settings(recipe_set))
     posts = (
         labelled_posts(data, split, labels=settings.labels),
@@ -84,6 +88,7 @@ def _store_confidence(dev: list[Post], out: Path, settings: TaggerTraining) -> N
 
 @app.command("reranker", epilog="Example: `gem-ray train reranker --data posts/ --base models/llava --out lora/`")
 def train_reranker_command(
+    context: typer.Context,
     data: DataOption,
     out: OutOption,
     base: Annotated[str, typer.Option(help="The LLaVA checkpoint under the adapter.")] = "nano:reranker",
@@ -104,6 +109,7 @@ def train_reranker_command(
     from gem_ray.rerank.recipe import load_reranker_recipe
     from gem_ray.taxonomy import LABEL_SETS
 
+    refuse_without_root(context, data)
     settings = load_reranker_recipe(recipe, **parse_recipe_settings(recipe_set))
     posts = labelled_posts(data, split, images, settings.labels)
     rule = StoredCandidates(candidates, LABEL_SETS[settings.labels], settings.k) if candidates else None
@@ -120,6 +126,7 @@ def train_reranker_command(
 
 @app.command("candidates", epilog="Example: `gem-ray train candidates --data data/twitter10000 --out folds/`")
 def train_candidates_command(
+    context: typer.Context,
     data: DataOption,
     out: Annotated[Path, typer.Option(help="Folder for `candidates.parquet`.")],
     recipe: Annotated[str | None, typer.Option(help="The tagger's recipe.")] = None,
@@ -132,6 +139,7 @@ def train_candidates_command(
     from gem_ray.evaluation.fold_candidates import store_fold_candidates
     from gem_ray.tagger.recipe import load_tagger_recipe
 
+    refuse_without_root(context, data)
     settings = load_tagger_recipe(recipe, **parse_recipe_settings(recipe_set))
     posts = labelled_posts(data, split, labels=settings.labels)
     typer.echo(f"candidates: {store_fold_candidates(posts, out, settings, folds, k, typer.echo)}")
@@ -139,6 +147,7 @@ def train_candidates_command(
 
 @app.command("matcher", epilog="Example: `gem-ray train matcher --data posts/ --out models/matcher`")
 def train_matcher_command(
+    context: typer.Context,
     data: DataOption,
     out: OutOption,
     base: Annotated[str, typer.Option(help="The BLIP image–text matching checkpoint to start from.")] = "nano:matcher",
@@ -153,6 +162,7 @@ def train_matcher_command(
     from gem_ray.grounding.matcher_recipe import MatcherTraining
     from gem_ray.grounding.train_matcher import train_matcher
 
+    refuse_without_root(context, data, dev)
     settings = parse_settings(MatcherTraining, parse_recipe_settings(recipe_set))
     chosen_by = _dev_posts(data, dev, dev_split, images, settings.labels)
     posts = labelled_posts(data, split, images, settings.labels)
@@ -164,6 +174,7 @@ def train_matcher_command(
     "text-segmenter", epilog="Example: `gem-ray train text-segmenter --data posts/ --base nano:text-segmenter --out m/`"
 )
 def train_text_segmenter_command(
+    context: typer.Context,
     data: DataOption,
     out: OutOption,
     base: Annotated[str, typer.Option(help="The CLIPSeg checkpoint to start from.")] = "nano:text-segmenter",
@@ -177,6 +188,7 @@ def train_text_segmenter_command(
     from gem_ray.grounding.text_segmenter_recipe import TextSegmenterTraining
     from gem_ray.grounding.train_text_segmenter import samples_from_posts, train_text_segmenter
 
+    refuse_without_root(context, data)
     loader = ImageLoader(ImageConfig())
     posts = labelled_posts(data, split, images)
     for post in posts:
@@ -186,8 +198,9 @@ def train_text_segmenter_command(
     typer.echo(f"model: {out}")
 
 
-@nano.command("build", epilog="Example: `gem-ray nano build --tweets data/twitter10000 --only matcher`")
+@nano.command("build", epilog="Example: `gem-ray nano build --only matcher`")
 def nano_build(
+    context: typer.Context,
     out: Annotated[Path | None, typer.Option(help="Folder for the models; default: the package itself.")] = None,
     tweets: Annotated[Path, typer.Option(help="A Twitter10000 root, for the tagger.")] = Path("data/twitter10000"),
     only: Annotated[list[str] | None, typer.Option(help="Train only this model. Repeatable.")] = None,
@@ -197,6 +210,8 @@ def nano_build(
     """Train the embedded models from scratch."""
     from gem_ray.nano.build import WEIGHTS, build
 
+    if only and "tagger" not in only:
+        refuse(context, "tweets", because="is for the tagger, which --only leaves out")
     build(
         out or WEIGHTS,
         tweets=tweets,

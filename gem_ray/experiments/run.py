@@ -14,7 +14,7 @@ from typing import Any
 
 from gem_ray.annotator import models_of
 from gem_ray.atomic import atomic_file
-from gem_ray.config import Config, ConfigError, load_config, merge_trees, parse_config
+from gem_ray.config import Config, ConfigError, load_config, merge_trees, parse_config, parse_override
 from gem_ray.data.shards import fingerprint
 from gem_ray.experiments.data import Posts
 from gem_ray.experiments.definition import Experiment, Variant
@@ -31,6 +31,7 @@ from gem_ray.experiments.system import (
 )
 from gem_ray.hub import is_pinned
 from gem_ray.model_paths import content_hash, local
+from gem_ray.redaction import redacted
 from gem_ray.tagger.recipe import TaggerTraining, parse_recipe
 from gem_ray.tagger.train_tagger import train_tagger
 
@@ -296,6 +297,48 @@ def _forget_models(done: Sequence[_Run], to_do: Sequence[_Run]) -> None:
     """Remove the trained taggers that no later run uses."""
     for model in {run.model for run in done} - {run.model for run in to_do}:
         shutil.rmtree(model, ignore_errors=True)
+
+
+def refuse_overruled(
+    experiment: Experiment, only: Sequence[str], base: Config, keys: Sequence[str], recipe: Mapping[str, Any]
+) -> None:
+    """Refuse settings that have no effect, because every variant has a value of its own.
+
+    Args:
+        experiment: what to compare.
+        only: names of variants; all if empty.
+        base: the configuration that variants change.
+        keys: `key.path=value` overrides that are in it.
+        recipe: settings of the recipe, for all variants.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    variants = _chosen(experiment, only)
+    recipes = [each for variant in variants if (each := experiment.recipe_of(variant, 0, recipe)) is not None]
+    for name, value in recipe.items():
+        if not any(_has(parse_recipe, each.model_dump(), {name: value}) for each in recipes):
+            why = "every variant that trains a tagger has its own" if recipes else "no variant trains a tagger"
+            raise ConfigError(f"--recipe-set {name} has no effect: {why}")
+    for key in keys:
+        configs = [
+            system_config(
+                base, merge_trees(experiment.config, variant.config), experiment.recipe_of(variant, 0, recipe), True
+            )
+            for variant in variants
+        ]
+        if not any(_has(parse_config, each.model_dump(), parse_override(key)) for each in configs):
+            raise ConfigError(
+                f"--set {redacted(key)} has no effect: the experiment, or each of its variants, has its own"
+            )
+
+
+def _has(parse: Callable[[Mapping[str, Any]], Any], values: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
+    """Whether a part of settings is what it would be with these values over it."""
+    try:
+        return bool(parse(merge_trees(values, part)) == parse(values))
+    except ConfigError:  # values that do not go together
+        return False
 
 
 def _chosen(experiment: Experiment, only: Sequence[str]) -> list[Variant]:

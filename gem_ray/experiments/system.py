@@ -57,7 +57,8 @@ def system_config(base: Config, changes: dict[str, Any], recipe: TaggerTraining 
     Raises:
         ConfigError: a key that does not exist, or a value that cannot be.
     """
-    values = merge_trees(merge_trees(base.model_dump(), _PAPERS_RULE), changes)
+    rule = {} if "decision" in base.reranker.model_fields_set else _PAPERS_RULE  # who asks for another one gets it
+    values = merge_trees(merge_trees(base.model_dump(), rule), changes)
     if recipe is not None:
         trained = {"labels": recipe.labels, "device": recipe.device, "tagger": {"max_length": recipe.max_length}}
         values = merge_trees(values, trained)

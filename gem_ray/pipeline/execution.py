@@ -24,6 +24,7 @@ from gem_ray.pipeline.polling import polling
 from gem_ray.pipeline.session import ray_session
 from gem_ray.pools import Pool, passes_of, tagging_pool
 from gem_ray.ray_private.data import Ending
+from gem_ray.rerank.adapter_base import adapter_remarks
 
 if TYPE_CHECKING:
     from gem_ray.config import Config, StagePool
@@ -103,7 +104,7 @@ class RayExecutor:
         check = ray.remote(num_cpus=WRITING_CPUS, num_gpus=gpus, max_retries=0)(_check_models)
         for tries_left in reversed(range(_MOST_CHECKS)):
             try:
-                return self._result_of(check.remote(stages, config, models), "models are being checked")
+                remarks = self._result_of(check.remote(stages, config, models), "models are being checked")
             except RayTaskError as error:
                 if isinstance(error.cause, ConfigError):
                     raise error.cause from None
@@ -112,6 +113,10 @@ class RayExecutor:
                 if not tries_left:
                     raise
                 logger.warning("the node on which models were checked is gone; they are checked on another one")
+            else:
+                for remark in remarks:
+                    logger.warning(remark)
+                return
 
     def run_pass(
         self,
@@ -211,8 +216,9 @@ class RayExecutor:
         return RunError(reason.strip().splitlines()[0])  # the rest is Ray's frames and advice
 
 
-def _check_models(stages: list[StageSpec], config: Config, models: dict[str, str]) -> None:
+def _check_models(stages: list[StageSpec], config: Config, models: dict[str, str]) -> list[str]:
     load_unchanged(stages, config, models, partial(check_models, stages))
+    return list(adapter_remarks(config.reranker)) if any(spec.name == "rerank" for spec in stages) else []
 
 
 _merge_in_task: Any = ray.remote(num_cpus=_MERGING_CPUS)(merge)

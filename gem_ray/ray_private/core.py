@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def connect_to_ray(address: str) -> None:
                 reason = error.strerror or error
                 raise ConnectionError(f"no Ray answers at {address}, which RAY_ADDRESS names: {reason}") from None
             time.sleep(0.5)
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    _init(address=address)
 
 
 def start_local_ray(**arguments: Any) -> None:
@@ -64,18 +66,19 @@ def start_local_ray(**arguments: Any) -> None:
     _give_token_without_home()
     folder = _short_session_folder()
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **folder,
-            **arguments,
-        )
+        _init(address="local", include_dashboard=False, **folder, **arguments)
     except OSError as error:
         raise OSError(f"Ray cannot keep the files of its session: {error}. RAY_TMPDIR names another folder") from None
     worker._global_node.kill_monitor()
     worker._global_node.kill_log_monitor()
+
+
+def _init(**arguments: Any) -> None:
+    """`ray.init`, which puts its own handler of SIGTERM in the place of one that this process has chosen."""
+    chosen = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    if callable(chosen) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, chosen)
 
 
 def _short_session_folder() -> dict[str, str]:

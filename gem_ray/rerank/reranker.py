@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections import Counter
@@ -14,10 +15,13 @@ from gem_ray.config import CandidateOrder, Config, ConfigError
 from gem_ray.model_paths import resolve
 from gem_ray.noise import settled
 from gem_ray.records import Entity, Post, ProblemKind
+from gem_ray.rerank.adapter_base import adapter_remarks
 from gem_ray.rerank.engine import Choice, Engine, Mode, Request, RequestError
 from gem_ray.rerank.prompts import build_prompt
 from gem_ray.scope import Scope, is_known, load_scopes
 from gem_ray.taxonomy import LABEL_SETS, LabelSet
+
+logger = logging.getLogger(__name__)
 
 
 class Reranker:
@@ -69,8 +73,11 @@ class Reranker:
         settings = config.reranker
         scopes = load_scopes("rerank", config)
         weighs = settings.decision == "calibrated"
+        engine = load_engine(config)
+        for remark in adapter_remarks(settings):
+            logger.warning(remark)
         return cls(
-            load_engine(config),
+            engine,
             labels,
             settings.mode,
             settings.candidate_order,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
+from gem_ray.config import ConfigError
 from gem_ray.data.shards import fingerprint
 from gem_ray.model_paths import content_hash, resolve
 from gem_ray.records import Post
@@ -54,9 +55,12 @@ def train_tagger(
         directory, read back. Scores are as `scores.Scores`.
 
     Raises:
-        ConfigError: a training with another recipe or encoder, or on other posts, was started there.
+        ConfigError: `patience` without dev posts; or a training with another recipe or encoder, or on other posts, was
+            started there.
         ValueError: no training post has both words and `gold`.
     """
+    if settings.patience and not dev:
+        raise ConfigError("patience counts epochs that are no better on dev posts, and there are none: give dev posts")
     torch.manual_seed(settings.seed)
     folder = resolve(settings.encoder)
     encoder = load_encoder(settings.encoder, settings.attention_dropout)

@@ -81,7 +81,7 @@ class TaggerTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.settings.checkpoint_steps:
             self.add_callback(_ExtraCheckpoints(self.settings.checkpoint_steps))
-        if self.settings.patience and dev:
+        if self.settings.patience:
             self.add_callback(EarlyStoppingCallback(self.settings.patience))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:

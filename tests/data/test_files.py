@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from boto3.session import Session
+from botocore.credentials import CredentialResolver
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -194,6 +196,15 @@ def test_a_profile_that_arrow_does_not_understand_is_refused_with_one_that_it_do
     assert read(uri) == CONTENT
 
 
+def test_credentials_are_looked_for_once(s3, monkeypatch):
+    """Some ask a person for a code, and all take a process or a request."""
+    looked: list[object] = []
+    load = CredentialResolver.load_credentials
+    monkeypatch.setattr(CredentialResolver, "load_credentials", lambda self: (looked.append(self), load(self))[1])
+    open_filesystem(f"{s3.bucket('data')}/file")
+    assert len(looked) == 1
+
+
 def test_an_expired_token_is_said_to_be_refused(s3, faulty_s3):
     bucket = s3.bucket("data")
     storage = open_storage(bucket)
@@ -296,7 +307,7 @@ def self_signed(host):
 
 def test_without_a_server_of_our_own_the_bucket_says_in_which_region_it_is(s3, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    monkeypatch.setattr(gem_ray.s3, "_client_of", lambda _: gem_ray.s3.client())  # without asking AWS
+    monkeypatch.setattr(gem_ray.s3, "_client_of", lambda _: (gem_ray.s3.client(), Session()))  # without asking AWS
     monkeypatch.setattr(fs, "resolve_s3_region", {"there": "eu-west-3"}.__getitem__)
     assert open_filesystem("s3://there")[0].region == "eu-west-3"
 

@@ -16,6 +16,7 @@ from gem_ray.evaluation.metrics import evaluate
 from gem_ray.evaluation.predictions import read_predictions
 from gem_ray.experiments import run
 from gem_ray.experiments.definition import Experiment, experiment_names, load_experiment
+from gem_ray.experiments.run import refuse_overruled
 from gem_ray.experiments.system import system_config
 from gem_ray.records import Post
 from gem_ray.taxonomy import LABEL_SETS
@@ -300,3 +301,27 @@ def test_a_definition_that_names_what_is_not_there_is_refused(tmp_path: Path, ch
     file.write_text("\n".join(lines.values()), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_experiment(str(file))
+
+
+def test_the_papers_rule_decides_unless_another_one_was_asked_for() -> None:
+    """`--set`, a file and an assignment alike."""
+    assigned = load_config()
+    assigned.reranker.decision = "calibrated"
+    for base, decision in (
+        (load_config(), "answer"),
+        (load_config(overrides=["reranker.batch_size=2"]), "answer"),
+        (load_config(overrides=["reranker.decision=calibrated"]), "calibrated"),
+        (load_config(reranker={"decision": "answer"}), "answer"),
+        (assigned, "calibrated"),
+    ):
+        assert system_config(base, {}, None, True).reranker.decision == decision
+
+
+def test_what_some_variant_takes_from_the_command_line_is_not_refused() -> None:
+    figure4, tagger = load_experiment("figure4"), load_experiment("tagger")
+    for key in ("reranker.decision=calibrated", "filter.gamma=0.1", "grounder.enabled=false", "reranker.adapter=null"):
+        refuse_overruled(figure4, (), load_config(overrides=[key]), [key], {})
+    refuse_overruled(tagger, (), load_config(), (), {"epochs": 1, "device": "cpu", "dropout": 0.2})
+    (of_knowledge,) = (v.name for v in tagger.variants if v.settings == {"knowledge": "caption"})
+    with pytest.raises(ConfigError, match="knowledge has no effect: every variant"):
+        refuse_overruled(tagger, [of_knowledge], load_config(), (), {"knowledge": "none"})

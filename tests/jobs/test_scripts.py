@@ -16,6 +16,7 @@ import pytest
 from gem_ray.cluster import submit
 from gem_ray.cluster.submit import Job, commands_for
 from gem_ray.commands.options import same_command
+from gem_ray.ray_private.core import connect_to_ray
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +50,35 @@ def test_a_stopped_job_says_so_and_fails():
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=30)[1] == "stopped here\n"
     assert process.returncode == 1
+
+
+def test_a_stopped_job_says_so_before_it_cleans_up():
+    """Ray kills it three seconds after it has told it to stop, and closing a Ray takes as long on a busy machine."""
+    code = (
+        "import time, gem_ray.entrypoint as job\n"
+        "def main():\n"
+        "    try:\n"
+        "        print('running', flush=True); time.sleep(60)\n"
+        "    finally:\n"
+        "        time.sleep(60)\n"
+        "job.main = main\n"
+        "job.run_job('annotate', stopped='stopped here')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == "stopped here\n"
+        process.kill()
+
+
+def test_a_ray_that_starts_leaves_the_handler_of_a_stop_as_it_was(monkeypatch):
+    before = signal.signal(signal.SIGTERM, own := lambda number, frame: None)
+    monkeypatch.setattr("ray.init", lambda **_: signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number)))
+    try:
+        connect_to_ray("auto")
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_nothing_at_the_address_is_said_in_one_sentence():

@@ -118,14 +118,15 @@ def test_a_check_of_the_models_that_is_killed_ends_the_run_with_a_sentence(
 
 
 def test_a_node_that_is_taken_back_while_models_are_checked_ends_no_run(
-    text_config: Config, monkeypatch: pytest.MonkeyPatch
+    text_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A spot node that is gone says nothing of the models; where every node goes, the run ends."""
     outcomes: list[Exception | None] = [NodeDiedError("taken back"), NodeDiedError("taken back"), None]
 
-    def get(_: None) -> None:
+    def get(_: None) -> list[str]:
         if outcome := outcomes.pop(0):
             raise outcome
+        return ["the adapter is another's"]
 
     monkeypatch.setattr(execution, "stages_to_check", lambda config: ["rerank"])
     monkeypatch.setattr(execution.ray, "remote", lambda **_: lambda _: SimpleNamespace(remote=lambda *_: None))
@@ -134,6 +135,7 @@ def test_a_node_that_is_taken_back_while_models_are_checked_ends_no_run(
     executor = execution.RayExecutor(text_config)
     executor.check_models(text_config, {})
     assert not outcomes
+    assert caplog.messages[-1] == "the adapter is another's"
     outcomes = [NodeDiedError("taken back")] * 10
     with pytest.raises(NodeDiedError):
         executor.check_models(text_config, {})

@@ -233,6 +233,8 @@ def test_m_begins_as_the_recipe_says(settings: TaggerTraining, posts: list[Post]
 
 def test_training_stops_when_dev_no_longer_gains(settings: TaggerTraining, posts: list[Post], tmp_path: Path) -> None:
     still = {"encoder_lr": 1e-12, "head_lr": 1e-12, "crf_lr": 1e-12}
+    with pytest.raises(ConfigError, match=r"patience .* no better on dev posts, and there are none"):
+        train_tagger(posts, [], tmp_path, settings.changed(patience=2))
     report = train_tagger(posts, posts, tmp_path, settings.changed(epochs=9, patience=2, **still))
     assert len(report["epochs"]) == 3
     assert report["best_epoch"] == 1
