@@ -101,6 +101,37 @@ def reviews() -> Iterator[str]:
         yield row(f"{posts} posts", *(f"{each} ({100 * each / int(posts):.0f} %)" for each in needed))
 
 
+def confidence() -> Iterator[str]:
+    found = figures("benchmarks/confidence")
+    kinds, scores = (found["without_knowledge"], found["with_knowledge"]), ("score", "marginal", "confidence")
+    yield row(*(f"{kind['entities']:,}, {percent(kind['right'])} %" for kind in kinds))[1:]
+    for measure in ("auc", "ece"):
+        yield row(*(", ".join(f"{kind[score][measure]:.3f}"[1:] for score in scores) for kind in kinds))[1:]
+    yield row(*(f"**{percent(kind['promised']['0.9']['share'], 0)} %**" for kind in kinds))[1:]
+    broken = ([kind["promised"][each]["resamplings"]["broken"] for each in ("0.9", "0.95")] for kind in kinds)
+    yield row(*(", ".join(f"{percent(share)} %" for share in shares) for shares in broken))[1:]
+
+
+def grounder_confidence() -> Iterator[str]:
+    seen, box = (figures("benchmarks/confidence")["grounder"][what] for what in ("seen", "box"))
+    for found, before, after in ((seen, "match_score", "seen_probability"), (box, "box_score", "box_confidence")):
+        cells = [
+            f"{found[each][measure]:.3f}"[1:]
+            for each in (before, after, "of_other_names")
+            for measure in ("ece", "auc")
+        ]
+        yield row(*cells[:2])[1:]
+        yield row(*cells[2:])[1:]
+
+
+def throughput() -> Iterator[str]:
+    slower, faster = (figures(f"benchmarks/throughput{name}") for name in ("", "-faster-cores"))
+    yield row("the plain way", *(f"{each['plain_posts_per_second']:.1f}" for each in (slower, faster)))
+    for found, remark in ((slower, " the plain way"), (faster, "")):
+        yield f" {found['pipeline_posts_per_second']:.1f} ({found['ratio_to_plain']:.1f} ×{remark}) |"
+    yield row(*(f"{each['in_process_posts_per_second']['a_thread_a_core']:.1f}" for each in (slower, faster)))[1:]
+
+
 def experiments() -> Iterator[str]:
     rows, columns = figures("experiments/tagger/results")["rows"], ("fine, without knowledge", "fine, with knowledge")
     for name in ("all on", "one path (w/o MGP)", "no M (w/o MGA)", "no CRF"):
@@ -108,6 +139,9 @@ def experiments() -> Iterator[str]:
     spans = figures("experiments/table5/results")["rows"]
     for labels in ("GMNER", "FMNERG"):
         yield row(labels, *(mean(spans[source][f"{labels} F1"]) for source in ("none", "caption", "knowledge", "both")))
+    parts = figures("experiments/generated/figure3/results")["rows"]
+    for label, name in (("all on", "GEM"), ("w/o reranker", "w/o CR"), ("w/o coarse path", "w/o MGP")):
+        yield f"| {label} | {mean(parts[name]['fine F1'])} |"
 
 
 def mean(cell: dict[str, float]) -> str:
@@ -119,7 +153,8 @@ TABLES = {
     "bulk.md": [clusters],
     "grounding.md": [grounding, grounder_on_a_cpu, grounder_on_a_gpu],
     "input.md": [decoding],
-    "results.md": [reranker_on_a_gpu],
+    "results.md": [reranker_on_a_gpu, throughput, grounder_confidence],
+    "confidence.md": [confidence],
     "nano.md": [demo],
     "review.md": [reviews],
     "experiments.md": [experiments],
