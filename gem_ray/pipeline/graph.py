@@ -206,7 +206,7 @@ class PoolActor:
     def __init__(self, pool: Pool[StagePool], config: Config, models: dict[str, str], ledger: Ledger) -> None:
         self._name = uuid.uuid4().hex
         self._ledger = ledger
-        ledger.begin_actor(self._name, pool.name, pool.placement.num_gpus)
+        was_killed = ledger.begin_actor(self._name, pool.name, pool.placement.num_gpus)
         threading.Thread(target=self._beat, daemon=True).start()
         log_as_json()
         self._clock = BusyClock()
@@ -216,6 +216,9 @@ class PoolActor:
         self._config = config
         self._failure: str | None = None
         self._stages: list[WatchedStage] = []
+        if was_killed:
+            killed = f"processes of pool {pool.name} are killed as they load its models; out of memory, perhaps"
+            self._failure = ledger.failed_load(self._name, killed, was_killed)
         while not self._stages and not self._failure:
             try:
                 self._stages = self._load(models)
@@ -223,8 +226,7 @@ class PoolActor:
                 self._failure = str(error)
                 if isinstance(error.__cause__, ModelChangedError):
                     return
-                node = ray.get_runtime_context().get_node_id()
-                self._failure = ledger.failed_load(pool.name, node, self._failure)
+                self._failure = ledger.failed_load(self._name, self._failure)
         if not self._failure:
             ledger.hear(self._name, is_loaded=True)
 

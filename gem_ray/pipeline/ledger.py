@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
 from collections import Counter
@@ -18,8 +17,6 @@ from gem_ray.pipeline.account import PoolTime
 from gem_ray.pipeline.mass_failure import JUDGED_FROM, mass_failure
 from gem_ray.prometheus import PostMetrics, StageMetrics, WorkMetrics
 from gem_ray.tally import Tally
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,15 +65,24 @@ _MOST_RESTARTS = 20  # of the book's own process
 
 @dataclass
 class _Actor:
-    """An actor of a pool, and its seconds, for as long as it is heard of: nobody says when one dies."""
+    """A process of an actor, and its seconds, for as long as it is heard of: nobody says when one dies.
+
+    Its place is Ray's id of the actor, which has another process once this one has died.
+    """
 
     pool: str
     gpus: float
+    place: str
+    node: str
     born: float
     heard: float
     loaded: float | None = None
     busy: float = 0.0
     ended: float | None = None
+
+    @property
+    def is_heard(self) -> bool:
+        return time.monotonic() <= self.heard + _UNHEARD_S
 
     def until(self) -> float:
         return self.ended or min(time.monotonic(), self.heard + _UNHEARD_S)
@@ -101,8 +107,9 @@ class _Book:
         self._last_words: dict[str, str] = {}
         self._actors: dict[str, _Actor] = {}
         self._expected: Counter[str] = Counter()
+        self._places: dict[str, _Actor] = {}  # the newest process in each
         self._failed_loads: Counter[tuple[str, str]] = Counter()
-        self._left_out: Counter[str] = Counter()
+        self._left_out: set[str] = set()  # places
 
     def add_work(self, stage: str, seconds: float, counts: Mapping[str, int]) -> None:
         self._progress.stage_seconds[stage] = self._progress.stage_seconds.get(stage, 0.0) + seconds
@@ -154,23 +161,32 @@ class _Book:
     def expect(self, pool: str, actors: int) -> None:
         self._expected[pool] = actors
 
-    def failed_load(self, pool: str, node: str, reason: str) -> bool:
+    def failed_load(self, name: str, reason: str, was_killed: bool) -> bool:
         """Whether to try again there."""
-        self._failed_loads[pool, node] += 1
-        if self._failed_loads[pool, node] < _MOST_LOADS:
+        actor = self._actors.get(name)
+        if actor is None:  # begun with a book that was lost
             return True
-        self._left_out[pool] += 1
-        is_loaded = any(actor.pool == pool and actor.loaded is not None for actor in self._actors.values())
-        if not is_loaded and self._left_out[pool] >= self._expected[pool]:
+        self._failed_loads[actor.pool, actor.node] += 1
+        if self._failed_loads[actor.pool, actor.node] < _MOST_LOADS:
+            return True
+        self._left_out.add(actor.place)
+        if was_killed:  # the others have its memory now
+            self._failed_loads[actor.pool, actor.node] = 0
+        others = [each for each in self._places.values() if each.pool == actor.pool and each.ended is None]
+        works = any(each.loaded is not None and each.is_heard for each in others)
+        if not works and len(self._left_out & {each.place for each in others}) >= self._expected[actor.pool]:
             self.set_failure(reason)
         return False
 
     def failure(self) -> str | None:
         return self._progress.failure
 
-    def begin_actor(self, name: str, pool: str, gpus: float) -> None:
+    def begin_actor(self, name: str, pool: str, gpus: float, place: str, node: str) -> bool:
+        """Whether the process before it was killed as it loaded its models; on another node, that may be gone."""
         now = time.monotonic()
-        self._actors[name] = _Actor(pool, gpus, born=now, heard=now)
+        before = self._places.get(place)
+        self._actors[name] = self._places[place] = _Actor(pool, gpus, place, node, born=now, heard=now)
+        return before is not None and before.loaded is None and before.node == node
 
     def hear(self, name: str, is_loaded: bool = False, busy: float = 0.0) -> None:
         if actor := self._actors.get(name):  # not begun with a book that was lost
@@ -267,30 +283,41 @@ class Ledger:
         """Say how many actors a pool has at the least: if none of them can load, the run has failed."""
         ray.get(self._book.expect.remote(pool, actors))
 
-    def failed_load(self, pool: str, node: str, reason: str) -> str | None:
-        """Say that an actor cannot load its models on a node, and hear that it should try again.
+    def failed_load(self, name: str, reason: str, was_killed: bool = False) -> str | None:
+        """Say that an actor cannot load its models on its node, and hear that it should try again.
 
         Does not return, for as long as the run goes on, where it should not: others do the work.
+
+        Args:
+            name: its own.
+            reason: in words.
+            was_killed: whether the actor's process before this one was killed as it loaded them.
 
         Returns:
             Why the run has failed, if it has.
         """
-        if self._book.failed_load.remote(pool, node, reason).future().result():  # as in `begin`
+        if self._book.failed_load.remote(name, reason, was_killed).future().result():  # as in `begin`
             return None
-        logger.warning("a node is left out: %s", reason)
+        self.note_trouble(name, f"another node for an actor: {reason}")
         while not (failure := self._book.failure.remote().future().result()):
             time.sleep(_PARKED_S)
         return str(failure)
 
-    def begin_actor(self, name: str, pool: str, gpus: float) -> None:
-        """Say that an actor is there, and begins to load its models.
+    def begin_actor(self, name: str, pool: str, gpus: float) -> bool:
+        """Say that the process of an actor is there, and begins to load its models.
 
         Args:
             name: its own.
             pool: whose it is.
             gpus: that it holds.
+
+        Returns:
+            Whether the actor's process before it was killed on this node while it loaded them, as by a kernel that is
+            out of memory: Ray would start one after the other for ever.
         """
-        self._book.begin_actor.remote(name, pool, gpus)
+        context = ray.get_runtime_context()
+        here = context.get_actor_id() or name, context.get_node_id()
+        return bool(self._book.begin_actor.remote(name, pool, gpus, *here).future().result())  # as in `begin`
 
     def hear(self, name: str, is_loaded: bool = False, busy: float = 0.0) -> None:
         """Say that an actor lives, at least every `BEAT_S`.

@@ -15,12 +15,18 @@ from ray.exceptions import NodeDiedError
 
 from gem_ray.benchmarks.memory import write_texts
 from gem_ray.config import Config
-from gem_ray.pipeline import execution
+from gem_ray.pipeline import execution, ledger
 from gem_ray.pipeline.graph import PoolActor
-from gem_ray.pipeline.ledger import Ledger
 from gem_ray.pipeline.run import RunError, annotate_dataset
 
 ACTORS = 3
+
+
+class Dying(PoolActor):
+    """An actor whose process the kernel kills as it loads its models: they do not fit into memory."""
+
+    def _load(self, models: dict[str, str]) -> list[Any]:
+        os._exit(9)
 
 
 class Nodes:
@@ -86,19 +92,70 @@ def test_a_model_that_no_node_can_load_ends_the_run(nodes: Any, run: list[Any]) 
         annotate_dataset(*run, actor=loading_on(nodes, broken=100))
 
 
-def test_tries_are_counted_by_node_and_a_pool_that_works_goes_on(local_ray: None) -> None:
-    ledger = Ledger("run")
-    ledger.expect("ground", 2)
-    book = ledger._book
-    assert [ray.get(book.failed_load.remote("ground", "one", "broken")) for _ in range(4)] == [True, True, False, False]
-    assert ray.get(book.failure.remote()) == "broken"  # both actors were on that node
-    ledger = Ledger("run")
-    ledger.expect("ground", 2)
-    ledger.begin_actor("a", "ground", 1.0)
-    ledger.hear("a", is_loaded=True)
-    for _ in range(5):
-        ray.get(ledger._book.failed_load.remote("ground", "one", "broken"))
-    assert ledger.read().failure is None
+def test_a_model_whose_loading_kills_every_process_ends_the_run(run: list[Any], local_ray: None) -> None:
+    """As Ray starts a process that was killed again and again."""
+    with pytest.raises(RunError, match=r"processes of pool .* are killed as they load its models"):
+        annotate_dataset(*run, actor=Dying)
+
+
+@pytest.fixture
+def book(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run's book in this process, without metrics, of a pool with two actors at the least."""
+    for metrics in ("PostMetrics", "StageMetrics", "WorkMetrics"):
+        monkeypatch.setattr(ledger, metrics, lambda run_id: None)
+    book = ledger._Book("run", None)
+    book.expect("ground", 2)
+    return book
+
+
+def begin(book: Any, process: str, actor: str, node: str = "one") -> bool:
+    return book.begin_actor(process, "ground", 1.0, actor, node)
+
+
+def test_tries_are_counted_by_node(book: Any) -> None:
+    for actor in "ab":
+        begin(book, actor, actor)
+    assert [book.failed_load(actor, "broken", False) for actor in "abab"] == [True, True, False, False]
+    assert book.failure() == "broken"  # both actors were on that node
+
+
+def test_an_actor_that_is_left_out_counts_once(book: Any) -> None:
+    """It may be killed where it waits, and is started again."""
+    for actor in "ab":
+        begin(book, actor, actor)
+    assert [book.failed_load("a", "broken", False) for _ in range(5)] == [True, True, False, False, False]
+    assert book.failure() is None
+
+
+def test_a_pool_that_works_goes_on_until_its_last_actor_cannot_load_either(book: Any) -> None:
+    for actor in "abc":
+        begin(book, actor, actor)
+    book.hear("c", is_loaded=True)
+    for actor in "aaabbb":
+        book.failed_load(actor, "broken", False)
+    assert book.failure() is None
+    begin(book, "c again", "c")  # it was killed at work
+    book.failed_load("c again", "broken", False)
+    assert book.failure() == "broken"
+
+
+def test_where_memory_is_for_one_the_others_are_left_out_one_by_one(book: Any) -> None:
+    for actor in "abc":
+        begin(book, actor, actor)
+    tries = [book.failed_load(actor, "killed", True) for actor in "abcabca"]
+    assert tries == [True, True, False, True, True, False, True]
+    book.hear("b", is_loaded=True)
+    assert book.failure() is None
+
+
+def test_a_process_that_was_killed_as_it_loaded_is_known_by_the_next_one_there(book: Any) -> None:
+    assert not begin(book, "1", "a")
+    assert begin(book, "2", "a")
+    book.hear("2", is_loaded=True)
+    assert not begin(book, "3", "a")  # killed at work, which is told of its posts
+    assert not begin(book, "4", "a", node="two")  # the first node may be gone, which says nothing of the models
+    assert begin(book, "5", "a", node="two")
+    assert book.failed_load("of a book that was lost", "broken", False)
 
 
 def test_a_check_of_the_models_that_is_killed_ends_the_run_with_a_sentence(

@@ -90,7 +90,7 @@ def test_an_actor_costs_as_long_as_it_is_heard_of(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(ledger, metrics, lambda run_id: None)
     book = ledger._Book("run", None)
     for name in ("works", "dies", "parked"):
-        book.begin_actor(name, name, 1.0)
+        book.begin_actor(name, name, 1.0, name, "node")
     now[0] += 10
     for name in ("works", "dies"):
         book.hear(name, is_loaded=True)
