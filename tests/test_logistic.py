@@ -26,6 +26,14 @@ def test_a_feature_that_is_not_given_is_0_and_one_that_is_not_known_counts_nothi
     assert model({}) == model({"a": 0.0}) == model({"b": 9.0}) == pytest.approx(1 / (1 + np.exp(-1)))
 
 
+def test_a_feature_that_is_always_the_same_changes_nothing() -> None:
+    values, outcomes = [0.1, 0.4, 0.3, 0.9, 0.8, 0.6], [False, False, True, True, True, False]
+    alone = Logistic.fit([{"a": value} for value in values], outcomes)
+    beside = Logistic.fit([{"a": value, "b": 3.0} for value in values], outcomes)
+    assert beside.weights == {"a": pytest.approx(alone.weights["a"]), "b": 0}
+    assert beside.intercept == pytest.approx(alone.intercept)
+
+
 def test_outcomes_that_are_all_alike_still_give_a_model() -> None:
     model = Logistic.fit([{"a": float(n)} for n in range(20)], [True] * 20)
     assert 0.9 < model({"a": 10.0}) < 1

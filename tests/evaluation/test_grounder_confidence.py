@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from gem_ray.confidence import GrounderCalibration
 from gem_ray.config import load_config
@@ -10,6 +13,23 @@ from gem_ray.evaluation.grounder_confidence import GroundedExample, fit_grounder
 from gem_ray.logistic import logit, sigmoid
 from gem_ray.model_paths import resolve
 from gem_ray.rerank.reranker import load_calibration
+
+JUDGED = st.lists(st.tuples(st.sampled_from([0.1, 0.25, 0.5, 0.9]), st.booleans()), min_size=2, max_size=30)
+
+
+@given(JUDGED.filter(lambda judged: len({right for _, right in judged}) == 2))
+def test_the_area_under_the_curve_is_that_of_scikit_learn(judged: list[tuple[float, bool]]) -> None:
+    confidences, right = map(np.array, zip(*judged, strict=True))
+    assert area_under_curve(confidences, right) == pytest.approx(roc_auc_score(right, confidences))
+
+
+def test_the_expected_calibration_error_by_hand() -> None:
+    """Bins of two entities: one of them is right of those at 0.2, both are of those at 0.7."""
+    confidences, right = np.array([0.7, 0.2, 0.7, 0.2]), np.array([True, True, True, False])
+    assert expected_calibration_error(confidences, right, bins=2) == pytest.approx((0.3 + 0.3) / 2)
+    assert expected_calibration_error(confidences[:3], right[:3], bins=2) == pytest.approx(
+        (2 * abs(0.45 - 1) + 0.3) / 3
+    )
 
 
 def examples(count: int) -> list[GroundedExample]:

@@ -79,9 +79,10 @@ def test_posts_that_cannot_be_told_apart_are_refused(tmp_path):
     write_posts(twice, tmp_path / "posts")
     gold = read_gold(tmp_path / "posts")
     [first, second] = read_numbered_posts(tmp_path / "posts")
-    second.row_id = 7
-    with pytest.raises(EvaluationError, match="row 7 of the annotations is none of its rows"):
-        list(matched([first, second], gold))
+    second.row_id, other = 7, Post("b", "Rome", row_id=7)
+    for beside in ([], [other]):
+        with pytest.raises(EvaluationError, match="row 7 of the annotations is none of its rows"):
+            list(matched([first, second], [*gold, *beside]))
     with pytest.raises(EvaluationError, match="stands twice in the annotations and not in the posts"):
         list(matched([first, second], posts_of(["a", "b"])))
     assert list(matched([first, second], posts_of(["b"]))) == [first, second]  # of posts that nobody asked about
