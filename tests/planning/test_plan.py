@@ -249,6 +249,15 @@ def test_sams_operations_are_those_of_its_encoder(reference: str) -> None:
     assert 2 * sum(layer.flops for layer in layers) == pytest.approx(flops, rel=0.12)
 
 
+def test_grounding_dinos_operations_are_those_of_its_backbone_on_the_largest_image() -> None:
+    reference = "IDEA-Research/grounding-dino-tiny"
+    backbone = on_meta(reference).model.backbone.conv_encoder.model
+    flops, _ = observed(backbone, lambda model: model(torch.empty(1, 3, 800, 1333)))
+    *stages, encoder = stacks.grounding_dino(PUBLISHED[reference].shape)
+    assert sum(stage.flops for stage in stages) == pytest.approx(flops, rel=0.1)
+    assert encoder.tokens == pytest.approx(100 * 167 + 50 * 84 + 25 * 42 + 13 * 21, rel=0.01)  # strides of 8 to 64
+
+
 def figures_of_the_h200(name: str) -> dict[str, Any]:
     """What a benchmark measured there."""
     return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
@@ -775,6 +784,10 @@ def test_a_captioner_and_an_explainer_that_no_card_holds_may_each_be_left_out() 
     single = IN_PROCESS.replace("bfloat16", "float32")  # without the captioner it does not fit either
     says = refusal(full("one-gpu", single), gpus=1, gpu_memory_gb=24)
     assert says.endswith("or do without: --set knowledge.explainer=null")
+    says = refusal(full("one-gpu", IN_PROCESS), gpus=1, gpu_memory_gb=8)  # neither is enough without the other
+    assert "or do without: --set knowledge.captioner=null --set knowledge.explainer=null\n" in says
+    says = refusal(full("one-gpu", ALL), gpus=1, gpu_memory_gb=1)  # the tagger alone is too large
+    assert "do without" not in says
 
 
 def test_an_explainer_of_unknown_size_is_noted_by_its_key() -> None:
