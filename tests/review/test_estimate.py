@@ -140,6 +140,20 @@ def test_of_a_small_run_with_few_errors_intervals_hold_what_they_promise(kind, e
     assert all(found["coverage"] >= 0.94 for found in covered.values()), covered
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_posts_with_very_many_mentions_are_not_fitted_away(kind):
+    """Posts have up to 60 mentions, most have none: the regression follows the few that it sees."""
+    rng = np.random.default_rng(3)
+    mentions = np.minimum(rng.zipf(1.8, 600), 60) - 1
+    confidence = rng.beta(2.5, 1, mentions.sum())
+    population = Population(
+        np.arange(600), mentions * 4 + 8, mentions, confidence, np.zeros(mentions.sum(), int), ("city",)
+    )
+    right = population.per_post(rng.random(mentions.sum()) < confidence)
+    covered = audit(KnownRun(population, {"mner": right}, right + rng.poisson(0.4, 600)), kind, 60, 300)["mner"]
+    assert all(found["coverage"] >= 0.87 for found in covered.values()), covered
+
+
 def test_a_first_error_does_not_make_the_interval_narrower():
     known = known_run(600, seed=2, error=0.0)
     order = draw(known.population.spread, Design("uncertainty", 4, 0))
