@@ -312,6 +312,11 @@ def test_without_a_server_of_our_own_the_bucket_says_in_which_region_it_is(s3, m
     assert open_filesystem("s3://there")[0].region == "eu-west-3"
 
 
+def test_aws_is_not_asked_about_a_bucket_that_is_elsewhere(s3, monkeypatch):
+    monkeypatch.setattr(fs, "resolve_s3_region", {}.__getitem__)
+    assert open_filesystem(s3.bucket("data"))[0].region == "us-east-1"
+
+
 def test_a_listing_tells_what_a_file_is(s3, tmp_path):
     bucket = s3.bucket("data")
     for place in ("a.bin", "sub/b.bin"):

@@ -122,6 +122,7 @@ def test_a_broken_box_file_is_named(root, content):
     [
         ("IMGID:1\na\tO\tB-wizard\n", "post 1.*fmnerg tag"),
         ("IMGID:1\na\n", "post 1.*fmnerg tag"),
+        ("IMGID:1\nO\n", "post 1.*fmnerg tag"),  # a tag without a word
         ("IMGID:../x\na\tO\tO\n", "is not IMGID"),
         ("a\tO\tO\n", "is not IMGID"),
     ],

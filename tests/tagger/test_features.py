@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer, RobertaTokenizer
 
 from gem_ray.records import Post
-from gem_ray.tagger.features import SubwordEncoder, by_token_budget, collate, encoder_form, load_tokenizer
+from gem_ray.tagger.checkpoint import load_encoder
+from gem_ray.tagger.features import SubwordEncoder, by_token_budget, collate, encoder_form, fit, load_tokenizer
 
 ZERO_WIDTH = "\u200b"
 
@@ -23,6 +24,14 @@ def pieces(features: SubwordEncoder, ids: list[int]) -> str:
 def test_text_then_knowledge_between_separators(features: SubwordEncoder) -> None:
     (window,) = features.encode([make("taylor visits nyork", "singer of paris")])
     assert pieces(features, window.input_ids) == ("[CLS] taylor visits ny ##ork [SEP] singer of paris [SEP]")
+
+
+def test_a_tokenizer_knows_for_how_many_subwords_the_encoder_has_positions(encoder_folder: Path) -> None:
+    tokenizer, encoder = load_tokenizer(encoder_folder), load_encoder(str(encoder_folder))
+    for padding, length in ((None, 64), (1, 62)):  # RoBERTa counts from the position past its padding's
+        encoder.embeddings.position_embeddings.padding_idx = padding
+        tokenizer.model_max_length = 10**30  # as published ones that do not say it
+        assert fit(tokenizer, encoder, encoder_folder).model_max_length == length
 
 
 def test_a_word_is_its_first_subword(features: SubwordEncoder) -> None:

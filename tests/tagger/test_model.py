@@ -8,6 +8,7 @@ import torch
 from gem_ray.tagger.checkpoint import load_encoder
 from gem_ray.tagger.features import Batch, SubwordEncoder, collate
 from gem_ray.tagger.model import DualPathTagger, coarse_of_fine_tags, tag_cooccurrence
+from gem_ray.tagger.recipe import TaggerDesign
 from gem_ray.taxonomy import FMNERG, GMNER
 
 
@@ -68,6 +69,13 @@ def test_a_one_level_label_set_has_one_path(encoder_folder: Path, batch: Batch) 
     assert emissions.coarse is None
     likelihood = model.fine_crf(emissions.fine, batch.tags, batch.word_mask, reduction="mean")
     assert model(batch).item() == pytest.approx(-likelihood.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("crf", [True, False])
+def test_the_design_says_whether_tags_depend_on_their_neighbours(encoder_folder: Path, crf: bool) -> None:
+    model = DualPathTagger(load_encoder(str(encoder_folder)), FMNERG, design=TaggerDesign(crf=crf))
+    learnt = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    assert learnt & {"coarse_crf", "fine_crf"} == ({"coarse_crf", "fine_crf"} if crf else set())
 
 
 def test_loss_needs_gold_tags(model: DualPathTagger, features: SubwordEncoder, posts: list) -> None:
