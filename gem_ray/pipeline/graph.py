@@ -217,7 +217,10 @@ class PoolActor:
         self._failure: str | None = None
         self._stages: list[WatchedStage] = []
         if was_killed:
-            killed = f"processes of pool {pool.name} are killed as they load its models; out of memory, perhaps"
+            killed = (
+                f"processes of pool {pool.name} are killed as they load its models; out of memory, perhaps, of which "
+                f"fewer need less (pipeline.pools.{pool.stages[0].name}.max_actors)"
+            )
             self._failure = ledger.failed_load(self._name, killed, was_killed)
         while not self._stages and not self._failure:
             try:

@@ -74,6 +74,7 @@ class _Actor:
     gpus: float
     place: str
     node: str
+    has_batches: bool  # that were given to a process before it: Ray keeps them for this actor
     born: float
     heard: float
     loaded: float | None = None
@@ -108,7 +109,7 @@ class _Book:
         self._actors: dict[str, _Actor] = {}
         self._expected: Counter[str] = Counter()
         self._places: dict[str, _Actor] = {}  # the newest process in each
-        self._failed_loads: Counter[tuple[str, str]] = Counter()
+        self._failed_loads: Counter[tuple[str, str]] = Counter()  # by pool, or place, and node
         self._left_out: set[str] = set()  # places
 
     def add_work(self, stage: str, seconds: float, counts: Mapping[str, int]) -> None:
@@ -166,15 +167,17 @@ class _Book:
         actor = self._actors.get(name)
         if actor is None:  # begun with a book that was lost
             return True
-        self._failed_loads[actor.pool, actor.node] += 1
-        if self._failed_loads[actor.pool, actor.node] < _MOST_LOADS:
+        tries = actor.place if actor.has_batches else actor.pool, actor.node
+        self._failed_loads[tries] += 1
+        if self._failed_loads[tries] < _MOST_LOADS:
             return True
-        self._left_out.add(actor.place)
         if was_killed:  # the others have its memory now
-            self._failed_loads[actor.pool, actor.node] = 0
+            self._failed_loads[tries] = 0
+        self._left_out.add(actor.place)
         others = [each for each in self._places.values() if each.pool == actor.pool and each.ended is None]
         works = any(each.loaded is not None and each.is_heard for each in others)
-        if not works and len(self._left_out & {each.place for each in others}) >= self._expected[actor.pool]:
+        is_last = len(self._left_out & {each.place for each in others}) >= self._expected[actor.pool]
+        if actor.has_batches or (is_last and not works):
             self.set_failure(reason)
         return False
 
@@ -185,7 +188,8 @@ class _Book:
         """Whether the process before it was killed as it loaded its models; on another node, that may be gone."""
         now = time.monotonic()
         before = self._places.get(place)
-        self._actors[name] = self._places[place] = _Actor(pool, gpus, place, node, born=now, heard=now)
+        has_batches = before is not None and (before.loaded is not None or before.has_batches)
+        self._actors[name] = self._places[place] = _Actor(pool, gpus, place, node, has_batches, born=now, heard=now)
         return before is not None and before.loaded is None and before.node == node
 
     def hear(self, name: str, is_loaded: bool = False, busy: float = 0.0) -> None:
@@ -286,7 +290,8 @@ class Ledger:
     def failed_load(self, name: str, reason: str, was_killed: bool = False) -> str | None:
         """Say that an actor cannot load its models on its node, and hear that it should try again.
 
-        Does not return, for as long as the run goes on, where it should not: others do the work.
+        Does not return, for as long as the run goes on, where it should not: others do the work. Where the actor has
+        worked before, others cannot: Ray keeps the batches that it had for it, and the run has failed.
 
         Args:
             name: its own.
