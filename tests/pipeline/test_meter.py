@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -26,7 +27,8 @@ from gem_ray.pipeline import ledger, session
 from gem_ray.pipeline import meter as meter_module
 from gem_ray.pipeline.account import Account, PoolTime
 from gem_ray.pipeline.execution import RayExecutor
-from gem_ray.pipeline.groups import GroupRunner
+from gem_ray.pipeline.groups import Group, GroupRunner
+from gem_ray.pipeline.inputs import InputFile
 from gem_ray.pipeline.lease import Lease
 from gem_ray.pipeline.ledger import Progress
 from gem_ray.pipeline.limits import RunLimits, parse_deadline
@@ -256,6 +258,17 @@ def test_rows_of_groups_before_are_not_progress_of_those_that_are_done_now() -> 
     assert runner.done() == Through((30, 30))
     runner.run([])
     assert runner.done() == Through((0, 0))
+
+
+def test_rows_that_an_earlier_start_has_brought_through_a_pass_are_progress() -> None:
+    work = SimpleNamespace(work=Progress)
+    folder = SimpleNamespace(run_id="run")
+    runner = GroupRunner(folder, None, load_config("one-gpu"), {}, work, LeaseClaim(), lambda: None)
+    staged = SimpleNamespace(
+        group=Group("g00000", (InputFile("posts", 0, 10, 1, 1),)), left=lambda number: np.array([], np.int64)
+    )
+    runner._run_pass([staged], 0, lambda: None)
+    assert runner.done() == Through((10, 0))
 
 
 def test_a_pass_that_an_earlier_start_has_done_needs_no_speed(start) -> None:
