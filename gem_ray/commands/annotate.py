@@ -24,6 +24,7 @@ from gem_ray.commands.options import (
     SetOption,
     SkipOption,
     UnseenNamesOption,
+    configured,
     finite,
     parse_columns,
     refuse,
@@ -95,13 +96,12 @@ def annotate(
 
     Exit code 1: failed, or too many posts did. 3: done, but some rows were rejected, or some files not read.
     """
-    from gem_ray.config import load_config
     from gem_ray.pipeline.limits import RunLimits, parse_deadline
     from gem_ray.pipeline.mass_failure import mass_failure
     from gem_ray.pipeline.progress import json_lines
     from gem_ray.pipeline.run import annotate_dataset
 
-    settings = load_config(preset, config, set_ or ())
+    settings = configured(preset, config, set_, unused="serving")
     as_json = context.obj["json_logs"]
     progress = json_lines() if as_json else None
     limits = RunLimits(price, budget, parse_deadline(deadline, datetime.now(UTC)) if deadline else None, request_price)
@@ -172,7 +172,6 @@ def plan(
 
     The `config` of the JSON, given to `annotate --config`, bounds the pools as they were planned.
     """
-    from gem_ray.config import load_config
     from gem_ray.planning.cards import Fleet
     from gem_ray.planning.earlier_run import read_run
     from gem_ray.planning.estimate import estimate
@@ -180,7 +179,7 @@ def plan(
     from gem_ray.planning.table import print_plan
     from gem_ray.planning.workload import TWEETS
 
-    settings = load_config(preset, config, set_ or ())
+    settings = configured(preset, config, set_, unused="serving")
     if probe and like:
         raise typer.BadParameter("--probe and --like are mutually exclusive")
     if map_ and not probe:

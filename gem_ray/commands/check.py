@@ -17,6 +17,7 @@ from gem_ray.commands.options import (
     PresetOption,
     SetOption,
     SkipOption,
+    configured,
     parse_columns,
     write_json,
 )
@@ -45,10 +46,9 @@ def check(
 
     Exit code 2: `annotate` would refuse the input. 3: posts of the sample cannot be annotated, or files are skipped.
     """
-    from gem_ray.config import load_config
     from gem_ray.data.check import check_input
 
-    settings = load_config(preset, config, set_ or ())
+    settings = configured(preset, config, set_, unused="serving")
     found = check_input(input, settings, parse_columns(map_), sample, skip_bad_files)
     if not write_json(found.to_dict(), json):
         _print(found)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gem_ray.commands.options import ConfigOption, PresetOption, SetOption
+from gem_ray.commands.options import ConfigOption, PresetOption, SetOption, configured
 
 if TYPE_CHECKING:
     from gem_ray.planning.needs import ModelNeeded
@@ -22,11 +22,10 @@ def list_(preset: PresetOption = "nano", config: ConfigOption = None, set_: SetO
     """
     from rich.table import Table
 
-    from gem_ray.config import load_config
     from gem_ray.look.console import table_console
     from gem_ray.planning.needs import models_needed
 
-    needs = list(models_needed(load_config(preset, config, set_ or ())))
+    needs = list(models_needed(configured(preset, config, set_)))
     table = Table("model", "key", "reference", "size", "licence", "revision", "where", box=None, pad_edge=False)
     for need in needs:
         table.add_row(
@@ -62,10 +61,9 @@ def fetch(
     """
     import yaml
 
-    from gem_ray.config import load_config
     from gem_ray.planning.needs import fetch_models
 
-    settings = fetch_models(load_config(preset, config, set_ or ()), to, lambda line: typer.echo(line, err=True))
+    settings = fetch_models(configured(preset, config, set_), to, lambda line: typer.echo(line, err=True))
     if settings:
         typer.echo(yaml.safe_dump(settings, sort_keys=False), nl=False)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from gem_ray.config import Config
     from gem_ray.records import Post
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REJECTED = 1, 2, 3
@@ -57,6 +58,20 @@ ImagesOption = Annotated[Path | None, typer.Option(help="Images of a Twitter1000
 RecipeSetOption = Annotated[
     list[str] | None, typer.Option("--recipe-set", help="Override one setting of the recipe: `epochs=3`. Repeatable.")
 ]
+
+
+def configured(preset: str, file: Path | None, overrides: list[str] | None, unused: str = "") -> Config:
+    """The configuration of a command.
+
+    Raises:
+        ConfigError: as `load_config` and `refuse_unread`.
+    """
+    from gem_ray.config import load_config
+    from gem_ray.unread_keys import refuse_unread
+
+    config = load_config(preset, file, overrides or ())
+    refuse_unread(config, overrides or (), unused)
+    return config
 
 
 def refuse(context: typer.Context, *names: str, because: str) -> None:

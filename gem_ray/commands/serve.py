@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gem_ray.commands.options import PresetOption, SetOption, refuse
+from gem_ray.commands.options import PresetOption, SetOption, configured, refuse
 from gem_ray.redaction import redacted
 
 app = typer.Typer()
@@ -44,6 +44,7 @@ def serve(
     from gem_ray.serving.session import serving
 
     if serve_config is None:
+        configured(preset, None, set_, unused="pipeline")
         schema = preset_schema(preset, set_ or (), host or HOST, port or 8000)
     elif set_:
         raise ConfigError("--set and --serve-config are mutually exclusive; set the key under the config's `args`")
