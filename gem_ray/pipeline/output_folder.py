@@ -115,6 +115,7 @@ class Manifest:
         passes: names of the stages of each pass.
         columns: field of an input row -> the column that holds it, where that has another name.
         earlier_runs: ids of the runs that the output has had before.
+        versions: of this product and its libraries, with which the run began.
     """
 
     run_id: str
@@ -129,6 +130,7 @@ class Manifest:
     passes: list[list[str]]
     columns: dict[str, str] = field(default_factory=dict)
     earlier_runs: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
     edition: int = EDITION
 
     @property

@@ -92,12 +92,14 @@ def settle(directory: OutputFolder, claim: LeaseClaim) -> None:
             storage.delete(f"{ANNOTATIONS}/{name}")
 
     def move(name: str) -> None:
-        claim.check()
-        storage.move(moves[name], f"{ANNOTATIONS}/{name}")
-        # A copy takes its time. Whoever took the output over meanwhile may have replaced the file, and deleted it.
-        if not claim.holds and not _is_live(directory, name):
-            storage.delete(f"{ANNOTATIONS}/{name}")
-        claim.check()
+        try:
+            with claim.checked():
+                storage.move(moves[name], f"{ANNOTATIONS}/{name}")
+        except FileExistsError:
+            # A copy takes its time. Whoever took the output over meanwhile may have replaced the file, and deleted it.
+            if not _is_live(directory, name):
+                storage.delete(f"{ANNOTATIONS}/{name}")
+            raise
 
     side_by_side(delete, stale)  # all of them first, so that no row is there twice
     side_by_side(move, list(moves))  # in S3 each is a copy, and a fresh run may have thousands

@@ -40,7 +40,7 @@ from gem_ray.pipeline.publishing import (
     tally_of,
 )
 from gem_ray.pipeline.run_report import write_run_report
-from gem_ray.pipeline.summary import RunSummary
+from gem_ray.pipeline.summary import RunSummary, differences, versions
 from gem_ray.plurals import counted
 
 if TYPE_CHECKING:
@@ -132,9 +132,10 @@ def annotate_dataset(
     with ExitStack() as held:
         try:
             held.enter_context(lease.held())
+            directory.storage.check_may_delete()
         except FileExistsError:
             raise
-        except OSError:  # nothing can be written there: a finished run does not need it
+        except OSError:  # nothing can be written or deleted there: a finished run does not need it
             if not (fresh or update or only_problems) and (summary := run.looked_up()):
                 return summary
             raise
@@ -165,7 +166,6 @@ class _Run:
 
     def annotate(self, fresh: bool, update: bool, only_problems: bool, progress: OnReading | None) -> RunSummary:
         clock = time.perf_counter()
-        self.directory.storage.check_may_delete()
         self.directory.sweep()
         check_no_strangers(self.directory)
         folder = (None if fresh else self._continue(update, only_problems)) or self._begin()
@@ -203,6 +203,8 @@ class _Run:
             added = new_files(manifest, self.listing, update)
         except ValueError as error:
             raise ValueError(f"{error}{self._way_back(folder)}") from None
+        if others := list(differences(manifest.versions, versions())) if manifest.versions else []:
+            logger.warning("the run began with other versions; rows that are left may differ: %s", ", ".join(others))
         if added:
             files = self._count(added, first_number=max((file.number for file in manifest.files), default=-1) + 1)
             with self.claim.checked():
@@ -251,6 +253,7 @@ class _Run:
             passes=stages_by_pass(self.config),
             columns=dict(self.reader.columns),
             earlier_runs=sorted(self.directory.all_runs()),
+            versions=versions(),
         )
         with self.claim.checked():
             if is_empty:

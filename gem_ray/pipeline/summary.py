@@ -96,7 +96,7 @@ class RunSummary:
             "unread": self.unread,
             "unread_rows": self.unread_rows,
             "models": self.models,
-            "versions": _versions(),
+            "versions": versions(),
             "config": self.config,
         }
 
@@ -113,7 +113,8 @@ class RunSummary:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this process: Python, this product, and the libraries that rows may depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 

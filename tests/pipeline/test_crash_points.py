@@ -12,6 +12,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import shutil
 import threading
 import time
@@ -46,6 +47,7 @@ from gem_ray.pipeline.ledger import Progress
 from gem_ray.pipeline.limits import RunLimits
 from gem_ray.pipeline.output_folder import OutputFolder
 from gem_ray.pipeline.run import RunError, annotate_dataset
+from gem_ray.pipeline.summary import versions
 from gem_ray.pipeline.tables import annotations_table, pass_table, posts_to_table, table_to_posts
 from gem_ray.records import ANNOTATION_SCHEMA, Post, ProblemKind
 from gem_ray.tally import Tally
@@ -596,6 +598,55 @@ def test_write_that_fails_is_said_or_made_up_for_and_the_next_start_gives_every_
         check(world, expected)
 
 
+@pytest.mark.parametrize("is_bucket", [False, True], ids=["disk", "bucket"])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_driver_that_wakes_up_while_another_is_at_work_harms_nothing(
+    scenario: Scenario, is_bucket: bool, tmp_path: Path, use: Callable[[World], World]
+) -> None:
+    """It was taken for dead at one write, goes on while the other is at another, and that one goes on after it."""
+    world = use(World(tmp_path, is_bucket))
+    scenario.prepare(world)
+    begin = world.save()
+    writes, expected = undisturbed(scenario, world)
+    chance = random.Random(f"{scenario.name} {is_bucket}")
+    for _ in range(5):
+        world.restore(begin)
+        first, second = chance.randint(2, writes), chance.randint(2, writes)
+        if annotate_beside_a_sleeper(world, scenario, first, second):
+            check(world, expected)
+        published_rows(world)
+        world.annotate(scenario.config, **scenario.again)
+        check(world, expected)
+
+
+def annotate_beside_a_sleeper(world: World, scenario: Scenario, first: int, second: int) -> bool:
+    """Whether a driver says that it has finished, which rests at a write while one that slept at another goes on."""
+    at_work, is_awake, finished = threading.Event(), threading.Event(), list[bool]()
+
+    def rest() -> None:
+        at_work.set()
+        assert is_awake.wait(30)
+
+    def take_over() -> None:
+        with suppress(ConflictError):  # the sleeper has just written `run.json`
+            world.annotate(scenario.config, Process(stop_at=second, meanwhile=rest), **scenario.options)
+            finished.append(True)
+        at_work.set()
+
+    other = threading.Thread(target=take_over)
+
+    def sleep() -> None:
+        other.start()
+        assert at_work.wait(30)
+
+    with suppress(FileExistsError):
+        world.annotate(scenario.config, Process(stop_at=first, meanwhile=sleep), **scenario.options)
+    is_awake.set()
+    if other.ident is not None:  # which attempt at the flaky post counts decides on a write more or less
+        other.join()
+    return bool(finished)
+
+
 @pytest.mark.parametrize("config", [CONFIG, IN_PASSES], ids=["one pass", "passes"])
 def test_rows_that_other_nodes_wrote_and_are_listed_late_are_waited_for(
     config: Config, tmp_path: Path, use: Callable[[World], World], monkeypatch: pytest.MonkeyPatch
@@ -748,6 +799,21 @@ def test_facts_of_another_version_do_not_keep_a_run_from_finishing(
     summary.write_text('{"run_id": "20200101T000000-00000000", "rows": 5}')
     assert world.annotate().annotated == 0
     assert json.loads(summary.read_text())["run_id"] == mine["run_id"]
+
+
+def test_a_run_that_goes_on_with_other_versions_says_so(
+    tmp_path: Path, use: Callable[[World], World], caplog: pytest.LogCaptureFixture
+) -> None:
+    world = use(World(tmp_path))
+    unfinished(world)
+    (path,) = world.output.rglob("manifest.json")
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"versions": manifest["versions"] | {"torch": "1.0"}}))
+    world.annotate()
+    assert [record.message.partition("differ: ")[2] for record in caplog.records] == [
+        f"torch: 1.0 → {versions()['torch']}"
+    ]
+    assert len(published_rows(world)) == 5
 
 
 def failing(*_: Any) -> None:
