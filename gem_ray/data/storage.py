@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from pyarrow import fs
 
@@ -23,6 +23,8 @@ from gem_ray.s3 import S3Uri, client, is_refusal
 
 _THREADS = 16
 _STALE_READS = 3
+_LOCKED_S = 30.0  # longer than any write of facts takes
+_LOCK_PAUSE_S = 0.02
 _TRIAL = "_run/.trial"
 _CONFLICT_PAUSES_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -216,12 +218,31 @@ class LocalStorage(Storage):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process of those that share the disk at a time; the lock ends with the process that holds it."""
+        """One process of those that share the disk at a time; the lock ends with the process that holds it.
+
+        Raises:
+            TimeoutError: a process holds it and does not go on, as one that was stopped or frozen.
+        """
         path = Path(self.path("_run/.lock"))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            until = time.monotonic() + _LOCKED_S
+            while not _has_locked(stream):
+                if time.monotonic() > until:
+                    raise TimeoutError(
+                        f"{path} has been locked for {_LOCKED_S:g} s by a process that does not go on: end it, and "
+                        "start again"
+                    )
+                time.sleep(_LOCK_PAUSE_S)
             yield
+
+
+def _has_locked(stream: TextIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class S3Storage(Storage):

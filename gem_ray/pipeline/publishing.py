@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gem_ray.atomic import name_of_partial
 from gem_ray.data.damage import DamagedError, json_object, parsed
 from gem_ray.data.output import ANNOTATIONS, RUN_ID, SUCCESS, Publication, PublishedFile, live_files, merged_name
 from gem_ray.data.parquet import rows_in_footer
@@ -55,9 +56,14 @@ def check_no_strangers(directory: OutputFolder) -> None:
 
 
 def _own(directory: OutputFolder, names: Iterable[str]) -> list[str]:
-    """Those files that runs of this output have written, by their names."""
+    """Those files that runs of this output have written, or half written when they were killed, by their names."""
     runs = directory.all_runs()
-    return [name for name in names if (found := _OF_RUN.fullmatch(name)) and found["run"] in runs]
+    return [name for name in names if (found := _OF_RUN.fullmatch(_whole_name(name))) and found["run"] in runs]
+
+
+def _whole_name(name: str) -> str:
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{name_of_partial(file) or file}"
 
 
 def settle(directory: OutputFolder, claim: LeaseClaim) -> None:

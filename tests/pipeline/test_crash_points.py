@@ -406,7 +406,7 @@ class Scenario:
         return {name: value for name, value in self.options.items() if name != "fresh"}
 
 
-INPUT = {"a": ["one", FLAKY], "b": ["no image", "far too long a text", "three"]}
+INPUT = {"a": ["one", FLAKY], "ab": [], "b": ["no image", "far too long a text", "three"]}
 
 
 def unfinished(world: World) -> None:
@@ -799,6 +799,21 @@ def test_facts_of_another_version_do_not_keep_a_run_from_finishing(
     summary.write_text('{"run_id": "20200101T000000-00000000", "rows": 5}')
     assert world.annotate().annotated == 0
     assert json.loads(summary.read_text())["run_id"] == mine["run_id"]
+
+
+def test_half_a_file_that_was_copied_from_another_disk_is_removed(
+    tmp_path: Path, use: Callable[[World], World]
+) -> None:
+    """`annotations/` may be on another one, and the driver may be killed in the middle of a copy."""
+    world = use(World(tmp_path))
+    finished()(world)
+    whole = next((world.output / ANNOTATIONS).rglob("*.parquet"))
+    half, theirs = (whole.with_name(f".{name}.0123abcd.partial") for name in (whole.name, "theirs.parquet"))
+    for path in (half, theirs):
+        path.write_bytes(b"PAR1")
+    world.annotate()
+    assert (half.exists(), theirs.exists()) == (False, True)
+    assert (world.output / SUCCESS).exists()
 
 
 def test_a_run_that_goes_on_with_other_versions_says_so(

@@ -213,6 +213,15 @@ def test_a_bucket_whose_policy_forbids_deleting_is_refused_before_a_row_is_read(
         annotate_dataset(tmp_path / "posts", f"{bucket}/out", load_config())
 
 
+def test_a_lock_of_a_process_that_was_stopped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Amid a write of the lease, say; a start would wait forever, without a word."""
+    monkeypatch.setattr("gem_ray.data.storage._LOCKED_S", 0.1)
+    storage = LocalStorage(str(tmp_path))
+    with storage._locked(), pytest.raises(TimeoutError, match=r"_run/\.lock has been locked for 0\.1 s by a process"):
+        storage.swap("_run/lease.json", b"{}", None)
+    storage.swap("_run/lease.json", b"{}", None)
+
+
 def test_what_is_neither_written_nor_there_is_no_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(storage: Storage, name: str, content: bytes, expected: str | None) -> str:
         raise ConflictError(name)
