@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from gem_ray.config import ConfigError, load_config
+import gem_ray
+from gem_ray.config import Config, ConfigError, load_config, section_type
 from gem_ray.config_keys import settings
+from gem_ray.grounding.matcher_recipe import MatcherTraining
+from gem_ray.grounding.train_text_segmenter import TextSegmenterTraining
+from gem_ray.rerank.recipe import RerankerTraining
+from gem_ray.tagger.recipe import TaggerTraining
 from gem_ray.unread_keys import READ_IF, refuse_unread, why_unread
 
 ENDPOINT = "reranker={engine: endpoint, endpoint: {base_url: http://127.0.0.1:1/v1}}"
@@ -68,3 +76,18 @@ def test_every_key_that_has_no_effect_gets_its_line_and_sections_are_looked_into
         "--set serving.drain_s has no effect: this command does not read serving",
     ]
     refuse_unread(load_config(overrides=overrides), ["grounder.enabled=true", "filter.k=3", "reranker.enabled=false"])
+
+
+@pytest.mark.parametrize("kind", [Config, TaggerTraining, RerankerTraining, MatcherTraining, TextSegmenterTraining])
+def test_every_setting_is_read_somewhere(kind: type[BaseModel]) -> None:
+    """By its name, in a file that does not only define it."""
+    package = Path(gem_ray.__file__).parent
+    read = {word for file in package.rglob("*.py") for word in re.findall(r"\.(\w+)", file.read_text(encoding="utf-8"))}
+    assert [name for name in _names(kind) if name not in read] == []
+
+
+def _names(kind: type[BaseModel]) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        yield name
+        if section := section_type(field.annotation):
+            yield from _names(section)
