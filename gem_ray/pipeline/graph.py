@@ -219,7 +219,7 @@ class PoolActor:
         if was_killed:
             killed = (
                 f"processes of pool {pool.name} are killed as they load its models; out of memory, perhaps, of which "
-                f"fewer need less (pipeline.pools.{pool.stages[0].name}.max_actors)"
+                f"fewer need less (pipeline.pools.{pool.placement.stages[0]}.max_actors)"
             )
             self._failure = ledger.failed_load(self._name, killed, was_killed)
         while not self._stages and not self._failure:

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import NodeDiedError
 
 from gem_ray.benchmarks.memory import write_texts
-from gem_ray.config import Config
+from gem_ray.config import Config, load_config
 from gem_ray.pipeline import execution, ledger
 from gem_ray.pipeline.graph import PoolActor
 from gem_ray.pipeline.run import RunError, annotate_dataset
@@ -94,8 +94,10 @@ def test_a_model_that_no_node_can_load_ends_the_run(nodes: Any, run: list[Any]) 
 
 def test_a_model_whose_loading_kills_every_process_ends_the_run(run: list[Any], local_ray: None) -> None:
     """As Ray starts a process that was killed again and again."""
-    with pytest.raises(RunError, match=r"processes of pool .* are killed as they load its models"):
+    with pytest.raises(RunError, match=r"processes of pool .* are killed as they load its models") as failure:
         annotate_dataset(*run, actor=Dying)
+    key = str(failure.value).rpartition("(")[2].rstrip(")")
+    assert load_config(overrides=[f"{key}=1"]).pipeline.pools[0].max_actors == 1
 
 
 @pytest.fixture
