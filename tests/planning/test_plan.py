@@ -660,6 +660,15 @@ def test_too_few_cpus_are_answered_with_a_configuration_that_needs_no_more(prese
     assert make_plan(config, cpus=1, **cards).advice is None  # which tasks need
 
 
+def test_a_pool_that_waits_for_an_endpoint_counts_where_its_speed_is_known() -> None:
+    explainer = "knowledge.explainer={base_url: http://127.0.0.1:9/v1}"
+    off = ["reranker.enabled=false", "grounder.enabled=false"]
+    config = load_config(overrides=["pipeline.pools=[{stages: [knowledge]}, {stages: [tag]}]", explainer, *off])
+    for measured, slowest in (({"tag": 0.001}, "tag"), ({"tag": 0.001, "prepare": 0.0, "knowledge": 2.0}, "knowledge")):
+        (one,) = make_plan(config, cpus=4, measured=measured).passes
+        assert one.bottleneck.name == slowest
+
+
 def test_more_cpus_go_to_the_slowest_stage_of_a_measured_run() -> None:
     measured = {"tag": 0.001, "rerank": 0.002, "ground": 0.008}
     wide = [f"pipeline.pools.{stage}.max_actors=16" for stage in ("tag", "rerank", "ground")]
