@@ -13,6 +13,7 @@ import numpy as np
 # Fixed before any label is seen, as the tests in a row need it: from the strictest down, by 0.005.
 THRESHOLDS = tuple(round(1 - step / 200, 3) for step in range(1, 101))
 _FIRST = 8  # the first test is of one entity in so many, at least
+_FEW = 20  # posts with an error; fewer do not tell how errors come together
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def independent(right: np.ndarray, owners: np.ndarray) -> tuple[int, int]:
     """Errors and number of the independent entities that would say as much (Korn and Graubard 1998).
 
     The number is divided by the design effect: how many times larger the variance of the share of right ones is for
-    whole posts than for single entities; never below 1. Without an error nobody knows it: then a post says as much as
-    one entity. Rounded to the safe side.
+    whole posts than for single entities; never below 1. Where few posts have an error nobody knows it, since those in
+    which all is wrong may be the ones that were not drawn: then a post says as much as one entity, at most. Rounded to
+    the safe side.
 
     Args:
         right: (N,) bool.
@@ -102,11 +104,12 @@ def independent(right: np.ndarray, owners: np.ndarray) -> tuple[int, int]:
     """
     count, share = len(right), right.mean()
     sizes = np.bincount(owners)
-    residuals = np.bincount(owners, weights=right)[sizes > 0] - share * sizes[sizes > 0]
+    hits = np.bincount(owners, weights=right)
+    residuals = (hits - share * sizes)[sizes > 0]
     spread, clusters = share * (1 - share) * count, len(residuals)
-    effect = (
-        (residuals**2).sum() * clusters / (clusters - 1) / spread if spread > 0 and clusters > 1 else count / clusters
-    )
+    effect = (residuals**2).sum() * clusters / (clusters - 1) / spread if spread > 0 and clusters > 1 else 1.0
+    if (hits < sizes).sum() < _FEW:
+        effect = max(effect, count / clusters)
     total = math.floor(count / max(1.0, effect))
     return min(total, math.ceil(total * (1 - share) - 1e-9)), total
 

@@ -86,6 +86,17 @@ def test_few_posts_with_many_entities_promise_nothing_that_does_not_hold(count: 
     assert np.mean([each.threshold is not None for each in found]) <= 0.05
 
 
+@pytest.mark.parametrize("count", [60, 100])
+def test_rare_posts_in_which_all_is_wrong_break_no_promise(count: int) -> None:
+    """In 3 posts of 100 all is wrong, elsewhere 2.1 % of the entities: 94.95 % are right."""
+    random, owners = np.random.default_rng(5), np.repeat(np.arange(count), 5)
+    broken = []
+    for _ in range(300):
+        wrong = (random.random(count) < 0.03)[owners] | (random.random(5 * count) < 0.021)
+        broken.append(certify(np.full(5 * count, 0.99), ~wrong, owners, 0.95, 0.05).threshold is not None)
+    assert np.mean(broken) <= 0.05
+
+
 def test_no_threshold_is_found_where_nothing_can_be_promised() -> None:
     few = certify(np.full(58, 0.99), np.ones(58, bool), range(58), 0.95, 0.05)
     assert (few.threshold, few.accepted, few.share, few.lower_bound) == (None, 0, 0.0, 0.0)
