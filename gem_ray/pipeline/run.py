@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from gem_ray.annotator import models_of
@@ -120,7 +120,6 @@ def annotate_dataset(
         reader=InputReader(listing.filesystem, columns or {}, config.image),
         input=str(input),
         config=config,
-        models=models_of(config),
         limit=limit,
         skip_bad_files=skip_bad_files,
         max_problem_share=None if only_problems else max_problem_share,
@@ -155,7 +154,6 @@ class _Run:
     reader: InputReader
     input: str
     config: Config
-    models: dict[str, str]
     limit: int | None
     skip_bad_files: bool
     max_problem_share: float | None
@@ -163,6 +161,11 @@ class _Run:
     lease: Lease
     claim: LeaseClaim
     executor: RayExecutor
+
+    @cached_property
+    def models(self) -> dict[str, str]:
+        """As `models_of` gives them; it fetches those of the hub, which is to wait until the output is held."""
+        return models_of(self.config)
 
     def annotate(self, fresh: bool, update: bool, only_problems: bool, progress: OnReading | None) -> RunSummary:
         clock = time.perf_counter()
