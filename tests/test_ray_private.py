@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import worker
 from ray._private.parameter import RayParams
 
+from gem_ray.ray_private import core
 from gem_ray.ray_private.core import SYSTEM_CONFIG
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +26,7 @@ _ACTOR_POOL = f"{_EXECUTION}.operators.actor_pool_map_operator:ActorPoolMapOpera
 _BACKPRESSURE = f"{_EXECUTION}.backpressure_policy:DownstreamCapacityBackpressurePolicy"
 PINNED = [
     ("ray._private:worker", "_global_node"),
+    ("ray._private:worker", "print_to_stdstream"),
     ("ray._private.node:Node", "kill_monitor"),
     ("ray._private.node:Node", "kill_log_monitor"),
     (_BACKPRESSURE, "OBJECT_STORE_BUDGET_UTIL_THRESHOLD"),
@@ -128,3 +131,25 @@ def test_a_proxy_makes_its_queues_of_the_name_that_we_replace():
     from ray.serve._private.proxy import HTTPProxy
 
     assert "= MessageQueue()" in inspect.getsource(HTTPProxy)
+
+
+def test_what_ray_says_of_deaths_is_not_among_results(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`listen_error_messages` prints it, by the name that we replace, and would to standard output."""
+    assert "print_to_stdstream" in worker.listen_error_messages.__code__.co_names
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)  # as it is put back afterwards
+    monkeypatch.setattr(
+        ray,
+        "init",
+        lambda **_: worker.print_to_stdstream(
+            {"lines": ["A worker died"], "pid": "raylet", "is_err": False}, ignore_prefix=False
+        ),
+    )
+    core._init()
+    said = capsys.readouterr()
+    assert not said.out
+    assert "A worker died" in said.err
+    core.be_silent()
+    ray.init()
+    assert capsys.readouterr() == ("", "")

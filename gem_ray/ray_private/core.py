@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray._private import worker
 
+_PRINT = worker.print_to_stdstream
 SYSTEM_CONFIG = "_system_config"
 """Argument of `ray.init`, and of the head of a `ray.cluster_utils.Cluster`: settings of Ray's own processes."""
 
@@ -73,12 +74,23 @@ def start_local_ray(**arguments: Any) -> None:
     worker._global_node.kill_log_monitor()
 
 
+def be_silent() -> None:
+    """From now on Ray says nothing of processes that die: they are being stopped."""
+    worker.print_to_stdstream = lambda *_, **__: None
+
+
 def _init(**arguments: Any) -> None:
     """`ray.init`, which puts its own handler of SIGTERM in the place of one that this process has chosen."""
+    worker.print_to_stdstream = _print_to_standard_error
     chosen = signal.getsignal(signal.SIGTERM)
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
     if callable(chosen) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, chosen)
+
+
+def _print_to_standard_error(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """What Ray says of processes that die and of tasks that it begins again: not among the results of a command."""
+    _PRINT(data | {"is_err": True}, ignore_prefix)
 
 
 def _short_session_folder() -> dict[str, str]:

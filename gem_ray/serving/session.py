@@ -23,7 +23,7 @@ from gem_ray.annotator import models_of
 from gem_ray.config import Config, ConfigError, ReplicaPlacement
 from gem_ray.planning.allocation import Cards
 from gem_ray.pools import serving_pools
-from gem_ray.ray_private.core import connect_to_ray, start_local_ray
+from gem_ray.ray_private.core import be_silent, connect_to_ray, start_local_ray
 from gem_ray.ray_private.serve import deploy
 from gem_ray.serving.keys import ApiKeys
 from gem_ray.serving.schemas import ours
@@ -84,7 +84,7 @@ def serving(schema: ServeDeploySchema) -> Iterator[Served]:
         try:
             yield Served(_deploy(schema), schema, runner)
         finally:
-            runner.run(_end(schema, is_own_ray=address is None))
+            runner.run(_end(schema, is_own_ray=not address))
             ray.shutdown()
             if port is not None:
                 port.close()
@@ -181,6 +181,7 @@ def _deploy(schema: ServeDeploySchema) -> str:
 async def _end(schema: ServeDeploySchema, is_own_ray: bool) -> None:
     await _drain(schema)
     if is_own_ray:
+        be_silent()
         await serve.shutdown_async()
     else:
         for application in schema.applications:
