@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from ray.serve._private.http_util import set_socket_reuse_port
+from typer.testing import CliRunner
 
+from gem_ray.cli import app
 from gem_ray.commands import serve as commands
 from gem_ray.config import ConfigError, ServingConfig, load_config
 from gem_ray.serving.environment import prepare_own_ray
@@ -113,7 +115,7 @@ def test_a_listener_on_any_address_of_the_name_is_noticed(port, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ConfigError("bad"), RuntimeError("Ray says no"), KeyError("x")])
-def test_a_reload_that_fails_ends_nothing(monkeypatch, capsys, error):
+def test_a_reload_that_fails_ends_nothing(monkeypatch, error):
     """Not the service, and not the reload of what is right: a key may just have been revoked."""
     done, signals = [], iter([signal.SIGHUP, signal.SIGTERM])
 
@@ -139,11 +141,11 @@ def test_a_reload_that_fails_ends_nothing(monkeypatch, capsys, error):
     monkeypatch.setattr("gem_ray.serving.environment.prepare_own_ray", lambda: None)
     monkeypatch.setattr("gem_ray.serving.session.serving", lambda _: nullcontext(Service()))
     monkeypatch.setattr("gem_ray.ray_private.serve.deploy", deploy)
-    commands.serve(serve_config=ROOT / "serve_configs" / "nano.yaml", host=None, port=None)
+    output = CliRunner().invoke(app, ["serve", "--serve-config", str(ROOT / "serve_configs" / "nano.yaml")])
+    assert output.exit_code == 0, output.output
     assert done == ["keys", "config"]
-    output = capsys.readouterr()
-    assert output.err.count("reload failed; keeping the current") == 2
-    assert "finishing running requests" in output.out
+    assert output.stderr.count("reload failed; keeping the current") == 2
+    assert "finishing running requests" in output.stdout
 
 
 def test_an_empty_address_of_a_ray_opens_nothing(monkeypatch):

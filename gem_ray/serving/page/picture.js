@@ -69,7 +69,7 @@ export function showBoxes(answer) {
   if (!answer.image_width) return;
   const upright = [answer.image_width, answer.image_height];
   if (String(size) !== String(upright)) { // the boxes stand on an empty ground of its shape
-    if (size) $("file-name").append("; this browser does not turn it upright");
+    if (size) $("file-name").append("; this browser turns it another way");
     $("pixels").width = $("pixels").height = 1;
     size = upright;
     decoded = false;
