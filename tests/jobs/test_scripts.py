@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,34 +40,34 @@ def test_a_job_with_rejected_rows_is_done_and_other_codes_stay(command, job):
     assert python("-c", code).returncode == job
 
 
-def test_a_stopped_job_says_so_and_fails():
-    code = (
-        "import time, gem_ray.entrypoint as job\n"
-        "job.main = lambda: (print('running', flush=True), time.sleep(60))\n"
-        "job.run_job('annotate', stopped='stopped here')"
+@contextmanager
+def told_to_stop(main):
+    """A job of these lines that has said it runs, and got SIGTERM."""
+    code = "\n".join(
+        [
+            "import time, gem_ray.entrypoint as job",
+            "def main():",
+            *(f"    {line}" for line in main),
+            "job.main = main",
+            "job.run_job('annotate', stopped='stopped here')",
+        ]
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout.readline() == "running\n"
         process.send_signal(signal.SIGTERM)
+        yield process
+
+
+def test_a_stopped_job_says_so_and_fails():
+    with told_to_stop(["print('running', flush=True); time.sleep(60)"]) as process:
         assert process.communicate(timeout=30)[1] == "stopped here\n"
     assert process.returncode == 1
 
 
 def test_a_stopped_job_says_so_before_it_cleans_up():
     """Ray kills it three seconds after it has told it to stop, and closing a Ray takes as long on a busy machine."""
-    code = (
-        "import time, gem_ray.entrypoint as job\n"
-        "def main():\n"
-        "    try:\n"
-        "        print('running', flush=True); time.sleep(60)\n"
-        "    finally:\n"
-        "        time.sleep(60)\n"
-        "job.main = main\n"
-        "job.run_job('annotate', stopped='stopped here')"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
-        assert process.stdout.readline() == "running\n"
-        process.send_signal(signal.SIGTERM)
+    main = ["try:", "    print('running', flush=True); time.sleep(60)", "finally:", "    time.sleep(60)"]
+    with told_to_stop(main) as process:
         assert process.stderr.readline() == "stopped here\n"
         process.kill()
 
