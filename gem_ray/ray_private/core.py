@@ -10,11 +10,16 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import worker
+from ray._private import parameter, worker
+
+from gem_ray.ray_private.fork_server import WORKER, start_fork_server
 
 _PRINT = worker.print_to_stdstream
 SYSTEM_CONFIG = "_system_config"
@@ -67,11 +72,26 @@ def start_local_ray(**arguments: Any) -> None:
     _give_token_without_home()
     folder = _short_session_folder()
     try:
-        _init(address="local", include_dashboard=False, **folder, **arguments)
+        with _forked_workers():
+            _init(address="local", include_dashboard=False, **folder, **arguments)
     except OSError as error:
         raise OSError(f"Ray cannot keep the files of its session: {error}. RAY_TMPDIR names another folder") from None
     worker._global_node.kill_monitor()
     worker._global_node.kill_log_monitor()
+
+
+@contextmanager
+def _forked_workers() -> Iterator[None]:
+    """A Ray that is started inside has its workers forked, where they can be."""
+    if not start_fork_server():
+        yield
+        return
+    usual = parameter.RayParams
+    parameter.RayParams = partial(usual, worker_path=str(WORKER))
+    try:
+        yield
+    finally:
+        parameter.RayParams = usual
 
 
 def be_silent() -> None:

@@ -1,0 +1,165 @@
+"""Workers of a local Ray that are forked from a process that has imported what they need.
+
+A process with models spends over four seconds of a core on importing torch, transformers, pandas and Arrow before it
+loads the first; one that is forked has them at once, and shares their memory. Ray itself is imported after the fork:
+its library reads a worker's environment once, when it is loaded.
+
+Ray starts `forked_worker.py` in the place of its own worker. That asks the server, whose name is in `SERVER`, and does
+as Ray's own where no server answers, so that a server that is gone costs nothing but time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gem_ray.process_start import quick_start
+from gem_ray.ray_private.forked_worker import SERVER, STREAMS, run_ray_worker
+
+WORKER = Path(__file__).with_name("forked_worker.py")
+"""What Ray runs in the place of its own worker."""
+
+# The stages' modules import what is theirs of transformers; nothing here imports Ray, loads a model or starts a thread.
+_MODULES = (
+    "torch",
+    "pandas",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+    "gem_ray.annotator",
+    "gem_ray.tagger.tagger",
+    "gem_ray.rerank.reranker",
+    "gem_ray.rerank.engine_transformers",
+    "gem_ray.grounding.grounder",
+)
+_IDLE_S = 60.0  # without a request; then its memory is given back
+_SET_PDEATHSIG = 1  # prctl(2)
+_PEER = struct.Struct("3i")  # ucred of unix(7): pid, uid, gid
+
+# Read again by those who use them, so that they may differ between the server and a worker. All others may have been
+# read by what the server has imported.
+_READ_LATER = ("RAY_", "AWS_", "SPT_NOENV", "PYTEST_CURRENT_TEST", SERVER)
+
+_server: subprocess.Popen[bytes] | None = None
+
+
+def can_fork() -> bool:
+    """Whether workers may be forked here: not where there is a card, whose driver no fork survives."""
+    return sys.platform == "linux" and not list(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists()
+
+
+def start_fork_server() -> bool:
+    """Start the server of this process, if it has none; whether there is one. It ends with the thread that starts it."""
+    global _server
+    if not can_fork():
+        return False
+    if _server is not None and _server.poll() is None:
+        return True
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind("")  # the kernel chooses an abstract name, which needs no file
+        listener.listen(128)
+        code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+        code += f"from {__name__} import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+        environment = {name: value for name, value in os.environ.items() if name != SERVER}
+        _server = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(sys.path), str(listener.fileno()), str(os.getpid())],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        os.environ[SERVER] = listener.getsockname()[1:].decode()
+    return True
+
+
+def serve(listening: int, parent: int) -> None:
+    """Import, then fork a worker for each request, for as long as the parent lives."""
+    _end_with(parent)
+    environment = dict(os.environ)  # torch's import adds to it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
+    listener = socket.socket(fileno=listening)
+    with quick_start():
+        for name in _MODULES:
+            import_module(name)
+    if "ray" in sys.modules:
+        raise ImportError(f"one of {', '.join(_MODULES)} imports ray, which cannot be forked")
+    gc.freeze()  # so that no worker's garbage collection copies what they share
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
+    listener.settimeout(_IDLE_S)
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            return
+        with connection:
+            request = _forked(connection, environment)
+        if request is not None:
+            listener.close()
+            run_ray_worker(request["arguments"])
+            return
+
+
+def _forked(connection: socket.socket, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Fork a worker; in the worker, which has taken over the request's place: the request."""
+    connection.settimeout(_IDLE_S)
+    _, streams, _, _ = socket.recv_fds(connection, 1, len(STREAMS))
+    try:
+        with connection.makefile("rb") as file:
+            request = json.load(file)
+        is_welcome = _is_own(connection) and _read_the_same(request["environment"], environment)
+        if is_welcome and not os.fork():
+            _take_over(request, streams, environment)
+            return request
+        if is_welcome:
+            connection.sendall(b"\n")
+    finally:
+        for stream in streams:
+            os.close(stream)
+    return None
+
+
+def _is_own(connection: socket.socket) -> bool:
+    _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return user == os.getuid()
+
+
+def _read_the_same(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
+    """Whether the server's modules would have read the same variables in both environments."""
+
+    def read(variables: Mapping[str, str]) -> dict[str, str]:
+        return {name: value for name, value in variables.items() if not name.startswith(_READ_LATER)}
+
+    return read(first) == read(second)
+
+
+def _take_over(request: Mapping[str, Any], streams: Sequence[int], environment: Mapping[str, str]) -> None:
+    """What makes a process the one that Ray has started: its group, streams, folder, environment and priorities."""
+    import numpy as np
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setpgrp()
+    for stream, number in zip(streams, STREAMS, strict=True):
+        os.dup2(stream, number)
+    os.chdir(request["folder"])
+    for name in environment.keys() - request["environment"].keys():
+        del os.environ[name]
+    os.environ.update(request["environment"])
+    os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
+    Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")
+    np.random.seed()  # Python's own generator does so by itself
+
+
+def _end_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit()
