@@ -51,6 +51,9 @@ def demo(
     unseen_names: UnseenNamesOption = 0.4,
 ) -> None:
     """Run the whole system on generated posts: annotations, scores, ablations and a gallery."""
+    from gem_ray.ray_private.fork_server import start_fork_server
+
+    start_fork_server()
     from gem_ray.nano.demo import run_demo
 
     run_demo(out, posts, seed, unseen_names)
@@ -96,12 +99,15 @@ def annotate(
 
     Exit code 1: failed, or too many posts did. 3: done, but some rows were rejected, or some files not read.
     """
+    from gem_ray.ray_private.fork_server import start_fork_server
+
+    settings = configured(preset, config, set_, unused="serving")
+    start_fork_server()
     from gem_ray.pipeline.limits import RunLimits, parse_deadline
     from gem_ray.pipeline.mass_failure import mass_failure
     from gem_ray.pipeline.progress import json_lines
     from gem_ray.pipeline.run import annotate_dataset
 
-    settings = configured(preset, config, set_, unused="serving")
     as_json = context.obj["json_logs"]
     progress = json_lines() if as_json else None
     limits = RunLimits(price, budget, parse_deadline(deadline, datetime.now(UTC)) if deadline else None, request_price)

@@ -59,9 +59,15 @@ def can_fork() -> bool:
 
 
 def start_fork_server() -> bool:
-    """Start the server of this process, if it has none; whether there is one. It ends with the thread that starts it."""
+    """Start the server of this process, if it has none: before its Ray, or as soon as it is known that one will start.
+
+    It ends with the thread that has started it, and without work.
+
+    Returns:
+        Whether there is one: not where `RAY_ADDRESS` names a Ray that is there.
+    """
     global _server
-    if not can_fork():
+    if not can_fork() or os.environ.get("RAY_ADDRESS"):
         return False
     if _server is not None and _server.poll() is None:
         return True
