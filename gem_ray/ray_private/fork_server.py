@@ -20,12 +20,14 @@ import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from glob import glob
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from gem_ray.process_start import quick_start
-from gem_ray.ray_private.forked_worker import SERVER, STREAMS, run_ray_worker
+from gem_ray.ray_private.forked_worker import REQUEST, SERVER, STREAMS, run_ray_worker
 
 WORKER = Path(__file__).with_name("forked_worker.py")
 """What Ray runs in the place of its own worker."""
@@ -43,19 +45,21 @@ _MODULES = (
     "gem_ray.grounding.grounder",
 )
 _IDLE_S = 60.0  # without a request; then its memory is given back
+_REQUEST_S = 10.0  # for all of a request
+_CARDS = ("/dev/nvidia*", "/dev/kfd")
 _SET_PDEATHSIG = 1  # prctl(2)
 _PEER = struct.Struct("3i")  # ucred of unix(7): pid, uid, gid
 
 # Read again by those who use them, so that they may differ between the server and a worker. All others may have been
 # read by what the server has imported.
-_READ_LATER = ("RAY_", "AWS_", "SPT_NOENV", "PYTEST_CURRENT_TEST", SERVER)
+_READ_LATER = ("RAY_", "AWS_", "SPT_NOENV", "PYTEST_CURRENT_TEST", "COLUMNS", "LINES", SERVER)
 
 _server: subprocess.Popen[bytes] | None = None
 
 
 def can_fork() -> bool:
     """Whether workers may be forked here: not where there is a card, whose driver no fork survives."""
-    return sys.platform == "linux" and not list(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists()
+    return sys.platform == "linux" and not any(glob(pattern) for pattern in _CARDS)
 
 
 def start_fork_server() -> bool:
@@ -81,6 +85,8 @@ def start_fork_server() -> bool:
             [sys.executable, "-c", code, json.dumps(sys.path), str(listener.fileno()), str(os.getpid())],
             pass_fds=[listener.fileno()],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             env=environment,
         )
         os.environ[SERVER] = listener.getsockname()[1:].decode()
@@ -115,21 +121,24 @@ def serve(listening: int, parent: int) -> None:
 
 
 def _forked(connection: socket.socket, environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Fork a worker; in the worker, which has taken over the request's place: the request."""
-    connection.settimeout(_IDLE_S)
-    _, streams, _, _ = socket.recv_fds(connection, 1, len(STREAMS))
-    try:
-        with connection.makefile("rb") as file:
-            request = json.load(file)
-        is_welcome = _is_own(connection) and _read_the_same(request["environment"], environment)
+    """Fork a worker, if that can be done: in the worker, which is then what Ray has started, the request."""
+    connection.settimeout(_REQUEST_S)
+    with ExitStack() as stack:
+        try:
+            _, streams, _, _ = socket.recv_fds(connection, 1, len(STREAMS))
+            for stream in streams:
+                stack.callback(os.close, stream)
+            with connection.makefile("rb") as file:
+                request = json.load(file)
+            is_whole = len(streams) == len(STREAMS) and request.keys() == set(REQUEST)
+            is_welcome = is_whole and _is_own(connection) and _read_the_same(request["environment"], environment)
+        except (OSError, ValueError, AttributeError):  # not a worker of Ray
+            return None
         if is_welcome and not os.fork():
             _take_over(request, streams, environment)
             return request
         if is_welcome:
             connection.sendall(b"\n")
-    finally:
-        for stream in streams:
-            os.close(stream)
     return None
 
 

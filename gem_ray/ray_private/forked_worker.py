@@ -15,6 +15,8 @@ from importlib.util import find_spec
 SERVER = "GEM_RAY_FORK_SERVER"
 """Environment variable: name of the fork server's socket in the abstract namespace of unix(7)."""
 STREAMS = (0, 1, 2)
+REQUEST = ("arguments", "environment", "folder", "niceness", "oom_score_adj")
+"""What the server is told of the process that Ray has started, besides its streams."""
 
 
 def ray_worker() -> str:
@@ -25,19 +27,15 @@ def ray_worker() -> str:
 
 def is_forked() -> bool:
     """Ask for a process in the place of this one; whether there is one."""
-    request = {
-        "arguments": sys.argv[1:],
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
-    }
     try:
         with open("/proc/self/oom_score_adj", encoding="ascii") as file:
-            request["oom_score_adj"] = file.read()
+            oom_score_adj = file.read()
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)
+        values = (sys.argv[1:], dict(os.environ), os.getcwd(), niceness, oom_score_adj)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
             server.connect(f"\0{os.environ[SERVER]}")
             socket.send_fds(server, [b"\n"], STREAMS)
-            server.sendall(json.dumps(request).encode())
+            server.sendall(json.dumps(dict(zip(REQUEST, values, strict=True))).encode())
             server.shutdown(socket.SHUT_WR)
             return bool(server.recv(1))
     except (OSError, KeyError):
