@@ -19,6 +19,7 @@ from gem_ray.data.files import open_filesystem
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import write_posts
 from gem_ray.evaluation.predictions import iterate_predictions
+from gem_ray.ray_private.core import forked_workers
 from gem_ray.records import Post
 
 _SEED = 7
@@ -45,8 +46,9 @@ def measure_chaos(location: str, posts: int, shards: int, settings: tuple[str, .
     _write_input(location, posts, shards)
     settings = ("pipeline.pools.tag.max_actors=2", *settings)  # not one for each of the CPUs that are pretended
     rng = random.Random(seed)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": _CPUS_PER_NODE})
-    nodes = [cluster.add_node(num_cpus=_CPUS_PER_NODE) for _ in range(_NODES - 1)]
+    node = {"num_cpus": _CPUS_PER_NODE, **forked_workers()}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    nodes = [cluster.add_node(**node) for _ in range(_NODES - 1)]
     try:
         started = time.perf_counter()
         _drive(cluster, location, "undisturbed", settings).wait()

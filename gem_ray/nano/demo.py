@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 
-from gem_ray.annotator import Annotator
 from gem_ray.config import Config, load_config
 from gem_ray.data.generated import generate
 from gem_ray.data.shards import read_posts, write_posts
@@ -21,6 +21,7 @@ from gem_ray.evaluation.predictions import read_gold, read_predictions
 from gem_ray.evaluation.score_report import print_comparison, write_scores
 from gem_ray.evaluation.subsets import keep_mentions
 from gem_ray.pipeline.run import annotate_dataset
+from gem_ray.pipeline.session import ray_session
 from gem_ray.plurals import counted
 from gem_ray.records import Post
 from gem_ray.taxonomy import FMNERG
@@ -59,17 +60,18 @@ def run_demo(
     console.print(f"[bold]1/4[/] generating {counted(count, 'post')} (seed {seed}) → {shards}")
     write_posts(generate(count, seed, unseen_names), shards)
     console.print(f"[bold]2/4[/] annotating them on Ray → {out / 'annotations'}")
-    summary = annotate_dataset(str(shards), str(out), config, fresh=True)
-    console.print(
-        f"    {counted(summary.rows, 'post')} in {summary.seconds:.0f} s, {summary.rows_per_second:.1f} a second"
-    )
-    console.print("[bold]3/4[/] scoring, and annotating again without the reranker what it was asked about")
-    gold, whole = list(read_gold(shards)), list(read_predictions(out))
-    systems = {
-        _WHOLE: whole,
-        "without reranker": _without_reranker(config, shards, whole),
-        "without grounder": [without_grounder(post) for post in whole],
-    }
+    with ray_session(config):
+        summary = annotate_dataset(str(shards), str(out), config, fresh=True)
+        console.print(
+            f"    {counted(summary.rows, 'post')} in {summary.seconds:.0f} s, {summary.rows_per_second:.1f} a second"
+        )
+        console.print("[bold]3/4[/] scoring, and annotating again without the reranker what it was asked about")
+        gold, whole = list(read_gold(shards)), list(read_predictions(out))
+        systems = {
+            _WHOLE: whole,
+            "without reranker": _without_reranker(config, shards, whole),
+            "without grounder": [without_grounder(post) for post in whole],
+        }
     comparison = compare(gold, systems)
     write_scores(comparison[_ALL][_WHOLE], out / "metrics.json")
     _write_comparison(comparison, out / "comparison.json")
@@ -108,10 +110,15 @@ def without_grounder(post: Post) -> Post:
 def _without_reranker(config: Config, shards: Path, whole: Sequence[Post]) -> list[Post]:
     """The posts of a run as they were without the reranker: those about which it was asked are annotated again."""
     reranker = config.reranker.model_copy(update={"enabled": False})
-    annotator = Annotator.from_config(config.model_copy(update={"reranker": reranker}))
     asked = {post.post_id for post in whole if any(entity.reranked for entity in post.entities)}
-    again = annotator.annotate([post for post in read_posts(str(shards)) if post.post_id in asked])
-    changed = {post.post_id: post for post in again}
+    if not asked:
+        return list(whole)
+    with TemporaryDirectory() as folder:
+        posts, annotations = str(Path(folder, "posts")), str(Path(folder, "annotations"))
+        write_posts((post for post in read_posts(str(shards)) if post.post_id in asked), posts)
+        without = config.model_copy(update={"reranker": reranker})
+        annotate_dataset(posts, annotations, without, progress=lambda reading: None)
+        changed = {post.post_id: post for post in read_predictions(annotations)}
     return [changed.get(post.post_id, post) for post in whole]
 
 

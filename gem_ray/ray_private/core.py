@@ -72,7 +72,7 @@ def start_local_ray(**arguments: Any) -> None:
     _give_token_without_home()
     folder = _short_session_folder()
     try:
-        with _forked_workers():
+        with _nodes_with(**forked_workers()):
             _init(address="local", include_dashboard=False, **folder, **arguments)
     except OSError as error:
         raise OSError(f"Ray cannot keep the files of its session: {error}. RAY_TMPDIR names another folder") from None
@@ -80,14 +80,19 @@ def start_local_ray(**arguments: Any) -> None:
     worker._global_node.kill_log_monitor()
 
 
+def forked_workers() -> dict[str, str]:
+    """Arguments of a node of a `ray.cluster_utils.Cluster`, which this process starts on this machine.
+
+    Its workers are forked, where they can be: see `fork_server`.
+    """
+    return {"worker_path": str(WORKER)} if start_fork_server() else {}
+
+
 @contextmanager
-def _forked_workers() -> Iterator[None]:
-    """A Ray that is started inside has its workers forked, where they can be."""
-    if not start_fork_server():
-        yield
-        return
+def _nodes_with(**arguments: str) -> Iterator[None]:
+    """A Ray that is started inside has these arguments of its node, which `ray.init` does not take."""
     usual = parameter.RayParams
-    parameter.RayParams = partial(usual, worker_path=str(WORKER))
+    parameter.RayParams = partial(usual, **arguments)
     try:
         yield
     finally:

@@ -44,7 +44,7 @@ _MODULES = (
     "gem_ray.rerank.engine_transformers",
     "gem_ray.grounding.grounder",
 )
-_IDLE_S = 60.0  # without a request; then its memory is given back
+_IDLE_S = 60.0  # without a request; then its memory is given back, if no worker shares it
 _REQUEST_S = 10.0  # for all of a request
 _CARDS = ("/dev/nvidia*", "/dev/kfd")
 _SET_PDEATHSIG = 1  # prctl(2)
@@ -111,6 +111,8 @@ def serve(listening: int, parent: int) -> None:
         try:
             connection, _ = listener.accept()
         except TimeoutError:
+            if _has_workers():
+                continue
             return
         with connection:
             request = _forked(connection, environment)
@@ -140,6 +142,15 @@ def _forked(connection: socket.socket, environment: Mapping[str, str]) -> dict[s
         if is_welcome:
             connection.sendall(b"\n")
     return None
+
+
+def _has_workers() -> bool:
+    """Whether there are any: they would be no descendants of the command if their parent were gone."""
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _is_own(connection: socket.socket) -> bool:
