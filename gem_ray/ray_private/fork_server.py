@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from glob import glob
 from importlib import import_module
 from pathlib import Path
@@ -50,11 +51,32 @@ _CARDS = ("/dev/nvidia*", "/dev/kfd")
 _SET_PDEATHSIG = 1  # prctl(2)
 _PEER = struct.Struct("3i")  # ucred of unix(7): pid, uid, gid
 
-# Read again by those who use them, so that they may differ between the server and a worker. All others may have been
-# read by what the server has imported.
-_READ_LATER = ("RAY_", "AWS_", "SPT_NOENV", "PYTEST_CURRENT_TEST", "COLUMNS", "LINES", SERVER)
+# Read by those who use them, when they do, so that they may differ between the server and a worker (torch's import sets
+# its own). All others may have been read by what the server has imported.
+_READ_LATER = (
+    "RAY_",
+    "AWS_",
+    "SPT_NOENV",
+    "PYTEST_CURRENT_TEST",
+    "COLUMNS",
+    "LINES",
+    "TORCHINDUCTOR_CACHE_DIR",
+    SERVER,
+)
 
-_server: subprocess.Popen[bytes] | None = None
+
+@dataclass(frozen=True)
+class _Server:
+    """A server that was started, and the environment that its modules have read."""
+
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+
+    def fits(self) -> bool:
+        return self.process.poll() is None and _read_the_same(self.environment, os.environ)
+
+
+_server: _Server | None = None
 
 
 def can_fork() -> bool:
@@ -73,15 +95,18 @@ def start_fork_server() -> bool:
     global _server
     if not can_fork() or os.environ.get("RAY_ADDRESS"):
         return False
-    if _server is not None and _server.poll() is None:
-        return True
+    if _server is not None:
+        if _server.fits():
+            return True
+        _server.process.kill()
+        _server.process.wait()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind("")  # the kernel chooses an abstract name, which needs no file
         listener.listen(128)
         code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
         code += f"from {__name__} import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
         environment = {name: value for name, value in os.environ.items() if name != SERVER}
-        _server = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(sys.path), str(listener.fileno()), str(os.getpid())],
             pass_fds=[listener.fileno()],
             stdin=subprocess.DEVNULL,
@@ -89,6 +114,7 @@ def start_fork_server() -> bool:
             stderr=subprocess.DEVNULL,
             env=environment,
         )
+        _server = _Server(process, environment)
         os.environ[SERVER] = listener.getsockname()[1:].decode()
     return True
 
