@@ -19,7 +19,7 @@ import ray
 
 from gem_ray.ray_private import fork_server
 from gem_ray.ray_private.core import start_local_ray
-from gem_ray.ray_private.forked_worker import REQUEST, STREAMS, ray_worker
+from gem_ray.ray_private.forked_worker import REQUEST, SERVER, STREAMS, ray_worker
 
 pytestmark = pytest.mark.skipif(not fork_server.can_fork(), reason="workers are not forked on this machine")
 _SECONDS = 60
@@ -100,6 +100,23 @@ def test_no_two_workers_draw_the_same_numbers(own_ray):
         assert len(set(numbers)) == 3
 
 
+def _products() -> tuple[list[float], list[float]]:
+    """Both libraries share the work among threads, which the server's process may have had."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(2)
+    matrix = np.arange(500.0 * 500).reshape(500, 500)
+    return torch.from_numpy(matrix).matmul(torch.from_numpy(matrix))[0].tolist(), (matrix @ matrix)[0].tolist()
+
+
+@pytest.mark.alone
+def test_a_forked_worker_computes_in_several_threads(own_ray):
+    first, second = _in_a_worker(_products)
+    assert first == pytest.approx(second)
+    assert first == pytest.approx(_products()[0])
+
+
 @pytest.mark.alone
 def test_without_its_server_a_worker_starts_as_ray_does_it(own_ray):
     fork_server._server.process.kill()
@@ -130,6 +147,9 @@ def test_the_server_ends_with_the_process_that_has_started_it(waits_s):
     _wait_for(lambda: _gone(server))
 
 
+_SECRET = "5" * 64
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a server that stops after three seconds without a request."""
@@ -139,26 +159,30 @@ def server() -> Iterator[str]:
     listener.set_inheritable(True)
     program = "from gem_ray.ray_private import fork_server as server; server._IDLE_S = 3; server._REQUEST_S = 0.5; "
     program += f"server._MODULES = ['numpy']; server.serve({listener.fileno()}, {os.getpid()})"
-    with subprocess.Popen([sys.executable, "-c", program], pass_fds=[listener.fileno()]) as process:
+    environment = os.environ | {SERVER: f":{_SECRET}"}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, pass_fds=[listener.fileno()], env=environment) as process:
         address = listener.getsockname()
         listener.close()
         yield address
         process.wait(_SECONDS)
 
 
-def _ask(address: str, body: bytes, streams: tuple[int, ...] = STREAMS) -> bytes:
+def _ask(address: str, body: bytes, streams: tuple[int, ...] = STREAMS, secret: str = _SECRET) -> bytes:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_SECONDS)
         connection.connect(address)
-        if streams:
-            socket.send_fds(connection, [b"\n"], streams)
-        connection.sendall(body)
-        connection.shutdown(socket.SHUT_WR)
-        return connection.recv(1)
+        socket.send_fds(connection, [secret.encode()], streams)
+        with suppress(BrokenPipeError):  # who does not know the secret is not listened to
+            connection.sendall(body)
+            connection.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionResetError):
+            return connection.recv(1)
+    return b""
 
 
 def _request(**changed: Any) -> bytes:
-    values = ([], dict(os.environ), "/", os.getpriority(os.PRIO_PROCESS, 0), "0")
+    values = ([], dict(os.environ), "/", sys.executable, os.getpriority(os.PRIO_PROCESS, 0), "0")
     return json.dumps(dict(zip(REQUEST, values, strict=True)) | changed).encode()
 
 
@@ -166,16 +190,17 @@ def test_what_is_not_a_request_of_a_worker_gets_nothing_and_harms_nobody(server)
     for body in (b"", b"\xff\xfe", b"{", b"[]", b"null", b"{}", b'{"environment": 1}'):
         assert _ask(server, body) == b""
     assert _ask(server, _request(), streams=STREAMS[:2]) == b""
-    assert _ask(server, b"\n" + _request(), streams=()) == b""
+    for secret in (_SECRET[1:], "6" * 64, "\0"):
+        assert _ask(server, _request(), secret=secret) == b""
     for changed in ({"environment": {}}, {"environment": dict(os.environ) | _OWN_VARIABLE}, {"environment": "HOME"}):
         assert _ask(server, _request(**changed)) == b""
+    assert _ask(server, _request(interpreter="/usr/bin/python")) == b""
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(server)
         assert silent.recv(1) == b""  # in half a second
     if os.getuid() == 0:
         program = f"import os, socket; s = socket.socket(socket.AF_UNIX); os.setuid(65534); s.connect({server!r}); "
-        program += f"socket.send_fds(s, [b'\\n'], (0, 1, 2)); s.sendall({_request()!r}); s.shutdown(1); "
-        program += "raise SystemExit(len(s.recv(1)))"
+        program += f"socket.send_fds(s, [{_SECRET!r}.encode()], (0, 1, 2)); raise SystemExit(len(s.recv(1)))"
         subprocess.run([sys.executable, "-c", program], check=True)
     assert _ask(server, _request()) == b"\n"
 

@@ -14,13 +14,14 @@ import ctypes
 import gc
 import json
 import os
+import secrets
 import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from glob import glob
 from importlib import import_module
@@ -47,7 +48,8 @@ _MODULES = (
 )
 _IDLE_S = 60.0  # without a request; then its memory is given back, if no worker shares it
 _REQUEST_S = 10.0  # for all of a request
-_CARDS = ("/dev/nvidia*", "/dev/kfd")
+_SECRET_BYTES = 32
+_CARDS = ("/dev/nvidia*", "/dev/nvmap", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Jetson's, WSL's and AMD's
 _SET_PDEATHSIG = 1  # prctl(2)
 _PEER = struct.Struct("3i")  # ucred of unix(7): pid, uid, gid
 
@@ -100,23 +102,31 @@ def start_fork_server() -> bool:
             return True
         _server.process.kill()
         _server.process.wait()
+        _server = None
+    try:
+        _server = _start()
+    except OSError:  # as where a sandbox has no such sockets
+        return False
+    return True
+
+
+def _start() -> _Server:
+    secret = secrets.token_hex(_SECRET_BYTES)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind("")  # the kernel chooses an abstract name, which needs no file
         listener.listen(128)
         code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
         code += f"from {__name__} import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
-        environment = {name: value for name, value in os.environ.items() if name != SERVER}
         process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(sys.path), str(listener.fileno()), str(os.getpid())],
             pass_fds=[listener.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=os.environ | {SERVER: f":{secret}"},
         )
-        _server = _Server(process, environment)
-        os.environ[SERVER] = listener.getsockname()[1:].decode()
-    return True
+        os.environ[SERVER] = f"{listener.getsockname()[1:].decode()}:{secret}"
+    return _Server(process, dict(os.environ))
 
 
 def serve(listening: int, parent: int) -> None:
@@ -153,21 +163,42 @@ def _forked(connection: socket.socket, environment: Mapping[str, str]) -> dict[s
     connection.settimeout(_REQUEST_S)
     with ExitStack() as stack:
         try:
-            _, streams, _, _ = socket.recv_fds(connection, 1, len(STREAMS))
+            secret, streams, _, _ = socket.recv_fds(connection, 2 * _SECRET_BYTES, len(STREAMS))
             for stream in streams:
                 stack.callback(os.close, stream)
+            if not _is_own(connection, secret, environment):
+                return None
             with connection.makefile("rb") as file:
                 request = json.load(file)
-            is_whole = len(streams) == len(STREAMS) and request.keys() == set(REQUEST)
-            is_welcome = is_whole and _is_own(connection) and _read_the_same(request["environment"], environment)
-        except (OSError, ValueError, AttributeError):  # not a worker of Ray
+            if not _can_take_over(request, streams, environment) or os.fork():
+                return None
+        except (OSError, ValueError, AttributeError):  # not a worker of Ray, or no memory for one
             return None
-        if is_welcome and not os.fork():
-            _take_over(request, streams, environment)
-            return request
-        if is_welcome:
+        try:
             connection.sendall(b"\n")
-    return None
+        except OSError:  # it is not waited for any more
+            os._exit(1)
+        _take_over(request, streams, environment)
+        return request
+
+
+def _is_own(connection: socket.socket, secret: bytes, environment: Mapping[str, str]) -> bool:
+    """Whether the other end is a process of the same user to whom the server's parent has told the secret.
+
+    Other containers that share the network reach abstract sockets, too, and may have the same user id.
+    """
+    _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return user == os.getuid() and secrets.compare_digest(secret, environment[SERVER].partition(":")[2].encode())
+
+
+def _can_take_over(request: Mapping[str, Any], streams: Sequence[int], environment: Mapping[str, str]) -> bool:
+    """Whether a fork of this process would be what another has become by its own imports."""
+    return (
+        request.keys() == set(REQUEST)
+        and len(streams) == len(STREAMS)
+        and request["interpreter"] == sys.executable
+        and _read_the_same(request["environment"], environment)
+    )
 
 
 def _has_workers() -> bool:
@@ -177,11 +208,6 @@ def _has_workers() -> bool:
     except ChildProcessError:
         return False
     return True
-
-
-def _is_own(connection: socket.socket) -> bool:
-    _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return user == os.getuid()
 
 
 def _read_the_same(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
@@ -197,17 +223,18 @@ def _take_over(request: Mapping[str, Any], streams: Sequence[int], environment: 
     """What makes a process the one that Ray has started: its group, streams, folder, environment and priorities."""
     import numpy as np
 
+    for stream, number in zip(streams, STREAMS, strict=True):
+        os.dup2(stream, number)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setpgrp()
-    for stream, number in zip(streams, STREAMS, strict=True):
-        os.dup2(stream, number)
     os.chdir(request["folder"])
     for name in environment.keys() - request["environment"].keys():
         del os.environ[name]
     os.environ.update(request["environment"])
-    os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
-    Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")
+    with suppress(OSError):  # where a container forbids it, Ray's own could not either
+        os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
+        Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")
     np.random.seed()  # Python's own generator does so by itself
 
 

@@ -13,9 +13,9 @@ import sys
 from importlib.util import find_spec
 
 SERVER = "GEM_RAY_FORK_SERVER"
-"""Environment variable: name of the fork server's socket in the abstract namespace of unix(7)."""
+"""Environment variable: the name of the server's socket in the abstract namespace of unix(7), a colon, and a secret."""
 STREAMS = (0, 1, 2)
-REQUEST = ("arguments", "environment", "folder", "niceness", "oom_score_adj")
+REQUEST = ("arguments", "environment", "folder", "interpreter", "niceness", "oom_score_adj")
 """What the server is told of the process that Ray has started, besides its streams."""
 
 
@@ -27,18 +27,21 @@ def ray_worker() -> str:
 
 def is_forked() -> bool:
     """Ask for a process in the place of this one; whether there is one."""
+    name, _, secret = os.environ.get(SERVER, "").partition(":")
+    if not secret:
+        return False
     try:
         with open("/proc/self/oom_score_adj", encoding="ascii") as file:
             oom_score_adj = file.read()
         niceness = os.getpriority(os.PRIO_PROCESS, 0)
-        values = (sys.argv[1:], dict(os.environ), os.getcwd(), niceness, oom_score_adj)
+        values = (sys.argv[1:], dict(os.environ), os.getcwd(), sys.executable, niceness, oom_score_adj)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-            server.connect(f"\0{os.environ[SERVER]}")
-            socket.send_fds(server, [b"\n"], STREAMS)
+            server.connect(f"\0{name}")
+            socket.send_fds(server, [secret.encode()], STREAMS)
             server.sendall(json.dumps(dict(zip(REQUEST, values, strict=True))).encode())
             server.shutdown(socket.SHUT_WR)
             return bool(server.recv(1))
-    except (OSError, KeyError):
+    except OSError:
         return False
 
 
