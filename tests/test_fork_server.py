@@ -89,7 +89,9 @@ def test_a_forked_worker_is_the_process_that_ray_would_have_started(own_ray):
     assert forked.pop("random") != plain.pop("random")
     environment, other = forked.pop("environment"), plain.pop("environment")
     assert (environment.pop("AWS_PROFILE"), other.pop("HF_HOME")) == ("nobody", "/nowhere")
-    assert {name: value for name, value in environment.items() if name != "TORCHINDUCTOR_CACHE_DIR"} == other
+    for each in (environment, other):
+        each.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch's import sets it
+    assert environment == other
     assert forked == plain
 
 
