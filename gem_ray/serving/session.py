@@ -17,7 +17,13 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
 
 from gem_ray.annotator import models_of
 from gem_ray.config import Config, ConfigError, ReplicaPlacement
@@ -32,6 +38,7 @@ from gem_ray.serving.settings import INGRESS
 _SPARE_CPUS = 1  # for what Serve runs now and then: building the application
 _POLL_S = 0.2
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # of IPv6 on a machine without
+_ANSWERS_S = 10.0
 _REPORT_S = 45.0  # after 30 s Serve itself says what it has no room for
 logger = logging.getLogger(__name__)
 
@@ -54,7 +61,10 @@ class Served:
 
     def reload_keys(self) -> None:
         """Every ingress reads the file of its API keys again; by itself it does as soon as the file looks changed."""
-        self._runner.run(_tell_ingresses(self._schema, "reload_keys"))
+        try:
+            self._runner.run(_tell_ingresses(self._schema, "reload_keys", _ANSWERS_S))
+        except TimeoutError:
+            raise TimeoutError(f"the ingress has not answered for {_ANSWERS_S:g} s") from None
 
 
 @contextmanager
@@ -179,26 +189,35 @@ def _deploy(schema: ServeDeploySchema) -> str:
 
 
 async def _end(schema: ServeDeploySchema, is_own_ray: bool) -> None:
-    await _drain(schema)
+    """Stop, whatever hangs: a process that answers nobody is killed with the Ray of the service."""
+    drain_s = max((config.serving.drain_s for _, config in ours(schema)), default=0.0)
+    try:
+        # Serve finishes what a replica has begun when it stops a replica, but not when it ends itself.
+        await _tell_ingresses(schema, "drain", drain_s + _ANSWERS_S)
+    except TimeoutError:
+        logger.warning("the ingress does not answer; what it has begun is lost")
     if is_own_ray:
         be_silent()
-        await serve.shutdown_async()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(serve.shutdown_async(), _ANSWERS_S)
     else:
         for application in schema.applications:
             await asyncio.to_thread(serve.delete, application.name)
 
 
-async def _drain(schema: ServeDeploySchema) -> None:
-    """Serve finishes what a replica has begun when it stops a replica, but not when it ends itself."""
-    await _tell_ingresses(schema, "drain")
+async def _tell_ingresses(schema: ServeDeploySchema, method: str, seconds: float) -> None:
+    """Call a method of every ingress.
 
-
-async def _tell_ingresses(schema: ServeDeploySchema, method: str) -> None:
+    Raises:
+        TimeoutError: not all have answered after so many seconds.
+    """
     states = serve.status().applications
-    for application, _ in ours(schema):
-        state = states.get(application.name)
-        if state is not None and state.status == ApplicationStatus.RUNNING:
-            await serve.get_deployment_handle(INGRESS, application.name).broadcast(method).results_async()
+    async with asyncio.timeout(seconds):
+        for application, _ in ours(schema):
+            state = states.get(application.name)
+            ingress = state and state.deployments.get(INGRESS)
+            if ingress and ingress.status == DeploymentStatus.HEALTHY:
+                await serve.get_deployment_handle(INGRESS, application.name).broadcast(method).results_async()
 
 
 def _wait_for(application: ServeApplicationSchema) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,6 +236,51 @@ def test_what_is_waited_for_is_said(monkeypatch, caplog):
     monkeypatch.setattr(session.serve, "status", lambda: SimpleNamespace(applications={"gem-ray": states.pop(0)}))
     session._wait_for(SimpleNamespace(name="gem-ray"))
     assert caplog.messages == ["gem-ray does not run yet: no node has a GPU"] * 2
+
+
+class _Mute:
+    """A Serve of which nothing answers that is waited for."""
+
+    def __init__(self) -> None:
+        ingress = DeploymentStatusOverview(
+            status="HEALTHY", status_trigger="CONFIG_UPDATE_COMPLETED", replica_states={"RUNNING": 1}, message=""
+        )
+        self.states = {
+            "gem-ray": ApplicationStatusOverview(
+                status="UNHEALTHY", message="", last_deployed_time_s=0, deployments={INGRESS: ingress}
+            )
+        }
+        self.asked: list[str] = []
+
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(applications=self.states)
+
+    def get_deployment_handle(self, deployment: str, application: str) -> SimpleNamespace:
+        return SimpleNamespace(broadcast=self._broadcast)
+
+    def _broadcast(self, method: str) -> SimpleNamespace:
+        self.asked.append(method)
+        return SimpleNamespace(results_async=self._forever)
+
+    async def shutdown_async(self) -> None:
+        self.asked.append("shutdown")
+        await self._forever()
+
+    async def _forever(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+
+def test_a_service_ends_although_nothing_answers(monkeypatch, caplog):
+    schema = file_schema(FOLDER / "nano.yaml")
+    schema.applications[0].args["serving"] = {"drain_s": 0.1}
+    mute = _Mute()
+    monkeypatch.setattr(session, "serve", mute)
+    monkeypatch.setattr(session, "_ANSWERS_S", 0.1)
+    asyncio.run(session._end(schema, is_own_ray=True))
+    assert mute.asked == ["drain", "shutdown"]
+    assert caplog.messages == ["the ingress does not answer; what it has begun is lost"]
+    with asyncio.Runner() as runner, pytest.raises(TimeoutError, match=r"the ingress has not answered for 0\.1 s"):
+        session.Served("http://127.0.0.1:8000", schema, runner).reload_keys()
 
 
 def test_a_batch_must_fit_into_what_is_admitted():
