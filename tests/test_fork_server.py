@@ -248,11 +248,19 @@ def test_with_a_ray_that_is_there_no_server_is_started(monkeypatch):
     assert not fork_server.start_fork_server()
 
 
-def test_the_server_imports_neither_ray_nor_threads_of_python():
-    names = ", ".join(fork_server._MODULES)
-    program = f"import {names}, sys, threading; print('ray' in sys.modules, threading.active_count())"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert found.split() == ["False", "1"]
+_THREAD = "import threading, time; threading.Thread(target=time.sleep, args=[60], daemon=True).start()"
+
+
+@pytest.mark.parametrize("module", ["import ray", _THREAD])
+def test_what_cannot_be_forked_is_not(module, tmp_path):
+    (tmp_path / "unforkable.py").write_text(module)
+    program = f"import os, socket, sys; sys.path.append({str(tmp_path)!r}); "
+    program += "from gem_ray.ray_private import fork_server as it; it._MODULES = ['unforkable']; "
+    program += "it.serve(socket.socket(socket.AF_UNIX).detach(), os.getppid())"
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    assert ended.returncode == 1
+    assert "it cannot be forked" in ended.stderr
 
 
 def test_ray_has_the_worker_that_is_run():

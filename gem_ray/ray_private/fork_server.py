@@ -20,6 +20,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -138,8 +139,8 @@ def serve(listening: int, parent: int) -> None:
     with quick_start():
         for name in _MODULES:
             import_module(name)
-    if "ray" in sys.modules:
-        raise ImportError(f"one of {', '.join(_MODULES)} imports ray, which cannot be forked")
+    if "ray" in sys.modules or threading.active_count() > 1:
+        raise RuntimeError("one of the server's modules imports ray or has started a thread: it cannot be forked")
     gc.freeze()  # so that no worker's garbage collection copies what they share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
     listener.settimeout(_IDLE_S)
