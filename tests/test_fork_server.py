@@ -39,6 +39,7 @@ def own_ray() -> Iterator[None]:
 def _facts() -> dict[str, Any]:
     """What a process can see of how it was started."""
     import gc
+    import resource
     import threading
 
     import __main__ as main
@@ -54,6 +55,10 @@ def _facts() -> dict[str, Any]:
         "first folder of modules": sys.path[0],
         "main": (main.__name__, getattr(main, "__file__", None)),
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if "RLIMIT_" in name},
+        "affinity": os.sched_getaffinity(0),
+        "session": os.getsid(0),
+        "umask": os.umask(0o22),
         "oom": Path("/proc/self/oom_score_adj").read_text(),
         "signals": [getattr(each, "__qualname__", each) for each in map(signal.getsignal, handlers)],
         "streams": [each.partition(":")[0].rpartition(".")[2] for each in streams],
@@ -184,7 +189,7 @@ def _ask(address: str, body: bytes, streams: tuple[int, ...] = STREAMS, secret: 
 
 
 def _request(**changed: Any) -> bytes:
-    values = ([], dict(os.environ), "/", sys.executable, os.getpriority(os.PRIO_PROCESS, 0), "0")
+    values = ([], dict(os.environ), "/", sys.executable, [], os.getpriority(os.PRIO_PROCESS, 0), "0")
     return json.dumps(dict(zip(REQUEST, values, strict=True)) | changed).encode()
 
 

@@ -14,6 +14,7 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -221,7 +222,7 @@ def _read_the_same(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
 
 
 def _take_over(request: Mapping[str, Any], streams: Sequence[int], environment: Mapping[str, str]) -> None:
-    """What makes a process the one that Ray has started: its group, streams, folder, environment and priorities."""
+    """What makes a process the one that Ray has started: group, streams, folder, environment, limits and priorities."""
     import numpy as np
 
     for stream, number in zip(streams, STREAMS, strict=True):
@@ -233,6 +234,8 @@ def _take_over(request: Mapping[str, Any], streams: Sequence[int], environment: 
     for name in environment.keys() - request["environment"].keys():
         del os.environ[name]
     os.environ.update(request["environment"])
+    for number, soft, hard in request["limits"]:  # Ray raises that of open files
+        resource.setrlimit(number, (soft, hard))
     with suppress(OSError):  # where a container forbids it, Ray's own could not either
         os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
         Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import runpy
 import socket
 import sys
@@ -15,8 +16,9 @@ from importlib.util import find_spec
 SERVER = "GEM_RAY_FORK_SERVER"
 """Environment variable: the name of the server's socket in the abstract namespace of unix(7), a colon, and a secret."""
 STREAMS = (0, 1, 2)
-REQUEST = ("arguments", "environment", "folder", "interpreter", "niceness", "oom_score_adj")
+REQUEST = ("arguments", "environment", "folder", "interpreter", "limits", "niceness", "oom_score_adj")
 """What the server is told of the process that Ray has started, besides its streams."""
+_LIMITS = [number for name, number in vars(resource).items() if name.startswith("RLIMIT_")]
 
 
 def ray_worker() -> str:
@@ -33,8 +35,9 @@ def is_forked() -> bool:
     try:
         with open("/proc/self/oom_score_adj", encoding="ascii") as file:
             oom_score_adj = file.read()
+        limits = [(each, *resource.getrlimit(each)) for each in _LIMITS]
         niceness = os.getpriority(os.PRIO_PROCESS, 0)
-        values = (sys.argv[1:], dict(os.environ), os.getcwd(), sys.executable, niceness, oom_score_adj)
+        values = (sys.argv[1:], dict(os.environ), os.getcwd(), sys.executable, limits, niceness, oom_score_adj)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
             server.connect(f"\0{name}")
             socket.send_fds(server, [secret.encode()], STREAMS)
