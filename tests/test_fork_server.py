@@ -61,6 +61,7 @@ def _facts() -> dict[str, Any]:
         "umask": os.umask(0o22),
         "oom": Path("/proc/self/oom_score_adj").read_text(),
         "signals": [getattr(each, "__qualname__", each) for each in map(signal.getsignal, handlers)],
+        "blocked signals": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "streams": [each.partition(":")[0].rpartition(".")[2] for each in streams],
         "encodings": (sys.stdin.encoding, sys.stdout.encoding, sys.getfilesystemencoding()),
         "threads": sorted(thread.name for thread in threading.enumerate()),
@@ -189,7 +190,7 @@ def _ask(address: str, body: bytes, streams: tuple[int, ...] = STREAMS, secret: 
 
 
 def _request(**changed: Any) -> bytes:
-    values = ([], dict(os.environ), "/", sys.executable, [], os.getpriority(os.PRIO_PROCESS, 0), "0")
+    values = ([], [], dict(os.environ), "/", sys.executable, [], os.getpriority(os.PRIO_PROCESS, 0), "0")
     return json.dumps(dict(zip(REQUEST, values, strict=True)) | changed).encode()
 
 

@@ -229,6 +229,7 @@ def _take_over(request: Mapping[str, Any], streams: Sequence[int], environment: 
         os.dup2(stream, number)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked_signals"])
     os.setpgrp()
     os.chdir(request["folder"])
     for name in environment.keys() - request["environment"].keys():

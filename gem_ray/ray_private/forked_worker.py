@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import runpy
+import signal
 import socket
 import sys
 from importlib.util import find_spec
@@ -16,7 +17,16 @@ from importlib.util import find_spec
 SERVER = "GEM_RAY_FORK_SERVER"
 """Environment variable: the name of the server's socket in the abstract namespace of unix(7), a colon, and a secret."""
 STREAMS = (0, 1, 2)
-REQUEST = ("arguments", "environment", "folder", "interpreter", "limits", "niceness", "oom_score_adj")
+REQUEST = (
+    "arguments",
+    "blocked_signals",
+    "environment",
+    "folder",
+    "interpreter",
+    "limits",
+    "niceness",
+    "oom_score_adj",
+)
 """What the server is told of the process that Ray has started, besides its streams."""
 _LIMITS = [number for name, number in vars(resource).items() if name.startswith("RLIMIT_")]
 
@@ -37,7 +47,8 @@ def is_forked() -> bool:
             oom_score_adj = file.read()
         limits = [(each, *resource.getrlimit(each)) for each in _LIMITS]
         niceness = os.getpriority(os.PRIO_PROCESS, 0)
-        values = (sys.argv[1:], dict(os.environ), os.getcwd(), sys.executable, limits, niceness, oom_score_adj)
+        blocked = [int(each) for each in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+        values = (sys.argv[1:], blocked, dict(os.environ), os.getcwd(), sys.executable, limits, niceness, oom_score_adj)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
             server.connect(f"\0{name}")
             socket.send_fds(server, [secret.encode()], STREAMS)
