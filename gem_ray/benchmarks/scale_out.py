@@ -14,7 +14,7 @@ from gem_ray.benchmarks.memory import write_texts
 from gem_ray.benchmarks.standins import Diary, SleptBatch, sleeper
 from gem_ray.config import Config, load_config
 from gem_ray.pipeline.run import annotate_dataset
-from gem_ray.ray_private.core import SYSTEM_CONFIG, connect_to_ray, forked_workers
+from gem_ray.ray_private.core import SYSTEM_CONFIG, connect_to_ray
 
 _GPUS_PER_NODE = 8
 _BATCHES_PER_ACTOR = 8  # of a group
@@ -64,11 +64,10 @@ def measure_scale_out(folder: Path, gpus: int, batch_seconds: float, groups: int
 
 def start_cluster(gpus: int) -> Cluster:
     """A head without cards, and nodes of eight cards."""
-    workers = forked_workers()
-    head = {"num_cpus": 4, "num_gpus": 0, SYSTEM_CONFIG: _PATIENCE, **workers}
+    head = {"num_cpus": 4, "num_gpus": 0, SYSTEM_CONFIG: _PATIENCE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for first in range(0, gpus, _GPUS_PER_NODE):
-        cluster.add_node(num_cpus=1, num_gpus=min(_GPUS_PER_NODE, gpus - first), **workers)
+        cluster.add_node(num_cpus=1, num_gpus=min(_GPUS_PER_NODE, gpus - first))
     cluster.wait_for_nodes()
     return cluster
 
