@@ -148,7 +148,8 @@ def _run(
     actors: dict[int, int] = defaultdict(int)
     for pool in pools:
         actors[pool.placement.pass_number] += pool.actors
-    start_local_ray(num_cpus=_CPUS, num_gpus=gpus, **{SYSTEM_CONFIG: _KEEP_WORKERS})
+    settings: dict[str, Any] = {SYSTEM_CONFIG: _KEEP_WORKERS}
+    start_local_ray(forks=False, num_cpus=_CPUS, num_gpus=gpus, **settings)  # many workers without models
     try:
         diary: Any = ray.remote(num_cpus=0)(Diary).remote(dict(actors))
         sleeping = sleeper({pool.name: (pool.seconds or 0.0) * stretch for pool in pools}, diary, _NOISE)

@@ -37,11 +37,9 @@ def serve(
     from queue import SimpleQueue
 
     from gem_ray.config import ConfigError
-    from gem_ray.ray_private.fork_server import start_fork_server
     from gem_ray.serving.environment import prepare_own_ray
 
     prepare_own_ray()
-    start_fork_server()
     from gem_ray.serving.schemas import HOST, file_schema, preset_schema
     from gem_ray.serving.session import serving
 

@@ -56,7 +56,7 @@ def connect_to_ray(address: str) -> None:
     _init(address=address)
 
 
-def start_local_ray(**arguments: Any) -> None:
+def start_local_ray(*, forks: bool = True, **arguments: Any) -> None:
     """Connect to a new Ray of this machine alone, quiet, without dashboard, autoscaler and log monitor.
 
     The autoscaler's process would take CPU time while actors start, and at the end a second: its GCS is gone by then,
@@ -64,6 +64,7 @@ def start_local_ray(**arguments: Any) -> None:
     for drivers that want to print them.
 
     Args:
+        forks: have workers forked, where they can be: they start sooner.
         arguments: of `ray.init`.
 
     Raises:
@@ -72,7 +73,7 @@ def start_local_ray(**arguments: Any) -> None:
     _give_token_without_home()
     folder = _short_session_folder()
     try:
-        with _nodes_with(**forked_workers()):
+        with _nodes_with(**(forked_workers() if forks else {})):
             _init(address="local", include_dashboard=False, **folder, **arguments)
     except OSError as error:
         raise OSError(f"Ray cannot keep the files of its session: {error}. RAY_TMPDIR names another folder") from None
